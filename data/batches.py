@@ -1,0 +1,126 @@
+"""From texts in files to batches of tensors: packing, padding, and the order in which everything is seen.
+
+The order follows from (seed, stage, step or epoch) alone, through `numpy.random.default_rng([…])`. So a resumed run needs
+no random state: it asks for the batch of its next step and gets the one the uninterrupted run would have had.
+"""
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.tokenizer import Tokenizer
+
+STAGES = {"pretrain": 1, "sft": 2, "reward": 3, "ppo": 4}
+
+
+# ---- order ------------------------------------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(n: int, seed: int, stage: str, epoch: int) -> np.ndarray:
+    """A permutation of 0…n−1, anew for each epoch."""
+    return np.random.default_rng([seed, STAGES[stage], epoch]).permutation(n)
+
+
+def rows_at(n: int, batch: int, step: int, seed: int, stage: str) -> np.ndarray:
+    """Which rows step `step` takes, (batch,): the epochs' permutations one after another, cut into batches. A batch at the
+    border of two epochs takes from both, so every row is seen equally often and no batch is short."""
+    at = np.arange(step * batch, (step + 1) * batch)
+    return np.array([epoch_order(n, seed, stage, int(i // n))[i % n] for i in at])
+
+
+# ---- padding ----------------------------------------------------------------------------------------------------------
+
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(tokens, mask), each (B, longest): int64, and bool that is True at real tokens.
+
+    >>> [t.tolist() for t in pad_right([[5, 6], [7]], 0)]
+    [[[5, 6], [7, 0]], [[True, True], [True, False]]]
+    """
+    width = max(map(len, rows))
+    tokens = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], dtype=torch.int64)
+    return tokens, torch.arange(width) < torch.tensor([[len(row)] for row in rows])
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """As pad_right, with the padding before the row: prompts end together, where their replies begin."""
+    tokens, mask = pad_right([row[::-1] for row in rows], pad_id)
+    return tokens.flip(1), mask.flip(1)
+
+
+# ---- dialogues --------------------------------------------------------------------------------------------------------
+
+def dialogue_rows(records: Sequence[dict], tokenizer: Tokenizer, template: str, max_len: int) -> tuple[list[tuple[list[int], list[bool]]], int]:
+    """(ids, loss mask) of each sft record that fits max_len, and how many did not: a dialogue is left out, never cut, because
+    a cut one would teach to stop anywhere."""
+    from data.prepare import as_messages
+    rows = [tokenizer.render_chat(as_messages(record, template)) for record in records]
+    kept = [row for row in rows if len(row[0]) <= max_len]
+    return kept, len(rows) - len(kept)
+
+
+# ---- plain text -------------------------------------------------------------------------------------------------------
+
+class PackedDocuments:
+    """Windows of a stream of documents, for pretraining; `batch(step)` is computed from the step alone.
+
+    The whole run is planned at the start: each part of the data (newspaper, reviews …) gets its share of `total_tokens`,
+    passing over its documents in fresh permutations as often as that takes. A document's place in the run is
+    (pass + u) / passes; a part named in `early` is squeezed into the run's first share of that size. Documents in order of
+    place form one stream, cut into windows. A single long text is not cut into a stream but into random windows (nanoGPT).
+    """
+
+    def __init__(self, tokens: np.ndarray, starts: np.ndarray, part: np.ndarray, *, window: int, batch: int, total_tokens: int,
+                 seed: int, shares: dict[int, float] | None = None, early: dict[int, float] | None = None):
+        self.tokens, self.starts, self.window, self.batch_size, self.seed = tokens, starts, window, batch, seed
+        self.n_steps = max(1, total_tokens // (window * batch))
+        self.single = len(starts) == 2
+        if self.single:
+            return
+        lengths, rng = np.diff(starts), np.random.default_rng([seed, STAGES["pretrain"]])
+        present = [int(p) for p in np.unique(part)]
+        shares = {p: (shares or {}).get(p, lengths[part == p].sum()) for p in present}
+        chosen, places = [], []
+        needed = self.n_steps * batch * window + 1
+        for p in present:
+            mine = np.flatnonzero(part == p)
+            want = needed * shares[p] / sum(shares.values()) + lengths[mine].max()  # a document more, so that the sum suffices
+            passes = int(np.ceil(want / lengths[mine].sum()))
+            order = np.concatenate([rng.permutation(mine) for _ in range(passes)])
+            order = order[:int(np.searchsorted(lengths[order].cumsum(), want)) + 1]
+            place = (np.arange(len(order)) + rng.random(len(order))) / len(order)
+            chosen.append(order)
+            places.append(place * (early or {}).get(p, 1.0))
+        order = np.concatenate(chosen)[np.concatenate(places).argsort(kind="stable")]
+        self.order, self.ends = order, lengths[order].cumsum()
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(inputs, targets, docs), each (B, window) int64. docs numbers the documents: attention stays inside one."""
+        B, W = self.batch_size, self.window
+        if self.single:
+            first = np.random.default_rng([self.seed, STAGES["pretrain"], step]).integers(len(self.tokens) - W, size=B)
+            rows = torch.from_numpy(np.stack([self.tokens[i:i + W + 1] for i in first]).astype(np.int64))
+            return rows[:, :-1], rows[:, 1:], torch.zeros(B, W, dtype=torch.int64)
+        begin = step * B * W
+        a, b = np.searchsorted(self.ends, [begin, begin + B * W], side="right")
+        documents = self.order[a:b + 1]
+        stream = np.concatenate([self.tokens[self.starts[d]:self.starts[d + 1]] for d in documents])
+        number = np.repeat(np.arange(len(documents)), np.diff(self.starts)[documents])
+        skip = begin - (self.ends[a - 1] if a else 0)
+        stream, number = (torch.from_numpy(x[skip:skip + B * W + 1].astype(np.int64)) for x in (stream, number))
+        return stream[:-1].view(B, W), stream[1:].view(B, W), number[:-1].view(B, W)
+
+
+def eval_windows(tokens: np.ndarray, starts: np.ndarray, window: int, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """One fixed full pass: every token but the first is a target exactly once. Yields (inputs, targets, docs, real), each
+    (B, window); real is False where the last window is padded."""
+    n = len(tokens) - 1
+    number = np.searchsorted(starts, np.arange(n), side="right")
+    for begin in range(0, n, window * batch):
+        end = min(n, begin + window * batch)
+        rows = -(-(end - begin) // window)
+        padding = (0, rows * window - (end - begin))
+        inputs, targets, docs = (torch.from_numpy(np.pad(x.astype(np.int64), padding).reshape(rows, window))
+                                 for x in (tokens[begin:end], tokens[begin + 1:end + 1], number[begin:end]))
+        yield inputs, targets, docs, torch.arange(rows * window).view(rows, window) < end - begin

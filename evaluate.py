@@ -1,0 +1,449 @@
+"""Measures, with intervals: is the reward model right, is the policy better, or has it only found a loophole?
+
+    python evaluate.py out/reviews/sft out/reviews/ppo        the report's table for any checkpoints
+
+From small to large: how well scores agree with labels; intervals by bootstrap; a plain n-gram classifier, as the reward
+model's baseline on one half of the labels and as independent judge on the other; what a set of replies looks like; the
+report. The judge is never trained against: nothing in ppo.py or reward.py knows it.
+"""
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.batches import pad_left
+from data.prepare import Prepared, open_data
+from data.tokenizer import Tokenizer
+from model import Transformer, load_checkpoint, pick_device, precision
+from options import UserError, option, parse, run_main
+from ppo import make_rows, score_tokens, spread
+from reward import RewardModel
+from sample import prompt_ids, reply_texts, reply_to
+
+
+# ---- agreement of scores and labels -----------------------------------------------------------------------------------
+
+def _not_empty(*arrays: Sequence) -> list[np.ndarray]:
+    arrays = [np.asarray(a) for a in arrays]
+    if not len(arrays[0]) or len({len(a) for a in arrays}) > 1:
+        raise UserError(f"nothing to measure: got {', '.join(str(len(a)) for a in arrays)} values; an evaluation set must not be empty, "
+                        "nor scores and labels differ in number")
+    return arrays
+
+
+def auc(scores: Sequence[float], labels: Sequence[int]) -> float:
+    """Area under the ROC curve: the chance that a liked text scores above a disliked one, ties counting half.
+
+    >>> auc([1, 2, 3, 2], [0, 0, 1, 1])
+    0.875
+    """
+    scores, labels = _not_empty(scores, labels)
+    _, rank, count = np.unique(scores, return_inverse=True, return_counts=True)
+    middle = (count.cumsum() - (count - 1) / 2)[rank]  # ranks from 1, ties at their mean
+    n = int(labels.sum())
+    if n in (0, len(labels)):
+        raise UserError("AUC needs liked and disliked texts; all labels are the same")
+    return float((middle[labels == 1].sum() - n * (n + 1) / 2) / (n * (len(labels) - n)))
+
+
+def accuracy(probs: Sequence[float], labels: Sequence[int]) -> float:
+    """Share of texts on the right side of one half."""
+    probs, labels = _not_empty(probs, labels)
+    return float(((probs > 0.5) == labels).mean())
+
+
+def calibration_error(probs: Sequence[float], labels: Sequence[int], bins: int = 10) -> float:
+    """Expected calibration error (Naeini 2015): mean distance, over texts, of their bin's predicted and observed share.
+
+    >>> round(calibration_error([.9, .9, .1, .1], [1, 0, 0, 0]), 6)
+    0.25
+    """
+    probs, labels = _not_empty(probs, labels)
+    which = np.minimum((probs * bins).astype(int), bins - 1)
+    gaps = np.bincount(which, probs, bins) - np.bincount(which, labels, bins)
+    return float(np.abs(gaps).sum() / len(probs))
+
+
+def bootstrap(measure: Callable[..., float], *arrays: Sequence, n: int = 1000, seed: int = 0,
+              level: float = 0.95) -> tuple[float, float, float]:
+    """(value, low, high): the measure on all texts, and the middle `level` of it over n resamples of the texts. All arrays are
+    resampled together, so a measure of two systems on the same texts is paired. A resample without a value is left out."""
+    arrays = _not_empty(*arrays)
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(n):
+        index = rng.integers(len(arrays[0]), size=len(arrays[0]))
+        try:
+            found.append(measure(*(a[index] for a in arrays)))
+        except UserError:  # all labels the same
+            continue
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]) if found else (math.nan, math.nan)
+    return float(measure(*arrays)), float(low), float(high)
+
+
+def paired_auc_difference(scores: Sequence[Sequence[float]], baseline: Sequence[float], labels: Sequence[int],
+                          **settings) -> tuple[float, float, float]:
+    """(value, low, high) of mean AUC over several systems (seeds) minus the baseline's, paired over texts."""
+    columns = np.stack([*scores, baseline], 1)
+    return bootstrap(lambda s, y: float(np.mean([auc(c, y) for c in s.T[:-1]])) - auc(s.T[-1], y), columns, labels, **settings)
+
+
+# ---- a plain classifier -----------------------------------------------------------------------------------------------
+
+class NgramClassifier:
+    """Logistic regression on hashed character 1- to 3-grams: no tokenizer, no pretraining, nothing of the policy's.
+
+    Feature of an n-gram: (1 + ln count) · idf, rows scaled to length 1; the weights minimise mean cross-entropy plus
+    l2/2 · |w|², which has one minimum, so the result does not depend on a seed.
+    """
+
+    def __init__(self, n_features: int = 2**18, l2: float = 1e-5, orders: Sequence[int] = (1, 2, 3)):
+        self.n_features, self.l2, self.orders = n_features, l2, tuple(orders)
+        self.idf, self.weight, self.bias = torch.zeros(n_features), torch.zeros(n_features), torch.zeros(1)
+
+    def _hashes(self, text: str) -> Counter:
+        """Feature numbers of a text's n-grams, with counts: a polynomial in the code points, the same everywhere."""
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
+        found: Counter = Counter()
+        for n in self.orders:
+            h = np.full(max(0, len(points) - n + 1), n, np.uint64)
+            for k in range(n):
+                h = (h * np.uint64(0x9E3779B97F4A7C15) + points[k:k + len(h)]) * np.uint64(0xBF58476D1CE4E5B9)
+                h ^= h >> np.uint64(29)
+            found.update((h % np.uint64(self.n_features)).tolist())
+        return found
+
+    def _features(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """(row, feature, 1 + ln count) of all non-zero entries."""
+        counts = [self._hashes(t) for t in texts]
+        rows = np.repeat(np.arange(len(texts)), [len(c) for c in counts])
+        features = np.fromiter((f for c in counts for f in c), np.int64, len(rows))
+        values = 1 + np.log(np.fromiter((v for c in counts for v in c.values()), np.float32, len(rows)))
+        return torch.from_numpy(rows), torch.from_numpy(features), torch.from_numpy(values.astype(np.float32))
+
+    def _scaled(self, rows: Tensor, features: Tensor, values: Tensor, n: int) -> Tensor:
+        values = values * self.idf[features]
+        length = torch.zeros(n).index_add_(0, rows, values * values).sqrt().clamp(min=1e-12)
+        return values / length[rows]
+
+    def fit(self, texts: Sequence[str], labels: Sequence[int]) -> "NgramClassifier":
+        _not_empty(texts, labels)
+        rows, features, values = self._features(texts)
+        documents = torch.bincount(features, minlength=self.n_features)
+        self.idf = torch.log((1 + len(texts)) / (1 + documents)) + 1
+        values, target = self._scaled(rows, features, values, len(texts)), torch.tensor(labels, dtype=torch.float32)
+        used, features = features.unique(return_inverse=True)
+        w, b = torch.zeros(len(used), requires_grad=True), torch.zeros(1, requires_grad=True)
+        optimizer = torch.optim.LBFGS([w, b], max_iter=100, history_size=10, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            logits = torch.zeros(len(texts)).index_add(0, rows, w[features] * values) + b
+            loss = F.binary_cross_entropy_with_logits(logits, target) + self.l2 / 2 * (w * w).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        self.weight = torch.zeros(self.n_features)
+        self.weight[used] = w.detach()
+        self.bias = b.detach()
+        return self
+
+    def logits(self, texts: Sequence[str]) -> np.ndarray:
+        """(n,): above 0 is liked."""
+        rows, features, values = self._features(texts)
+        values = self._scaled(rows, features, values, len(texts))
+        return (torch.zeros(len(texts)).index_add(0, rows, self.weight[features] * values) + self.bias).numpy()
+
+    def probs(self, texts: Sequence[str]) -> np.ndarray:
+        """(n,): P(liked)."""
+        return 1 / (1 + np.exp(-self.logits(texts)))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"l2": self.l2, "orders": list(self.orders), "idf": self.idf, "weight": self.weight, "bias": self.bias}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "NgramClassifier":
+        classifier = cls(len(state["weight"]), state["l2"], state["orders"])
+        classifier.idf, classifier.weight, classifier.bias = state["idf"], state["weight"], state["bias"]
+        return classifier
+
+
+# ---- what replies look like -------------------------------------------------------------------------------------------
+
+def distinct_n(rows: Sequence[Sequence[int]], n: int = 2, budget: int | None = None) -> float:
+    """Distinct n-grams over all n-grams (Li 2016), of the first `budget` ones: the more one counts, the more repeat, so two
+    systems are compared over equal numbers.
+
+    >>> distinct_n([[1, 2, 1, 2], [1, 2]], 2)
+    0.5
+    """
+    grams = [tuple(row[i:i + n]) for row in rows for i in range(len(row) - n + 1)][:budget]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def reply_statistics(rows: Sequence[Sequence[int]], ended: Sequence[bool], short: int = 8) -> dict[str, float]:
+    """Mean length in tokens, share with end token, share that stands more than once, share under 8 tokens."""
+    rows, ended = [tuple(r) for r in rows], _not_empty(ended)[0]
+    seen = Counter(rows)
+    return {"length": float(np.mean([len(r) for r in rows])), "end_rate": float(ended.mean()),
+            "identical": float(np.mean([seen[r] > 1 for r in rows])), "short": float(np.mean([len(r) < short for r in rows]))}
+
+
+def win_rate(a: Sequence[float], b: Sequence[float], **settings) -> tuple[float, float, float]:
+    """(value, low, high): on what share of the prompts a's reply is scored above b's, ties counting half."""
+    return bootstrap(lambda x, y: float((x > y).mean() + (x == y).mean() / 2), a, b, **settings)
+
+
+def best_of_n_kl(n: int) -> float:
+    """Upper bound, in nats, of the KL between best-of-n and the policy it draws from: ln n − (n − 1)/n.
+
+    >>> [round(best_of_n_kl(n), 3) for n in (4, 16, 64, 256)]
+    [0.636, 1.835, 3.175, 4.549]
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def text_plot(values: Sequence[float], title: str, width: int = 60, height: int = 6) -> str:
+    """A curve in characters, for terminals."""
+    values = np.asarray(values, float)
+    if not len(values):
+        return f"{title}: no values"
+    columns = np.interp(np.linspace(0, len(values) - 1, min(width, max(2, len(values)))), np.arange(len(values)), values)
+    low, high = float(columns.min()), float(columns.max())
+    level = np.round((columns - low) / ((high - low) or 1) * (height - 1)).astype(int)
+    lines = ["".join("•" if at == row else " " for at in level) for row in reversed(range(height))]
+    return "\n".join([title, *(f"{high if i == 0 else low:8.3g} |{line}" if i in (0, height - 1) else f"         |{line}"
+                               for i, line in enumerate(lines))])
+
+
+def table(rows: Sequence[dict], columns: dict[str, str]) -> str:
+    """A Markdown table: columns maps a key to its title; numbers to three digits, what is missing is a dash."""
+    def cell(x: Any) -> str:
+        return "–" if x is None else f"{x:.3f}" if isinstance(x, float) and abs(x) < 10 else f"{x:.1f}" if isinstance(x, float) else str(x)
+    lines = [list(columns.values()), ["---"] * len(columns), *([cell(r.get(k)) for k in columns] for r in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# ---- judging policies ---------------------------------------------------------------------------------------------------
+
+def plain_text(record: dict) -> str:
+    """Opening and reply as one text: what n-gram classifiers read. A list of messages is joined."""
+    prompt = record["prompt"]
+    if isinstance(prompt, list):
+        prompt = "\n".join(m["content"] for m in prompt)
+    return prompt + record["response"]
+
+
+def ngram_classifier(data: Prepared, half: str) -> NgramClassifier:
+    """The n-gram classifier of one half of the people's labels, fitted once and kept beside the data: `reward` is the reward
+    model's baseline; `judge` learns from the other half, so that PPO is measured by labels it never trained against."""
+    path = pathlib.Path(data.folder) / f"ngrams_{half}.pt"
+    if path.exists():
+        return NgramClassifier.from_state(torch.load(path, weights_only=True))
+    records = data.records(half, "train")
+    classifier = NgramClassifier()
+    classifier.fit([plain_text(r) for r in records], [r["label"] for r in records])
+    temporary = path.with_suffix(".tmp")
+    torch.save(classifier.state_dict(), temporary)
+    temporary.replace(path)
+    return classifier
+
+
+@torch.no_grad()
+def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Tokenizer, prompts: Sequence, template: str, *,
+                   reward_model: RewardModel | None = None, judge: NgramClassifier | None = None, reply_len: int = 64,
+                   temperature: float = 1.0, seed: int = 12345, dtype: str = "float32",
+                   batch_size: int = 128) -> tuple[dict[str, float], list[dict], list[list[int]]]:
+    """Let the policy reply to every prompt once, with the same random numbers for every policy, and measure the replies.
+
+    Returns (metrics, one record per reply, the replies' ids). KL in nats per reply, estimated on the sampled tokens (k1); ref_perplexity is
+    the reference's, per token; score is the reward model's raw score.
+    """
+    if not prompts:
+        raise UserError("nothing to evaluate: the list of held-out prompts is empty")
+    device = policy.embedding.weight.device
+    ids = [prompt_ids(tokenizer, p, template) for p in prompts]
+    replies = reply_to(policy, tokenizer, ids, reply_len, temperature=temperature, seed=seed, batch_size=batch_size)
+    kl, ref_logprob, scores = [], [], []
+    for i in range(0, len(ids), batch_size):
+        mask = replies.mask[i:i + batch_size]
+        prompt, prompt_mask = (t.to(device) for t in pad_left(ids[i:i + batch_size], 0))
+        rows = make_rows(torch.cat((prompt, replies.tokens[i:i + batch_size]), 1), torch.cat((prompt_mask, mask), 1),
+                         torch.cat((torch.zeros_like(prompt_mask), mask), 1))
+        with precision(dtype, device.type):
+            logprobs, ref_logprobs = (spread(score_tokens(m, rows.before(m.hidden(rows.tokens)), rows.targets, temperature)[0], mask)
+                                      for m in (policy, reference))
+            if reward_model is not None:
+                scores.append(reward_model(rows.tokens, rows.real, rows.reply).float())
+        kl.append((logprobs - ref_logprobs).sum(1))
+        ref_logprob.append(ref_logprobs.sum())
+    texts = reply_texts(tokenizer, replies)
+    tokens = [t[m].tolist() for t, m in zip(replies.tokens, replies.mask, strict=True)]
+    ended = [bool(row and row[-1] == tokenizer.eom_id) for row in tokens]
+    metrics = {"kl": float(torch.cat(kl).mean()), "ref_perplexity": math.exp(-float(sum(ref_logprob)) / int(replies.mask.sum()))}
+    records = [{"prompt": p, "reply": t, "tokens": len(r), "ended": e, "kl": round(float(k), 2)}
+               for p, t, r, e, k in zip(prompts, texts, tokens, ended, torch.cat(kl), strict=True)]
+    return {**metrics, **describe(records, tokens, judge, torch.cat(scores) if scores else None)}, records, tokens
+
+
+def describe(records: list[dict], rows: list[list[int]], judge: NgramClassifier | None, scores=None) -> dict[str, float]:
+    """Length, ends, diversity, and what judge and reward model say; their opinions are added to the records."""
+    metrics = reply_statistics(rows, [r["ended"] for r in records]) | {"distinct2": distinct_n(rows, 2, budget=2000)}
+    if judge is not None:
+        probs = np.asarray(judge.probs([plain_text({"prompt": r["prompt"], "response": r["reply"]}) for r in records]))
+        metrics |= {"judge": float(probs.mean()), "judged_positive": float((probs > 0.5).mean())}
+    if scores is not None:
+        metrics["score"] = float(scores.mean())
+    for i, record in enumerate(records):
+        record |= {} if judge is None else {"judge": round(float(probs[i]), 3)}
+        record |= {} if scores is None else {"raw_score": round(float(scores[i]), 3)}
+    return metrics
+
+
+# ---- the report -------------------------------------------------------------------------------------------------------
+
+COLUMNS = {"name": "", "judged_positive": "judged positive", "score": "raw score", "kl": "KL, nats/reply", "distinct2": "distinct-2",
+           "length": "length, tokens", "end_rate": "ends", "identical": "identical", "short": "under 8 tokens",
+           "ref_perplexity": "reference perplexity"}
+
+
+def reference_lines(data: Prepared, tokenizer: Tokenizer, judge: NgramClassifier | None, reply_len: int) -> list[tuple[str, list, list]]:
+    """What people wrote: liked and disliked test reviews that fit the reply length, as (name, records, rows)."""
+    lines = []
+    for name, label in (("real liked reviews", 1), ("real disliked reviews", 0)):
+        real = [r for r in data.records("reward", "test") if r.get("label") == label]
+        rows = [[*tokenizer.encode(r["response"]), tokenizer.eom_id] for r in real]
+        kept = [(r, row) for r, row in zip(real, rows, strict=True) if len(row) <= reply_len]
+        if kept:
+            lines.append((name, [{"prompt": r["prompt"], "reply": r["response"], "ended": True} for r, _ in kept], [row for _, row in kept]))
+    return lines
+
+
+def policy_table(policies: dict[str, Transformer], reference: Transformer, tokenizer: Tokenizer, data: Prepared, *,
+                 reward_model: RewardModel | None, n_prompts: int = 500, reply_len: int = 64, temperature: float = 1.0,
+                 split: str = "test", dtype: str = "float32", seed: int = 12345) -> tuple[list[dict], dict[str, list[dict]]]:
+    """The rows of the report's table, and every policy's replies: the same held-out openings and random numbers for each, and
+    distinct-2 over the same number of bigrams."""
+    prompts = [r["prompt"] for r in data.records("ppo", split)][:n_prompts]
+    judge = ngram_classifier(data, "judge") if data.has("judge") else None
+    table_rows, replies, tokens = [], {}, []
+    for name, policy in policies.items():
+        found, records, rows = measure_policy(policy, reference, tokenizer, prompts, data.template, reward_model=reward_model, judge=judge,
+                                              reply_len=reply_len, temperature=temperature, dtype=dtype, seed=seed)
+        table_rows.append({"name": name, "replies": len(records), **found})
+        replies[name] = records
+        tokens.append(rows)
+    if judge is not None:
+        for name, records, rows in reference_lines(data, tokenizer, judge, reply_len):
+            table_rows.append({"name": name, "replies": len(records), **describe(records, rows, judge)})
+            tokens.append(rows)
+    budget = min(sum(max(0, len(row) - 1) for row in rows) for rows in tokens)
+    for line, rows in zip(table_rows, tokens, strict=True):
+        line["distinct2"], line["bigrams"] = distinct_n(rows, 2, budget), budget
+    return table_rows, replies
+
+
+def reward_table(scores: dict[str, list]) -> list[dict]:
+    """The reward model and the n-gram baseline on the test texts, each figure with its 95 % interval."""
+    def interval(measure: Callable, *arrays) -> str:
+        return "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(measure, *arrays))
+    y, rows = scores["labels"], []
+    for name, key, half in (("reward model", "scores", "half_scores"), ("n-gram regression, same labels", "baseline", "half_baseline")):
+        probs = 1 / (1 + np.exp(-np.array(scores[key])))
+        rows.append({"name": name, "auc": interval(auc, scores[key], y), "accuracy": interval(accuracy, probs, y),
+                     "calibration": interval(calibration_error, probs, y), "half": interval(auc, scores[half], y)})
+    value, low, high = paired_auc_difference([scores["scores"]], scores["baseline"], y)
+    rows.append({"name": "difference (paired)", "auc": f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"})
+    return rows
+
+
+def write_report(data: Prepared, root: pathlib.Path, *, reply_len: int, temperature: float, seed: int, dtype: str = "float32",
+                 device: str = "cpu", n_prompts: int = 500, seconds: float = 0.0) -> None:
+    """report.json and report.md: what each stage measured, policy before and after on held-out openings, ten pairs of replies
+    drawn by the seed, not by hand."""
+    policy, tokenizer, _ = load_checkpoint(root / "ppo", device)
+    reference, _, _ = load_checkpoint(json.loads((root / "ppo" / "config.json").read_text(encoding="utf-8"))["options"]["init_from"]
+                                      or root / "sft", device)
+    reward_model = load_checkpoint(root / "reward", device, RewardModel)[0] if (root / "reward" / "checkpoint.pt").exists() else None
+    rows, replies = policy_table({"SFT": reference, "PPO": policy}, reference, tokenizer, data, reward_model=reward_model, n_prompts=n_prompts,
+                                 reply_len=reply_len, temperature=temperature, dtype=dtype)
+    report: dict[str, Any] = {"seconds": {}, "policies": rows, "seed": seed}
+    parts = [f"# {root.name}, seed {seed}", f"{rows[0]['replies']} held-out openings, one reply of up to {reply_len} tokens each at temperature "
+             f"{temperature:g}; distinct-2 over {rows[0]['bigrams']} bigrams each.", table(rows, COLUMNS)]
+    if (path := root / "reward" / "test_scores.json").exists():
+        report["reward"] = reward_table(json.loads(path.read_text()))
+        parts += ["## Reward model on test reviews", table(report["reward"], {
+            "name": "", "auc": "AUC", "accuracy": "accuracy", "calibration": "calibration error", "half": "AUC on first halves"})]
+    before, after = replies["SFT"], replies["PPO"]
+    if "judge" in after[0]:
+        report["win_rate"] = win_rate([r["judge"] for r in after], [r["judge"] for r in before])
+        parts += ["The judge prefers the reply after PPO on {:.1%} of the openings [{:.1%}, {:.1%}].".format(*report["win_rate"])]
+    chosen = np.random.default_rng([seed, 77]).permutation(len(before))[:10]
+    report["pairs"] = [{"prompt": before[i]["prompt"], "before": before[i], "after": after[i]} for i in chosen]
+    parts += ["## Before and after", *(f"**{p['prompt']}**\n- SFT: {p['before']['reply']}\n- PPO: {p['after']['reply']}"
+                                       for p in report["pairs"] if isinstance(p["prompt"], str))]
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        if (path := root / stage / "config.json").exists():
+            report["seconds"][stage] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+    report["seconds"]["all"] = round(seconds, 1)
+    parts += ["## Seconds", ", ".join(f"{k} {v:.0f}" for k, v in report["seconds"].items())]
+    for name, text in (("report.json", json.dumps(report, indent=1, ensure_ascii=False)), ("report.md", "\n\n".join(parts) + "\n")):
+        (root / name).with_suffix(".tmp").write_text(text, encoding="utf-8")
+        os.replace((root / name).with_suffix(".tmp"), root / name)
+    print("\n" + "\n\n".join(parts))
+    lines = [json.loads(line) for line in (root / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for key, title in (("score", "reward per reply, by update"), ("kl", "KL in nats per reply, by update")):
+        print("\n" + text_plot([line[key] for line in lines if key in line], title))
+    print(f"\nwritten: {root / 'report.md'}; curves: python -m tools.plot {root}; try it: python sample.py --from {root / 'ppo'} --prompt …")
+
+
+# ---- command line -----------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class EvaluateOptions:
+    """`python evaluate.py DIR…`"""
+
+    reference: str = option("", "checkpoint that KL and perplexity refer to; empty: the folder sft beside the first")
+    reward_from: str = option("", "reward model; empty: the folder reward beside the first, where there is one")
+    data: str = option("", "data set of the openings; empty: the checkpoint's")
+    source: str = option("", "raw files of the data set, instead of downloading them")
+    split: str = option("val", "which openings; look at test once, at the end", choices=("val", "test"))
+    prompts: int = option(500, "openings")
+    reply_len: int = option(64, "longest reply")
+    temperature: float = option(1.0, "sampling temperature")
+    seed: int = option(12345, "random numbers of the replies")
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    traceback: bool = option(False, "show where in the code an error arose")
+
+
+def main(argv: list[str]) -> None:
+    n = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    folders, o = [pathlib.Path(f) for f in argv[:n]], parse(EvaluateOptions, argv[n:], "evaluate.py DIR…")
+    if not folders:
+        raise UserError("which checkpoints? python evaluate.py out/reviews/sft out/reviews/ppo")
+    device = pick_device(o.device)
+    loaded = {str(f): load_checkpoint(f, device) for f in folders}
+    _, tokenizer, state = next(iter(loaded.values()))
+    reference = load_checkpoint(o.reference or folders[0].parent / "sft", device)[0]
+    where = pathlib.Path(o.reward_from or folders[0].parent / "reward")
+    reward_model = load_checkpoint(where, device, RewardModel)[0] if o.reward_from or (where / "checkpoint.pt").exists() else None
+    options = state["options"]
+    data = open_data(o.data or options["data"], source=o.source or options["source"] or None, vocab_size=options["vocab_size"],
+                     limit=options["limit"])
+    rows, _ = policy_table({name: model for name, (model, _, _) in loaded.items()}, reference, tokenizer, data, reward_model=reward_model,
+                           n_prompts=o.prompts, reply_len=o.reply_len, temperature=o.temperature, split=o.split, seed=o.seed)
+    print(table(rows, COLUMNS))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, sys.argv[1:]))

@@ -1,0 +1,403 @@
+"""The Transformer: the one network that every stage of Mosslet trains, scores with, or samples from.
+
+Read from leaf to root: configuration, rotary positions, attention, MLP, block, the Transformer itself, its loss, and the
+checkpoint file. The language model, the policy, the reference, the reward model and the critic are all this trunk.
+
+Letters for shapes: B rows, T positions, D width, H query heads, G key/value heads, K width of a head, V vocabulary,
+L cached positions, N selected positions. Nothing here knows about text: a tokenizer is only stored beside the weights.
+"""
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+import pathlib
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.tokenizer import Tokenizer
+from options import UserError
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """Shape of a Transformer. The defaults are the demo's: 2.6 million parameters, for two CPU cores."""
+
+    vocab_size: int = 4096
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 4  # fewer than n_head: groups of query heads share keys and values (Ainslie 2023)
+    d_model: int = 192
+    d_ff: int = 512
+    max_len: int = 512
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-6
+    qk_norm: bool = True  # RMSNorm on queries and keys: keeps attention logits tame at large learning rates
+    tied: bool = True  # the output layer is the embedding matrix
+    dropout: float = 0.0  # on what each branch adds to the residual stream; only reward-model training uses it
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.n_head or self.n_head % self.n_kv_head or (self.d_model // self.n_head) % 2:
+            raise UserError(
+                f"model shape does not divide: d_model {self.d_model} needs to be a multiple of 2 * n_head "
+                f"({self.n_head}), and n_head a multiple of n_kv_head ({self.n_kv_head}); change one of them")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_head
+
+
+def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, each (max_len, K/2) (Su et al. 2021)."""
+    frequencies = config.rope_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+    angles = torch.arange(config.max_len, dtype=torch.float64)[:, None] * frequencies
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + K/2}) of a head by its position's angle; x (B, H, T, K), cos and sin (B or 1, 1, T, K/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of all tokens so far: per layer one pair of tensors (B, G, L, K), written in place.
+
+    One tensor a layer rather than one for all: a compiled step would copy a single large one at every write.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, device: Any = "cpu", dtype: Any = torch.float32):
+        shape = (batch, config.n_kv_head, length, config.head_dim)
+        self.layers = [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+                       for _ in range(config.n_layer)]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these (indices): finished replies need no further steps."""
+        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped queries."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.qkv = nn.Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=False)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None,
+                cached: tuple[Tensor, Tensor] | None = None, span: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D). allowed: (B, 1, T, keys) bool, or None for plain causal attention.
+
+        With a cache, `span` is arange(number of keys up to and including these tokens): its length is how many cached
+        keys are read, its last T entries are where these tokens' keys and values are written.
+        """
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2).split(
+            (self.n_head, self.n_kv_head, self.n_kv_head), dim=1)  # (B, H, T, K), (B, G, T, K), (B, G, T, K)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves the norms in float32
+        if cached is not None:
+            keys, values = cached
+            keys.index_copy_(2, span[-T:], k.to(keys.dtype))
+            values.index_copy_(2, span[-T:], v.to(values.dtype))
+            k, v = keys[:, :, :span.shape[0]].to(q.dtype), values[:, :, :span.shape[0]].to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None and T > 1,
+                                           enable_gqa=self.n_head != self.n_kv_head)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: silu(gate) * up, then down (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Normalise, look around, add; normalise, think, add."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None, cached=None, span=None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, allowed, cached, span))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+def attention_allowed(mask: Tensor | None, docs: Tensor | None) -> Tensor | None:
+    """Who may look at whom: (B, 1, T, T) bool, [query, key]. None means plain causal attention.
+
+    A query sees itself and earlier keys that are real tokens of its own document. A pad sees at least itself: a softmax
+    over no key at all is NaN, and 0 * NaN would reach every real row through the values of the next layer.
+    """
+    if mask is None and docs is None:
+        return None
+    shape = (docs if mask is None else mask).shape
+    device = (docs if mask is None else mask).device
+    allowed = torch.ones(shape[1], shape[1], dtype=torch.bool, device=device).tril()
+    if docs is not None:
+        allowed = allowed & (docs[:, :, None] == docs[:, None, :])
+    if mask is not None:
+        allowed = allowed & mask[:, None, :]
+    allowed = allowed | torch.eye(shape[1], dtype=torch.bool, device=device)
+    return allowed.expand(shape[0], -1, -1)[:, None]
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model: tokens (B, T) -> logits (B, T, V) for the token that follows each position."""
+
+    config_class = ModelConfig
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.output = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        cos, sin = rotary_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self, seed: int = 0) -> None:
+        """N(0, .02) everywhere, and branches' last matrices smaller by sqrt(2 layers) so that depth does not add variance."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                last = name.endswith(("attention.out.weight", "mlp.down.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if last else 0.02
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, D): the rows that hidden states are compared with."""
+        return self.embedding.weight if self.output is None else self.output.weight
+
+    def trunk(self, tokens: Tensor, positions: Tensor | None, allowed: Tensor | None,
+              cache: KVCache | None = None, span: Tensor | None = None) -> Tensor:
+        """tokens (B, T), positions (B, T) or None for 0…T−1 -> (B, T, D). The part that training and decoding share."""
+        T = tokens.shape[1]
+        if span is None and T > self.config.max_len:  # with a cache, `generate` has checked the length
+            raise UserError(f"{T} tokens in a row, but this model was made for {self.config.max_len} (max_len): "
+                            "shorten the text, or train with a larger --max_len")
+        at = slice(0, T) if positions is None else positions
+        cos, sin = self.cos[at], self.sin[at]  # (T, K/2) or (B, T, K/2)
+        cos, sin = (t.reshape(-1, 1, T, t.shape[-1]) for t in (cos, sin))
+        x = self.embedding(tokens)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, allowed, None if cache is None else cache.layers[i], span)
+        return self.norm(x)
+
+    def hidden(self, tokens: Tensor, mask: Tensor | None = None, docs: Tensor | None = None) -> Tensor:
+        """Final hidden states (B, T, D).
+
+        mask (B, T) bool: True at real tokens; padding may stand left or right. Positions count real tokens, so a padded
+        row equals the row alone. docs (B, T) int: attention only between equal numbers (packed documents).
+        """
+        positions = None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)
+        return self.trunk(tokens, positions, attention_allowed(mask, docs))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(…, D) -> logits (…, V)."""
+        return F.linear(hidden, self.output_weight)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, docs: Tensor | None = None) -> Tensor:
+        return self.head(self.hidden(tokens, mask, docs))
+
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, length: int) -> int:
+        """Floating-point operations of forward and backward for one token in a row of `length` (PaLM, appendix B).
+
+        Six for each weight that takes part in a matrix product (the embedding look-up is none, the output layer is), and
+        12 * D per layer and key seen; a causal row sees half of `length` on average.
+        """
+        matrices = sum(p.numel() for n, p in self.blocks.named_parameters() if p.dim() == 2) + self.output_weight.numel()
+        return 6 * matrices + 12 * self.config.n_layer * self.config.d_model * length // 2
+
+
+# ---- from logits to losses --------------------------------------------------------------------------------------------
+
+def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """log π(· | context) at a sampling temperature, in float32 whatever the logits are. The one place that computes it."""
+    return F.log_softmax(logits.float() / temperature, dim=-1)
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log-probability of each target: logits (…, V), targets (…) -> (…) float32."""
+    return log_softmax(logits, temperature).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of −log softmax(hidden @ weightᵀ)[target], with the gradient taken in the forward, chunk by chunk.
+
+    The logits of all positions never exist at once: each chunk's probabilities become the gradient p − onehot(target) in
+    place and are multiplied into the gradients of hidden and weight while they are still in the processor's cache.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+        """hidden (N, D), weight (V, D), targets (N,) -> scalar float32; `dtype` is that of the matrix products."""
+        training = any(ctx.needs_input_grad)
+        total = torch.zeros((), device=hidden.device)
+        grad_hidden, grad_weight = torch.empty_like(hidden, dtype=torch.float32), torch.zeros_like(weight)
+        w = weight.to(dtype)
+        for i in range(0, len(hidden), chunk):
+            h, t = hidden[i:i + chunk].to(dtype), targets[i:i + chunk, None]
+            logits = (h @ w.T).float()
+            logz = logits.logsumexp(1, keepdim=True)
+            total += (logz - logits.gather(1, t)).sum()
+            if training:
+                error = logits.sub_(logz).exp_()
+                error.scatter_add_(1, t, error.new_full(t.shape, -1.0))
+                error = error.to(dtype)
+                grad_hidden[i:i + chunk] = error @ w
+                grad_weight += error.T @ h
+        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad * grad_hidden, grad * grad_weight, None, None, None
+
+
+def cross_entropy_sum(model: Transformer, hidden: Tensor, targets: Tensor, chunk: int = 512) -> Tensor:
+    """Maximum likelihood: Σ −log π(target | context) in nats; hidden (N, D) at the positions before targets (N,)."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        return ChunkedCrossEntropy.apply(hidden, model.output_weight, targets, chunk, dtype)
+
+
+# ---- devices and precision --------------------------------------------------------------------------------------------
+
+def pick_device(device: str) -> str:
+    """`auto` is CUDA, then Apple's MPS, then the CPU; a device that is not there is an error."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(name for name, there in available.items() if there)
+    if not available[device]:
+        raise UserError(f"--device {device}: this torch ({torch.__version__}) sees no such device; use --device auto or cpu")
+    return device
+
+
+def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024, repeats: int = 9) -> tuple[str, str]:
+    """(dtype, why). `auto` times one layer's matrix product, forward, in float32 and in bfloat16 as autocast would do it.
+
+    On CPUs flags do not tell which is faster (see speed.md: bfloat16 is worth 2.4x on one, and loses on another), and the
+    conversions that autocast adds eat the gain at small widths, so bfloat16 has to win by a clear margin.
+    """
+    if dtype != "auto":
+        return dtype, "as asked"
+    if device == "cuda":
+        ok = torch.cuda.is_bf16_supported()
+        return ("bfloat16" if ok else "float32"), f"this GPU has {'' if ok else 'no '}bfloat16 units"
+    x, w = torch.randn(rows, width, device=device), torch.randn(4 * width, width, device=device)
+
+    def seconds(cast: torch.dtype) -> float:
+        best = math.inf
+        for _ in range(repeats):
+            start = time.perf_counter()
+            F.linear(x.to(cast), w.to(cast)).float()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    if device == "mps":
+        return "float32", "bfloat16 is not measured on this device"
+    full, half = seconds(torch.float32), seconds(torch.bfloat16)
+    chosen = "bfloat16" if half < 0.5 * full else "float32"
+    return chosen, f"a {rows}x{width}x{4 * width} product takes {1e3 * full:.2f} ms in float32, {1e3 * half:.2f} in bfloat16"
+
+
+def precision(dtype: str, device: str):
+    """Context for forwards: autocast lowers matrix products to bfloat16; weights, norms and losses stay float32."""
+    return torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------------------
+
+def weights_hash(model: nn.Module) -> str:
+    """Sixteen hex digits that name these weights: a child run records its parents by it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def checkpoint_path(path: str | os.PathLike) -> pathlib.Path:
+    """A run's folder stands for the checkpoint.pt inside it."""
+    path = pathlib.Path(path)
+    return path if path.suffix == ".pt" else path / "checkpoint.pt"
+
+
+def save_checkpoint(path: str | os.PathLike, model: nn.Module, tokenizer: Tokenizer, **state: Any) -> None:
+    """Write everything needed to go on, whole or not at all.
+
+    The file is written under a temporary name, synced to the disk and then renamed, so that a kill or a full disk at any
+    moment leaves the previous checkpoint as it was. `state` may hold tensors, numbers, strings, lists and dicts.
+    """
+    path = checkpoint_path(path)
+    temporary = path.with_suffix(".tmp")
+    payload = {"kind": type(model).__name__, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
+               "tokenizer": tokenizer.to_state(), "state": {**state, "hash": weights_hash(model)}}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        kept = " (the previous checkpoint is kept)" if path.exists() else ""
+        raise UserError(f"{path}: cannot be written: {error}{kept}; free some space or choose another --out") from error
+
+
+def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
+                    cls: type = Transformer) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
+    """(model in evaluation mode, tokenizer, state) from a file or a run's folder.
+
+    A missing file, a damaged one, and one of another kind than `cls` are UserErrors; weights load with
+    `weights_only=True`, so a checkpoint from a stranger cannot run code.
+    """
+    path = checkpoint_path(path)
+    if not path.exists():
+        stage = path.parent.name if path.parent.name in ("pretrain", "sft", "reward", "ppo") else "all"
+        raise UserError(f"{path}: no checkpoint there; make it with `python train.py {stage}`")
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+        kind = payload["kind"]
+    except Exception as error:  # whatever a damaged file makes the unpickler raise
+        raise UserError(f"{path}: not a readable Mosslet checkpoint ({type(error).__name__}: "
+                        f"{str(error).splitlines()[0] if str(error) else ''}); restore it or train it again") from error
+    if kind != cls.__name__:
+        raise UserError(f"{path}: holds a {kind}, but a {cls.__name__} is needed here; point to the stage that makes one")
+    model = cls(cls.config_class(**payload["config"]))
+    try:
+        model.load_state_dict(payload["model"])
+    except RuntimeError as error:  # strict: a head that is not there must not be optimised against as noise
+        raise UserError(f"{path}: its weights do not fit its own configuration: {error}") from error
+    return model.to(device).eval(), Tokenizer.from_state(payload["tokenizer"]), payload["state"]

@@ -1,0 +1,196 @@
+"""A dataclass becomes a command line.
+
+Each chapter keeps its options as a dataclass beside its code; a field is written with `option(default, help, …)`, which
+also holds the values of the presets and the source of the number. `parse` fills the dataclass from the command line:
+default < preset < flag. What nobody reads is an error, never ignored. This file imports nothing of ours, so every other may.
+"""
+import dataclasses
+import difflib
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+PRESETS = ("smoke", "base")  # `demo` is the default itself
+
+
+class UserError(Exception):
+    """Something that the user can mend: one line that says what is wrong, where, and how to mend it."""
+
+
+def option(default: Any, help: str, *, source: str = "", choices: tuple | None = None, smoke: Any = None, base: Any = None) -> Any:
+    """A dataclass field with what --help says of it, and its values under --preset smoke and base where they differ."""
+    presets = {name: value for name, value in (("smoke", smoke), ("base", base)) if value is not None}
+    return dataclasses.field(default=default, metadata={"help": help, "source": source, "choices": choices, "presets": presets})
+
+
+def as_dict(options: Any) -> dict[str, Any]:
+    """Option names and values."""
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+
+
+def _convert(field: dataclasses.Field, text: str | None, flag: str) -> Any:
+    """The text after a flag as the field's type; None: no value was given."""
+    kind, choices = field.type, field.metadata.get("choices")
+    kind = kind if isinstance(kind, str) else kind.__name__
+    try:
+        if kind == "bool":
+            value = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False,
+                     "off": False}[(text or "true").lower()]
+        elif text is None:
+            raise UserError(f"{flag}: a value is missing; write {flag}={field.default!r}, for example")
+        else:
+            value = {"int": int, "float": float, "str": str}[kind](text)
+    except (KeyError, ValueError):
+        wanted = {"bool": "true or false", "int": "a whole number", "float": "a number"}[kind]
+        raise UserError(f"{flag}: {text!r} is not {wanted}") from None
+    if choices and value not in choices:
+        raise UserError(f"{flag}: {text!r} is not one of {', '.join(map(str, choices))}")
+    return value
+
+
+def _flags(argv: list[str], known: Callable[[str], dataclasses.Field | None]) -> list[tuple[str, str, str | None]]:
+    """argv as (name, flag as written, value or None); a bool takes its value only after `=`, or as the word true or false."""
+    found, i = [], 0
+    while i < len(argv):
+        word = argv[i]
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"{word!r} is no option: options are written --name=value or --name value; see --help")
+        flag, equals, value = word.partition("=")
+        name, text = flag[2:].replace("-", "_"), value if equals else None
+        field = known(name)
+        if field is not None and text is None and i + 1 < len(argv):
+            is_bool = field.type in (bool, "bool")
+            following = argv[i + 1]
+            if following.lower() in ("true", "false") if is_bool else not following.startswith("--"):
+                text, i = following, i + 1
+        found.append((name, flag, text))
+        i += 1
+    return found
+
+
+def _unknown(flag: str, names: list[str], prog: str) -> UserError:
+    near = difflib.get_close_matches(flag[2:].replace("-", "_"), names, 1)
+    return UserError(f"{prog}: unknown option {flag}{f'; did you mean --{near[0]}?' if near else ''} (--help lists all)")
+
+
+def _build(cls: type[T], given: dict[str, Any]) -> T:
+    """Default < preset < flag; remembers which names were given."""
+    preset = given.get("preset", "demo")
+    values = {f.name: f.metadata["presets"][preset] for f in dataclasses.fields(cls) if preset in f.metadata.get("presets", {})}
+    options = cls(**{**values, **given})
+    options.explicit = frozenset(given)
+    return options
+
+
+def _help(classes: dict[str, type], prog: str) -> str:
+    """One paragraph an option: name, default, presets, meaning, source. Fields shared by all classes are listed once."""
+    lines, seen = [f"usage: python {prog} [--name=value …]"], set()
+    for prefix, cls in classes.items():
+        title = (cls.__doc__ or "").strip().splitlines()
+        lines += ["", *title[:1]]
+        for f in dataclasses.fields(cls):
+            if f.name in seen and prefix:
+                continue
+            if not prefix:
+                seen.add(f.name)
+            m = f.metadata
+            values = ", ".join([f"default {f.default!r}", *(f"{k} {v!r}" for k, v in m.get("presets", {}).items())])
+            choices = f" {{{','.join(map(str, m['choices']))}}}" if m.get("choices") else ""
+            source = f" [{m['source']}]" if m.get("source") else ""
+            lines.append(f"  --{prefix}{f.name}{choices} ({values})\n        {m.get('help', '')}{source}")
+    return "\n".join(lines)
+
+
+def parse(cls: type[T], argv: list[str], prog: str) -> T:
+    """Fill `cls` from argv. The instance has `.explicit`, the names that were given as flags. --help prints and exits."""
+    if {"--help", "-h"} & set(argv):
+        print(_help({"": cls}, prog))
+        raise SystemExit(0)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    given = {}
+    for name, flag, text in _flags(argv, fields.get):
+        if name not in fields:
+            raise _unknown(flag, list(fields), prog)
+        given[name] = _convert(fields[name], text, flag)
+    return _build(cls, given)
+
+
+def parse_all(common: type, stages: dict[str, type], argv: list[str], prog: str) -> dict[str, Any]:
+    """Options of several stages from one command line: --seed=1 goes to every stage, --ppo.kl_coef=.1 to `ppo` alone."""
+    if {"--help", "-h"} & set(argv):
+        print(_help({"": common, **{f"{stage}.": cls for stage, cls in stages.items()}}, prog))
+        raise SystemExit(0)
+    fields = {f.name: f for f in dataclasses.fields(common)}
+    fields |= {f"{stage}.{f.name}": f for stage, cls in stages.items() for f in dataclasses.fields(cls) if f.name not in fields}
+    given: dict[str, dict[str, Any]] = {stage: {} for stage in stages}
+    for name, flag, text in _flags(argv, fields.get):
+        if name not in fields:
+            raise _unknown(flag, list(fields), prog)
+        stage, dot, own = name.rpartition(".")
+        for target in [stage] if dot else stages:
+            given[target][own] = _convert(fields[name], text, flag)
+    return {stage: _build(cls, given[stage]) for stage, cls in stages.items()}
+
+
+def show(options: Any, title: str) -> None:
+    """Print the resolved options once; a star marks what differs from the default."""
+    default = {f.name: f.default for f in dataclasses.fields(options)}
+    words = [f"{'*' if value != default[name] else ''}{name}={value}" for name, value in as_dict(options).items() if value != ""]
+    print(f"{title}\n  {'  '.join(words)}", flush=True)
+
+
+def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    """Run a command line: a UserError becomes one line and exit code 2; --traceback shows where it arose."""
+    try:
+        return main(list(argv)) or 0
+    except UserError as error:
+        if "--traceback" in argv:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+# ---- what every stage, and every stage of maximum likelihood, understands ------------------------------------------------
+
+@dataclasses.dataclass
+class Common:
+    """Options of all stages."""
+
+    data: str = option("reviews", "data set by name (reviews, shakespeare), or your own .jsonl file or folder")
+    source: str = option("", "folder or archive with the data set's raw files, instead of downloading them")
+    vocab_size: int = option(4096, "tokens of the vocabulary that is trained on the data, six special ones included", smoke=800, base=32_000)
+    limit: int = option(0, "use only so many distinct texts; 0: all", smoke=800)
+    preset: str = option("demo", "demo: two CPU cores, ten minutes for all; smoke: seconds, for tests; base: one GPU",
+                         choices=("smoke", "demo", "base"))
+    out: str = option("out", "runs are kept in OUT/<data>/<stage>/")
+    init_from: str = option("", "checkpoint to start from instead of this run's own parent stage; in PPO policy and reference")
+    reward_from: str = option("", "reward model for PPO instead of this run's own")
+    seed: int = option(0, "decides every random draw")
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("auto", "precision of matrix products; auto measures", choices=("auto", "float32", "bfloat16"))
+    compile: str = option("auto", "torch.compile for training; auto: off at present", choices=("auto", "on", "off"))
+    save_every: int = option(200, "steps (PPO: updates) between checkpoints", smoke=5)
+    resume: bool = option(False, "go on where the run in this folder stopped")
+    fresh: bool = option(False, "forget the run in this folder and start anew")
+    traceback: bool = option(False, "show where in the code an error arose")
+
+
+@dataclasses.dataclass
+class Learning(Common):
+    """Options of the three stages that maximise a likelihood."""
+
+    optimizer: str = option("muon", "muon: block matrices by Muon, the rest by AdamW; adamw: all by AdamW",
+                            choices=("muon", "adamw"), source="Jordan 2024; Loshchilov 2019")
+    muon_steps: int = option(3, "Newton-Schulz iterations of Muon", source="measured: 3 learn as well as 5 here")
+    lr: float = option(0.02, "learning rate of block matrices (Muon), or of all (AdamW)", base=0.01)
+    adam_lr: float = option(0.01, "learning rate of embeddings, norms and heads, by AdamW", base=0.003)
+    weight_decay: float = option(0.0, "decoupled weight decay of block matrices", source="Loshchilov 2019")
+    warmup: float = option(0.03, "share of the steps over which the learning rate rises")
+    decay: float = option(0.4, "share of the steps, the last ones, over which it falls to 0")
+    clip: float = option(1.0, "largest gradient norm")
+    log_every: int = option(10, "steps between lines of metrics.jsonl")

@@ -1,0 +1,504 @@
+"""PPO: change the policy so that the reward model likes its replies better, without leaving the reference too far behind.
+
+One update: `collect_rollout` lets the policy reply to prompts and scores every token with policy, reference, critic and
+reward model; `token_rewards` spreads the score and the KL penalty over tokens; `gae` turns rewards and values into
+advantages; `update` takes several passes over these replies with `ppo_loss`. The loop around it stands in train.py
+(`python train.py ppo`). Papers: Schulman 2016 (GAE), Schulman 2017 (PPO), Ziegler 2019 and MOSS-RLHF (PPO on language).
+
+Letters for shapes: B replies, P prompt length, R reply length, T = P + R, M rows of a minibatch, N real reply tokens.
+The home of all shapes is `Rollout`. One convention rules every array (B, R): column t belongs to reply token t; its
+log-probability and value are computed from what precedes that token; False in `response_mask` means the column does not
+exist, and whatever stands there changes nothing.
+"""
+import copy
+import dataclasses
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.batches import STAGES, pad_left
+from model import Transformer, log_softmax, precision
+from options import Common, UserError, option
+from reward import RewardModel
+from sample import generate
+
+
+@dataclasses.dataclass
+class PPOOptions(Common):
+    """`python train.py ppo`"""
+
+    updates: int = option(36, "rollouts, each followed by the epochs below", smoke=3, base=200)
+    batch: int = option(96, "replies per rollout", smoke=8, base=256)
+    reply_len: int = option(64, "longest reply in tokens; one cut there counts as ended, without bootstrap", smoke=16, base=128)
+    temperature: float = option(1.0, "of sampling and of every log-probability alike", source="N+: else the ratio does not start at 1")
+    top_k: int = option(0, "refused: PPO must score the distribution it drew from; for chatting only")
+    top_p: float = option(1.0, "refused, as top_k")
+    repetition_penalty: float = option(1.0, "refused, as top_k")
+    epochs: int = option(2, "passes over a rollout", source="4 in N+; MOSS 1")
+    minibatches: int = option(2, "optimizer steps per pass", source="1 in N+")
+    micro_batch: int = option(24, "rows per forward and backward; changes memory and speed, nothing else", base=32)
+    policy_lr: float = option(3e-4, "Adam's rate for the policy: small models need far more than the papers' 5e-7", base=1e-5,
+                              source="prototype; MOSS 5e-7 at 7B, lm-human-preferences 1e-5 at 124M")
+    critic_lr: float = option(5e-4, "Adam's rate for the critic", base=2e-5, source="prototype; MOSS 1.65e-6 at 7B")
+    adam_eps: float = option(1e-5, "Adam's epsilon", source="N+")
+    warmup: float = option(0.05, "share of the updates over which the rates rise", source="MOSS 0.1")
+    final_lr: float = option(0.1, "rates fall linearly to this share of themselves", source="N+: to 0")
+    critic: str = option("separate", "separate: own network, a copy of the reward model; shared: a head on the policy",
+                         choices=("separate", "shared"), source="separate in MOSS and N+")
+    critic_warmup: int = option(2, "first updates that train the critic alone", source="MOSS-RLHF part I")
+    kl_coef: float = option(0.06, "price of one nat away from the reference", source="MOSS 0.05, swept .05 to .2; N+ 0.05")
+    kl_estimator: str = option("k1", "estimate of KL in the reward", choices=("k1", "k2", "k3"), source="Schulman 2020; k1 in MOSS, N+")
+    kl_control: str = option("fixed", "adaptive steers the coefficient towards --kl_target", choices=("fixed", "adaptive"),
+                             source="Ziegler 2019, eq. 4")
+    kl_target: float = option(6.0, "nats per reply that adaptive control aims at", source="Ziegler 2019")
+    kl_horizon: float = option(10_000, "replies over which adaptive control acts", source="Ziegler 2019")
+    gamma: float = option(1.0, "discount per token", source="N+, MOSS")
+    lam: float = option(0.95, "GAE's trade of bias for variance", source="Schulman 2016; N+, MOSS 0.95")
+    whiten: bool = option(True, "advantages to mean 0, spread 1 over the rollout", source="N+")
+    clip_range: float = option(0.2, "policy ratio clip", source="Schulman 2017, N+, MOSS")
+    value_clip: float = option(0.2, "value clip around the rollout's values; 0: none", source="N+, MOSS")
+    value_coef: float = option(0.1, "weight of the value loss; without effect on a separate critic but for clipping", source="N+")
+    entropy_coef: float = option(0.0, "entropy bonus", source="MOSS: not recommended")
+    max_grad_norm: float = option(1.0, "gradient norm at most, for policy and critic each")
+    reward_norm: str = option("sigmoid", "fixed: the checkpoint's mean and spread; running: divided by the running spread too; "
+                              "sigmoid: 2σ(raw) − 1, bounded", choices=("fixed", "running", "sigmoid"), source="MOSS: running")
+    reward_clip: float = option(10.0, "scores are clipped to ± this", source="MOSS 10")
+    end_penalty: float = option(0.5, "subtracted, after the clip, from a reply without end token", source="TRL: 1")
+    max_approx_kl: float = option(0.0, "skip the policy's remaining minibatches of an update above this; 0: never",
+                                  source="Spinning Up: 0.015")
+    save_every: int = option(10, "updates between checkpoints", smoke=1)
+    eval_every: int = option(9, "updates between measurements on held-out prompts", smoke=2, base=20)
+    eval_prompts: int = option(128, "held-out prompts measured then", smoke=8, base=256)
+    report_prompts: int = option(500, "held-out test prompts of the report that `all` ends with", smoke=20)
+
+    def __post_init__(self) -> None:
+        if self.top_k != 0 or self.top_p != 1 or self.repetition_penalty != 1:
+            raise UserError("ppo: top_k, top_p and repetition_penalty are for chatting (sample.py): a rollout drawn from a filtered "
+                            "distribution but scored by the full softmax is not on-policy; use --temperature alone")
+        if self.temperature <= 0:
+            raise UserError(f"ppo: --temperature {self.temperature} must be above 0: greedy replies explore nothing")
+        if self.batch % self.minibatches:
+            raise UserError(f"ppo: --batch {self.batch} does not divide into --minibatches {self.minibatches}")
+
+
+# ---- means over what is real ------------------------------------------------------------------------------------------
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over True entries, float32; 0 where there is none. Values under False, NaN included, change nothing.
+
+    >>> x, mask = torch.tensor([[1., 2, 0], [3, 4, 5], [7, 0, 0]]), torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]]).bool()
+    >>> round(float(masked_mean(x, mask)), 4)  # 22 / 6
+    3.6667
+    """
+    return torch.where(mask, x.float(), 0).sum() / mask.sum().clamp(min=1)
+
+
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """Spread 1 and, unless shift_mean is False, mean 0 over the mask; 0 elsewhere. The variance divides by the count."""
+    mean = masked_mean(x, mask)
+    centred = torch.where(mask, x.float() - mean, 0)
+    scaled = centred * torch.rsqrt(masked_mean(centred * centred, mask) + 1e-8)
+    return scaled if shift_mean else torch.where(mask, scaled + mean, 0)
+
+
+class RunningMoments:
+    """Count, mean and spread over everything seen, one batch at a time (Chan et al.'s parallel variance).
+
+    Starts as one observation's worth of mean 0 and spread 1, so that the first batch cannot divide by nothing.
+    """
+
+    def __init__(self, count: float = 1.0, mean: float = 0.0, var: float = 1.0):
+        self.count, self.mean, self.var = count, mean, var
+
+    def update(self, x: Tensor) -> None:
+        n, mean, var = x.numel(), float(x.double().mean()), float(x.double().var(correction=0))
+        total, delta = self.count + n, mean - self.mean
+        self.var = (self.var * self.count + var * n + delta * delta * self.count * n / total) / total
+        self.mean += delta * n / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        return self.var ** 0.5
+
+    def state(self) -> dict[str, float]:
+        return {"count": self.count, "mean": self.mean, "var": self.var}
+
+
+# ---- rewards ----------------------------------------------------------------------------------------------------------
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
+    """KL(π‖π_ref) per sampled token, from log-probabilities of the token drawn from π (Schulman 2020).
+
+    With d = log π − log π_ref: k1 = d (unbiased, can be negative), k2 = d²/2 (biased, low variance),
+    k3 = exp(−d) − 1 + d (unbiased and never negative).
+    """
+    d = logprobs.float() - ref_logprobs.float()
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d * d / 2
+    if kind == "k3":
+        return torch.expm1(-d) + d
+    raise UserError(f"unknown KL estimator {kind!r}: use k1, k2 or k3")
+
+
+def shape_scores(raw: Tensor, ended: Tensor, o: PPOOptions, reward_model: RewardModel, moments: RunningMoments) -> Tensor:
+    """Raw scores (B,) -> what PPO is paid: normalised, clipped, and only then, so that it always counts, fined for a
+    missing end token. `moments` are updated before use (MOSS), and their mean is kept."""
+    if o.reward_norm == "sigmoid":
+        scores = 2 * torch.sigmoid(raw) - 1
+    else:
+        scores = reward_model.normalise(raw)
+        if o.reward_norm == "running":
+            moments.update(scores)
+            scores = scores / moments.std
+    return scores.clamp(-o.reward_clip, o.reward_clip) - o.end_penalty * (~ended).float()
+
+
+def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float,
+                  kl_estimator: str = "k1") -> Tensor:
+    """r_t = −kl_coef · KL_t, plus the reply's score on its last real token. scores (B,), the others (B, R) -> (B, R).
+
+    A new tensor, without gradient: the logged KL is never changed in place.
+    """
+    rewards = -kl_coef * kl_estimate(logprobs.detach(), ref_logprobs.detach(), kl_estimator)
+    column = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, column, -1).amax(1, keepdim=True)  # −1: an empty row, which receives nothing
+    rewards = rewards + torch.where(column == last, scores.detach().float()[:, None], 0)
+    return torch.where(mask, rewards, 0)
+
+
+class KLController:
+    """The price of KL, fixed or steered so that a reply's KL comes near a target (Ziegler 2019, eq. 4)."""
+
+    def __init__(self, coef: float, target: float | None = None, horizon: float = 10_000):
+        self.coef, self.target, self.horizon = coef, target, horizon
+
+    def update(self, kl_per_reply: float, n_replies: int) -> None:
+        """>>> control = KLController(.2, target=6); control.update(9., 256); round(control.coef, 6)
+        0.201024
+        """
+        if self.target is not None:
+            error = min(max(kl_per_reply / self.target - 1, -0.2), 0.2)
+            self.coef *= 1 + error * n_replies / self.horizon
+
+
+# ---- advantages -------------------------------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=32)
+def _gae_tables(c: float, K: int, n: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Powers of c = γλ for `gae`, from float64: within a block (K, K), over blocks (n, n), from a block's end (K,)."""
+    k, b = torch.arange(K, dtype=torch.float64), torch.arange(n, dtype=torch.float64)
+
+    def powers(base: float, exponent: Tensor) -> Tensor:
+        return torch.where(exponent >= 0, base ** exponent.clamp(min=0), 0).float().to(device)
+
+    return powers(c, k[:, None] - k[None, :]), powers(c ** K, b[:, None] - b[None, :] - 1), powers(c, K - k)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation: (advantages, returns), each (B, R) float32, 0 where the mask is False.
+
+        δ_t = r_t + γ V_{t+1} − V_t        A_t = Σ_{k ≥ t} (γλ)^(k−t) δ_k        returns_t = A_t + V_t
+
+    (Schulman 2016, eq. 16.) After a reply's last token V is 0: its end is the end, also where it was cut. The mask's True
+    entries are contiguous in each row. The sum is a matrix product with powers of γλ inside blocks of 64 columns, and one
+    more that carries each block's sum to the blocks before it: no loop over time.
+
+    >>> r, V = torch.tensor([[-.1, .2, 1.]]), torch.tensor([[.5, .4, .3]])
+    >>> [t.numpy().round(5).tolist() for t in gae(r, V, torch.ones(1, 3).bool())]
+    [[[0.52675, 0.765, 0.7]], [[1.02675, 1.165, 1.0]]]
+    """
+    B, R = rewards.shape
+    K = 64
+    n = -(-R // K)
+    values = torch.where(mask, values.float(), 0)
+    delta = torch.where(mask, rewards.float(), 0) - values
+    delta[:, :-1] += gamma * values[:, 1:]
+    delta = torch.where(mask, delta, 0)  # the column before a row's first token looked ahead, too
+    within, across, decay = _gae_tables(gamma * lam, K, n, str(rewards.device))
+    blocks = nn.functional.pad(delta, (0, n * K - R)).view(B, n, K)
+    local = blocks @ within  # (B, n, K): sums that stop at their block's end
+    carry = local[:, :, 0] @ across  # (B, n): the discounted sum of everything after the block
+    advantages = (local + carry[:, :, None] * decay).view(B, n * K)[:, :R]
+    advantages = torch.where(mask, advantages, 0)
+    return advantages, torch.where(mask, advantages + values, 0)
+
+
+# ---- rows as the networks read them -----------------------------------------------------------------------------------
+
+class Rows(NamedTuple):
+    """Some rows of a rollout with their padding moved to the right and cut at the longest: tokens (M, L), and bools of the
+    same shape: `real` tokens, and those of the `reply`. To the right, pads need no attention mask: causality hides them."""
+
+    tokens: Tensor
+    real: Tensor
+    reply: Tensor
+
+    def before(self, hidden: Tensor) -> Tensor:
+        """(M, L, D) -> (N, D): the hidden state just before each reply token, row by row."""
+        return hidden[:, :-1][self.reply[:, 1:]]
+
+    @property
+    def targets(self) -> Tensor:
+        """(N,): the reply tokens in the same order."""
+        return self.tokens[self.reply]
+
+
+def make_rows(tokens: Tensor, real: Tensor, reply: Tensor) -> Rows:
+    """Move each row's real tokens to its beginning, their order kept; all (M, T)."""
+    order = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, :int(real.sum(1).max())]
+    return Rows(tokens.gather(1, order), real.gather(1, order), reply.gather(1, order))
+
+
+def spread(flat: Tensor, response_mask: Tensor) -> Tensor:
+    """(N,) back to (M, R): each value to its reply token's column, 0 elsewhere."""
+    out = flat.new_zeros(response_mask.shape)
+    return out.masked_scatter(response_mask, flat)
+
+
+class ActorCritic(nn.Module):
+    """Policy and critic. The critic is a network of its own, or (critic=None) a scalar head on the policy's trunk."""
+
+    def __init__(self, policy: Transformer, critic: RewardModel | None = None):
+        super().__init__()
+        self.policy, self.critic = policy, critic
+        self.value_head = None
+        if critic is None:
+            self.value_head = nn.Linear(policy.config.d_model, 1)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+        for module in self.modules():  # scores, samples and updates of PPO run without dropout, whatever mode is set
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """Those trained for values alone."""
+        return list((self.critic if self.critic is not None else self.value_head).parameters())
+
+    def forward(self, rows: Rows, temperature: float, train_policy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """(logprobs, entropy, values), each (N,), float32. Without train_policy, nothing reaches the policy's weights."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and train_policy):
+            hidden = rows.before(self.policy.hidden(rows.tokens))
+            logprobs, entropy = score_tokens(self.policy, hidden, rows.targets, temperature)
+        if self.critic is not None:
+            values = self.critic.head_values(rows.before(self.critic.backbone.hidden(rows.tokens)))
+        else:
+            values = self.value_head(hidden.float()).squeeze(-1)  # not divided by the temperature: it is no logit
+        return logprobs, entropy, values
+
+
+def score_tokens(model: Transformer, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """hidden (N, D), targets (N,) -> log-probability of each target and entropy of each distribution, (N,) in nats."""
+    logps = log_softmax(model.head(hidden), temperature)  # (N, V)
+    return logps.gather(1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(1)
+
+
+def critic_from(reward_model: RewardModel) -> RewardModel:
+    """A copy of the reward model with its constants folded into the head, w/σ and (b − μ)/σ, so that its first values are
+    on the scale of normalised scores; its own constants become 0 and 1, so that they are not applied twice."""
+    critic = copy.deepcopy(reward_model).requires_grad_(True)
+    with torch.no_grad():
+        critic.score_head.weight.div_(critic.std)
+        critic.score_head.bias.sub_(critic.mean).div_(critic.std)
+        critic.mean.zero_()
+        critic.std.fill_(1)
+    return critic
+
+
+# ---- the buffer -------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Rollout:
+    """Everything that one update learns from. The shapes' one home."""
+
+    tokens: Tensor  # (B, T) int64: left-padded prompt, then reply, as sampled
+    mask: Tensor  # (B, T) bool: real tokens
+    response_mask: Tensor  # (B, R) bool: reply tokens up to and including the end token
+    ended: Tensor  # (B,) bool: the end token was written
+    sampled_logprobs: Tensor  # (B, R) float32: what the decoder said while drawing
+    logprobs: Tensor  # (B, R): the policy's, re-scored by the training forward
+    ref_logprobs: Tensor  # (B, R): the reference's, in the same batches and precision
+    entropy: Tensor  # (B, R): of the policy at each token, nats
+    values: Tensor  # (B, R): the critic's, before each token
+    raw_scores: Tensor  # (B,): the reward model's
+    scores: Tensor  # (B,): normalised, clipped, fined
+    rewards: Tensor  # (B, R)
+    advantages: Tensor  # (B, R): whitened if so asked
+    returns: Tensor  # (B, R): from unwhitened advantages
+    kl_coef: float  # used in rewards
+    seconds: dict[str, float]  # of generation and scoring
+
+    def rows(self, index: Tensor) -> Rows:
+        """These rows as the networks read them."""
+        P = self.tokens.shape[1] - self.response_mask.shape[1]
+        mask, response = self.mask[index], self.response_mask[index]
+        return make_rows(self.tokens[index], mask, torch.cat((torch.zeros_like(mask[:, :P]), response), 1))
+
+    def by_length(self, index: Tensor, size: int) -> list[Tensor]:
+        """Cut these rows into pieces of `size`, sorted by length, so that little padding is computed."""
+        length = self.mask[index].sum(1)
+        return list(index[length.argsort(stable=True)].split(size))
+
+
+@torch.no_grad()
+def collect_rollout(actor_critic: ActorCritic, reference: Transformer, reward_model: RewardModel, prompts: Sequence[Sequence[int]],
+                    o: PPOOptions, *, end_id: int, step: int, kl_coef: float, moments: RunningMoments, dtype: str = "float32",
+                    sample_dtype: str | None = None) -> Rollout:
+    """Reply to prompts (lists of ids) with the policy, and score the replies. All draws follow from (seed, stage, step, row)."""
+    device = actor_critic.policy.embedding.weight.device
+    prompt, prompt_mask = (t.to(device) for t in pad_left(prompts, 0))
+    start = time.perf_counter()
+    reply = generate(actor_critic.policy, prompt, prompt_mask, o.reply_len, temperature=o.temperature, end_id=end_id,
+                     seed=(o.seed, STAGES["ppo"], step), dtype=sample_dtype)
+    generated = time.perf_counter()
+    B, R = reply.mask.shape
+    zeros = torch.zeros(B, R, device=device)
+    ended = (reply.tokens.eq(end_id) & reply.mask).any(1)
+    rollout = Rollout(torch.cat((prompt, reply.tokens), 1), torch.cat((prompt_mask, reply.mask), 1), reply.mask, ended,
+                      reply.logprobs, *(zeros.clone() for _ in range(4)), zeros[:, 0].clone(), zeros[:, 0].clone(),
+                      *(zeros.clone() for _ in range(3)), kl_coef, {})
+    for index in rollout.by_length(torch.arange(B, device=device), o.micro_batch):
+        rows, response = rollout.rows(index), reply.mask[index]
+        with precision(dtype, device.type):
+            logprobs, entropy, values = actor_critic(rows, o.temperature)
+            ref_logprobs, _ = score_tokens(reference, rows.before(reference.hidden(rows.tokens)), rows.targets, o.temperature)
+            rollout.raw_scores[index] = reward_model(rows.tokens, rows.real, rows.reply)
+        for name, flat in (("logprobs", logprobs), ("ref_logprobs", ref_logprobs), ("entropy", entropy), ("values", values)):
+            getattr(rollout, name)[index] = spread(flat, response)
+    rollout.scores = shape_scores(rollout.raw_scores, ended, o, reward_model, moments)
+    rollout.rewards = token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, reply.mask, kl_coef, o.kl_estimator)
+    rollout.advantages, rollout.returns = gae(rollout.rewards, rollout.values, reply.mask, o.gamma, o.lam)
+    if o.whiten:
+        rollout.advantages = whiten(rollout.advantages, reply.mask)
+    rollout.seconds = {"generate": generated - start, "score": time.perf_counter() - generated}
+    return rollout
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """What the README's glossary defines, over the whole rollout."""
+    mask = rollout.response_mask
+    kl = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0)
+    residual, returns = rollout.returns - rollout.values, rollout.returns
+    spread_of = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask)  # noqa: E731
+    metrics = {
+        "score": rollout.scores.mean(), "raw_score": rollout.raw_scores.mean(), "kl": kl.sum(1).mean(),
+        "kl_per_token": masked_mean(kl, mask), "entropy": masked_mean(rollout.entropy, mask),
+        "length": mask.sum(1).float().mean(), "end_rate": rollout.ended.float().mean(),
+        "ref_perplexity": torch.exp(-masked_mean(rollout.ref_logprobs, mask)),
+        "sampler_gap": masked_mean((rollout.sampled_logprobs - rollout.logprobs).abs(), mask),
+        "explained_variance": 1 - spread_of(residual) / spread_of(returns).clamp(min=1e-8),
+    }
+    return {**{name: float(x) for name, x in metrics.items()}, "kl_coef": rollout.kl_coef, "reply_tokens": int(mask.sum())}
+
+
+# ---- learning ---------------------------------------------------------------------------------------------------------
+
+def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, values: Tensor, old_values: Tensor, returns: Tensor,
+             entropy: Tensor, mask: Tensor, *, n_tokens: int | Tensor | None = None, clip_range: float = 0.2,
+             value_clip: float = 0.2, value_coef: float = 0.1, entropy_coef: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate (Schulman 2017, eq. 7), the clipped value loss and the entropy bonus; all arrays (M, R).
+
+        ratio = π(token) / π_old(token)
+        L = mean( max(−A · ratio, −A · clip(ratio, 1 ± ε)) ) + c_v · mean( ½ max((V − G)², (V_clipped − G)²) ) − c_e · mean(H)
+
+    Every mean is a sum over the mask divided by n_tokens: the real reply tokens of the whole optimizer step (default: of
+    this mask), so that the parts of a minibatch add up to it exactly. The metrics are such means, too.
+    """
+    n = mask.sum() if n_tokens is None else n_tokens
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.where(mask, x, 0).sum() / n
+
+    def real(x: Tensor) -> Tensor:  # before any arithmetic: a NaN in a pad must not reach a gradient
+        return torch.where(mask, x, 0)
+
+    log_ratio = real(logprobs) - real(old_logprobs)
+    ratio, advantages = log_ratio.exp(), real(advantages)
+    surrogate, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    policy_loss = mean(torch.maximum(surrogate, clipped))
+    values, old_values, returns = real(values), real(old_values), real(returns)
+    error = (values - returns) ** 2
+    error_clipped = error
+    if value_clip > 0:
+        error_clipped = (old_values + (values - old_values).clamp(-value_clip, value_clip) - returns) ** 2
+    value_loss = 0.5 * mean(torch.maximum(error, error_clipped))
+    entropy_mean = mean(real(entropy))
+    loss = policy_loss + value_coef * value_loss - entropy_coef * entropy_mean
+    with torch.no_grad():
+        metrics = {
+            "policy_loss": policy_loss, "value_loss": value_loss, "approx_kl": mean(torch.expm1(log_ratio) - log_ratio),
+            "clip_frac": mean((clipped > surrogate).float()), "value_clip_frac": mean((error_clipped > error).float()),
+            "abs_log_ratio": mean(log_ratio.abs()),
+        }
+    return loss, {name: x.detach() for name, x in metrics.items()}
+
+
+def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout: Rollout, o: PPOOptions, step: int, *,
+           train_policy: bool = True, dtype: str = "float32") -> dict[str, float]:
+    """Several passes over one rollout; each minibatch is one optimizer step. Returns means over all minibatches' tokens.
+
+    Rows are permuted anew each epoch, from (seed, stage, step, epoch). train_policy=False (critic warm-up) trains values
+    alone. A minibatch above --max_approx_kl ends the policy's part of this update: its gradients stay None, so Adam
+    neither moves it nor its momentum. Raises UserError on a loss that is not finite, before any step is taken with it.
+    """
+    start, device, warming_up = time.perf_counter(), rollout.tokens.device, not train_policy
+    policy_parameters, critic_parameters = list(actor_critic.policy.parameters()), actor_critic.critic_parameters()
+    groups = {"policy": policy_parameters, "critic": critic_parameters}
+    totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+    tokens = policy_tokens = 0
+    norms: dict[str, list[Tensor]] = defaultdict(list)
+    ratio_start, skipped, weights = None, 0, dict(clip_range=o.clip_range, value_clip=o.value_clip, entropy_coef=o.entropy_coef)
+
+    def losses(index: Tensor, n: Tensor, policy: bool):
+        rows, mask = rollout.rows(index), rollout.response_mask[index]
+        with precision(dtype, device.type):
+            flat = actor_critic(rows, o.temperature, policy)
+        logprobs, entropy, values = (spread(x, mask) for x in flat)
+        return ppo_loss(logprobs, rollout.logprobs[index], rollout.advantages[index], values, rollout.values[index],
+                        rollout.returns[index], entropy, mask, n_tokens=n, value_coef=o.value_coef, **weights)
+
+    for epoch in range(o.epochs):
+        order = torch.from_numpy(np.random.default_rng([o.seed, STAGES["ppo"], step, epoch]).permutation(len(rollout.tokens)))
+        for minibatch in order.to(device).chunk(o.minibatches):
+            n = rollout.response_mask[minibatch].sum()
+            pieces = rollout.by_length(minibatch, o.micro_batch)
+            if train_policy and o.max_approx_kl > 0:
+                with torch.no_grad():
+                    approx_kl = sum(losses(piece, n, True)[1]["approx_kl"] for piece in pieces)
+                if approx_kl > o.max_approx_kl:
+                    train_policy = False
+            skipped += not (train_policy or warming_up)
+            optimizer.zero_grad(set_to_none=True)
+            parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+            for piece in pieces:
+                loss, metrics = losses(piece, n, train_policy)
+                loss.backward()
+                for name, x in metrics.items():
+                    parts[name] = parts[name] + x
+            if not torch.isfinite(parts["policy_loss"] + parts["value_loss"]):
+                raise UserError(f"ppo: the loss is not finite at update {step}, epoch {epoch}: policy {float(parts['policy_loss'])}, "
+                                f"value {float(parts['value_loss'])}; the last good checkpoint is kept: lower --policy_lr or --critic_lr")
+            for name, parameters in groups.items():
+                if name == "critic" or train_policy:
+                    norms[f"{name}_grad_norm"].append(nn.utils.clip_grad_norm_(parameters, o.max_grad_norm))
+            optimizer.step()
+            if ratio_start is None and train_policy:
+                ratio_start = float(parts["abs_log_ratio"])
+            tokens += int(n)
+            policy_tokens += int(n) * train_policy
+            for name, x in parts.items():
+                if train_policy or name.startswith("value"):
+                    totals[name] = totals[name] + x * n
+    result = {name: float(x) / max(tokens if name.startswith("value") else policy_tokens, 1) for name, x in totals.items()}
+    result |= {name: float(torch.stack(x).mean()) for name, x in norms.items()}
+    if ratio_start is not None:
+        result["ratio_start"] = ratio_start
+    return {**result, "skipped_minibatches": skipped, "trained_tokens": tokens, "seconds_train": time.perf_counter() - start}

@@ -1,0 +1,139 @@
+"""The reward model: people's judgements, turned into a number that a policy can be trained on.
+
+A reward model is the language model's trunk with one output: a scalar. Three kinds of human feedback, three losses:
+which of two replies is better (`pairwise_loss`, Bradley–Terry), how good one is (`regression_loss`), liked or not
+(`label_loss`). Train one with `python train.py reward`; the loop stands in train.py, the arithmetic here.
+"""
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import ModelConfig, Transformer
+from options import Learning, UserError, option
+
+
+@dataclasses.dataclass
+class RewardConfig(ModelConfig):
+    """A Transformer's shape, and how its hidden states become one score."""
+
+    pool: str = "mean"  # mean of the head over the reply's tokens, or `last`: the head at the last real token
+
+
+class RewardModel(nn.Module):
+    """Trunk and scalar head. `mean` and `std` are those of raw scores on replies of the SFT policy (`set_normalisation`)."""
+
+    config_class = RewardConfig
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config if isinstance(config, RewardConfig) else RewardConfig(**dataclasses.asdict(config))
+        if self.config.pool not in ("last", "mean"):
+            raise UserError(f"unknown pooling {self.config.pool!r}: use last or mean")
+        self.backbone = Transformer(self.config)
+        self.score_head = nn.Linear(config.d_model, 1)
+        self.initialise_head()
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("std", torch.ones(()))
+
+    @torch.no_grad()
+    def initialise_head(self, seed: int = 0) -> None:
+        """N(0, 1/sqrt(D + 1)), bias 0 (N+ implementation details)."""
+        width = self.config.d_model
+        noise = torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
+        self.score_head.weight.copy_(noise / math.sqrt(width + 1))
+        self.score_head.bias.zero_()
+
+    def head_values(self, hidden: Tensor) -> Tensor:
+        """(…, D) -> (…): the scalar head, in float32 whatever the trunk's precision."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.score_head(hidden.float()).squeeze(-1)
+
+    def values(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The head at every token: (B, T) -> (B, T). What the critic starts from."""
+        return self.head_values(self.backbone.hidden(tokens, mask))
+
+    def pool(self, values: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
+        """Per-token values (B, T) -> one score per row (B,). mask: real tokens; reply_mask: the part that `mean` averages,
+        default all real tokens. Pads change nothing, on whichever side they stand."""
+        mask = mask if reply_mask is None else mask & reply_mask
+        if not bool(mask.any(1).all()):
+            raise ValueError("a row without any token to score")
+        if self.config.pool == "mean":
+            return torch.where(mask, values, 0).sum(1) / mask.sum(1)
+        last = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).amax(1)
+        return values.gather(1, last[:, None])[:, 0]
+
+    def forward(self, tokens: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
+        """Raw score of each row: tokens, mask and reply_mask (B, T) -> (B,) float32. Train and measure on these."""
+        return self.pool(self.values(tokens, mask), mask, reply_mask)
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        return (raw - self.mean) / self.std
+
+    def score(self, tokens: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
+        """(raw − mean) / std: 0 is an average reply of the SFT policy, 1 is one spread better."""
+        return self.normalise(self(tokens, mask, reply_mask))
+
+    @torch.no_grad()
+    def set_normalisation(self, raw: Tensor) -> None:
+        """Take mean and spread from raw scores (≥ 512 of them) of replies that the SFT policy wrote."""
+        std = raw.float().std(correction=0)
+        if not torch.isfinite(std) or std <= 1e-6:
+            raise UserError(f"the reward model gives every reply the same score (spread {float(std):.1e} over {len(raw)} replies): "
+                            "it has learned nothing to optimise; train it longer or check its labels")
+        self.mean.copy_(raw.float().mean())
+        self.std.copy_(std)
+
+
+# ---- losses: scores here are raw --------------------------------------------------------------------------------------
+
+def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float | None = None,
+                  label_smoothing: float = 0.0) -> Tensor:
+    """Bradley–Terry: P(chosen beats rejected) = σ(Δ), Δ = r_chosen − r_rejected; the mean of −log σ(Δ − margin).
+
+    logsigmoid, not log(σ + ε): the latter's gradient dies on the pairs that are most wrong. With label_smoothing p, a
+    share p of the pairs is taken to be labelled the wrong way round (MOSS-RLHF, part II).
+
+    >>> round(float(pairwise_loss(torch.tensor([1.0]), torch.tensor([1.0]))), 6)  # no preference: ln 2
+    0.693147
+    """
+    delta = chosen - rejected - (0.0 if margin is None else margin)
+    return -((1 - label_smoothing) * F.logsigmoid(delta) + label_smoothing * F.logsigmoid(-delta)).mean()
+
+
+def regression_loss(scores: Tensor, ratings: Tensor) -> Tensor:
+    """Mean squared distance between scores (B,) and people's ratings (B,)."""
+    return F.mse_loss(scores, ratings.to(scores.dtype))
+
+
+def label_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Liked (1) or not (0): P(liked) = σ(score); mean binary cross-entropy of scores (B,) and labels (B,)."""
+    return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype))
+
+
+@dataclasses.dataclass
+class RewardOptions(Learning):
+    """`python train.py reward`"""
+
+    pool: str = option("mean", "read the score as mean over the reply or at its last token", choices=("mean", "last"),
+                       source="measured: mean is better on reviews; last is N+ and InstructGPT")
+    loss: str = option("auto", "auto: by the records' fields", choices=("auto", "label", "pairwise", "regression"))
+    epochs: float = option(2.0, "passes over the training records", smoke=1.0, base=1.0)
+    batch: int = option(32, "records per step", smoke=16)
+    max_len: int = option(128, "longest row in tokens; longer texts are cut, and then carry no end token", smoke=64, base=512)
+    lr: float = option(0.01, "learning rate of block matrices (Muon), or of all (AdamW)", base=0.003)
+    adam_lr: float = option(0.003, "learning rate of embeddings, norms and head, by AdamW", base=1e-4)
+    warmup: float = option(0.1, "share of the steps over which the learning rate rises")
+    decay: float = option(0.9, "share of the steps, the last ones, over which it falls to 0")
+    dropout: float = option(0.1, "the only place where dropout is on")
+    lm_coef: float = option(0.1, "weight of the language-model loss on the same text, per token",
+                            source="MOSS-RLHF part II: keeps the trunk a language model")
+    prefix_share: float = option(0.3, "share of texts cut somewhere, without end token, labelled alike: unfinished replies")
+    label_smoothing: float = option(0.0, "share of labels taken to be wrong (pairwise)", source="MOSS-RLHF part II")
+    eval_every: int = option(100, "steps between measurements on validation", smoke=10)
+    norm_replies: int = option(512, "replies of the SFT policy that give the score its mean and spread", smoke=64)
+    reply_len: int = option(64, "longest of those replies, as in PPO", smoke=16, base=128)
+    temperature: float = option(1.0, "their sampling temperature, as in PPO")

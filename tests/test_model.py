@@ -1,0 +1,202 @@
+"""The Transformer's properties: what may see what, what padding and packing may change (nothing), what a file may lose (nothing)."""
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.tokenizer import train_bpe
+from model import (KVCache, ModelConfig, Transformer, cross_entropy_sum, load_checkpoint, pick_dtype, save_checkpoint,
+                   token_logprobs, weights_hash)
+from options import UserError
+from reward import RewardModel
+
+CONFIG = ModelConfig(vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_len=64)
+
+
+@pytest.fixture
+def model() -> Transformer:
+    model = Transformer(CONFIG)
+    with torch.no_grad():  # larger than at the start of training, so that attention is far from uniform
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.mul_(5)
+    return model.eval()
+
+
+def tokens_of(shape, seed=0):
+    return torch.randint(0, 300, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_position_does_not_see_what_follows(model):
+    a, b = tokens_of((1, 12)), tokens_of((1, 12))
+    b[0, 7:] = tokens_of((5,), seed=1)
+    assert torch.equal(model(a)[0, :7], model(b)[0, :7])
+    assert not torch.allclose(model(a)[0, 7:], model(b)[0, 7:])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_row_equals_the_row_alone(model, side):
+    rows = [tokens_of((n,), seed=n) for n in (3, 9, 6)]
+    tokens, mask = torch.full((3, 9), 299), torch.zeros(3, 9, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        at = slice(9 - len(row), 9) if side == "left" else slice(0, len(row))
+        tokens[i, at], mask[i, at] = row, True
+    logits = model(tokens, mask)
+    assert torch.isfinite(logits).all()
+    for i, row in enumerate(rows):
+        assert torch.allclose(logits[i, mask[i]], model(row[None])[0], atol=1e-5)
+
+
+def test_what_stands_in_a_pad_changes_nothing(model):
+    tokens, mask = tokens_of((2, 8)), torch.ones(2, 8, dtype=torch.bool)
+    mask[0, :3] = False
+    other = torch.where(mask, tokens, (tokens + 7) % 300)
+    assert torch.equal(model(tokens, mask)[mask], model(other, mask)[mask])
+
+
+def test_a_packed_document_equals_the_document_alone(model):
+    a, b = tokens_of((1, 5), seed=2), tokens_of((1, 7), seed=3)
+    docs = torch.tensor([[0] * 5 + [1] * 7])
+    packed = model(torch.cat((a, b), 1), docs=docs)
+    assert torch.allclose(packed[0, :5], model(a)[0], atol=1e-5)
+    assert torch.allclose(packed[0, 5:], model(b)[0], atol=1e-5)  # rotary attention knows differences of positions only
+
+
+def test_cached_decoding_equals_the_full_forward(model):
+    tokens = tokens_of((3, 10))
+    cache, span = KVCache(CONFIG, 3, 10), torch.arange(10)
+    steps = [model.trunk(tokens[:, :4], None, None, cache, span[:4])]
+    for t in range(4, 10):
+        steps.append(model.trunk(tokens[:, t:t + 1], torch.full((3, 1), t), None, cache, span[:t + 1]))
+    assert torch.allclose(torch.cat(steps, 1), model.hidden(tokens), atol=1e-5)
+
+
+def test_grouped_queries_equal_repeated_keys_and_values(model):
+    full = Transformer(dataclasses.replace(CONFIG, n_kv_head=4)).eval()
+    state = model.state_dict()
+    for name, w in model.state_dict().items():
+        if "qkv" in name:
+            q, k, v = w.split((32, 16, 16))
+            state[name] = torch.cat((q, *(x.view(2, 8, 32).repeat_interleave(2, 0).reshape(32, 32) for x in (k, v))))
+    full.load_state_dict(state)
+    tokens = tokens_of((2, 9))
+    assert torch.allclose(model(tokens), full(tokens), atol=1e-5)
+
+
+def test_chunked_cross_entropy_equals_the_plain_one(model):
+    tokens = tokens_of((2, 20))
+    plain = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    plain.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    ours = cross_entropy_sum(model, model.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), chunk=7)
+    (0.5 * ours).backward()
+    assert torch.allclose(ours, plain, rtol=1e-5)
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, 0.5 * expected[name], rtol=1e-3, atol=1e-5), name
+
+
+def test_log_probabilities_are_those_of_the_tempered_softmax():
+    logits, targets = torch.randn(4, 9), torch.tensor([0, 3, 8, 2])
+    expected = (logits / 0.7).softmax(-1)[torch.arange(4), targets].log()
+    assert torch.allclose(token_logprobs(logits, targets, 0.7), expected, atol=1e-6)
+    assert token_logprobs(logits.bfloat16(), targets).dtype == torch.float32
+
+
+def test_parameters_and_flops_are_counted(model):
+    assert model.n_parameters() == sum(p.numel() for p in model.state_dict().values())
+    one_layer = Transformer(dataclasses.replace(CONFIG, n_layer=1))
+    more = model.flops_per_token(64) - one_layer.flops_per_token(64)
+    matrices = sum(p.numel() for p in model.blocks[0].parameters() if p.dim() == 2)
+    assert more == 6 * matrices + 6 * 32 * 64
+
+
+def test_initialisation_follows_the_seed_and_depth():
+    a, b, c = Transformer(CONFIG), Transformer(CONFIG), Transformer(CONFIG)
+    c.initialise(seed=1)
+    assert weights_hash(a) == weights_hash(b) != weights_hash(c)
+    shrink = a.blocks[0].attention.out.weight.std() / a.blocks[0].attention.qkv.weight.std()
+    assert abs(shrink - 1 / math.sqrt(2 * CONFIG.n_layer)) < 0.05
+
+
+def test_bfloat16_keeps_what_must_be_exact(model):
+    tokens = tokens_of((2, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.hidden(tokens)
+        loss = cross_entropy_sum(model, hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss.dtype == torch.float32 and {p.dtype for p in model.parameters()} == {torch.float32}
+    exact = cross_entropy_sum(model, model.hidden(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert abs(loss / exact - 1) < 0.02
+
+
+def test_dtype_auto_says_why():
+    dtype, why = pick_dtype("auto", "cpu", 64, rows=64)
+    assert dtype in ("float32", "bfloat16") and "ms" in why
+    assert pick_dtype("bfloat16", "cpu", 64)[0] == "bfloat16"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(["这本书很好看，我很喜欢。"] * 4, 270)
+
+
+def test_a_checkpoint_returns_what_it_was_given(tmp_path, model, tokenizer):
+    save_checkpoint(tmp_path, model, tokenizer, step=7, moments={"mean": 0.5}, optimizer=[{"x": torch.ones(2)}])
+    loaded, tok, state = load_checkpoint(tmp_path)
+    assert weights_hash(loaded) == weights_hash(model) == state["hash"]
+    assert state["step"] == 7 and state["moments"] == {"mean": 0.5} and tok.to_state() == tokenizer.to_state()
+    assert loaded.config == CONFIG and not loaded.training
+
+
+def test_a_checkpoint_knows_its_kind(tmp_path, model, tokenizer):
+    save_checkpoint(tmp_path, model, tokenizer)
+    with pytest.raises(UserError, match="Transformer.*RewardModel"):
+        load_checkpoint(tmp_path, cls=RewardModel)
+
+
+def test_a_reward_head_that_is_not_there_is_an_error(tmp_path, tokenizer):
+    save_checkpoint(tmp_path, RewardModel(CONFIG), tokenizer)
+    payload = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del payload["model"]["score_head.weight"]
+    torch.save(payload, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="score_head"):
+        load_checkpoint(tmp_path, cls=RewardModel)
+
+
+def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
+    with pytest.raises(UserError, match="train.py sft"):
+        load_checkpoint(tmp_path / "sft")
+
+
+def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, model, tokenizer):
+    save_checkpoint(tmp_path, model, tokenizer)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match="not a readable"):
+        load_checkpoint(path)
+
+
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, model, tokenizer, monkeypatch):
+    save_checkpoint(tmp_path, model, tokenizer, step=1)
+
+    def full(payload, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="No space left.*previous checkpoint is kept"):
+        save_checkpoint(tmp_path, model, tokenizer, step=2)
+    assert load_checkpoint(tmp_path)[2]["step"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt"]
+
+
+def test_a_shape_that_does_not_divide_is_refused():
+    with pytest.raises(UserError, match="n_head"):
+        ModelConfig(d_model=30, n_head=4)
+
+
+def test_a_row_longer_than_the_model_is_refused(model):
+    with pytest.raises(UserError, match="65 tokens.*64"):
+        model(tokens_of((1, 65)))

@@ -1,0 +1,112 @@
+"""The reward model: a score belongs to the text alone, and its losses are the textbook's."""
+import math
+
+import pytest
+import torch
+
+from model import ModelConfig
+from options import UserError
+from reward import RewardConfig, RewardModel, label_loss, pairwise_loss, regression_loss
+
+CONFIG = dict(vocab_size=60, n_layer=2, n_head=2, n_kv_head=2, d_model=16, d_ff=32, max_len=32)
+
+
+def reward_model(pool: str) -> RewardModel:
+    model = RewardModel(RewardConfig(**CONFIG, pool=pool))
+    with torch.no_grad():
+        for p in model.backbone.parameters():
+            if p.dim() == 2:
+                p.mul_(8)
+    return model.eval()
+
+
+def rows(lengths, width, side):
+    tokens, mask = torch.full((len(lengths), width), 59), torch.zeros(len(lengths), width, dtype=torch.bool)
+    for i, n in enumerate(lengths):
+        at = slice(width - n, width) if side == "left" else slice(0, n)
+        tokens[i, at] = torch.randint(0, 50, (n,), generator=torch.Generator().manual_seed(n))
+        mask[i, at] = True
+    return tokens, mask
+
+
+@pytest.mark.parametrize("pool", ["last", "mean"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_score_does_not_depend_on_padding_or_batch(pool, side):
+    model, lengths = reward_model(pool), [5, 11, 8]
+    tokens, mask = rows(lengths, 14, side)
+    reply = mask & (mask.cumsum(1) > 3)
+    together = model(tokens, mask, reply)
+    for i in range(3):
+        alone = model(tokens[i, mask[i]][None], torch.ones(1, lengths[i], dtype=torch.bool), reply[i, mask[i]][None])
+        assert torch.allclose(together[i], alone[0], atol=1e-5)
+    tokens[~mask] = 3
+    assert torch.equal(model(tokens, mask, reply), together)
+
+
+def test_last_reads_the_last_real_token_and_mean_the_reply():
+    values, mask = torch.tensor([[1.0, 2, 4, 9], [5, 6, 7, 8]]), torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]]).bool()
+    assert reward_model("last").pool(values, mask).tolist() == [4, 8]
+    assert reward_model("mean").pool(values, mask).tolist() == [pytest.approx(7 / 3), 7.5]
+    assert reward_model("mean").pool(values, mask, torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1]]).bool()).tolist() == [3, 8]
+    with pytest.raises(ValueError):
+        reward_model("mean").pool(values, mask, torch.zeros_like(mask))
+
+
+def test_nan_in_a_pad_changes_no_score():
+    values, mask = torch.tensor([[1.0, 2, math.nan]]), torch.tensor([[1, 1, 0]]).bool()
+    assert reward_model("mean").pool(values, mask).tolist() == [1.5]
+
+
+def test_the_end_token_is_read():
+    model = reward_model("last")
+    tokens, mask = rows([6], 6, "right")
+    ended = tokens.clone()
+    ended[0, -1] = 58
+    assert not torch.allclose(model(tokens, mask), model(ended, mask))
+
+
+def test_normalisation_gives_its_replies_mean_0_and_spread_1():
+    model, raw = reward_model("mean"), torch.tensor([1.0, 3.0, 8.0])
+    model.set_normalisation(raw)
+    scores = model.normalise(raw)
+    assert torch.allclose(scores.mean(), torch.tensor(0.0), atol=1e-6)
+    assert torch.allclose(scores.std(correction=0), torch.tensor(1.0), atol=1e-6)
+    with pytest.raises(UserError, match="same score"):
+        model.set_normalisation(torch.ones(600))
+
+
+def test_the_head_starts_with_the_stated_spread():
+    wide = RewardModel(ModelConfig(**{**CONFIG, "d_model": 1024, "n_head": 2, "n_kv_head": 2}))
+    assert abs(float(wide.score_head.weight.std()) * math.sqrt(1025) - 1) < 0.1
+    assert float(wide.score_head.bias) == 0 and (float(wide.mean), float(wide.std)) == (0, 1)
+
+
+@pytest.mark.parametrize("delta,expected", [(0.0, math.log(2)), (-20.0, 20.000000002061154), (20.0, 2.0611536e-09)])
+def test_bradley_terry_at_known_values(delta, expected):
+    loss = pairwise_loss(torch.tensor([delta], dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+    assert float(loss) == pytest.approx(expected, rel=1e-7) and loss >= 0
+
+
+def test_the_worst_pairs_keep_their_gradient():
+    delta = torch.tensor([-30.0], requires_grad=True)
+    pairwise_loss(delta, torch.zeros(1)).backward()
+    assert float(delta.grad) == pytest.approx(-1, abs=1e-6)
+
+
+def test_margin_and_smoothing_do_what_they_say():
+    c, r = torch.tensor([1.0]), torch.tensor([0.25])
+    logsigmoid = lambda x: -math.log1p(math.exp(-x))  # noqa: E731
+    assert float(pairwise_loss(c, r, margin=0.5)) == pytest.approx(-logsigmoid(0.25), rel=1e-6)
+    smoothed = -(0.9 * logsigmoid(0.75) + 0.1 * logsigmoid(-0.75))
+    assert float(pairwise_loss(c, r, label_smoothing=0.1)) == pytest.approx(smoothed, rel=1e-6)
+
+
+def test_label_and_regression_losses():
+    assert float(label_loss(torch.tensor([0.0]), torch.tensor([1]))) == pytest.approx(math.log(2), rel=1e-6)
+    assert float(label_loss(torch.tensor([3.0]), torch.tensor([0]))) == pytest.approx(math.log1p(math.exp(3)), rel=1e-6)
+    assert float(regression_loss(torch.tensor([1.0, 3.0]), torch.tensor([0, 0]))) == 5
+
+
+def test_an_unknown_pooling_is_refused():
+    with pytest.raises(UserError, match="first"):
+        RewardModel(RewardConfig(**CONFIG, pool="first"))

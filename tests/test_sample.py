@@ -1,0 +1,151 @@
+"""Sampling: what is drawn follows the stated distribution, from the stated random numbers, whatever shares the batch."""
+import numpy as np
+import pytest
+import torch
+
+from model import ModelConfig, Transformer, log_softmax
+from options import UserError
+from sample import draw, filter_logits, generate, penalise_repetition, uniform_numbers
+
+CONFIG = ModelConfig(vocab_size=50, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=32, max_len=40)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    model = Transformer(CONFIG)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.mul_(12)
+    return model.eval()
+
+
+def prompts(lengths, seed=0):
+    g, width = torch.Generator().manual_seed(seed), max(lengths)
+    tokens, mask = torch.zeros(len(lengths), width, dtype=torch.int64), torch.zeros(len(lengths), width, dtype=torch.bool)
+    for i, n in enumerate(lengths):
+        tokens[i, width - n:] = torch.randint(1, 50, (n,), generator=g)
+        mask[i, width - n:] = True
+    return tokens, mask
+
+
+def plain_greedy(model, ids, n, end_id=None):
+    """No cache, no batch: the whole forward for every token."""
+    ids, new = list(ids), []
+    for _ in range(n):
+        new.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        ids.append(new[-1])
+        if new[-1] == end_id:
+            break
+    return new
+
+
+def test_greedy_equals_the_plain_uncached_forward(model):
+    tokens, mask = prompts([3, 7, 5, 1])
+    out = generate(model, tokens, mask, 12, temperature=0)
+    for i in range(4):
+        assert out.tokens[i].tolist() == plain_greedy(model, tokens[i, mask[i]].tolist(), 12)
+
+
+def test_greedy_with_an_end_token_stops_there(model):
+    tokens, mask = prompts([3, 7, 5, 1, 4, 2])
+    free = generate(model, tokens, mask, 16, temperature=0)
+    end = int(free.tokens[0, 4])
+    out = generate(model, tokens, mask, 16, temperature=0, end_id=end)
+    for i in range(6):
+        expected = plain_greedy(model, tokens[i, mask[i]].tolist(), 16, end)
+        assert out.tokens[i, out.mask[i]].tolist() == expected
+        assert int(out.mask[i].sum()) == len(expected)
+    assert (out.tokens[~out.mask] == 0).all() and (out.logprobs[~out.mask] == 0).all()
+
+
+def test_logprobs_are_those_of_the_training_forward(model):
+    tokens, mask = prompts([3, 6, 2])
+    out = generate(model, tokens, mask, 10, temperature=0.8, end_id=7, seed=3)
+    for i in range(3):
+        row = torch.cat((tokens[i, mask[i]], out.tokens[i, out.mask[i]]))
+        n = int(mask[i].sum())
+        expected = log_softmax(model(row[None])[0, n - 1:-1], 0.8).gather(1, row[n:, None])[:, 0]
+        assert torch.allclose(out.logprobs[i, out.mask[i]], expected, atol=1e-4)
+
+
+def test_a_reply_depends_on_seed_and_row_only(model):
+    tokens, mask = prompts([4, 4, 4, 4])
+    tokens[:] = tokens[0]
+    whole = generate(model, tokens, mask, 8, seed=5)
+    alone = generate(model, tokens[:1], mask[:1], 8, seed=5, rows=[2])
+    assert torch.equal(whole.tokens[2], alone.tokens[0])
+    assert torch.equal(generate(model, tokens, mask, 8, seed=5, batch_size=3).tokens, whole.tokens)
+    assert not torch.equal(whole.tokens[0], whole.tokens[1])  # other rows draw other numbers
+    assert not torch.equal(generate(model, tokens, mask, 8, seed=6).tokens, whole.tokens)
+
+
+def test_draws_follow_the_distribution():
+    logprobs = torch.tensor([0.5, 0.2, 0.0, 0.3]).log().expand(20_000, 4)
+    u = torch.from_numpy(np.random.default_rng(0).random(20_000, np.float32))
+    counts = torch.bincount(draw(logprobs, u), minlength=4) / 20_000
+    assert torch.allclose(counts, torch.tensor([0.5, 0.2, 0.0, 0.3]), atol=0.012)
+    assert counts[2] == 0
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_unit_interval_pick_possible_tokens(u):
+    for probs in ([0.0, 0.0, 1.0, 0.0], [0.0, 0.4, 0.6, 0.0]):
+        token = int(draw(torch.tensor([probs]).log(), torch.tensor([u])))
+        assert probs[token] > 0
+    wide = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    assert draw(wide, torch.full((64,), u)).max() < 5000
+
+
+def test_uniform_numbers_belong_to_a_row():
+    a, b = uniform_numbers(1, [0, 1, 2], 6), uniform_numbers(1, [2, 7], 6)
+    assert torch.equal(a[2], b[0]) and not torch.equal(a[0], a[1])
+    assert (a >= 0).all() and (a < 1).all()
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+    kept = lambda x: torch.isfinite(x)[0].tolist()  # noqa: E731
+    assert kept(filter_logits(logits, top_k=2)) == [False, True, False, True]
+    assert kept(filter_logits(logits, top_p=0.4)) == [False, True, False, False]
+    assert kept(filter_logits(logits, top_p=0.69)) == [False, True, False, True]
+    assert kept(filter_logits(logits, top_p=0.71)) == [False, True, True, True]
+    assert kept(filter_logits(logits, top_p=1e-9)) == [False, True, False, False]  # the likeliest always stays
+
+
+def test_filtered_logprobs_belong_to_the_distribution_drawn_from(model):
+    tokens, mask = prompts([4, 4])
+    out = generate(model, tokens, mask, 1, top_k=1, seed=0)
+    assert torch.allclose(out.logprobs, torch.zeros(2, 1))  # the one token left has probability 1
+
+
+def test_repetition_penalty_lowers_seen_tokens_of_either_sign():
+    logits, seen = torch.tensor([[2.0, -2.0, 2.0, -2.0]]), torch.tensor([[True, True, False, False]])
+    assert penalise_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
+
+
+def test_suppressed_tokens_are_never_written(model):
+    tokens, mask = prompts([3] * 8)
+    free = generate(model, tokens, mask, 12, seed=1)
+    banned = free.tokens.flatten().bincount().topk(5).indices.tolist()
+    out = generate(model, tokens, mask, 12, seed=1, suppress=banned)
+    assert not set(out.tokens.flatten().tolist()) & set(banned)
+
+
+def test_bad_requests_are_refused(model):
+    tokens, mask = prompts([5])
+    with pytest.raises(UserError, match="exceed the model's 40"):
+        generate(model, tokens, mask, 36)
+    with pytest.raises(UserError, match="empty prompt"):
+        generate(model, tokens, torch.zeros_like(mask), 4)
+
+
+def test_rows_that_end_do_not_disturb_the_others(model):
+    tokens, mask = prompts([4] * 30, seed=9)
+    free = generate(model, tokens, mask, 20, seed=2)
+    end = int(free.tokens.flatten().bincount().argmax())  # a frequent token: rows end one after another
+    out = generate(model, tokens, mask, 20, seed=2, end_id=end)
+    for i in range(30):
+        row = free.tokens[i].tolist()
+        n = row.index(end) + 1 if end in row else 20
+        assert out.tokens[i, :n].tolist() == row[:n] and int(out.mask[i].sum()) == n

@@ -1,0 +1,720 @@
+"""The road of RLHF, one command a stage. Without a word it walks the whole of it.
+
+    python train.py                 all stages on the default data, then a report    (--preset smoke: the same in a minute)
+    python train.py pretrain        read: predict the next token of plain text
+    python train.py sft             obey: predict the reply of dialogues
+    python train.py reward          judge: predict what people liked
+    python train.py ppo             improve: reply so that the reward model likes it
+    python train.py ppo --help      a stage's options, with default, meaning and source
+
+Each stage is one function below. The first three share the loop `fit`; PPO has its own. A stage reads the checkpoint of
+its parents and leaves checkpoint.pt, config.json, metrics.jsonl and samples.jsonl in OUT/<data>/<stage>/.
+"""
+import copy
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import evaluate
+from data.batches import STAGES, PackedDocuments, dialogue_rows, eval_windows, pad_right, rows_at
+from data.prepare import Prepared, open_data
+from model import (ModelConfig, Transformer, cross_entropy_sum, load_checkpoint, pick_device, pick_dtype, precision,
+                   save_checkpoint)
+from options import Common, Learning, UserError, as_dict, option, parse, parse_all, run_main, show
+from ppo import (ActorCritic, KLController, PPOOptions, RunningMoments, collect_rollout, critic_from, rollout_metrics, update)
+from reward import RewardConfig, RewardModel, RewardOptions, label_loss, pairwise_loss, regression_loss
+from sample import prompt_ids, reply_texts, reply_to
+
+
+@dataclasses.dataclass
+class PretrainOptions(Learning):
+    """`python train.py pretrain`"""
+
+    n_layer: int = option(4, "blocks", smoke=2, base=12)
+    n_head: int = option(4, "heads of queries", smoke=2, base=12)
+    n_kv_head: int = option(4, "heads of keys and values, shared by groups of query heads", smoke=1, base=12)
+    d_model: int = option(192, "width", smoke=32, base=768)
+    d_ff: int = option(512, "width inside the MLP", smoke=64, base=2048)
+    max_len: int = option(256, "longest row the model is made for, in tokens", smoke=128, base=1024)
+    tokens: int = option(1_750_000, "tokens to train on", smoke=20_000, base=2_000_000_000)
+    window: int = option(128, "tokens in a row", smoke=64, base=1024)
+    batch: int = option(16, "rows per forward and backward", smoke=8, base=32)
+    accumulate: int = option(1, "batches per optimizer step", base=8)
+    news_share: float = option(0.15, "share of tokens from newspaper text, placed in the first half of training")
+    dialogue_share: float = option(0.3, "share of tokens from reviews already in dialogue form; else SFT learns it badly")
+    eval_every: int = option(400, "steps between full passes over validation", smoke=30, base=1000)
+
+
+@dataclasses.dataclass
+class SFTOptions(Learning):
+    """`python train.py sft`"""
+
+    epochs: float = option(1.0, "passes over the dialogues", smoke=1.0)
+    batch: int = option(32, "dialogues per step", smoke=16)
+    max_len: int = option(128, "longest dialogue in tokens; longer ones are left out, never cut", smoke=64, base=512)
+    lr: float = option(0.005, "learning rate of block matrices (Muon), or of all (AdamW)", base=0.001)
+    adam_lr: float = option(0.002, "learning rate of embeddings and norms, by AdamW", base=3e-5)
+    decay: float = option(0.9, "share of the steps, the last ones, over which it falls to 0")
+    eval_every: int = option(150, "steps between measurements on validation", smoke=20)
+
+
+# ---- a run's folder ---------------------------------------------------------------------------------------------------
+
+class Interrupted(Exception):
+    """Raised after an interrupted run was saved; holds the signal's number."""
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM ask for a stop after the present step; a second Ctrl-C stops at once."""
+
+    number = 0
+
+    @classmethod
+    def install(cls) -> None:
+        def handle(number: int, _) -> None:
+            if cls.number and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            cls.number = number
+            print("\nfinishing this step, then saving …", file=sys.stderr)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handle)
+
+
+def git_commit() -> str:
+    """Commit of the code, with a + where files differ from it; empty outside a clone."""
+    here = pathlib.Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"], cwd=here,
+                                capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit.stdout.strip()
+
+
+def processor() -> str:
+    """The CPU's own name where the system tells it."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+class Run:
+    """One stage's folder: what was asked, what was measured, and the checkpoint that goes on exactly where it stopped."""
+
+    NOT_COMPARED = ("resume", "fresh", "traceback", "preset", "out")  # how a run is started, not what it computes
+
+    def __init__(self, stage: str, o: Common, parents: dict[str, str], data: Prepared):
+        self.stage, self.o, self.parents, self.data = stage, o, parents, data
+        self.folder = run_folder(o, stage)
+        self.started, self.seconds_before, self.state = time.perf_counter(), 0.0, {}
+        self.finished = False
+        config = self.folder / "config.json"
+        if o.fresh:
+            for name in ("checkpoint.pt", "config.json", "metrics.jsonl", "samples.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
+        old = json.loads(config.read_text(encoding="utf-8")) if config.exists() else None
+        self.settings = {k: v for k, v in as_dict(o).items() if k not in self.NOT_COMPARED}
+        if old is not None:
+            self._compare(old)
+            self.finished = old["finished"]
+        if self.finished:
+            return
+        if old is not None and (self.folder / "checkpoint.pt").exists():
+            cls = RewardModel if stage == "reward" else Transformer
+            self.model, self.tokenizer, self.state = load_checkpoint(self.folder, "cpu", cls)
+            self.seconds_before = self.state["seconds"]
+        self.device = pick_device(o.device)
+        self.dtype, why = self.state.get("dtype"), "as in the checkpoint"
+        if self.dtype is None:
+            self.dtype, why = pick_dtype(o.dtype, self.device, getattr(o, "d_model", 0) or 192)
+        self.compile = "on" if o.compile == "on" else "off"
+        if not self.state:
+            show(o, f"{stage}: options")
+        print(f"{stage}: {self.device}, {self.dtype} ({why}), compile {self.compile}, {torch.get_num_threads()} threads", flush=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._trim("metrics.jsonl")
+        self._trim("samples.jsonl")
+        self.write_config()
+
+    def _compare(self, old: dict) -> None:
+        """Refuse to mix two different runs in one folder, and say what differs."""
+        command = f"python train.py {self.stage}"
+        if not self.o.resume:
+            raise UserError(f"{self.folder}: a run is there already: go on with `{command} --resume`, start anew with --fresh, "
+                            "or choose another --out")
+        now, before = {**self.settings, **self.parents}, {**old["options"], **old["parents"]}
+        differing = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted({*now, *before})
+                     if now.get(k) != before.get(k)]
+        if differing:
+            raise UserError(f"{self.folder}: the run there differs ({'; '.join(differing[:4])}{' …' if differing[4:] else ''}): "
+                            "start anew with --fresh, or choose another --out")
+
+    def _trim(self, name: str) -> None:
+        """Drop lines past the checkpoint's step: the resumed run writes them again."""
+        path, step = self.folder / name, self.state.get("step", -1)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept), encoding="utf-8")
+
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def write_config(self, finished: bool = False) -> None:
+        """What ran, where, and for how long."""
+        record = {"stage": self.stage, "finished": finished, "options": self.settings, "parents": self.parents,
+                  "dtype": self.dtype, "compile": self.compile, "commit": git_commit(), "processor": processor(),
+                  "threads": torch.get_num_threads(), "seconds": round(self.seconds(), 1),
+                  "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+        temporary = self.folder / "config.tmp"
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+        os.replace(temporary, self.folder / "config.json")
+
+    def log(self, step: int, **metrics) -> None:
+        """One line of metrics.jsonl. `step` counts finished steps."""
+        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **rounded}) + "\n")
+
+    def samples(self, step: int, records: list[dict]) -> None:
+        """Texts to read, with their scores."""
+        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **r}, ensure_ascii=False) + "\n" for r in records)
+
+    def save(self, step: int, model: nn.Module, **state) -> None:
+        save_checkpoint(self.folder, model, self.tokenizer, stage=self.stage, step=step, dtype=self.dtype, compile=self.compile,
+                        seconds=self.seconds(), options=self.settings, parents=self.parents,
+                        template=self.data.template, **state)
+
+    def stop_if_asked(self, step: int, save: Callable[[], None]) -> None:
+        if Interrupt.number:
+            save()
+            words = [w for w in sys.argv[1:] if w not in ("--resume", "--fresh")]
+            more = "" if words[:1] in ([], ["all"]) else " --resume"
+            print(f"\n{self.stage}: saved after step {step}; go on with `python train.py {shlex.join(words)}{more}`".replace("  ", " "),
+                  file=sys.stderr)
+            raise Interrupted(Interrupt.number)
+
+    def finish(self, **summary) -> None:
+        self.write_config(finished=True)
+        self.finished = True
+        text = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
+        print(f"{self.stage}: done in {self.seconds():.0f} s; {text}", flush=True)
+
+    def progress(self, start: int, total: int) -> tqdm:
+        return tqdm(total=total, initial=start, desc=self.stage, unit="step", dynamic_ncols=True, mininterval=0.5,
+                    disable=None if os.environ.get("CI") else False, smoothing=0.05)
+
+
+def data_name(o: Common) -> str:
+    return pathlib.Path(o.data).stem
+
+
+def run_folder(o: Common, stage: str) -> pathlib.Path:
+    return pathlib.Path(o.out) / data_name(o) / stage
+
+
+def prepared(o: Common) -> Prepared:
+    return open_data(o.data, source=o.source or None, vocab_size=o.vocab_size, limit=o.limit)
+
+
+def parent(o: Common, stage: str, given: str, cls: type = Transformer):
+    """Load a parent checkpoint: the one given by flag, or this run's own stage."""
+    return load_checkpoint(given or run_folder(o, stage), "cpu", cls)
+
+
+def same_tokenizer(a, b, names: str) -> None:
+    if a.to_state() != b.to_state():
+        raise UserError(f"{names} were made with different tokenizers, so their token ids mean different things: "
+                        "train both from the same pretrained model")
+
+
+# ---- the loop of maximum likelihood -----------------------------------------------------------------------------------
+
+def make_optimizers(model: nn.Module, o: Learning) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for embeddings, norms and heads; or AdamW for all.
+
+    Muon (Jordan 2024) orthogonalises each matrix's momentum, so that all its directions are learned at one speed.
+    """
+    blocks = [p for n, p in model.named_parameters() if p.dim() == 2 and ".blocks." in f".{n}"]
+    chosen = {id(p) for p in blocks}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    if o.optimizer == "adamw":
+        return [torch.optim.AdamW([{"params": blocks, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+                                  lr=o.lr, betas=(0.9, 0.95))]
+    return [torch.optim.Muon(blocks, lr=o.lr, weight_decay=o.weight_decay, ns_steps=o.muon_steps),
+            torch.optim.AdamW(rest, lr=o.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def learning_rate(step: int, n_steps: int, warmup: float, decay: float, final: float = 0.0) -> float:
+    """Factor on the learning rate: linear rise over the first share `warmup` of the steps, linear fall to `final` over the
+    last share `decay`."""
+    rise = (step + 1) / max(1, round(warmup * n_steps))
+    fall = (n_steps - step) / max(1, decay * n_steps)
+    return min(1.0, rise, final + (1 - final) * min(1.0, fall))
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
+
+
+def restore(optimizers: list[torch.optim.Optimizer], state: dict) -> None:
+    for optimizer, saved in zip(optimizers, state.get("optimizers", []), strict=False):
+        optimizer.load_state_dict(saved)
+
+
+def step_seed(seed: int, stage: str, step: int) -> int:
+    """A torch seed for the draws of one step (dropout): from (seed, stage, step) alone."""
+    return int(np.random.SeedSequence([seed, STAGES[stage], step]).generate_state(1)[0])
+
+
+def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterator[tuple[Tensor, int]]],
+        measure: Callable[[int], dict[str, float]], **state) -> dict[str, float]:
+    """Gradient descent: for each step, add up the gradients of `losses(step)`, clip, step; measure, log and save now and then.
+
+    losses(step) yields (loss, tokens): parts of one optimizer step, each already divided by the step's token count.
+    Returns the last measurements. Resumes from run.state.
+    """
+    o = run.o
+    optimizers = make_optimizers(model, o)
+    restore(optimizers, run.state)
+    done, tokens, since, last = run.state.get("step", 0), 0, time.perf_counter(), run.state.get("measured", {})
+    if run.compile == "on":
+        trunk = getattr(model, "backbone", model)
+        trunk.trunk = torch.compile(trunk.trunk)
+
+    def save() -> None:
+        run.save(step + 1, model, optimizers=[x.state_dict() for x in optimizers], measured=last, **state)
+
+    with run.progress(done, n_steps) as bar:
+        for step in range(done, n_steps):
+            factor = learning_rate(step, n_steps, o.warmup, o.decay)
+            set_learning_rate(optimizers, factor)
+            torch.manual_seed(step_seed(o.seed, run.stage, step))
+            model.train()
+            total = 0.0
+            for loss, n in losses(step):
+                loss.backward()
+                total += float(loss.detach())
+                tokens += n
+            if not math.isfinite(total):
+                raise UserError(f"{run.stage}: the loss is {total} at step {step + 1}; the last good checkpoint is kept: "
+                                f"lower --lr ({o.lr:g}) or --adam_lr, or look for damaged records")
+            norm = nn.utils.clip_grad_norm_(model.parameters(), o.clip)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            bar.update()
+            measuring = (step + 1) % o.eval_every == 0 or step + 1 == n_steps
+            if measuring or (step + 1) % o.log_every == 0:
+                now = time.perf_counter()
+                metrics = {"loss": total, "lr": factor * o.lr, "grad_norm": float(norm), "tokens_per_s": tokens / (now - since),
+                           "seconds": run.seconds()}
+                if measuring:
+                    model.eval()
+                    last = measure(step + 1)
+                    metrics |= last
+                run.log(step + 1, **metrics)
+                bar.set_postfix(loss=f"{total:.3f}", **{k: f"{v:.3f}" for k, v in last.items() if k.startswith("val_")})
+                tokens, since = 0, time.perf_counter()
+            if (step + 1) % o.save_every == 0 or step + 1 == n_steps:
+                save()
+            run.stop_if_asked(step + 1, save)
+    model.eval()
+    return last
+
+
+# ---- stage 1: pretraining ---------------------------------------------------------------------------------------------
+
+def pretrain(o: PretrainOptions) -> Run:
+    """Maximum likelihood on plain text: θ ← θ + α ∇ Σ log π(next token | tokens before it, of the same document)."""
+    if o.init_from or o.reward_from:
+        raise UserError("pretrain starts from nothing: --init_from and --reward_from have no effect on it; use them with sft, reward or ppo")
+    data = prepared(o)
+    run = Run("pretrain", o, {"data": data.fingerprint}, data)
+    if run.finished:
+        return run
+    run.tokenizer = data.require_tokenizer()
+    config = ModelConfig(vocab_size=run.tokenizer.n_vocab, rope_base=o.rope_base,
+                         **{k: getattr(o, k) for k in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "max_len")})
+    model = run.model if run.state else Transformer(config)
+    if not run.state:
+        model.initialise(step_seed(o.seed, "pretrain", 0))
+    model.to(run.device)
+    train, val = data.documents("train"), data.documents("val")
+    shares = {0: o.news_share, 1: 1 - o.news_share - o.dialogue_share, 2: o.dialogue_share} if train.parts > 1 else None
+    batches = PackedDocuments(train.tokens, train.starts, train.part, window=o.window, batch=o.batch * o.accumulate,
+                              total_tokens=o.tokens, seed=o.seed, shares=shares, early={0: 0.5})
+    print(f"pretrain: {model.n_parameters() / 1e6:.2f} M parameters, {batches.n_steps} steps of {o.window * o.batch * o.accumulate} "
+          f"tokens, {model.flops_per_token(o.window) / 1e6:.1f} MFLOP a token", flush=True)
+
+    def losses(step: int):
+        for part in zip(*(x.to(run.device).chunk(o.accumulate) for x in batches.batch(step)), strict=True):
+            tokens, targets, docs = part
+            with precision(run.dtype, run.device):
+                hidden = model.hidden(tokens, docs=None if train.single else docs)
+                yield cross_entropy_sum(model, hidden.flatten(0, 1), targets.flatten()) / (targets.numel() * o.accumulate), targets.numel()
+
+    def measure(step: int) -> dict[str, float]:
+        nats, n = validation_nats(model, val, o.window, 4 * o.batch, run)
+        run.samples(step, [{"text": text} for text in free_samples(model, run.tokenizer, o.window // 2, o.seed)])
+        return {"val_loss": nats / n, "val_bpb": nats / math.log(2) / val.n_bytes}
+
+    last = fit(run, model, batches.n_steps, losses, measure)
+    run.finish(**last)
+    return run
+
+
+@torch.no_grad()
+def validation_nats(model: Transformer, split, window: int, batch: int, run: Run) -> tuple[float, int]:
+    """Σ −log π over a fixed full pass, and the number of targets."""
+    nats, n = 0.0, 0
+    for tokens, targets, docs, real in eval_windows(split.tokens, split.starts, window, batch):
+        tokens, targets, docs, real = (x.to(run.device) for x in (tokens, targets, docs, real))
+        with precision(run.dtype, run.device):
+            hidden = model.hidden(tokens, docs=None if split.single else docs)
+            nats += float(cross_entropy_sum(model, hidden[real], targets[real]))
+        n += int(real.sum())
+    return nats, n
+
+
+def free_samples(model: Transformer, tokenizer, length: int, seed: int, n: int = 4) -> list[str]:
+    """What the model writes when it is given only a document's beginning."""
+    return reply_texts(tokenizer, reply_to(model, tokenizer, [[tokenizer.eot_id]] * n, length, seed=seed, temperature=0.8))
+
+
+# ---- stage 2: supervised fine-tuning ----------------------------------------------------------------------------------
+
+def sft(o: SFTOptions) -> Run:
+    """Maximum likelihood on replies alone: the same loss, only where the loss mask of the dialogue is True."""
+    if o.reward_from:
+        raise UserError("sft reads no reward model: --reward_from has no effect on it")
+    data = prepared(o)
+    model, tokenizer, state = parent(o, "pretrain", o.init_from)
+    run = Run("sft", o, {"data": data.fingerprint, "init": state["hash"]}, data)
+    if run.finished:
+        return run
+    run.tokenizer = tokenizer
+    model = (run.model if run.state else model).to(run.device)
+    rows, left_out = dialogue_rows(data.records("sft", "train"), tokenizer, data.template, o.max_len)
+    val_rows, _ = dialogue_rows(data.records("sft", "val"), tokenizer, data.template, o.max_len)
+    n_steps = math.ceil(o.epochs * len(rows) / o.batch)
+    print(f"sft: {len(rows)} dialogues ({left_out} longer than {o.max_len} tokens left out), {n_steps} steps of {o.batch}", flush=True)
+    examples = [r["prompt"] for r in data.records("ppo", "val")[:8]]
+
+    def nats(batch) -> tuple[Tensor, int]:
+        tokens, _ = pad_right([ids for ids, _ in batch], tokenizer.pad_id)
+        flags = pad_right([flags for _, flags in batch], 0)[0].bool().to(run.device)
+        tokens = tokens.to(run.device)
+        with precision(run.dtype, run.device):
+            hidden = model.hidden(tokens)  # padding stands to the right, where causality hides it
+            return cross_entropy_sum(model, hidden[:, :-1][flags[:, 1:]], tokens[:, 1:][flags[:, 1:]]), int(flags.sum())
+
+    def losses(step: int):
+        batch = [rows[i] for i in rows_at(len(rows), o.batch, step, o.seed, "sft")]
+        loss, n = nats(batch)
+        yield loss / n, n
+
+    @torch.no_grad()
+    def measure(step: int) -> dict[str, float]:
+        parts = [nats(val_rows[i:i + 128]) for i in range(0, len(val_rows), 128)]
+        ids = [prompt_ids(tokenizer, p, data.template) for p in examples]
+        texts = reply_texts(tokenizer, reply_to(model, tokenizer, ids, min(64, o.max_len // 2), seed=o.seed))
+        run.samples(step, [{"prompt": p, "reply": t} for p, t in zip(examples, texts, strict=True)])
+        return {"val_loss": float(sum(x for x, _ in parts)) / sum(n for _, n in parts)}
+
+    last = fit(run, model, n_steps, losses, measure, example_prompts=examples)
+    run.finish(**last)
+    return run
+
+
+# ---- stage 3: the reward model ----------------------------------------------------------------------------------------
+
+def judged_rows(records: list[dict], tokenizer, template: str, max_len: int, *, field: str = "response", half: bool = False,
+                prefix_share: float = 0.0, rng: np.random.Generator | None = None) -> list[tuple[list[int], list[bool]]]:
+    """(ids, reply flags) of each record, as the reward model reads them: exactly the ids of a rollout.
+
+    A finished reply ends in <eom>. One cut at max_len, to its first half, or (a share of them, drawn by rng) to a random
+    prefix carries none, like a rollout that ran out of room; its label stays.
+    """
+    rows = []
+    for record in records:
+        prompt = prompt_ids(tokenizer, record["prompt"], template)
+        reply = tokenizer.encode(record[field]) + [tokenizer.eom_id]
+        if half:
+            reply = reply[:max(1, (len(reply) - 1) // 2)]
+        elif prefix_share and rng.random() < prefix_share and len(reply) > 2:
+            reply = reply[:rng.integers(1, len(reply) - 1)]
+        reply = reply[:max(1, max_len - len(prompt))]
+        rows.append((prompt + reply, [False] * len(prompt) + [True] * len(reply)))
+    return rows
+
+
+def judged_batch(rows: list[tuple[list[int], list[bool]]], device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, real, reply), each (B, L), padded to the right."""
+    tokens, real = pad_right([ids for ids, _ in rows], 0)
+    reply = pad_right([flags for _, flags in rows], 0)[0].bool()
+    return tokens.to(device), real.to(device), reply.to(device)
+
+
+def feedback_kind(record: dict) -> str:
+    return "pairwise" if "chosen" in record else "regression" if "score" in record else "label"
+
+
+@torch.no_grad()
+def raw_scores(model: RewardModel, rows: list[tuple[list[int], list[bool]]], run: Run, batch: int = 64) -> np.ndarray:
+    """Raw score of each row, computed in order of length."""
+    order = np.argsort([len(ids) for ids, _ in rows], kind="stable")
+    scores = np.zeros(len(rows))
+    for i in range(0, len(rows), batch):
+        index = order[i:i + batch]
+        with precision(run.dtype, run.device):
+            scores[index] = model(*judged_batch([rows[j] for j in index], run.device)).float().cpu().numpy()
+    return scores
+
+
+def train_reward(o: RewardOptions) -> Run:
+    """Human feedback becomes a function: the SFT trunk learns to predict what people liked."""
+    if o.reward_from:
+        raise UserError("reward makes the reward model: --reward_from has no effect on it; --init_from names the trunk")
+    data = prepared(o)
+    trunk, tokenizer, state = parent(o, "sft", o.init_from)
+    run = Run("reward", o, {"data": data.fingerprint, "init": state["hash"]}, data)
+    if run.finished:
+        return run
+    run.tokenizer = tokenizer
+    if run.state:
+        model = run.model
+    else:
+        model = RewardModel(RewardConfig(**{**dataclasses.asdict(trunk.config), "pool": o.pool, "dropout": o.dropout}))
+        model.backbone.load_state_dict(trunk.state_dict())
+        model.initialise_head(step_seed(o.seed, "reward", 0))
+    model.to(run.device)
+    policy = trunk.to(run.device)
+    records, val = data.records("reward", "train"), data.records("reward", "val")
+    kind = feedback_kind(records[0]) if o.loss == "auto" else o.loss
+    if kind != feedback_kind(records[0]):
+        raise UserError(f"--loss {o.loss} does not fit these records, which are for {feedback_kind(records[0])}: use --loss auto")
+    n_steps = math.ceil(o.epochs * len(records) / o.batch)
+    print(f"reward: {len(records)} records ({kind}), {n_steps} steps of {o.batch}", flush=True)
+    render = dict(tokenizer=tokenizer, template=data.template, max_len=min(o.max_len, model.config.max_len))
+
+    def losses(step: int):
+        rng = np.random.default_rng([o.seed, STAGES["reward"], step])
+        batch = [records[i] for i in rows_at(len(records), o.batch, step, o.seed, "reward")]
+        fields = ("chosen", "rejected") if kind == "pairwise" else ("response",)
+        rows = [row for field in fields for row in judged_rows(batch, **render, field=field, rng=rng, prefix_share=o.prefix_share)]
+        tokens, real, reply = judged_batch(rows, run.device)
+        with precision(run.dtype, run.device):
+            hidden = model.backbone.hidden(tokens)
+            scores = model.pool(model.head_values(hidden), real, reply)
+            if kind == "pairwise":
+                chosen, rejected = scores.chunk(2)
+                margin = torch.tensor([r.get("margin", 0.0) for r in batch], device=scores.device)
+                loss = pairwise_loss(chosen, rejected, margin, o.label_smoothing)
+            elif kind == "label":
+                loss = label_loss(scores, torch.tensor([r["label"] for r in batch], device=scores.device))
+            else:
+                loss = regression_loss(scores, torch.tensor([r["score"] for r in batch], device=scores.device))
+            if o.lm_coef:
+                liked = reply.clone()
+                liked[len(batch):] = False  # of a pair, only the chosen reply is worth imitating
+                nats = cross_entropy_sum(model.backbone, hidden[:, :-1][liked[:, 1:]], tokens[:, 1:][liked[:, 1:]])
+                loss = loss + o.lm_coef * nats / liked.sum()
+        yield loss, int(real.sum())
+
+    def measure(step: int, subset: int = 600) -> dict[str, float]:
+        return reward_measures(model, val[:subset], kind, render, run)
+
+    last = fit(run, model, n_steps, losses, measure)
+    if kind == "label":
+        report_reward(model, data, render, run)
+    prompts = data.records("ppo", "train")
+    chosen = rows_at(len(prompts), o.norm_replies, 0, o.seed, "reward")
+    ids = [prompt_ids(tokenizer, prompts[i]["prompt"], data.template) for i in chosen]
+    replies = reply_to(policy, tokenizer, ids, o.reply_len, temperature=o.temperature, seed=(o.seed, STAGES["reward"]), batch_size=128)
+    flags = [[False] * len(p) + [True] * int(m.sum()) for p, m in zip(ids, replies.mask, strict=True)]
+    rows = [(p + t[m].tolist(), f) for p, t, m, f in zip(ids, replies.tokens.cpu(), replies.mask.cpu(), flags, strict=True)]
+    raw = torch.from_numpy(raw_scores(model, rows, run))
+    model.set_normalisation(raw)
+    texts = reply_texts(tokenizer, replies)
+    run.samples(n_steps, [{"prompt": prompts[i]["prompt"], "reply": texts[k], "raw_score": round(float(raw[k]), 3)}
+                          for k, i in enumerate(chosen[:32])])
+    run.save(n_steps, model, measured=last, norm={"temperature": o.temperature, "reply_len": o.reply_len})
+    run.finish(**last, mean=float(model.mean), std=float(model.std))
+    return run
+
+
+def reward_measures(model: RewardModel, records: list[dict], kind: str, render: dict, run: Run) -> dict[str, float]:
+    """On validation: how often the model agrees with people."""
+    if kind == "pairwise":
+        chosen, rejected = (raw_scores(model, judged_rows(records, **render, field=f), run) for f in ("chosen", "rejected"))
+        return {"val_accuracy": float((chosen > rejected).mean())}
+    scores = raw_scores(model, judged_rows(records, **render), run)
+    if kind == "regression":
+        return {"val_correlation": float(np.corrcoef(scores, [r["score"] for r in records])[0, 1])}
+    labels = np.array([r["label"] for r in records])
+    return {"val_auc": evaluate.auc(scores, labels), "val_accuracy": evaluate.accuracy(1 / (1 + np.exp(-scores)), labels)}
+
+
+def report_reward(model: RewardModel, data: Prepared, render: dict, run: Run) -> None:
+    """Scores of the test texts, whole and first halves, beside the n-gram baseline's: test_scores.json, for the report."""
+    records = data.records("reward", "test")
+    baseline = evaluate.ngram_classifier(data, "reward")
+    texts = [evaluate.plain_text(r) for r in records]
+    result = {"labels": [r["label"] for r in records], "scores": raw_scores(model, judged_rows(records, **render), run).tolist(),
+              "half_scores": raw_scores(model, judged_rows(records, **render, half=True), run).tolist(),
+              "baseline": baseline.logits(texts).tolist(),
+              "half_baseline": baseline.logits([evaluate.plain_text(r | {"response": r["response"][:len(r["response"]) // 2]}) for r in records]).tolist()}
+    (run.folder / "test_scores.json").write_text(json.dumps(result))
+
+
+# ---- stage 4: PPO -----------------------------------------------------------------------------------------------------
+
+def train_ppo(o: PPOOptions) -> Run:
+    """J(π) = E[Σ γᵗ r]: reply, score, find out which tokens were better than expected, make those likelier; again."""
+    data = prepared(o)
+    policy, tokenizer, state = parent(o, "sft", o.init_from)
+    reward_model, reward_tokenizer, reward_state = parent(o, "reward", o.reward_from, RewardModel)
+    same_tokenizer(tokenizer, reward_tokenizer, "the policy and the reward model")
+    run = Run("ppo", o, {"data": data.fingerprint, "init": state["hash"], "reward": reward_state["hash"]}, data)
+    if run.finished:
+        return run
+    for name, value in reward_state.get("norm", {}).items():
+        if o.reward_norm != "sigmoid" and getattr(o, name) != value:
+            print(f"ppo: warning: the reward model's mean and spread were taken at {name} {value}, not {getattr(o, name)}", file=sys.stderr)
+    run.tokenizer = tokenizer
+    reference = copy.deepcopy(policy).requires_grad_(False).to(run.device)
+    reward_model = reward_model.requires_grad_(False).to(run.device)
+    if run.state:
+        policy = run.model
+    critic = critic_from(reward_model) if o.critic == "separate" else None
+    actor_critic = ActorCritic(policy, critic).to(run.device)
+    optimizer = torch.optim.Adam([{"params": list(policy.parameters()), "lr": o.policy_lr},
+                                  {"params": actor_critic.critic_parameters(), "lr": o.critic_lr}], eps=o.adam_eps)
+    moments = RunningMoments(**run.state.get("moments", {}))
+    control = KLController(run.state.get("kl_coef", o.kl_coef), o.kl_target if o.kl_control == "adaptive" else None, o.kl_horizon)
+    if run.state:
+        (critic or actor_critic.value_head).load_state_dict(run.state["critic"])
+        optimizer.load_state_dict(run.state["optimizer"])
+    judge = evaluate.ngram_classifier(data, "judge") if data.has("judge") else None
+    prompts = [r["prompt"] for r in data.records("ppo", "train")]
+    held_out = [r["prompt"] for r in data.records("ppo", "val")][:o.eval_prompts]
+    tolerance = 1e-4 if run.dtype == "float32" else 2e-2
+    done = run.state.get("step", 0)
+
+    def save() -> None:
+        run.save(step, policy, critic=(critic or actor_critic.value_head).state_dict(), optimizer=optimizer.state_dict(),
+                 moments=moments.state(), kl_coef=control.coef, example_prompts=held_out[:8])
+
+    def measure() -> dict[str, float]:
+        """On the same held-out prompts, with the same random numbers, each time."""
+        found, replies, _ = evaluate.measure_policy(policy, reference, tokenizer, held_out, data.template, reward_model=reward_model,
+                                                 judge=judge, reply_len=o.reply_len, temperature=o.temperature, dtype=run.dtype)
+        run.samples(step, replies[:12])
+        names = ("score", "judge", "judged_positive", "kl", "length", "end_rate", "distinct2", "ref_perplexity")
+        return {f"eval_{k}": found[k] for k in names if k in found}
+
+    with run.progress(done, o.updates) as bar:
+        if done == 0:
+            step = 0
+            run.log(0, **measure())
+        for step in range(done, o.updates):
+            factor = learning_rate(step, o.updates, o.warmup, 1.0, o.final_lr)
+            set_learning_rate([optimizer], factor)
+            chosen = rows_at(len(prompts), o.batch, step, o.seed, "ppo")
+            rollout = collect_rollout(actor_critic, reference, reward_model,
+                                      [prompt_ids(tokenizer, prompts[i], data.template) for i in chosen], o, end_id=tokenizer.eom_id,
+                                      step=step, kl_coef=control.coef, moments=moments, dtype=run.dtype)
+            learned = update(actor_critic, optimizer, rollout, o, step, train_policy=step >= o.critic_warmup, dtype=run.dtype)
+            metrics = rollout_metrics(rollout) | learned
+            control.update(metrics["kl"], o.batch)
+            if judge is not None:
+                P = rollout.tokens.shape[1] - rollout.response_mask.shape[1]
+                replies = [tokenizer.decode([i for i in row[keep].tolist() if i != tokenizer.eom_id]) for row, keep in
+                           zip(rollout.tokens[:, P:], rollout.response_mask, strict=True)]
+                probs = judge.probs([evaluate.plain_text({"prompt": prompts[i], "response": r}) for i, r in zip(chosen, replies, strict=True)])
+                metrics["judge"] = float(np.mean(probs))
+                metrics["judged_positive"] = float(np.mean(np.asarray(probs) > 0.5))
+            for name in ("ratio_start", "sampler_gap"):
+                if metrics.get(name, 0) > tolerance:
+                    tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {tolerance:g}, at update {step + 1}: what is scored "
+                               "is not what was sampled", file=sys.stderr)
+            step += 1
+            if step % o.eval_every == 0 or step == o.updates:
+                metrics |= measure()
+            seconds = {"seconds_generate": rollout.seconds["generate"], "seconds_score": rollout.seconds["score"]}
+            run.log(step, **metrics, **seconds, lr=factor * o.policy_lr, seconds=run.seconds(),
+                    generate_tokens_per_s=metrics["reply_tokens"] / seconds["seconds_generate"],
+                    train_tokens_per_s=metrics["trained_tokens"] / metrics["seconds_train"])
+            bar.update()
+            bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("score", "judged_positive", "kl", "length", "end_rate") if k in metrics})
+            if step % o.save_every == 0 or step == o.updates:
+                save()
+            run.stop_if_asked(step, save)
+    run.finish(updates=o.updates, **{k: v for k, v in metrics.items() if k.startswith("eval_")} if done < o.updates else {})
+    return run
+
+
+# ---- all stages -------------------------------------------------------------------------------------------------------
+
+STAGE_OPTIONS = {"pretrain": PretrainOptions, "sft": SFTOptions, "reward": RewardOptions, "ppo": PPOOptions}
+STAGE_FUNCTIONS = {"pretrain": pretrain, "sft": sft, "reward": train_reward, "ppo": train_ppo}
+
+
+def run_all(options: dict[str, Common]) -> None:
+    """Run what is missing, in order; then compare the policy before and after, and write report.json and report.md."""
+    start = time.perf_counter()
+    given = options["sft"].init_from
+    for stage, function in STAGE_FUNCTIONS.items():
+        o = options[stage]
+        o.resume = not o.fresh
+        if stage == "pretrain" and given:
+            print(f"pretrain: skipped, the language model is {given}")
+            continue
+        if given and stage != "sft":
+            o.init_from = ""  # reward and PPO start from this run's sft
+        function(o)
+    o = options["ppo"]
+    evaluate.write_report(prepared(o), run_folder(o, ""), reply_len=o.reply_len, temperature=o.temperature, seed=o.seed,
+                          device=pick_device(o.device), n_prompts=o.report_prompts, seconds=time.perf_counter() - start)
+
+
+def main(argv: list[str]) -> int:
+    stage, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("all", argv)
+    if stage not in (*STAGE_FUNCTIONS, "all"):
+        import difflib
+        near = difflib.get_close_matches(stage, [*STAGE_FUNCTIONS, "all"], 1)
+        raise UserError(f"unknown stage {stage!r}{f'; did you mean {near[0]}?' if near else ''}: use all, {', '.join(STAGE_FUNCTIONS)}")
+    Interrupt.install()
+    try:
+        if stage == "all":
+            run_all(parse_all(Common, STAGE_OPTIONS, rest, "train.py"))
+        else:
+            run = STAGE_FUNCTIONS[stage](parse(STAGE_OPTIONS[stage], rest, f"train.py {stage}"))
+            if run.finished and run.seconds_before == 0 and not hasattr(run, "tokenizer"):
+                print(f"{stage}: finished already in {run.folder}; --fresh trains it anew")
+    except Interrupted as stop:
+        return 128 + stop.args[0]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, sys.argv[1:]))
