@@ -51,7 +51,7 @@ class PPOOptions(Common):
     final_lr: float = option(0.1, "rates fall linearly to this share of themselves", source="N+: to 0")
     critic: str = option("separate", "separate: own network, a copy of the reward model; shared: a head on the policy",
                          choices=("separate", "shared"), source="separate in MOSS and N+")
-    critic_warmup: int = option(2, "first updates that train the critic alone", source="MOSS-RLHF part I")
+    critic_warmup: int = option(2, "first updates that train the critic alone", smoke=1, source="MOSS-RLHF part I")
     kl_coef: float = option(0.06, "price of one nat away from the reference", source="MOSS 0.05, swept .05 to .2; N+ 0.05")
     kl_estimator: str = option("k1", "estimate of KL in the reward", choices=("k1", "k2", "k3"), source="Schulman 2020; k1 in MOSS, N+")
     kl_control: str = option("fixed", "adaptive steers the coefficient towards --kl_target", choices=("fixed", "adaptive"),

@@ -352,7 +352,7 @@ def pretrain(o: PretrainOptions) -> Run:
     if run.finished:
         return run
     run.tokenizer = data.require_tokenizer()
-    config = ModelConfig(vocab_size=run.tokenizer.n_vocab, rope_base=o.rope_base,
+    config = ModelConfig(vocab_size=run.tokenizer.n_vocab,
                          **{k: getattr(o, k) for k in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "max_len")})
     model = run.model if run.state else Transformer(config)
     if not run.state:
