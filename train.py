@@ -44,10 +44,10 @@ from sample import prompt_ids, reply_texts, reply_to
 class PretrainOptions(Learning):
     """`python train.py pretrain`"""
 
-    n_layer: int = option(4, "blocks", smoke=2, base=12)
+    n_layer: int = option(4, "number of blocks", smoke=2, base=12)
     n_head: int = option(4, "heads of queries", smoke=2, base=12)
     n_kv_head: int = option(4, "heads of keys and values, shared by groups of query heads", smoke=1, base=12)
-    d_model: int = option(192, "width", smoke=32, base=768)
+    d_model: int = option(192, "width of the residual stream", smoke=32, base=768)
     d_ff: int = option(512, "width inside the MLP", smoke=64, base=2048)
     max_len: int = option(256, "longest row the model is made for, in tokens", smoke=128, base=1024)
     tokens: int = option(1_750_000, "tokens to train on", smoke=20_000, base=2_000_000_000)

@@ -211,8 +211,14 @@ def show(path: str, tokenizer: Tokenizer, template: str = "{prompt}", n: int = 5
     from data.prepare import as_messages, load_records
     for record in load_records(path, "sft")[:n]:
         ids, mask = tokenizer.render_chat(as_messages(record, template))
+        pending = b""  # a character may take several tokens
         for token, learn in zip(ids, mask, strict=True):
-            print(f"\033[{'32' if learn else '90'}m{tokenizer.decode([token])}\033[2m·\033[0m", end="")
+            pending += tokenizer.token_bytes(token)
+            try:
+                text, pending = pending.decode(), b""
+            except UnicodeDecodeError:
+                continue
+            print(f"\033[{'32' if learn else '90'}m{text}\033[2m·\033[0m", end="")
         print(f"\n   {len(ids)} tokens, {sum(mask)} learned\n")
 
 

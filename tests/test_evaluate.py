@@ -1,0 +1,140 @@
+"""Measures: textbook values, paired intervals, and a judge that learns what is there to learn."""
+import numpy as np
+import pytest
+import torch
+
+from evaluate import (NgramClassifier, accuracy, auc, best_of_n_kl, bootstrap, calibration_error, distinct_n, paired_auc_difference, plain_text,
+                      reply_statistics, table, text_plot, win_rate)
+from options import UserError
+from tests.conftest import made_up_reviews
+
+
+def test_auc_is_the_share_of_pairs_in_the_right_order():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 8, 60), rng.integers(0, 2, 60)
+    pairs = [(a > b) + (a == b) / 2 for a in scores[labels == 1] for b in scores[labels == 0]]
+    assert auc(scores, labels) == pytest.approx(np.mean(pairs))
+    assert auc([1, 2, 3], [0, 0, 1]) == 1 and auc([3, 2, 1], [0, 0, 1]) == 0 and auc([5, 5], [0, 1]) == .5
+
+
+def test_accuracy_and_calibration():
+    assert accuracy([.9, .2, .6], [1, 0, 0]) == pytest.approx(2 / 3)
+    rng = np.random.default_rng(1)
+    p = rng.random(40_000)
+    assert calibration_error(p, rng.random(40_000) < p) < .02
+    assert calibration_error(np.full(100, .95), np.tile([1, 0], 50)) == pytest.approx(.45)
+
+
+@pytest.mark.parametrize("measure", [auc, accuracy, calibration_error])
+def test_empty_and_unequal_sets_are_errors(measure):
+    for a, b in (([], []), ([1, 2], [1])):
+        with pytest.raises(UserError, match="nothing to measure"):
+            measure(a, b)
+    with pytest.raises(UserError, match="all labels are the same"):
+        auc([1, 2], [1, 1])
+
+
+def test_the_bootstrap_covers_a_mean_as_theory_says():
+    x = np.random.default_rng(2).normal(3, 2, 400)
+    value, low, high = bootstrap(lambda a: float(a.mean()), x)
+    assert value == pytest.approx(x.mean())
+    assert (high - low) / 2 == pytest.approx(1.96 * x.std() / 20, rel=.1)
+    assert bootstrap(lambda a: float(a.mean()), x) == (value, low, high)  # the same seed, the same interval
+
+
+def test_a_paired_interval_is_narrower_than_an_unpaired_one():
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 2, 500)
+    shared = labels + rng.normal(0, 1, 500)
+    a, b = shared + rng.normal(0, .1, 500) + .1 * labels, shared + rng.normal(0, .1, 500)
+    value, low, high = paired_auc_difference([a, a], b, labels, n=300)
+    assert value == pytest.approx(auc(a, labels) - auc(b, labels)) and low < value < high
+    alone = bootstrap(auc, a, labels, n=300)
+    assert high - low < .5 * (alone[2] - alone[1])
+
+
+def test_distinct_n_counts_over_equal_numbers():
+    rows = [[1, 2, 3], [1, 2], [4]]
+    assert distinct_n(rows, 2) == 2 / 3 and distinct_n(rows, 1) == 4 / 6
+    assert distinct_n(rows, 2, budget=2) == 1
+    assert distinct_n([[1, 1, 1, 1]], 2) == 1 / 3
+
+
+def test_statistics_of_replies():
+    found = reply_statistics([[1, 2], [1, 2], [3] * 10, [4] * 10], [True, True, False, True])
+    assert found == {"length": 6, "end_rate": .75, "identical": .5, "short": .5}
+
+
+def test_win_rates_count_ties_half():
+    assert win_rate([1, 1, 1, 0], [0, 0, 1, 1])[0] == pytest.approx(.625)
+
+
+def test_best_of_n_bound_at_known_values():
+    assert [round(best_of_n_kl(n), 3) for n in (1, 4, 16, 64, 256)] == [0, .636, 1.835, 3.175, 4.549]
+
+
+# ---- the n-gram classifier --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def reviews():
+    texts = made_up_reviews(True) + made_up_reviews(False)
+    labels = [1] * 400 + [0] * 400
+    order = np.random.default_rng(0).permutation(800)
+    return [texts[i] for i in order], [labels[i] for i in order]
+
+
+def test_it_learns_and_saves(reviews, tmp_path):
+    texts, labels = reviews
+    classifier = NgramClassifier(n_features=2**14).fit(texts[:600], labels[:600])
+    assert auc(classifier.logits(texts[600:]), labels[600:]) > .99
+    torch.save(classifier.state_dict(), tmp_path / "c.pt")
+    again = NgramClassifier.from_state(torch.load(tmp_path / "c.pt", weights_only=True))
+    assert np.array_equal(again.logits(texts[600:]), classifier.logits(texts[600:]))
+
+
+def test_its_hash_is_the_same_everywhere():
+    found = NgramClassifier()._hashes("好书好")
+    assert sorted(found.values()) == [1, 1, 1, 1, 2]  # 书, 好书, 书好, 好书好, and 好 twice
+
+    def by_definition(gram: str) -> int:
+        h = len(gram)
+        for c in gram:
+            h = (h * 0x9E3779B97F4A7C15 + ord(c)) * 0xBF58476D1CE4E5B9 % 2**64
+            h ^= h >> 29
+        return h % 2**18
+
+    assert set(found) == {by_definition(g) for g in ("好", "书", "好书", "书好", "好书好")}
+
+
+def test_order_matters_to_it_through_longer_grams_only():
+    a, b = NgramClassifier(orders=(1,)), NgramClassifier(orders=(1, 2))
+    assert a._hashes("好不") == a._hashes("不好") and b._hashes("好不") != b._hashes("不好")
+
+
+def test_noise_teaches_it_nothing_that_generalises(reviews):
+    texts, _ = reviews
+    labels = np.random.default_rng(5).integers(0, 2, 800)
+    classifier = NgramClassifier(n_features=2**14).fit(texts[:600], labels[:600])
+    assert abs(auc(classifier.logits(texts[600:]), labels[600:]) - .5) < .12
+
+
+def test_its_optimum_has_no_gradient(reviews):
+    texts, labels = reviews
+    classifier = NgramClassifier(n_features=2**14, l2=1e-3).fit(texts[:200], labels[:200])
+    rows, features, values = classifier._features(texts[:200])
+    values = classifier._scaled(rows, features, values, 200)
+    error = torch.from_numpy(classifier.probs(texts[:200])).float() - torch.tensor(labels[:200]).float()
+    grad = torch.zeros(2**14).index_add(0, features, error[rows] * values / 200) + 1e-3 * classifier.weight
+    assert grad.abs().max() < 1e-4 and abs(error.mean()) < 1e-4
+
+
+def test_opening_and_reply_are_read_as_one_text():
+    assert plain_text({"prompt": "这本", "response": "书"}) == "这本书"
+    assert plain_text({"prompt": [{"role": "user", "content": "a"}], "response": "b"}) == "ab"
+
+
+def test_tables_and_plots_of_text():
+    assert table([{"a": 1.23456, "b": "x"}, {"a": None}], {"a": "A", "b": "B"}) == "| A | B |\n| --- | --- |\n| 1.235 | x |\n| – | – |"
+    plot = text_plot([0, 1, 2, 3], "rise").splitlines()
+    assert plot[0] == "rise" and plot[1].endswith("•") and plot[-1].split("|")[1].startswith("•")
+    assert "no values" in text_plot([], "empty")

@@ -1,0 +1,106 @@
+"""Options: default < preset < flag, and nothing is ignored."""
+import dataclasses
+
+import pytest
+
+from options import UserError, as_dict, option, parse, parse_all, run_main, show
+
+
+@dataclasses.dataclass
+class Shared:
+    """All stages."""
+
+    preset: str = option("demo", "sizes", choices=("smoke", "demo", "base"))
+    seed: int = option(0, "draws")
+    resume: bool = option(False, "go on")
+
+
+@dataclasses.dataclass
+class Stage(Shared):
+    """One stage."""
+
+    kl_coef: float = option(0.05, "price of KL", source="MOSS", smoke=0.5)
+    updates: int = option(36, "updates", smoke=2, base=200)
+    critic: str = option("separate", "whose trunk", choices=("separate", "shared"))
+
+
+def test_default_preset_and_flag_take_precedence_in_this_order():
+    assert parse(Stage, [], "x").updates == 36
+    assert parse(Stage, ["--preset=smoke"], "x").updates == 2
+    o = parse(Stage, ["--updates", "7", "--preset", "smoke"], "x")
+    assert (o.updates, o.kl_coef) == (7, 0.5) and o.explicit == {"updates", "preset"}
+
+
+@pytest.mark.parametrize("words,name,value", [
+    (["--kl_coef=.1"], "kl_coef", 0.1), (["--kl-coef", "1e-4"], "kl_coef", 1e-4), (["--resume"], "resume", True), (["--resume=false"], "resume", False),
+    (["--resume", "false"], "resume", False), (["--updates=2_000"], "updates", 2000), (["--kl_coef=-1"], "kl_coef", -1.0), (["--kl_coef", "-1"], "kl_coef", -1.0)])
+def test_ways_to_write_a_flag(words, name, value):
+    assert getattr(parse(Stage, words, "x"), name) == value
+
+
+def test_a_switch_does_not_swallow_what_follows():
+    o = parse(Stage, ["--resume", "--seed", "3"], "x")
+    assert (o.resume, o.seed) == (True, 3)
+
+
+@pytest.mark.parametrize("words,message", [
+    (["--kl_coeff=1"], "did you mean --kl_coef"), (["--updates=two"], "--updates: 'two' is not a whole number"), (["--updates=1.5"], "whole number"),
+    (["--critic=both"], "not one of separate, shared"), (["--updates"], "value is missing"), (["updates=3"], "no option"), (["--resume=maybe"], "true or false"),
+    (["--preset=huge"], "smoke, demo, base")])
+def test_what_cannot_be_understood_is_an_error(words, message):
+    with pytest.raises(UserError, match=message):
+        parse(Stage, words, "x")
+
+
+def test_several_stages_share_a_command_line():
+    o = parse_all(Shared, {"a": Stage, "b": Stage}, ["--seed=3", "--a.kl_coef=.2", "--preset", "smoke", "--b.updates", "9"], "x")
+    assert (o["a"].seed, o["b"].seed, o["a"].kl_coef, o["b"].kl_coef, o["b"].updates, o["a"].updates) == (3, 3, 0.2, 0.5, 9, 2)
+    with pytest.raises(UserError, match="a.kl_coef"):
+        parse_all(Shared, {"a": Stage}, ["--a.klcoef=1"], "x")
+    with pytest.raises(UserError, match="unknown option --kl_coef"):
+        parse_all(Shared, {"a": Stage}, ["--kl_coef=1"], "x")
+
+
+def test_help_tells_default_presets_meaning_and_source(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Stage, ["--help"], "train.py ppo")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "train.py ppo" in text
+    assert "--kl_coef (default 0.05, smoke 0.5)\n        price of KL [MOSS]" in text
+
+
+def test_every_stage_of_train_explains_every_option():
+    from train import STAGE_OPTIONS
+    for cls in STAGE_OPTIONS.values():
+        for field in dataclasses.fields(cls):
+            assert len(field.metadata["help"]) > 10, field.name
+        for preset in ("smoke", "demo", "base"):
+            assert parse(cls, [f"--preset={preset}"], "x").preset == preset
+
+
+def test_resolved_options_are_shown_once_with_what_differs(capsys):
+    show(parse(Stage, ["--updates=5"], "x"), "ppo")
+    text = capsys.readouterr().out
+    assert "*updates=5" in text and " kl_coef=0.05" in text and "*kl_coef" not in text
+    assert as_dict(Stage())["critic"] == "separate"
+
+
+def test_errors_of_the_user_are_one_line_and_exit_code_2(capsys):
+    def main(argv):
+        raise UserError("the disk is full: free some space")
+
+    assert run_main(main, []) == 2
+    assert capsys.readouterr().err == "error: the disk is full: free some space\n"
+    assert run_main(main, ["--traceback"]) == 2 and "Traceback" in capsys.readouterr().err
+    assert run_main(lambda argv: None, []) == 0
+
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    assert run_main(interrupted, []) == 130
+
+    def bug(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):  # our own errors are not dressed up as the user's
+        run_main(bug, [])
