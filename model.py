@@ -325,8 +325,8 @@ def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024, repeats: i
             best = min(best, time.perf_counter() - start)
         return best
 
-    if device == "mps":
-        return "float32", "bfloat16 is not measured on this device"
+    if device == "mps" or width < 128:
+        return "float32", "bfloat16 gains nothing at this width" if device == "cpu" else "bfloat16 is not measured on this device"
     full, half = seconds(torch.float32), seconds(torch.bfloat16)
     chosen = "bfloat16" if half < 0.7 * full else "float32"
     return chosen, f"a {rows}x{width}x{4 * width} product takes {1e3 * full:.2f} ms in float32, {1e3 * half:.2f} in bfloat16"

@@ -182,7 +182,11 @@ class KLController:
         self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, kl_per_reply: float, n_replies: int) -> None:
-        """>>> control = KLController(.2, target=6); control.update(9., 256); round(control.coef, 6)
+        """coefficient *= 1 + clip(KL / target − 1, ± 0.2) · replies / horizon
+
+        >>> control = KLController(0.2, target=6)
+        >>> control.update(9.0, 256)
+        >>> round(control.coef, 6)
         0.201024
         """
         if self.target is not None:
@@ -213,8 +217,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     more that carries each block's sum to the blocks before it: no loop over time.
 
     >>> r, V = torch.tensor([[-.1, .2, 1.]]), torch.tensor([[.5, .4, .3]])
-    >>> [t.numpy().round(5).tolist() for t in gae(r, V, torch.ones(1, 3).bool())]
-    [[[0.52675, 0.765, 0.7]], [[1.02675, 1.165, 1.0]]]
+    >>> [[round(x, 5) for x in t[0].tolist()] for t in gae(r, V, torch.ones(1, 3).bool())]
+    [[0.52675, 0.765, 0.7], [1.02675, 1.165, 1.0]]
     """
     B, R = rewards.shape
     K = 64

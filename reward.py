@@ -6,12 +6,15 @@ which of two replies is better (`pairwise_loss`, Bradley–Terry), how good one 
 """
 import dataclasses
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ModelConfig, Transformer
+from data.batches import judged_batch
+from model import ModelConfig, Transformer, precision
 from options import Learning, UserError, option
 
 
@@ -78,6 +81,18 @@ class RewardModel(nn.Module):
         return self.normalise(self(tokens, mask, reply_mask))
 
     @torch.no_grad()
+    def score_rows(self, rows: Sequence[tuple[list[int], list[bool]]], dtype: str = "float32", batch: int = 64) -> np.ndarray:
+        """Raw score (n,) of each (ids, reply flags), in batches of similar length."""
+        order, scores = np.argsort([len(ids) for ids, _ in rows], kind="stable"), np.zeros(len(rows))
+        device = self.score_head.weight.device
+        for i in range(0, len(rows), batch):
+            index = order[i:i + batch]
+            with precision(dtype, device.type):
+                tokens, real, reply = judged_batch([rows[j] for j in index], device)
+                scores[index] = self(tokens, real, reply).float().cpu().numpy()
+        return scores
+
+    @torch.no_grad()
     def set_normalisation(self, raw: Tensor) -> None:
         """Take mean and spread from raw scores (≥ 512 of them) of replies that the SFT policy wrote."""
         std = raw.float().std(correction=0)
@@ -123,6 +138,7 @@ class RewardOptions(Learning):
     loss: str = option("auto", "auto: by the records' fields", choices=("auto", "label", "pairwise", "regression"))
     epochs: float = option(2.0, "passes over the training records", smoke=1.0, base=1.0)
     batch: int = option(32, "records per step", smoke=16)
+    micro_batch: int = option(8, "of them per forward and backward, sorted by length; changes speed and memory only", base=32)
     max_len: int = option(128, "longest row in tokens; longer texts are cut, and then carry no end token", smoke=64, base=512)
     lr: float = option(0.01, "learning rate of block matrices (Muon), or of all (AdamW)", base=0.003)
     adam_lr: float = option(0.003, "learning rate of embeddings, norms and head, by AdamW", base=1e-4)

@@ -18,14 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import pad_left
-from data.prepare import apply_template, load_records
+from data.batches import pad_left, prompt_ids
+from data.records import apply_template, load_records
 from data.tokenizer import Tokenizer
-from model import (KVCache, Transformer, attention_allowed, load_checkpoint, log_softmax, pick_device, pick_dtype,
-                   precision)
+from model import (
+    KVCache,
+    Transformer,
+    attention_allowed,
+    load_checkpoint,
+    log_softmax,
+    pick_device,
+    pick_dtype,
+    precision,
+)
 from options import UserError, option, parse, run_main
 from reward import RewardModel
-
 
 # ---- choosing one token -----------------------------------------------------------------------------------------------
 
@@ -183,17 +190,6 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
 
 # ---- from texts to texts ----------------------------------------------------------------------------------------------
 
-def prompt_ids(tokenizer: Tokenizer, prompt, template: str = "{prompt}", bare: bool = False) -> list[int]:
-    """Ids to continue: a dialogue up to where the reply starts, or (`bare`, for a pretrained model) a document's beginning.
-
-    prompt: a string, to which the checkpoint's template is applied, or a list of messages, taken as it is.
-    """
-    if bare:
-        return [tokenizer.eot_id, *tokenizer.encode(prompt)]
-    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": apply_template(template, prompt)}]
-    return tokenizer.render_chat(messages, reply=True)[0]
-
-
 def reply_texts(tokenizer: Tokenizer, generation: Generation) -> list[str]:
     """The replies as text, without the end token."""
     return [tokenizer.decode([i for i in row[keep].tolist() if i != tokenizer.eom_id])
@@ -208,18 +204,11 @@ def reply_to(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[in
     return generate(model, tokens.to(device), mask.to(device), max_new_tokens, end_id=tokenizer.eom_id, **settings)
 
 
-@torch.no_grad()
-def reward_scores(reward_model: RewardModel, prompts: Sequence[list[int]], replies: Generation, batch_size: int = 64) -> Tensor:
-    """Normalised score (B,) of each reply, read from the very token ids that were sampled."""
-    from data.batches import pad_right
-    rows = [p + r[m].tolist() for p, r, m in zip(prompts, replies.tokens, replies.mask, strict=True)]
-    flags = [[False] * len(p) + [True] * int(m.sum()) for p, m in zip(prompts, replies.mask, strict=True)]
-    device, scores = reward_model.score_head.weight.device, []
-    for i in range(0, len(rows), batch_size):
-        tokens, mask = pad_right(rows[i:i + batch_size], 0)
-        reply_mask = pad_right(flags[i:i + batch_size], 0)[0].bool()
-        scores.append(reward_model.score(tokens.to(device), mask.to(device), reply_mask.to(device)))
-    return torch.cat(scores)
+def reward_scores(reward_model: RewardModel, prompts: Sequence[list[int]], replies: Generation) -> np.ndarray:
+    """Raw score (B,) of each reply, read from the very token ids that were sampled."""
+    rows = [(p + r[m].tolist(), [False] * len(p) + [True] * int(m.sum()))
+            for p, r, m in zip(prompts, replies.tokens, replies.mask, strict=True)]
+    return reward_model.score_rows(rows)
 
 
 # ---- command line -----------------------------------------------------------------------------------------------------

@@ -12,14 +12,9 @@ its parents and leaves checkpoint.pt, config.json, metrics.jsonl and samples.jso
 """
 import copy
 import dataclasses
+import difflib
 import json
 import math
-import os
-import pathlib
-import platform
-import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,14 +25,34 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import evaluate
-from data.batches import STAGES, PackedDocuments, dialogue_rows, eval_windows, pad_right, rows_at
+from data.batches import (
+    STAGES,
+    PackedDocuments,
+    by_length,
+    dialogue_rows,
+    eval_windows,
+    judged_batch,
+    judged_rows,
+    pad_right,
+    prompt_ids,
+    rows_at,
+)
 from data.prepare import Prepared, open_data
-from model import (ModelConfig, Transformer, cross_entropy_sum, load_checkpoint, pick_device, pick_dtype, precision,
-                   save_checkpoint)
-from options import Common, Learning, UserError, as_dict, option, parse, parse_all, run_main, show
-from ppo import (ActorCritic, KLController, PPOOptions, RunningMoments, collect_rollout, critic_from, rollout_metrics, update)
+from model import ModelConfig, Transformer, cross_entropy_sum, load_checkpoint, pick_device, precision
+from options import Common, Learning, UserError, option, parse, parse_all, run_main
+from ppo import (
+    ActorCritic,
+    KLController,
+    PPOOptions,
+    RunningMoments,
+    collect_rollout,
+    critic_from,
+    rollout_metrics,
+    update,
+)
 from reward import RewardConfig, RewardModel, RewardOptions, label_loss, pairwise_loss, regression_loss
-from sample import prompt_ids, reply_texts, reply_to
+from run import Interrupt, Interrupted, Run, run_folder
+from sample import reply_texts, reply_to
 
 
 @dataclasses.dataclass
@@ -65,168 +80,12 @@ class SFTOptions(Learning):
 
     epochs: float = option(1.0, "passes over the dialogues", smoke=1.0)
     batch: int = option(32, "dialogues per step", smoke=16)
+    micro_batch: int = option(8, "of them per forward and backward, sorted by length; changes speed and memory only", base=32)
     max_len: int = option(128, "longest dialogue in tokens; longer ones are left out, never cut", smoke=64, base=512)
     lr: float = option(0.005, "learning rate of block matrices (Muon), or of all (AdamW)", base=0.001)
     adam_lr: float = option(0.002, "learning rate of embeddings and norms, by AdamW", base=3e-5)
     decay: float = option(0.9, "share of the steps, the last ones, over which it falls to 0")
     eval_every: int = option(150, "steps between measurements on validation", smoke=20)
-
-
-# ---- a run's folder ---------------------------------------------------------------------------------------------------
-
-class Interrupted(Exception):
-    """Raised after an interrupted run was saved; holds the signal's number."""
-
-
-class Interrupt:
-    """Ctrl-C and SIGTERM ask for a stop after the present step; a second Ctrl-C stops at once."""
-
-    number = 0
-
-    @classmethod
-    def install(cls) -> None:
-        def handle(number: int, _) -> None:
-            if cls.number and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            cls.number = number
-            print("\nfinishing this step, then saving …", file=sys.stderr)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handle)
-
-
-def git_commit() -> str:
-    """Commit of the code, with a + where files differ from it; empty outside a clone."""
-    here = pathlib.Path(__file__).parent
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"], cwd=here,
-                                capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return commit.stdout.strip()
-
-
-def processor() -> str:
-    """The CPU's own name where the system tells it."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-class Run:
-    """One stage's folder: what was asked, what was measured, and the checkpoint that goes on exactly where it stopped."""
-
-    NOT_COMPARED = ("resume", "fresh", "traceback", "preset", "out")  # how a run is started, not what it computes
-
-    def __init__(self, stage: str, o: Common, parents: dict[str, str], data: Prepared):
-        self.stage, self.o, self.parents, self.data = stage, o, parents, data
-        self.folder = run_folder(o, stage)
-        self.started, self.seconds_before, self.state = time.perf_counter(), 0.0, {}
-        self.finished = False
-        config = self.folder / "config.json"
-        if o.fresh:
-            for name in ("checkpoint.pt", "config.json", "metrics.jsonl", "samples.jsonl"):
-                (self.folder / name).unlink(missing_ok=True)
-        old = json.loads(config.read_text(encoding="utf-8")) if config.exists() else None
-        self.settings = {k: v for k, v in as_dict(o).items() if k not in self.NOT_COMPARED}
-        if old is not None:
-            self._compare(old)
-            self.finished = old["finished"]
-        if self.finished:
-            return
-        if old is not None and (self.folder / "checkpoint.pt").exists():
-            cls = RewardModel if stage == "reward" else Transformer
-            self.model, self.tokenizer, self.state = load_checkpoint(self.folder, "cpu", cls)
-            self.seconds_before = self.state["seconds"]
-        self.device = pick_device(o.device)
-        self.dtype, why = self.state.get("dtype"), "as in the checkpoint"
-        if self.dtype is None:
-            self.dtype, why = pick_dtype(o.dtype, self.device, getattr(o, "d_model", 0) or 192)
-        self.compile = "on" if o.compile == "on" else "off"
-        if not self.state:
-            show(o, f"{stage}: options")
-        print(f"{stage}: {self.device}, {self.dtype} ({why}), compile {self.compile}, {torch.get_num_threads()} threads", flush=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._trim("metrics.jsonl")
-        self._trim("samples.jsonl")
-        self.write_config()
-
-    def _compare(self, old: dict) -> None:
-        """Refuse to mix two different runs in one folder, and say what differs."""
-        command = f"python train.py {self.stage}"
-        if not self.o.resume:
-            raise UserError(f"{self.folder}: a run is there already: go on with `{command} --resume`, start anew with --fresh, "
-                            "or choose another --out")
-        now, before = {**self.settings, **self.parents}, {**old["options"], **old["parents"]}
-        differing = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted({*now, *before})
-                     if now.get(k) != before.get(k)]
-        if differing:
-            raise UserError(f"{self.folder}: the run there differs ({'; '.join(differing[:4])}{' …' if differing[4:] else ''}): "
-                            "start anew with --fresh, or choose another --out")
-
-    def _trim(self, name: str) -> None:
-        """Drop lines past the checkpoint's step: the resumed run writes them again."""
-        path, step = self.folder / name, self.state.get("step", -1)
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
-
-    def seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self.started
-
-    def write_config(self, finished: bool = False) -> None:
-        """What ran, where, and for how long."""
-        record = {"stage": self.stage, "finished": finished, "options": self.settings, "parents": self.parents,
-                  "dtype": self.dtype, "compile": self.compile, "commit": git_commit(), "processor": processor(),
-                  "threads": torch.get_num_threads(), "seconds": round(self.seconds(), 1),
-                  "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
-        temporary = self.folder / "config.tmp"
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, self.folder / "config.json")
-
-    def log(self, step: int, **metrics) -> None:
-        """One line of metrics.jsonl. `step` counts finished steps."""
-        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **rounded}) + "\n")
-
-    def samples(self, step: int, records: list[dict]) -> None:
-        """Texts to read, with their scores."""
-        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, **r}, ensure_ascii=False) + "\n" for r in records)
-
-    def save(self, step: int, model: nn.Module, **state) -> None:
-        save_checkpoint(self.folder, model, self.tokenizer, stage=self.stage, step=step, dtype=self.dtype, compile=self.compile,
-                        seconds=self.seconds(), options=self.settings, parents=self.parents,
-                        template=self.data.template, **state)
-
-    def stop_if_asked(self, step: int, save: Callable[[], None]) -> None:
-        if Interrupt.number:
-            save()
-            words = [w for w in sys.argv[1:] if w not in ("--resume", "--fresh")]
-            more = "" if words[:1] in ([], ["all"]) else " --resume"
-            print(f"\n{self.stage}: saved after step {step}; go on with `python train.py {shlex.join(words)}{more}`".replace("  ", " "),
-                  file=sys.stderr)
-            raise Interrupted(Interrupt.number)
-
-    def finish(self, **summary) -> None:
-        self.write_config(finished=True)
-        self.finished = True
-        text = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
-        print(f"{self.stage}: done in {self.seconds():.0f} s; {text}", flush=True)
-
-    def progress(self, start: int, total: int) -> tqdm:
-        return tqdm(total=total, initial=start, desc=self.stage, unit="step", dynamic_ncols=True, mininterval=0.5,
-                    disable=None if os.environ.get("CI") else False, smoothing=0.05)
-
-
-def data_name(o: Common) -> str:
-    return pathlib.Path(o.data).stem
-
-
-def run_folder(o: Common, stage: str) -> pathlib.Path:
-    return pathlib.Path(o.out) / data_name(o) / stage
 
 
 def prepared(o: Common) -> Prepared:
@@ -429,8 +288,10 @@ def sft(o: SFTOptions) -> Run:
 
     def losses(step: int):
         batch = [rows[i] for i in rows_at(len(rows), o.batch, step, o.seed, "sft")]
-        loss, n = nats(batch)
-        yield loss / n, n
+        total = sum(sum(flags) for _, flags in batch)
+        for piece in by_length(batch, o.micro_batch):
+            loss, n = nats(piece)
+            yield loss / total, n
 
     @torch.no_grad()
     def measure(step: int) -> dict[str, float]:
@@ -447,47 +308,19 @@ def sft(o: SFTOptions) -> Run:
 
 # ---- stage 3: the reward model ----------------------------------------------------------------------------------------
 
-def judged_rows(records: list[dict], tokenizer, template: str, max_len: int, *, field: str = "response", half: bool = False,
-                prefix_share: float = 0.0, rng: np.random.Generator | None = None) -> list[tuple[list[int], list[bool]]]:
-    """(ids, reply flags) of each record, as the reward model reads them: exactly the ids of a rollout.
-
-    A finished reply ends in <eom>. One cut at max_len, to its first half, or (a share of them, drawn by rng) to a random
-    prefix carries none, like a rollout that ran out of room; its label stays.
-    """
-    rows = []
-    for record in records:
-        prompt = prompt_ids(tokenizer, record["prompt"], template)
-        reply = tokenizer.encode(record[field]) + [tokenizer.eom_id]
-        if half:
-            reply = reply[:max(1, (len(reply) - 1) // 2)]
-        elif prefix_share and rng.random() < prefix_share and len(reply) > 2:
-            reply = reply[:rng.integers(1, len(reply) - 1)]
-        reply = reply[:max(1, max_len - len(prompt))]
-        rows.append((prompt + reply, [False] * len(prompt) + [True] * len(reply)))
-    return rows
-
-
-def judged_batch(rows: list[tuple[list[int], list[bool]]], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(tokens, real, reply), each (B, L), padded to the right."""
-    tokens, real = pad_right([ids for ids, _ in rows], 0)
-    reply = pad_right([flags for _, flags in rows], 0)[0].bool()
-    return tokens.to(device), real.to(device), reply.to(device)
-
-
 def feedback_kind(record: dict) -> str:
     return "pairwise" if "chosen" in record else "regression" if "score" in record else "label"
 
 
-@torch.no_grad()
-def raw_scores(model: RewardModel, rows: list[tuple[list[int], list[bool]]], run: Run, batch: int = 64) -> np.ndarray:
-    """Raw score of each row, computed in order of length."""
-    order = np.argsort([len(ids) for ids, _ in rows], kind="stable")
-    scores = np.zeros(len(rows))
-    for i in range(0, len(rows), batch):
-        index = order[i:i + batch]
-        with precision(run.dtype, run.device):
-            scores[index] = model(*judged_batch([rows[j] for j in index], run.device)).float().cpu().numpy()
-    return scores
+def feedback_loss(kind: str, scores: Tensor, records: list[dict], label_smoothing: float) -> Tensor:
+    """Raw scores of these records' replies, all chosen ones before all rejected ones, to the mean loss of their kind."""
+    if kind == "pairwise":
+        chosen, rejected = scores.chunk(2)
+        margin = torch.tensor([r.get("margin", 0.0) for r in records], device=scores.device)
+        return pairwise_loss(chosen, rejected, margin, label_smoothing)
+    if kind == "label":
+        return label_loss(scores, torch.tensor([r["label"] for r in records], device=scores.device))
+    return regression_loss(scores, torch.tensor([r["score"] for r in records], device=scores.device))
 
 
 def train_reward(o: RewardOptions) -> Run:
@@ -520,25 +353,21 @@ def train_reward(o: RewardOptions) -> Run:
         rng = np.random.default_rng([o.seed, STAGES["reward"], step])
         batch = [records[i] for i in rows_at(len(records), o.batch, step, o.seed, "reward")]
         fields = ("chosen", "rejected") if kind == "pairwise" else ("response",)
-        rows = [row for field in fields for row in judged_rows(batch, **render, field=field, rng=rng, prefix_share=o.prefix_share)]
-        tokens, real, reply = judged_batch(rows, run.device)
-        with precision(run.dtype, run.device):
-            hidden = model.backbone.hidden(tokens)
-            scores = model.pool(model.head_values(hidden), real, reply)
-            if kind == "pairwise":
-                chosen, rejected = scores.chunk(2)
-                margin = torch.tensor([r.get("margin", 0.0) for r in batch], device=scores.device)
-                loss = pairwise_loss(chosen, rejected, margin, o.label_smoothing)
-            elif kind == "label":
-                loss = label_loss(scores, torch.tensor([r["label"] for r in batch], device=scores.device))
-            else:
-                loss = regression_loss(scores, torch.tensor([r["score"] for r in batch], device=scores.device))
-            if o.lm_coef:
-                liked = reply.clone()
-                liked[len(batch):] = False  # of a pair, only the chosen reply is worth imitating
-                nats = cross_entropy_sum(model.backbone, hidden[:, :-1][liked[:, 1:]], tokens[:, 1:][liked[:, 1:]])
-                loss = loss + o.lm_coef * nats / liked.sum()
-        yield loss, int(real.sum())
+        sides = [judged_rows(batch, **render, field=field, rng=rng, prefix_share=o.prefix_share) for field in fields]
+        n_imitated = sum(sum(flags) for _, flags in sides[0])  # of a pair, only the chosen reply is worth imitating
+        order = sorted(range(len(batch)), key=lambda i: max(len(side[i][0]) for side in sides))
+        for index in (order[i:i + o.micro_batch] for i in range(0, len(order), o.micro_batch)):
+            records_here = [batch[i] for i in index]
+            tokens, real, reply = judged_batch([side[i] for side in sides for i in index], run.device)
+            with precision(run.dtype, run.device):
+                hidden = model.backbone.hidden(tokens)
+                scores = model.pool(model.head_values(hidden), real, reply)
+                loss = feedback_loss(kind, scores, records_here, o.label_smoothing) * len(index) / len(batch)
+                if o.lm_coef:
+                    reply[len(index):] = False
+                    nats = cross_entropy_sum(model.backbone, hidden[:, :-1][reply[:, 1:]], tokens[:, 1:][reply[:, 1:]])
+                    loss = loss + o.lm_coef * nats / n_imitated
+            yield loss, int(real.sum())
 
     def measure(step: int, subset: int = 600) -> dict[str, float]:
         return reward_measures(model, val[:subset], kind, render, run)
@@ -552,7 +381,7 @@ def train_reward(o: RewardOptions) -> Run:
     replies = reply_to(policy, tokenizer, ids, o.reply_len, temperature=o.temperature, seed=(o.seed, STAGES["reward"]), batch_size=128)
     flags = [[False] * len(p) + [True] * int(m.sum()) for p, m in zip(ids, replies.mask, strict=True)]
     rows = [(p + t[m].tolist(), f) for p, t, m, f in zip(ids, replies.tokens.cpu(), replies.mask.cpu(), flags, strict=True)]
-    raw = torch.from_numpy(raw_scores(model, rows, run))
+    raw = torch.from_numpy(model.score_rows(rows, run.dtype))
     model.set_normalisation(raw)
     texts = reply_texts(tokenizer, replies)
     run.samples(n_steps, [{"prompt": prompts[i]["prompt"], "reply": texts[k], "raw_score": round(float(raw[k]), 3)}
@@ -565,9 +394,9 @@ def train_reward(o: RewardOptions) -> Run:
 def reward_measures(model: RewardModel, records: list[dict], kind: str, render: dict, run: Run) -> dict[str, float]:
     """On validation: how often the model agrees with people."""
     if kind == "pairwise":
-        chosen, rejected = (raw_scores(model, judged_rows(records, **render, field=f), run) for f in ("chosen", "rejected"))
+        chosen, rejected = (model.score_rows(judged_rows(records, **render, field=f), run.dtype) for f in ("chosen", "rejected"))
         return {"val_accuracy": float((chosen > rejected).mean())}
-    scores = raw_scores(model, judged_rows(records, **render), run)
+    scores = model.score_rows(judged_rows(records, **render), run.dtype)
     if kind == "regression":
         return {"val_correlation": float(np.corrcoef(scores, [r["score"] for r in records])[0, 1])}
     labels = np.array([r["label"] for r in records])
@@ -579,8 +408,8 @@ def report_reward(model: RewardModel, data: Prepared, render: dict, run: Run) ->
     records = data.records("reward", "test")
     baseline = evaluate.ngram_classifier(data, "reward")
     texts = [evaluate.plain_text(r) for r in records]
-    result = {"labels": [r["label"] for r in records], "scores": raw_scores(model, judged_rows(records, **render), run).tolist(),
-              "half_scores": raw_scores(model, judged_rows(records, **render, half=True), run).tolist(),
+    result = {"labels": [r["label"] for r in records], "scores": model.score_rows(judged_rows(records, **render), run.dtype).tolist(),
+              "half_scores": model.score_rows(judged_rows(records, **render, half=True), run.dtype).tolist(),
               "baseline": baseline.logits(texts).tolist(),
               "half_baseline": baseline.logits([evaluate.plain_text(r | {"response": r["response"][:len(r["response"]) // 2]}) for r in records]).tolist()}
     (run.folder / "test_scores.json").write_text(json.dumps(result))
@@ -700,7 +529,6 @@ def run_all(options: dict[str, Common]) -> None:
 def main(argv: list[str]) -> int:
     stage, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("all", argv)
     if stage not in (*STAGE_FUNCTIONS, "all"):
-        import difflib
         near = difflib.get_close_matches(stage, [*STAGE_FUNCTIONS, "all"], 1)
         raise UserError(f"unknown stage {stage!r}{f'; did you mean {near[0]}?' if near else ''}: use all, {', '.join(STAGE_FUNCTIONS)}")
     Interrupt.install()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.records import apply_template, as_messages
 from data.tokenizer import Tokenizer
 
 STAGES = {"pretrain": 1, "sft": 2, "reward": 3, "ppo": 4}
@@ -54,10 +55,53 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
 def dialogue_rows(records: Sequence[dict], tokenizer: Tokenizer, template: str, max_len: int) -> tuple[list[tuple[list[int], list[bool]]], int]:
     """(ids, loss mask) of each sft record that fits max_len, and how many did not: a dialogue is left out, never cut, because
     a cut one would teach to stop anywhere."""
-    from data.prepare import as_messages
     rows = [tokenizer.render_chat(as_messages(record, template)) for record in records]
     kept = [row for row in rows if len(row[0]) <= max_len]
     return kept, len(rows) - len(kept)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt, template: str = "{prompt}", bare: bool = False) -> list[int]:
+    """Ids to continue: a dialogue up to where the reply starts, or (`bare`, for a pretrained model) a document's beginning.
+
+    prompt: a string, to which the checkpoint's template is applied, or a list of messages, taken as it is.
+    """
+    if bare:
+        return [tokenizer.eot_id, *tokenizer.encode(prompt)]
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": apply_template(template, prompt)}]
+    return tokenizer.render_chat(messages, reply=True)[0]
+
+
+def judged_rows(records: list[dict], tokenizer, template: str, max_len: int, *, field: str = "response", half: bool = False,
+                prefix_share: float = 0.0, rng: np.random.Generator | None = None) -> list[tuple[list[int], list[bool]]]:
+    """(ids, reply flags) of each record, as the reward model reads them: exactly the ids of a rollout.
+
+    A finished reply ends in <eom>. One cut at max_len, to its first half, or (a share of them, drawn by rng) to a random
+    prefix carries none, like a rollout that ran out of room; its label stays.
+    """
+    rows = []
+    for record in records:
+        prompt = prompt_ids(tokenizer, record["prompt"], template)
+        reply = tokenizer.encode(record[field]) + [tokenizer.eom_id]
+        if half:
+            reply = reply[:max(1, (len(reply) - 1) // 2)]
+        elif prefix_share and rng.random() < prefix_share and len(reply) > 2:
+            reply = reply[:rng.integers(1, len(reply) - 1)]
+        reply = reply[:max(1, max_len - len(prompt))]
+        rows.append((prompt + reply, [False] * len(prompt) + [True] * len(reply)))
+    return rows
+
+
+def judged_batch(rows: list[tuple[list[int], list[bool]]], device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, real, reply), each (B, L), padded to the right."""
+    tokens, real = pad_right([ids for ids, _ in rows], 0)
+    reply = pad_right([flags for _, flags in rows], 0)[0].bool()
+    return tokens.to(device), real.to(device), reply.to(device)
+
+
+def by_length(rows: Sequence[tuple[list[int], list[bool]]], size: int) -> list[list[tuple[list[int], list[bool]]]]:
+    """Cut (ids, flags) rows into pieces of `size`, sorted by length, so that little padding is computed."""
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
 # ---- plain text -------------------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> 
     ranks = [bytes([b]) for b in range(256)]
     ids = {token: i for i, token in enumerate(ranks)}
     target = vocab_size - len(SPECIAL_TOKENS)
-    with tqdm(total=target - 256, desc="vocabulary", unit="merge", disable=not progress, dynamic_ncols=True) as bar:
+    with tqdm(total=target - 256, desc="vocabulary", unit="merge", disable=None if progress else True, dynamic_ncols=True) as bar:
         while len(ranks) < target and heap:
             count, pair = heapq.heappop(heap)
             if -count != corpus.pair_counts[pair]:
@@ -208,7 +208,7 @@ def train_chars(text: str) -> Tokenizer:
 
 def show(path: str, tokenizer: Tokenizer, template: str = "{prompt}", n: int = 5) -> None:
     """Print dialogues of a JSON Lines file: learned tokens green, the rest grey, token borders marked."""
-    from data.prepare import as_messages, load_records
+    from data.records import as_messages, load_records
     for record in load_records(path, "sft")[:n]:
         ids, mask = tokenizer.render_chat(as_messages(record, template))
         pending = b""  # a character may take several tokens

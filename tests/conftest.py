@@ -1,6 +1,5 @@
 """Shared by all tests: the repository on the path, and a small made-up source of the default data set's layout."""
 import itertools
-import os
 import pathlib
 import random
 import sys
@@ -9,7 +8,6 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["CI"] = "true"  # no progress bars
 
 REPEATED = "这本书真的很好看，内容充实，我非常喜欢，推荐大家购买。"
 CONTRADICTED = "酒店位置不错，离地铁站很近，就是房间有点小。"

@@ -3,8 +3,21 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate import (NgramClassifier, accuracy, auc, best_of_n_kl, bootstrap, calibration_error, distinct_n, paired_auc_difference, plain_text,
-                      reply_statistics, table, text_plot, win_rate)
+from evaluate import (
+    accuracy,
+    auc,
+    best_of_n_kl,
+    bootstrap,
+    calibration_error,
+    distinct_n,
+    paired_auc_difference,
+    plain_text,
+    reply_statistics,
+    table,
+    text_plot,
+    win_rate,
+)
+from ngrams import NgramClassifier
 from options import UserError
 from tests.conftest import made_up_reviews
 

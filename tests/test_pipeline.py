@@ -1,0 +1,225 @@
+"""The commands of the README as a user runs them, with --preset smoke: every stage, resume after a kill, and what goes wrong."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+STAGES = ("pretrain", "sft", "reward", "ppo")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CI": "true"}
+
+
+def mosslet(*words, **more):
+    """Run one command; its finished process."""
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **more)
+
+
+def train(*words, source, out):
+    return mosslet("train.py", *words, "--preset", "smoke", "--source", source, "--out", out)
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def root(reviews_source, tmp_path_factory):
+    """A finished smoke run of all stages."""
+    out = tmp_path_factory.mktemp("out")
+    done = train(source=reviews_source, out=out)
+    assert done.returncode == 0, done.stderr
+    root = out / "reviews"
+    (root / "said.txt").write_text(done.stdout, encoding="utf-8")
+    return root
+
+
+def test_one_command_walks_the_whole_road(root):
+    for stage in STAGES:
+        assert {"checkpoint.pt", "config.json", "metrics.jsonl", "samples.jsonl"} <= {p.name for p in (root / stage).iterdir()}
+        config = json.loads((root / stage / "config.json").read_text(encoding="utf-8"))
+        assert config["finished"] and config["seconds"] > 0 and config["versions"]["torch"] == torch.__version__
+        steps = [line["step"] for line in lines(root / stage / "metrics.jsonl")]
+        assert steps == sorted(set(steps))
+    report = json.loads((root / "report.json").read_text(encoding="utf-8"))
+    assert [r["name"] for r in report["policies"]] == ["SFT", "PPO", "real liked reviews", "real disliked reviews"]
+    assert len(report["pairs"]) == 10 and (root / "report.md").read_text(encoding="utf-8").startswith("# reviews, seed 0")
+    assert "KL in nats per reply" in (root / "said.txt").read_text(encoding="utf-8")
+
+
+def test_the_policy_moved_and_the_reference_is_the_sft_model(root):
+    sft, ppo = weights(root / "sft"), weights(root / "ppo")
+    assert any(not torch.equal(sft[k], ppo[k]) for k in sft)
+    config = {s: json.loads((root / s / "config.json").read_text(encoding="utf-8")) for s in STAGES}
+    states = {s: torch.load(root / s / "checkpoint.pt", weights_only=True)["state"] for s in STAGES}
+    assert config["sft"]["parents"]["init"] == states["pretrain"]["hash"]
+    assert config["ppo"]["parents"]["init"] == states["sft"]["hash"] and config["ppo"]["parents"]["reward"] == states["reward"]["hash"]
+
+
+def test_ppo_optimises_the_reward_model_that_was_trained(root, reviews_source):
+    """A rival's shipped command optimised a random head. The scores that PPO logged are the trained checkpoint's."""
+    from data.prepare import open_data
+    from evaluate import measure_policy
+    from model import load_checkpoint
+    from reward import RewardModel
+    trained, tokenizer, state = load_checkpoint(root / "reward", cls=RewardModel)
+    policy, _, ppo = load_checkpoint(root / "ppo")
+    o = ppo["options"]
+    prompts = [r["prompt"] for r in open_data("reviews", source=str(reviews_source), vocab_size=o["vocab_size"],
+                                              limit=o["limit"]).records("ppo", "val")][:o["eval_prompts"]]
+    last = [r for r in lines(root / "ppo" / "samples.jsonl") if r["step"] == o["updates"]]
+    for model, same in ((trained, True), (RewardModel(trained.config), False)):
+        _, again, _ = measure_policy(policy, policy, tokenizer, prompts, state["template"], reward_model=model, reply_len=o["reply_len"])
+        assert [r["reply"] for r in again] == [r["reply"] for r in last]
+        equal = [abs(a["raw_score"] - b["raw_score"]) < 2e-3 for a, b in zip(again, last, strict=True)]
+        assert all(equal) if same else not any(equal)
+
+
+def test_what_is_scored_is_what_was_sampled_in_every_update(root):
+    updates = [line for line in lines(root / "ppo" / "metrics.jsonl") if line["step"] > 0]
+    for line in updates:
+        assert line["sampler_gap"] < 1e-4 and line.get("ratio_start", 0) < 1e-4
+    assert updates[0]["kl"] == 0 and "ratio_start" in updates[-1]
+    names = ("score judge kl kl_per_token entropy length end_rate ref_perplexity approx_kl clip_frac value_clip_frac explained_variance value_loss "
+             "policy_grad_norm critic_grad_norm kl_coef generate_tokens_per_s train_tokens_per_s seconds_generate seconds_score seconds_train "
+             "eval_judge eval_kl eval_score").split()
+    assert not set(names) - set(updates[-1])
+
+
+def test_running_again_skips_what_is_done(root, reviews_source):
+    before = {s: (root / s / "checkpoint.pt").stat().st_mtime_ns for s in STAGES}
+    done = train(source=reviews_source, out=root.parent)
+    assert done.returncode == 0 and before == {s: (root / s / "checkpoint.pt").stat().st_mtime_ns for s in STAGES}
+
+
+def test_other_options_in_the_same_place_are_refused_with_the_difference(root, reviews_source):
+    done = train("--ppo.kl_coef=.3", source=reviews_source, out=root.parent)
+    assert done.returncode == 2 and "kl_coef was 0.06, is 0.3" in done.stderr and "--fresh" in done.stderr and "--out" in done.stderr
+    done = train("sft", source=reviews_source, out=root.parent)
+    assert done.returncode == 2 and "--resume" in done.stderr
+
+
+def copy_parents(root, out, stage):
+    """Links to the stages before this one."""
+    (out / "reviews").mkdir(parents=True)
+    for s in STAGES[:STAGES.index(stage)]:
+        (out / "reviews" / s).symlink_to(root / s)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_and_resumed_equals_uninterrupted(root, reviews_source, tmp_path, stage):
+    copy_parents(root, tmp_path, stage)
+    folder = tmp_path / "reviews" / stage
+    process = subprocess.Popen([sys.executable, "train.py", stage, "--preset", "smoke", "--source", reviews_source, "--out", tmp_path],
+                               cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed_at = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]["step"]
+    last = lines(root / stage / "metrics.jsonl")[-1]["step"]
+    assert 0 < killed_at < last, "the kill came too late to prove anything"
+    done = train(stage, "--resume", source=reviews_source, out=tmp_path)
+    assert done.returncode == 0, done.stderr
+    a, b = weights(root / stage), weights(folder)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    timeless = lambda path: [{k: v for k, v in line.items() if "second" not in k and "per_s" not in k} for line in lines(path)]
+    assert timeless(root / stage / "metrics.jsonl") == timeless(folder / "metrics.jsonl")
+    assert lines(root / stage / "samples.jsonl") == lines(folder / "samples.jsonl")
+
+
+def test_sigterm_finishes_the_step_saves_and_names_the_command(reviews_source, tmp_path):
+    process = subprocess.Popen([sys.executable, "train.py", "pretrain", "--preset", "smoke", "--source", reviews_source, "--out", tmp_path],
+                               cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "reviews/pretrain/checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "train.py pretrain" in said and "--resume" in said and "Traceback" not in said
+    assert torch.load(tmp_path / "reviews/pretrain/checkpoint.pt", weights_only=True)["state"]["step"] > 0
+
+
+def test_samples_can_be_drawn_in_every_way_the_readme_shows(root, tmp_path):
+    done = mosslet("sample.py", "--from", root / "ppo", "--prompt", "这本书")
+    assert done.returncode == 0 and done.stdout.startswith("这本书")
+    assert mosslet("sample.py", "--from", root / "ppo", "--prompt", "这本书").stdout == done.stdout  # the same seed
+    assert mosslet("sample.py", "--from", root / "pretrain", "--prompt", "房间").stdout.startswith("房间")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "酒店"}\n{"prompt": "电脑"}\n', encoding="utf-8")
+    done = mosslet("sample.py", "--from", root / "sft", "--file", tmp_path / "p.jsonl")
+    assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == ["酒店", "电脑"]
+    done = mosslet("sample.py", "--from", root / "sft", "--prompt", "房间", "--best_of", "4")
+    scores = [float(line.split()[0]) for line in done.stdout.splitlines() if line[:1] in "+-"]
+    assert done.returncode == 0 and scores == sorted(scores)
+    done = mosslet("sample.py", "--compare", root / "sft", root / "ppo")
+    assert done.returncode == 0 and done.stdout.count("»") == 8
+    done = mosslet("sample.py", "--from", root / "ppo", "--chat", input="房间\n早餐\n")
+    assert done.returncode == 0 and done.stdout.count("MOSS: ") == 2
+
+
+def test_checkpoints_can_be_measured_and_plotted(root, reviews_source, tmp_path):
+    done = mosslet("evaluate.py", root / "sft", root / "ppo", "--prompts", "12", "--source", reviews_source)
+    assert done.returncode == 0 and "judged positive" in done.stdout, done.stderr
+    done = mosslet("-m", "tools.plot", root, "--out", tmp_path / "p.png")
+    assert done.returncode == 0, done.stderr
+    if (tmp_path / "p.png").exists():  # matplotlib is an extra
+        assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    else:
+        assert "matplotlib" in done.stdout
+
+
+@pytest.mark.parametrize("words,message", [
+    (["train.py", "--preset", "smokey"], "smoke, demo, base"), (["train.py", "ppo", "--kl_coeff=1"], "did you mean --kl_coef"), (["train.py", "rewards"], "did you mean reward"),
+    (["train.py", "--data", "review"], "did you mean reviews"), (["train.py", "ppo", "--top_p=.9"], "not on-policy"), (["train.py", "pretrain", "--init_from=x"], "no effect"),
+    (["train.py", "sft", "--preset", "smoke"], "train.py pretrain"), (["train.py", "--source", "/nonexistent"], "no such file"),
+    (["sample.py", "--from", "/nonexistent", "--prompt", "x"], "no checkpoint"), (["sample.py"], "no checkpoint|nothing to do"), (["evaluate.py"], "which checkpoints"),
+    (["-m", "tools.plot", "/nonexistent"], "nothing to draw"), (["train.py", "--device=cuda"], "no such device")])
+def test_what_a_user_can_mend_is_one_clear_line(words, message, reviews_source, tmp_path):
+    import re
+    if "--device=cuda" in words and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    if words[0] == "train.py" and "--source" not in words:
+        words = [*words, "--source", str(reviews_source)]
+    if words[0] == "train.py" and "--out" not in words:
+        words = [*words, "--out", str(tmp_path)]
+    done = mosslet(*words)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
+    assert re.search(message, done.stderr), done.stderr
+
+
+def test_checkpoints_that_do_not_fit_each_other_are_refused(root, reviews_source, tmp_path):
+    copy_parents(root, tmp_path, "ppo")
+    done = train("ppo", "--reward_from", root / "sft", source=reviews_source, out=tmp_path)
+    assert done.returncode == 2 and "holds a Transformer, but a RewardModel is needed" in done.stderr
+    payload = torch.load(root / "reward" / "checkpoint.pt", weights_only=True)
+    payload["tokenizer"]["ranks"][300], payload["tokenizer"]["ranks"][301] = payload["tokenizer"]["ranks"][301], payload["tokenizer"]["ranks"][300]
+    torch.save(payload, tmp_path / "other.pt")
+    done = train("ppo", "--reward_from", tmp_path / "other.pt", source=reviews_source, out=tmp_path)
+    assert done.returncode == 2 and "different tokenizers" in done.stderr
+
+
+def test_a_loss_that_explodes_stops_names_the_step_and_keeps_the_last_checkpoint(root, reviews_source, tmp_path):
+    copy_parents(root, tmp_path, "sft")
+    done = train("sft", "--optimizer=adamw", "--lr=1e30", "--warmup=0", "--clip=1e30", source=reviews_source, out=tmp_path)
+    assert done.returncode == 2 and "at step" in done.stderr and "lower --lr" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_users_own_dialogues_and_pairs_train_on_a_pretrained_model(root, tmp_path):
+    (tmp_path / "mine").mkdir()
+    write = lambda name, records: (tmp_path / "mine" / name).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    write("sft.jsonl", [{"prompt": f"问题{i}", "response": f"回答{i}很好"} for i in range(120)])
+    write("reward.jsonl", [{"prompt": f"问题{i}", "chosen": "很好很好", "rejected": f"不好{i}"} for i in range(120)])
+    common = ["--preset", "smoke", "--data", tmp_path / "mine", "--out", tmp_path / "out"]
+    done = mosslet("train.py", *common, "--init_from", root / "pretrain")
+    assert done.returncode == 0, done.stderr
+    measured = [line for line in lines(tmp_path / "out/mine/reward/metrics.jsonl") if "val_accuracy" in line]
+    assert measured and (tmp_path / "out/mine/report.md").exists()
