@@ -33,7 +33,7 @@ from sample import generate
 class PPOOptions(Common):
     """`python train.py ppo`"""
 
-    updates: int = option(36, "rollouts, each followed by the epochs below", smoke=3, base=200)
+    updates: int = option(32, "rollouts, each followed by the epochs below", smoke=6, base=200)
     batch: int = option(96, "replies per rollout", smoke=8, base=256)
     reply_len: int = option(64, "longest reply in tokens; one cut there counts as ended, without bootstrap", smoke=16, base=128)
     temperature: float = option(1.0, "of sampling and of every log-probability alike", source="N+: else the ratio does not start at 1")
@@ -73,7 +73,7 @@ class PPOOptions(Common):
     max_approx_kl: float = option(0.0, "skip the policy's remaining minibatches of an update above this; 0: never",
                                   source="Spinning Up: 0.015")
     save_every: int = option(10, "updates between checkpoints", smoke=1)
-    eval_every: int = option(9, "updates between measurements on held-out prompts", smoke=2, base=20)
+    eval_every: int = option(8, "updates between measurements on held-out prompts", smoke=2, base=20)
     eval_prompts: int = option(128, "held-out prompts measured then", smoke=8, base=256)
     report_prompts: int = option(500, "held-out test prompts of the report that `all` ends with", smoke=20)
 

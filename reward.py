@@ -138,7 +138,6 @@ class RewardOptions(Learning):
     loss: str = option("auto", "auto: by the records' fields", choices=("auto", "label", "pairwise", "regression"))
     epochs: float = option(2.0, "passes over the training records", smoke=1.0, base=1.0)
     batch: int = option(32, "records per step", smoke=16)
-    micro_batch: int = option(8, "of them per forward and backward, sorted by length; changes speed and memory only", base=32)
     max_len: int = option(128, "longest row in tokens; longer texts are cut, and then carry no end token", smoke=64, base=512)
     lr: float = option(0.01, "learning rate of block matrices (Muon), or of all (AdamW)", base=0.003)
     adam_lr: float = option(0.003, "learning rate of embeddings, norms and head, by AdamW", base=1e-4)

@@ -3,6 +3,7 @@
 `OUT/<data>/<stage>/` holds checkpoint.pt, config.json (options, versions, machine, seconds), metrics.jsonl (one JSON object
 a logged step) and samples.jsonl (texts to read). train.py's stages open a `Run`, log into it, save with it.
 """
+import ctypes
 import json
 import os
 import pathlib
@@ -43,6 +44,17 @@ class Interrupt:
             print("\nfinishing this step, then saving …", file=sys.stderr)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, handle)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what was freed, instead of returning each large tensor's pages to the system and faulting them in again
+    at the next step: a third of the time of a step whose shapes vary, on CPU (measured). Elsewhere it does nothing."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's top is not given back
+    except (OSError, AttributeError):
+        return
 
 
 def git_commit() -> str:

@@ -28,12 +28,11 @@ import evaluate
 from data.batches import (
     STAGES,
     PackedDocuments,
-    by_length,
     dialogue_rows,
     eval_windows,
     judged_batch,
     judged_rows,
-    pad_right,
+    pack_rows,
     prompt_ids,
     rows_at,
 )
@@ -51,7 +50,7 @@ from ppo import (
     update,
 )
 from reward import RewardConfig, RewardModel, RewardOptions, label_loss, pairwise_loss, regression_loss
-from run import Interrupt, Interrupted, Run, run_folder
+from run import Interrupt, Interrupted, Run, keep_freed_memory, run_folder
 from sample import reply_texts, reply_to
 
 
@@ -80,7 +79,6 @@ class SFTOptions(Learning):
 
     epochs: float = option(1.0, "passes over the dialogues", smoke=1.0)
     batch: int = option(32, "dialogues per step", smoke=16)
-    micro_batch: int = option(8, "of them per forward and backward, sorted by length; changes speed and memory only", base=32)
     max_len: int = option(128, "longest dialogue in tokens; longer ones are left out, never cut", smoke=64, base=512)
     lr: float = option(0.005, "learning rate of block matrices (Muon), or of all (AdamW)", base=0.001)
     adam_lr: float = option(0.002, "learning rate of embeddings and norms, by AdamW", base=3e-5)
@@ -279,19 +277,15 @@ def sft(o: SFTOptions) -> Run:
     examples = [r["prompt"] for r in data.records("ppo", "val")[:8]]
 
     def nats(batch) -> tuple[Tensor, int]:
-        tokens, _ = pad_right([ids for ids, _ in batch], tokenizer.pad_id)
-        flags = pad_right([flags for _, flags in batch], 0)[0].bool().to(run.device)
-        tokens = tokens.to(run.device)
+        tokens, flags, docs, _ = (x.to(run.device) for x in pack_rows(batch, o.max_len))
         with precision(run.dtype, run.device):
-            hidden = model.hidden(tokens)  # padding stands to the right, where causality hides it
+            hidden = model.hidden(tokens, docs=docs)
             return cross_entropy_sum(model, hidden[:, :-1][flags[:, 1:]], tokens[:, 1:][flags[:, 1:]]), int(flags.sum())
 
     def losses(step: int):
         batch = [rows[i] for i in rows_at(len(rows), o.batch, step, o.seed, "sft")]
-        total = sum(sum(flags) for _, flags in batch)
-        for piece in by_length(batch, o.micro_batch):
-            loss, n = nats(piece)
-            yield loss / total, n
+        loss, n = nats(batch)
+        yield loss / n, n
 
     @torch.no_grad()
     def measure(step: int) -> dict[str, float]:
@@ -354,20 +348,18 @@ def train_reward(o: RewardOptions) -> Run:
         batch = [records[i] for i in rows_at(len(records), o.batch, step, o.seed, "reward")]
         fields = ("chosen", "rejected") if kind == "pairwise" else ("response",)
         sides = [judged_rows(batch, **render, field=field, rng=rng, prefix_share=o.prefix_share) for field in fields]
-        n_imitated = sum(sum(flags) for _, flags in sides[0])  # of a pair, only the chosen reply is worth imitating
-        order = sorted(range(len(batch)), key=lambda i: max(len(side[i][0]) for side in sides))
-        for index in (order[i:i + o.micro_batch] for i in range(0, len(order), o.micro_batch)):
-            records_here = [batch[i] for i in index]
-            tokens, real, reply = judged_batch([side[i] for side in sides for i in index], run.device)
-            with precision(run.dtype, run.device):
-                hidden = model.backbone.hidden(tokens)
-                scores = model.pool(model.head_values(hidden), real, reply)
-                loss = feedback_loss(kind, scores, records_here, o.label_smoothing) * len(index) / len(batch)
-                if o.lm_coef:
-                    reply[len(index):] = False
-                    nats = cross_entropy_sum(model.backbone, hidden[:, :-1][reply[:, 1:]], tokens[:, 1:][reply[:, 1:]])
-                    loss = loss + o.lm_coef * nats / n_imitated
-            yield loss, int(real.sum())
+        rows = [row for side in sides for row in side]
+        tokens, flags, docs, where = (x.to(run.device) for x in pack_rows(rows, o.max_len))
+        _, real, reply = judged_batch(rows, run.device)
+        with precision(run.dtype, run.device):
+            hidden = model.backbone.hidden(tokens, docs=docs)
+            scores = model.pool(model.head_values(hidden).flatten()[where], real, reply)
+            loss = feedback_loss(kind, scores, batch, o.label_smoothing)
+            if o.lm_coef:
+                imitated = flags & (docs < len(batch))  # of a pair, only the chosen reply is worth imitating
+                nats = cross_entropy_sum(model.backbone, hidden[:, :-1][imitated[:, 1:]], tokens[:, 1:][imitated[:, 1:]])
+                loss = loss + o.lm_coef * nats / imitated.sum()
+        yield loss, int(real.sum())
 
     def measure(step: int, subset: int = 600) -> dict[str, float]:
         return reward_measures(model, val[:subset], kind, render, run)
@@ -532,6 +524,7 @@ def main(argv: list[str]) -> int:
         near = difflib.get_close_matches(stage, [*STAGE_FUNCTIONS, "all"], 1)
         raise UserError(f"unknown stage {stage!r}{f'; did you mean {near[0]}?' if near else ''}: use all, {', '.join(STAGE_FUNCTIONS)}")
     Interrupt.install()
+    keep_freed_memory()
     try:
         if stage == "all":
             run_all(parse_all(Common, STAGE_OPTIONS, rest, "train.py"))

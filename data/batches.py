@@ -98,10 +98,28 @@ def judged_batch(rows: list[tuple[list[int], list[bool]]], device: str) -> tuple
     return tokens.to(device), real.to(device), reply.to(device)
 
 
-def by_length(rows: Sequence[tuple[list[int], list[bool]]], size: int) -> list[list[tuple[list[int], list[bool]]]]:
-    """Cut (ids, flags) rows into pieces of `size`, sorted by length, so that little padding is computed."""
-    rows = sorted(rows, key=lambda row: len(row[0]))
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
+def pack_rows(rows: Sequence[tuple[list[int], list[bool]]], window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lay short rows (ids, flags) one behind another into windows, longest first, each where it fits: nearly no padding.
+
+    Returns (tokens, flags, docs), each (W, window), and (n, longest) positions in the flattened windows: row i's token j stands
+    at `where[i, j]` (0 beyond its end). docs numbers the rows, so attention with them sees each row as if it were alone;
+    padding has the number −1. The window grows to the longest row.
+    """
+    lengths = [len(ids) for ids, _ in rows]
+    window, room, starts = max(window, *lengths), [], [0] * len(rows)
+    for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
+        w = next((w for w, free in enumerate(room) if free >= lengths[i]), len(room))
+        if w == len(room):
+            room.append(window)
+        starts[i] = w * window + window - room[w]
+        room[w] -= lengths[i]
+    tokens, flags, docs = (np.full(len(room) * window, fill) for fill in (0, False, -1))
+    where = np.zeros((len(rows), max(lengths)), np.int64)
+    for i, (ids, learn) in enumerate(rows):
+        at = slice(starts[i], starts[i] + lengths[i])
+        tokens[at], flags[at], docs[at] = ids, learn, i
+        where[i, :lengths[i]] = np.arange(at.start, at.stop)
+    return *(torch.from_numpy(x).view(-1, window) for x in (tokens, flags, docs)), torch.from_numpy(where)
 
 
 # ---- plain text -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import PackedDocuments, dialogue_rows, epoch_order, eval_windows, pad_left, pad_right, rows_at
+from data.batches import PackedDocuments, dialogue_rows, epoch_order, eval_windows, pack_rows, pad_left, pad_right, rows_at
 from data.tokenizer import train_bpe
 
 
@@ -105,3 +105,15 @@ def test_long_dialogues_are_left_out_never_cut():
     records = [{"prompt": "好", "response": "好"}, {"prompt": "好", "response": "好" * 50}]
     rows, left_out = dialogue_rows(records, tokenizer, "{prompt}", 30)
     assert len(rows) == left_out == 1 and rows[0][0][-1] == tokenizer.eom_id
+
+
+def test_packed_rows_lose_nothing_and_are_found_again():
+    rng = np.random.default_rng(0)
+    rows = [(rng.integers(1, 99, n).tolist(), (rng.random(n) < .5).tolist()) for n in rng.integers(1, 30, 40)]
+    tokens, flags, docs, where = pack_rows(rows, 32)
+    for i, (ids, learn) in enumerate(rows):
+        assert tokens.flatten()[where[i, :len(ids)]].tolist() == ids == tokens[docs == i].tolist()
+        assert flags[docs == i].tolist() == learn
+        assert len((docs == i).nonzero()[:, 0].unique()) == 1  # whole, in one window
+    assert (docs < 0).float().mean() < .1 and not flags[docs < 0].any()
+    assert pack_rows([([1] * 50, [True] * 50)], 32)[0].shape == (1, 50)

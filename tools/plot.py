@@ -3,8 +3,8 @@
     python -m tools.plot out/reviews                                    one run: out/reviews/curves.png
     python -m tools.plot seed0/reviews seed1/reviews seed2/reviews      mean and min–max band over the steps in common
 
-Reads metrics.jsonl of each stage (pretrain, sft, reward, ppo) and draws what is there. Solid lines are training batches,
-dots are held-out texts or prompts. Needs matplotlib (an extra); without it the terminal shows the main curves as text.
+Reads metrics.jsonl of each stage (pretrain, sft, reward, ppo) and draws what is there. Solid lines are training
+batches, dots are held-out texts or prompts. Needs matplotlib (an extra); without it the terminal shows the main curves.
 """
 import dataclasses
 import json
@@ -43,15 +43,15 @@ PANELS = (
     Panel("pretrain", "Learning rate", "", ("lr",)),
     Panel("pretrain", "Speed", "tokens/s", ("tokens_per_s",)),
     Panel("sft", "Loss on replies", "nats per token", ("loss", "val_loss"), text=True),
-    Panel("reward", "Loss", "nats, LM share included", ("loss",), text=True),
+    Panel("reward", "Loss", "nats, LM loss included", ("loss",), text=True),
     Panel("reward", "AUC", "area under ROC curve", ("val_auc",)),
     Panel("reward", "Accuracy", "share of texts", ("val_accuracy",)),
-    Panel("ppo", "Score", "as PPO is paid", ("score",), text=True),
-    # On held-out prompts the score is logged raw: no normalisation, clip or missing-end penalty. Its partner is raw_score.
+    Panel("ppo", "Score", "reward per reply", ("score",), text=True),
+    # eval_score is logged raw, without normalisation, clip and end penalty: its partner is raw_score, not score.
     Panel("ppo", "Raw score", "reward model's logit", ("raw_score", "eval_score")),
     Panel("ppo", "Judge", "mean P(liked)", ("judge", "eval_judge")),
     Panel("ppo", "Judged positive", "share of replies", ("judged_positive", "eval_judged_positive")),
-    Panel("ppo", "KL to the reference", "nats per reply", ("kl", "eval_kl"), text=True),
+    Panel("ppo", "KL", "nats per reply", ("kl", "eval_kl"), text=True),
     Panel("ppo", "KL coefficient", "reward per nat", ("kl_coef",)),
     Panel("ppo", "Reference perplexity", "per token", ("ref_perplexity", "eval_ref_perplexity")),
     Panel("ppo", "Entropy", "nats per token", ("entropy",)),
@@ -70,41 +70,43 @@ SECOND, HELD_OUT, FAINT = "#c2528b", "#222222", "#7a7a7a"
 COLUMNS = 4
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------------
+# ---- reading --------------------------------------------------------------------------------------------------------
 
-def read_metrics(path: pathlib.Path) -> dict[str, dict[int, float]]:
-    """metrics.jsonl as metric → step → value. What is no finite number is left out, and so is a last line without its
-    newline: the run is still writing it. Another line that is no record raises UserError with file and line."""
+def read_stage(path: pathlib.Path) -> dict[str, dict[int, float]]:
+    """metrics.jsonl as metric → step → value. What is no finite number is left out, and so is a last line cut short:
+    the run is still writing it. Another line that is no record raises UserError with file and line."""
     curves: dict[str, dict[int, float]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
         try:
             record = json.loads(line)
             step = record.pop("step")
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f'{path}:{number}: not a record of metrics ({{"step": …}}): delete the line, or run the stage again') from None
+            if not line.endswith("\n"):
+                break
+            raise UserError(f'{path}:{number}: not a record of metrics ({{"step": …}}): '
+                            "delete the line, or run the stage again") from None
         for key, value in record.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 curves.setdefault(key, {})[step] = value
     return curves
 
 
-def read_run(folder: pathlib.Path) -> Run:
+def read_metrics(folder: pathlib.Path) -> Run:
     """The curves of a run's stages; a folder with nothing that a panel shows raises UserError."""
-    run = {stage: read_metrics(folder / stage / "metrics.jsonl") for stage in STAGES if (folder / stage / "metrics.jsonl").is_file()}
+    paths = {stage: folder / stage / "metrics.jsonl" for stage in STAGES}
+    run = {stage: read_stage(path) for stage, path in paths.items() if path.is_file()}
     if not any(key in run.get(panel.stage, {}) for panel in PANELS for key in panel.keys):
-        inner = sorted({str(path.parent.parent) for stage in STAGES for path in folder.glob(f"*/{stage}/metrics.jsonl")})
+        inner = sorted(str(path.parent.parent) for path in folder.glob("*/*/metrics.jsonl"))
         raise UserError(f"{folder}: nothing to draw: no metrics in {', '.join(f'{stage}/' for stage in STAGES)}; "
                         + (f"did you mean {inner[0]}?" if inner else "give the folder of a run, such as out/reviews"))
     return run
 
 
-def in_common(runs: list[Run], stage: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+def series(runs: list[Run], stage: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps (S,), values (R, S)) of the R runs that logged this metric, at the steps that all of these share.
 
     >>> a, b = {"ppo": {"kl": {1: 0.0, 2: 1.0}}}, {"ppo": {"kl": {2: 3.0, 3: 9.0}}}
-    >>> in_common([a, b, {}], "ppo", "kl")
+    >>> series([a, b, {}], "ppo", "kl")
     (array([2]), array([[1.],
            [3.]]))
     """
@@ -117,7 +119,7 @@ def to_draw(runs: list[Run]) -> list[tuple[Panel, dict[str, tuple[np.ndarray, np
     """The panels that have something to show, each with its curves; none raises UserError."""
     found = []
     for panel in PANELS:
-        curves = {key: in_common(runs, panel.stage, key) for key in panel.keys}
+        curves = {key: series(runs, panel.stage, key) for key in panel.keys}
         curves = {key: (steps, values) for key, (steps, values) in curves.items() if len(steps)}
         if curves:
             found.append((panel, curves))
@@ -126,7 +128,7 @@ def to_draw(runs: list[Run]) -> list[tuple[Panel, dict[str, tuple[np.ndarray, np
     return found
 
 
-# ---- drawing ------------------------------------------------------------------------------------------------------------
+# ---- drawing --------------------------------------------------------------------------------------------------------
 
 def draw_panel(ax: "Axes", panel: Panel, curves: dict[str, tuple[np.ndarray, np.ndarray]], n_runs: int) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -146,8 +148,8 @@ def draw_panel(ax: "Axes", panel: Panel, curves: dict[str, tuple[np.ndarray, np.
         ax.set_ylim(bottom=panel.floor)
     used = min(len(values) for _, values in curves.values())
     ax.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
-    ax.set_title(panel.stage + (f", {used} of {n_runs} runs" if used < n_runs else ""), loc="right", fontsize=9,
-                 color=COLORS[panel.stage])
+    ax.set_title(panel.stage + (f", {used} of {n_runs} runs" if used < n_runs else ""), loc="right",
+                 fontsize=9, color=COLORS[panel.stage])
     ax.set_xlabel("update" if panel.stage == "ppo" else "step", fontsize=8, color=FAINT)
     ax.set_ylabel(panel.unit, fontsize=8, color=FAINT)
     ax.tick_params(labelsize=8, colors=FAINT, length=2)
@@ -155,8 +157,8 @@ def draw_panel(ax: "Axes", panel: Panel, curves: dict[str, tuple[np.ndarray, np.
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color("#bbbbbb")
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    ax.yaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     if panel.labels and len(curves) > 1:
         ax.legend(fontsize=8, frameon=False)
@@ -177,7 +179,8 @@ def draw(runs: list[Run], title: str) -> "Figure":
     for ax in axes[len(panels):]:
         ax.remove()
     # The fonts that come with matplotlib know no Chinese: another name than ASCII would be a row of boxes.
-    figure.suptitle(title if title.isascii() else "curves", x=0.01, ha="left", fontsize=16, fontweight="bold", parse_math=False)
+    figure.suptitle(title if title.isascii() else "curves", x=0.01, ha="left", fontsize=16, fontweight="bold",
+                    parse_math=False)
     legend = ["lines: training batches", "dots: held-out"]
     if len(runs) > 1:
         legend += [f"mean of {len(runs)} runs, band from lowest to highest, over the steps in common"]
@@ -192,18 +195,19 @@ def draw_as_text(runs: list[Run]) -> str:
     plots, panels = [], to_draw(runs)
     for panel, curves in [p for p in panels if p[0].text] or panels:
         steps, values = next(iter(curves.values()))
-        unit = f" ({panel.unit})" if panel.unit else ""
+        unit = f" in {panel.unit}" if panel.unit else ""
         plots.append(text_plot(values.mean(0), f"{panel.stage}: {panel.title}{unit}, steps {steps[0]} to {steps[-1]}"))
     return "\n\n".join(plots)
 
 
-# ---- command line -------------------------------------------------------------------------------------------------------
+# ---- command line ---------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class PlotOptions:
     """`python -m tools.plot DIR [DIR…]`"""
 
-    out: str = option("", "picture to write (.png, .pdf, .svg); empty: curves.png in DIR, or for several curves-<n>-runs.png in the first")
+    out: str = option("", "picture to write (.png, .pdf, .svg); empty: curves.png in DIR, of several runs "
+                          "curves-<n>-runs.png in the first DIR")
     traceback: bool = option(False, "show where in the code an error arose")
 
 
@@ -211,15 +215,15 @@ def main(argv: list[str]) -> None:
     n = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     folders, o = [pathlib.Path(word) for word in argv[:n]], parse(PlotOptions, argv[n:], "-m tools.plot DIR [DIR…]")
     if not folders:
-        raise UserError("which runs? python -m tools.plot out/reviews")
-    runs = [read_run(folder) for folder in folders]
+        raise UserError("no folder given: which runs? python -m tools.plot out/reviews")
+    runs = [read_metrics(folder) for folder in folders]
     out = pathlib.Path(o.out or folders[0] / ("curves.png" if len(runs) == 1 else f"curves-{len(runs)}-runs.png"))
     name = folders[0].resolve().name
     try:
         figure = draw(runs, name if len(runs) == 1 else f"{name}, {len(runs)} runs")
     except ImportError:
         print(draw_as_text(runs))
-        print("\nfor all curves as a picture, install matplotlib: python -m pip install -r requirements-extra.txt")
+        print("\nfor all curves as a picture, install the extra: python -m pip install matplotlib")
         return
     try:
         figure.savefig(out, dpi=120)
