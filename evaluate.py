@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from data.batches import pad_left, prompt_ids
-from data.prepare import Prepared, open_data
+from data.prepare import open_data
+from data.prepared import Prepared
 from data.tokenizer import Tokenizer
 from model import Transformer, load_checkpoint, pick_device, precision
 from ngrams import NgramClassifier
@@ -29,12 +30,13 @@ from ppo import make_rows, score_tokens, spread
 from reward import RewardModel
 from sample import reply_texts, reply_to
 
-# ---- agreement of scores and labels -----------------------------------------------------------------------------------
+# ---- agreement of scores and labels ----------------------------------------------------------------------------------
 
 def _not_empty(*arrays: Sequence) -> list[np.ndarray]:
     arrays = [np.asarray(a) for a in arrays]
     if not len(arrays[0]) or len({len(a) for a in arrays}) > 1:
-        raise UserError(f"nothing to measure: got {', '.join(str(len(a)) for a in arrays)} values; an evaluation set must not be empty, "
+        raise UserError(f"nothing to measure: got {', '.join(str(len(a)) for a in arrays)} values; an evaluation set "
+                        f"must not be empty, "
                         "nor scores and labels differ in number")
     return arrays
 
@@ -74,8 +76,9 @@ def calibration_error(probs: Sequence[float], labels: Sequence[int], bins: int =
 
 def bootstrap(measure: Callable[..., float], *arrays: Sequence, n: int = 1000, seed: int = 0,
               level: float = 0.95) -> tuple[float, float, float]:
-    """(value, low, high): the measure on all texts, and the middle `level` of it over n resamples of the texts. All arrays are
-    resampled together, so a measure of two systems on the same texts is paired. A resample without a value is left out."""
+    """(value, low, high): the measure on all texts, and the middle `level` of it over n resamples of the texts. All
+    arrays are resampled together, so a measure of two systems on the same texts is paired. A resample without a value
+    is left out."""
     arrays = _not_empty(*arrays)
     rng, found = np.random.default_rng(seed), []
     for _ in range(n):
@@ -92,14 +95,15 @@ def paired_auc_difference(scores: Sequence[Sequence[float]], baseline: Sequence[
                           **settings) -> tuple[float, float, float]:
     """(value, low, high) of mean AUC over several systems (seeds) minus the baseline's, paired over texts."""
     columns = np.stack([*scores, baseline], 1)
-    return bootstrap(lambda s, y: float(np.mean([auc(c, y) for c in s.T[:-1]])) - auc(s.T[-1], y), columns, labels, **settings)
+    return bootstrap(lambda s, y: float(np.mean([auc(c, y) for c in s.T[:-1]])) - auc(s.T[-1], y), columns, labels,
+                     **settings)
 
 
-# ---- what replies look like -------------------------------------------------------------------------------------------
+# ---- what replies look like ------------------------------------------------------------------------------------------
 
 def distinct_n(rows: Sequence[Sequence[int]], n: int = 2, budget: int | None = None) -> float:
-    """Distinct n-grams over all n-grams (Li 2016), of the first `budget` ones: the more one counts, the more repeat, so two
-    systems are compared over equal numbers.
+    """Distinct n-grams over all n-grams (Li 2016), of the first `budget` ones: the more one counts, the more repeat, so
+    two systems are compared over equal numbers.
 
     >>> distinct_n([[1, 2, 1, 2], [1, 2]], 2)
     0.5
@@ -113,7 +117,8 @@ def reply_statistics(rows: Sequence[Sequence[int]], ended: Sequence[bool], short
     rows, ended = [tuple(r) for r in rows], _not_empty(ended)[0]
     seen = Counter(rows)
     return {"length": float(np.mean([len(r) for r in rows])), "end_rate": float(ended.mean()),
-            "identical": float(np.mean([seen[r] > 1 for r in rows])), "short": float(np.mean([len(r) < short for r in rows]))}
+            "identical": float(np.mean([seen[r] > 1 for r in rows])),
+            "short": float(np.mean([len(r) < short for r in rows]))}
 
 
 def win_rate(a: Sequence[float], b: Sequence[float], **settings) -> tuple[float, float, float]:
@@ -135,23 +140,28 @@ def text_plot(values: Sequence[float], title: str, width: int = 60, height: int 
     values = np.asarray(values, float)
     if not len(values):
         return f"{title}: no values"
-    columns = np.interp(np.linspace(0, len(values) - 1, min(width, max(2, len(values)))), np.arange(len(values)), values)
+    columns = np.interp(np.linspace(0, len(values) - 1, min(width, max(2, len(values)))), np.arange(len(values)),
+                        values)
     low, high = float(columns.min()), float(columns.max())
     level = np.round((columns - low) / ((high - low) or 1) * (height - 1)).astype(int)
     lines = ["".join("•" if at == row else " " for at in level) for row in reversed(range(height))]
-    return "\n".join([title, *(f"{high if i == 0 else low:8.3g} |{line}" if i in (0, height - 1) else f"         |{line}"
+    return "\n".join([title, *(f"{high if i == 0 else low:8.3g} |{line}" if i in (0, height - 1)
+                               else f"         |{line}"
                                for i, line in enumerate(lines))])
 
 
 def table(rows: Sequence[dict], columns: dict[str, str]) -> str:
     """A Markdown table: columns maps a key to its title; numbers to three digits, what is missing is a dash."""
     def cell(x: Any) -> str:
-        return "–" if x is None else f"{x:.3f}" if isinstance(x, float) and abs(x) < 10 else f"{x:.1f}" if isinstance(x, float) else str(x)
+        if not isinstance(x, float):
+            return "–" if x is None else str(x)
+        return f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
+
     lines = [list(columns.values()), ["---"] * len(columns), *([cell(r.get(k)) for k in columns] for r in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-# ---- judging policies ---------------------------------------------------------------------------------------------------
+# ---- judging policies ------------------------------------------------------------------------------------------------
 
 def plain_text(record: dict) -> str:
     """Opening and reply as one text: what n-gram classifiers read. A list of messages is joined."""
@@ -162,8 +172,9 @@ def plain_text(record: dict) -> str:
 
 
 def ngram_classifier(data: Prepared, half: str) -> NgramClassifier:
-    """The n-gram classifier of one half of the people's labels, fitted once and kept beside the data: `reward` is the reward
-    model's baseline; `judge` learns from the other half, so that PPO is measured by labels it never trained against."""
+    """The n-gram classifier of one half of the people's labels, fitted once and kept beside the data: `reward` is the
+    reward model's baseline; `judge` learns from the other half, so that PPO is measured by labels it never trained
+    against."""
     path = pathlib.Path(data.folder) / f"ngrams_{half}.pt"
     if path.exists():
         return NgramClassifier.from_state(torch.load(path, weights_only=True))
@@ -177,14 +188,16 @@ def ngram_classifier(data: Prepared, half: str) -> NgramClassifier:
 
 
 @torch.no_grad()
-def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Tokenizer, prompts: Sequence, template: str, *,
+def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Tokenizer, prompts: Sequence, template: str,
+                   *,
                    reward_model: RewardModel | None = None, judge: NgramClassifier | None = None, reply_len: int = 64,
                    temperature: float = 1.0, seed: int = 12345, dtype: str = "float32",
                    batch_size: int = 128) -> tuple[dict[str, float], list[dict], list[list[int]]]:
-    """Let the policy reply to every prompt once, with the same random numbers for every policy, and measure the replies.
+    """Let the policy reply to every prompt once, with the same random numbers for every policy, and measure the
+    replies.
 
-    Returns (metrics, one record per reply, the replies' ids). KL in nats per reply, estimated on the sampled tokens (k1); ref_perplexity is
-    the reference's, per token; score is the reward model's raw score.
+    Returns (metrics, one record per reply, the replies' ids). KL in nats per reply, estimated on the sampled tokens
+    (k1); ref_perplexity is the reference's, per token; score is the reward model's raw score.
     """
     if not prompts:
         raise UserError("nothing to evaluate: the list of held-out prompts is empty")
@@ -198,7 +211,8 @@ def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Token
         rows = make_rows(torch.cat((prompt, replies.tokens[i:i + batch_size]), 1), torch.cat((prompt_mask, mask), 1),
                          torch.cat((torch.zeros_like(prompt_mask), mask), 1))
         with precision(dtype, device.type):
-            logprobs, ref_logprobs = (spread(score_tokens(m, rows.before(m.hidden(rows.tokens)), rows.targets, temperature)[0], mask)
+            logprobs, ref_logprobs = (spread(score_tokens(m, rows.before(m.hidden(rows.tokens)), rows.targets,
+                                                          temperature)[0], mask)
                                       for m in (policy, reference))
             if reward_model is not None:
                 scores.append(reward_model(rows.tokens, rows.real, rows.reply).float())
@@ -207,13 +221,15 @@ def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Token
     texts = reply_texts(tokenizer, replies)
     tokens = [t[m].tolist() for t, m in zip(replies.tokens, replies.mask, strict=True)]
     ended = [bool(row and row[-1] == tokenizer.eom_id) for row in tokens]
-    metrics = {"kl": float(torch.cat(kl).mean()), "ref_perplexity": math.exp(-float(sum(ref_logprob)) / int(replies.mask.sum()))}
+    metrics = {"kl": float(torch.cat(kl).mean()),
+               "ref_perplexity": math.exp(-float(sum(ref_logprob)) / int(replies.mask.sum()))}
     records = [{"prompt": p, "reply": t, "tokens": len(r), "ended": e, "kl": round(float(k), 2)}
                for p, t, r, e, k in zip(prompts, texts, tokens, ended, torch.cat(kl), strict=True)]
     return {**metrics, **describe(records, tokens, judge, torch.cat(scores) if scores else None)}, records, tokens
 
 
-def describe(records: list[dict], rows: list[list[int]], judge: NgramClassifier | None, scores=None) -> dict[str, float]:
+def describe(records: list[dict], rows: list[list[int]], judge: NgramClassifier | None, scores=None) -> dict[str,
+                                                                                                             float]:
     """Length, ends, diversity, and what judge and reward model say; their opinions are added to the records."""
     metrics = reply_statistics(rows, [r["ended"] for r in records]) | {"distinct2": distinct_n(rows, 2, budget=2000)}
     if judge is not None:
@@ -227,14 +243,16 @@ def describe(records: list[dict], rows: list[list[int]], judge: NgramClassifier 
     return metrics
 
 
-# ---- the report -------------------------------------------------------------------------------------------------------
+# ---- the report ------------------------------------------------------------------------------------------------------
 
-COLUMNS = {"name": "", "judged_positive": "judged positive", "score": "raw score", "kl": "KL, nats/reply", "distinct2": "distinct-2",
+COLUMNS = {"name": "", "judged_positive": "judged positive", "score": "raw score", "kl": "KL, nats/reply",
+           "distinct2": "distinct-2",
            "length": "length, tokens", "end_rate": "ends", "identical": "identical", "short": "under 8 tokens",
            "ref_perplexity": "reference perplexity"}
 
 
-def reference_lines(data: Prepared, tokenizer: Tokenizer, judge: NgramClassifier | None, reply_len: int) -> list[tuple[str, list, list]]:
+def reference_lines(data: Prepared, tokenizer: Tokenizer, judge: NgramClassifier | None,
+                    reply_len: int) -> list[tuple[str, list, list]]:
     """What people wrote: liked and disliked test reviews that fit the reply length, as (name, records, rows)."""
     lines = []
     for name, label in (("real liked reviews", 1), ("real disliked reviews", 0)):
@@ -242,20 +260,23 @@ def reference_lines(data: Prepared, tokenizer: Tokenizer, judge: NgramClassifier
         rows = [[*tokenizer.encode(r["response"]), tokenizer.eom_id] for r in real]
         kept = [(r, row) for r, row in zip(real, rows, strict=True) if len(row) <= reply_len]
         if kept:
-            lines.append((name, [{"prompt": r["prompt"], "reply": r["response"], "ended": True} for r, _ in kept], [row for _, row in kept]))
+            lines.append((name, [{"prompt": r["prompt"], "reply": r["response"], "ended": True} for r, _ in kept],
+                          [row for _, row in kept]))
     return lines
 
 
 def policy_table(policies: dict[str, Transformer], reference: Transformer, tokenizer: Tokenizer, data: Prepared, *,
                  reward_model: RewardModel | None, n_prompts: int = 500, reply_len: int = 64, temperature: float = 1.0,
-                 split: str = "test", dtype: str = "float32", seed: int = 12345) -> tuple[list[dict], dict[str, list[dict]]]:
-    """The rows of the report's table, and every policy's replies: the same held-out openings and random numbers for each, and
-    distinct-2 over the same number of bigrams."""
+                 split: str = "test", dtype: str = "float32",
+                 seed: int = 12345) -> tuple[list[dict], dict[str, list[dict]]]:
+    """The rows of the report's table, and every policy's replies: the same held-out openings and random numbers for
+    each, and distinct-2 over the same number of bigrams."""
     prompts = [r["prompt"] for r in data.records("ppo", split)][:n_prompts]
     judge = ngram_classifier(data, "judge") if data.has("judge") else None
     table_rows, replies, tokens = [], {}, []
     for name, policy in policies.items():
-        found, records, rows = measure_policy(policy, reference, tokenizer, prompts, data.template, reward_model=reward_model, judge=judge,
+        found, records, rows = measure_policy(policy, reference, tokenizer, prompts, data.template,
+                                              reward_model=reward_model, judge=judge,
                                               reply_len=reply_len, temperature=temperature, dtype=dtype, seed=seed)
         table_rows.append({"name": name, "replies": len(records), **found})
         replies[name] = records
@@ -275,7 +296,8 @@ def reward_table(scores: dict[str, list]) -> list[dict]:
     def interval(measure: Callable, *arrays) -> str:
         return "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(measure, *arrays))
     y, rows = scores["labels"], []
-    for name, key, half in (("reward model", "scores", "half_scores"), ("n-gram regression, same labels", "baseline", "half_baseline")):
+    for name, key, half in (("reward model", "scores", "half_scores"),
+                            ("n-gram regression, same labels", "baseline", "half_baseline")):
         probs = 1 / (1 + np.exp(-np.array(scores[key])))
         rows.append({"name": name, "auc": interval(auc, scores[key], y), "accuracy": interval(accuracy, probs, y),
                      "calibration": interval(calibration_error, probs, y), "half": interval(auc, scores[half], y)})
@@ -284,27 +306,33 @@ def reward_table(scores: dict[str, list]) -> list[dict]:
     return rows
 
 
-def write_report(data: Prepared, root: pathlib.Path, *, reply_len: int, temperature: float, seed: int, dtype: str = "float32",
+def write_report(data: Prepared, root: pathlib.Path, *, reply_len: int, temperature: float, seed: int,
+                 dtype: str = "float32",
                  device: str = "cpu", n_prompts: int = 500, seconds: float = 0.0) -> None:
-    """report.json and report.md: what each stage measured, policy before and after on held-out openings, ten pairs of replies
-    drawn by the seed, not by hand."""
+    """report.json and report.md: what each stage measured, policy before and after on held-out openings, ten pairs of
+    replies drawn by the seed, not by hand."""
     policy, tokenizer, _ = load_checkpoint(root / "ppo", device)
-    reference, _, _ = load_checkpoint(json.loads((root / "ppo" / "config.json").read_text(encoding="utf-8"))["options"]["init_from"]
-                                      or root / "sft", device)
-    reward_model = load_checkpoint(root / "reward", device, RewardModel)[0] if (root / "reward" / "checkpoint.pt").exists() else None
-    rows, replies = policy_table({"SFT": reference, "PPO": policy}, reference, tokenizer, data, reward_model=reward_model, n_prompts=n_prompts,
+    options = json.loads((root / "ppo" / "config.json").read_text(encoding="utf-8"))["options"]
+    reference, _, _ = load_checkpoint(options["init_from"] or root / "sft", device)
+    reward_model = load_checkpoint(root / "reward", device,
+                                   RewardModel)[0] if (root / "reward" / "checkpoint.pt").exists() else None
+    rows, replies = policy_table({"SFT": reference, "PPO": policy}, reference, tokenizer, data,
+                                 reward_model=reward_model, n_prompts=n_prompts,
                                  reply_len=reply_len, temperature=temperature, dtype=dtype)
     report: dict[str, Any] = {"seconds": {}, "policies": rows, "seed": seed}
-    parts = [f"# {root.name}, seed {seed}", f"{rows[0]['replies']} held-out openings, one reply of up to {reply_len} tokens each at temperature "
+    parts = [f"# {root.name}, seed {seed}",
+             f"{rows[0]['replies']} held-out openings, one reply of up to {reply_len} tokens each at temperature "
              f"{temperature:g}; distinct-2 over {rows[0]['bigrams']} bigrams each.", table(rows, COLUMNS)]
     if (path := root / "reward" / "test_scores.json").exists():
         report["reward"] = reward_table(json.loads(path.read_text()))
         parts += ["## Reward model on test reviews", table(report["reward"], {
-            "name": "", "auc": "AUC", "accuracy": "accuracy", "calibration": "calibration error", "half": "AUC on first halves"})]
+            "name": "", "auc": "AUC", "accuracy": "accuracy", "calibration": "calibration error",
+            "half": "AUC on first halves"})]
     before, after = replies["SFT"], replies["PPO"]
     if "judge" in after[0]:
         report["win_rate"] = win_rate([r["judge"] for r in after], [r["judge"] for r in before])
-        parts += ["The judge prefers the reply after PPO on {:.1%} of the openings [{:.1%}, {:.1%}].".format(*report["win_rate"])]
+        value, low, high = report["win_rate"]
+        parts += [f"The judge prefers the reply after PPO on {value:.1%} of the openings [{low:.1%}, {high:.1%}]."]
     chosen = np.random.default_rng([seed, 77]).permutation(len(before))[:10]
     report["pairs"] = [{"prompt": before[i]["prompt"], "before": before[i], "after": after[i]} for i in chosen]
     parts += ["## Before and after", *(f"**{p['prompt']}**\n- SFT: {p['before']['reply']}\n- PPO: {p['after']['reply']}"
@@ -314,17 +342,19 @@ def write_report(data: Prepared, root: pathlib.Path, *, reply_len: int, temperat
             report["seconds"][stage] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
     report["seconds"]["all"] = round(seconds, 1)
     parts += ["## Seconds", ", ".join(f"{k} {v:.0f}" for k, v in report["seconds"].items())]
-    for name, text in (("report.json", json.dumps(report, indent=1, ensure_ascii=False)), ("report.md", "\n\n".join(parts) + "\n")):
+    for name, text in (("report.json", json.dumps(report, indent=1, ensure_ascii=False)),
+                       ("report.md", "\n\n".join(parts) + "\n")):
         (root / name).with_suffix(".tmp").write_text(text, encoding="utf-8")
         os.replace((root / name).with_suffix(".tmp"), root / name)
     print("\n" + "\n\n".join(parts))
     lines = [json.loads(line) for line in (root / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for key, title in (("score", "reward per reply, by update"), ("kl", "KL in nats per reply, by update")):
         print("\n" + text_plot([line[key] for line in lines if key in line], title))
-    print(f"\nwritten: {root / 'report.md'}; curves: python -m tools.plot {root}; try it: python sample.py --from {root / 'ppo'} --prompt …")
+    print(f"\nwritten: {root / 'report.md'}; curves: python -m tools.plot {root}; try it: python sample.py --from "
+          f"{root / 'ppo'} --prompt …")
 
 
-# ---- command line -----------------------------------------------------------------------------------------------------
+# ---- command line ----------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class EvaluateOptions:
@@ -353,12 +383,16 @@ def main(argv: list[str]) -> None:
     _, tokenizer, state = next(iter(loaded.values()))
     reference = load_checkpoint(o.reference or folders[0].parent / "sft", device)[0]
     where = pathlib.Path(o.reward_from or folders[0].parent / "reward")
-    reward_model = load_checkpoint(where, device, RewardModel)[0] if o.reward_from or (where / "checkpoint.pt").exists() else None
+    reward_model = load_checkpoint(where, device,
+                                   RewardModel)[0] if o.reward_from or (where / "checkpoint.pt").exists() else None
     options = state["options"]
-    data = open_data(o.data or options["data"], source=o.source or options["source"] or None, vocab_size=options["vocab_size"],
+    data = open_data(o.data or options["data"], source=o.source or options["source"] or None,
+                     vocab_size=options["vocab_size"],
                      limit=options["limit"])
-    rows, _ = policy_table({name: model for name, (model, _, _) in loaded.items()}, reference, tokenizer, data, reward_model=reward_model,
-                           n_prompts=o.prompts, reply_len=o.reply_len, temperature=o.temperature, split=o.split, seed=o.seed)
+    rows, _ = policy_table({name: model for name, (model, _, _) in loaded.items()}, reference, tokenizer, data,
+                           reward_model=reward_model,
+                           n_prompts=o.prompts, reply_len=o.reply_len, temperature=o.temperature, split=o.split,
+                           seed=o.seed)
     print(table(rows, COLUMNS))
 
 

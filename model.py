@@ -1,7 +1,7 @@
 """The Transformer: the one network that every stage of Mosslet trains, scores with, or samples from.
 
-Read from leaf to root: configuration, rotary positions, attention, MLP, block, the Transformer itself, its loss, and the
-checkpoint file. The language model, the policy, the reference, the reward model and the critic are all this trunk.
+Read from leaf to root: configuration, rotary positions, attention, MLP, block, the Transformer itself, its loss, and
+the checkpoint file. The language model, the policy, the reference, the reward model and the critic are all this trunk.
 
 Letters for shapes: B rows, T positions, D width, H query heads, G key/value heads, K width of a head, V vocabulary,
 L cached positions, N selected positions. Nothing here knows about text: a tokenizer is only stored beside the weights.
@@ -59,7 +59,8 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + K/2}) of a head by its position's angle; x (B, H, T, K), cos and sin (B or 1, 1, T, K/2)."""
+    """Turn each pair (x_i, x_{i + K/2}) of a head by its position's angle; x (B, H, T, K), cos and sin (B or 1, 1, T,
+    K/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -181,7 +182,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int = 0) -> None:
-        """N(0, .02) everywhere, and branches' last matrices smaller by sqrt(2 layers) so that depth does not add variance."""
+        """N(0, .02) everywhere, and branches' last matrices smaller by sqrt(2 layers) so that depth does not add
+        variance."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -231,17 +233,19 @@ class Transformer(nn.Module):
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations of forward and backward for one token in a row of `length` (PaLM, appendix B).
 
-        Six for each weight that takes part in a matrix product (the embedding look-up is none, the output layer is), and
-        12 * D per layer and key seen; a causal row sees half of `length` on average.
+        Six for each weight that takes part in a matrix product (the embedding look-up is none, the output layer is),
+        and 12 * D per layer and key seen; a causal row sees half of `length` on average.
         """
-        matrices = sum(p.numel() for n, p in self.blocks.named_parameters() if p.dim() == 2) + self.output_weight.numel()
+        matrices = sum(p.numel() for n, p in self.blocks.named_parameters()
+                       if p.dim() == 2) + self.output_weight.numel()
         return 6 * matrices + 12 * self.config.n_layer * self.config.d_model * length // 2
 
 
-# ---- from logits to losses --------------------------------------------------------------------------------------------
+# ---- from logits to losses -------------------------------------------------------------------------------------------
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log π(· | context) at a sampling temperature, in float32 whatever the logits are. The one place that computes it."""
+    """log π(· | context) at a sampling temperature, in float32 whatever the logits are. The one place that computes
+    it."""
     return F.log_softmax(logits.float() / temperature, dim=-1)
 
 
@@ -253,8 +257,8 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of −log softmax(hidden @ weightᵀ)[target], with the gradient taken in the forward, chunk by chunk.
 
-    The logits of all positions never exist at once: each chunk's probabilities become the gradient p − onehot(target) in
-    place and are multiplied into the gradients of hidden and weight while they are still in the processor's cache.
+    The logits of all positions never exist at once: each chunk's probabilities become the gradient p − onehot(target)
+    in place and are multiplied into the gradients of hidden and weight while they are still in the processor's cache.
     """
 
     @staticmethod
@@ -292,7 +296,7 @@ def cross_entropy_sum(model: Transformer, hidden: Tensor, targets: Tensor, chunk
         return ChunkedCrossEntropy.apply(hidden, model.output_weight, targets, chunk, dtype)
 
 
-# ---- devices and precision --------------------------------------------------------------------------------------------
+# ---- devices and precision -------------------------------------------------------------------------------------------
 
 def pick_device(device: str) -> str:
     """`auto` is CUDA, then Apple's MPS, then the CPU; a device that is not there is an error."""
@@ -300,15 +304,17 @@ def pick_device(device: str) -> str:
     if device == "auto":
         return next(name for name, there in available.items() if there)
     if not available[device]:
-        raise UserError(f"--device {device}: this torch ({torch.__version__}) sees no such device; use --device auto or cpu")
+        raise UserError(f"--device {device}: this torch ({torch.__version__}) sees no such device; use --device auto "
+                        f"or cpu")
     return device
 
 
 def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024, repeats: int = 9) -> tuple[str, str]:
-    """(dtype, why). `auto` times one layer's matrix product, forward, in float32 and in bfloat16 as autocast would do it.
+    """(dtype, why). `auto` times one layer's matrix product, forward, in float32 and in bfloat16 as autocast would do
+    it.
 
-    On CPUs flags do not tell which is faster (see speed.md: bfloat16 is worth 2.4x on one, and loses on another), and the
-    conversions that autocast adds eat the gain at small widths, so bfloat16 has to win by a clear margin.
+    On CPUs flags do not tell which is faster (see speed.md: bfloat16 is worth 2.4x on one, and loses on another), and
+    the conversions that autocast adds eat the gain at small widths, so bfloat16 has to win by a clear margin.
     """
     if dtype != "auto":
         return dtype, "as asked"
@@ -326,10 +332,11 @@ def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024, repeats: i
         return best
 
     if device == "mps" or width < 128:
-        return "float32", "bfloat16 gains nothing at this width" if device == "cpu" else "bfloat16 is not measured on this device"
+        return "float32", "bfloat16 gains nothing at this width, or is not measured on this device"
     full, half = seconds(torch.float32), seconds(torch.bfloat16)
     chosen = "bfloat16" if half < 0.7 * full else "float32"
-    return chosen, f"a {rows}x{width}x{4 * width} product takes {1e3 * full:.2f} ms in float32, {1e3 * half:.2f} in bfloat16"
+    return chosen, (f"a {rows}x{width}x{4 * width} product takes {1e3 * full:.2f} ms in float32, "
+                    f"{1e3 * half:.2f} in bfloat16")
 
 
 def precision(dtype: str, device: str):
@@ -337,7 +344,7 @@ def precision(dtype: str, device: str):
     return torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
 
-# ---- checkpoints ------------------------------------------------------------------------------------------------------
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 def weights_hash(model: nn.Module) -> str:
     """Sixteen hex digits that name these weights: a child run records its parents by it."""
@@ -357,8 +364,8 @@ def checkpoint_path(path: str | os.PathLike) -> pathlib.Path:
 def save_checkpoint(path: str | os.PathLike, model: nn.Module, tokenizer: Tokenizer, **state: Any) -> None:
     """Write everything needed to go on, whole or not at all.
 
-    The file is written under a temporary name, synced to the disk and then renamed, so that a kill or a full disk at any
-    moment leaves the previous checkpoint as it was. `state` may hold tensors, numbers, strings, lists and dicts.
+    The file is written under a temporary name, synced to the disk and then renamed, so that a kill or a full disk at
+    any moment leaves the previous checkpoint as it was. `state` may hold tensors, numbers, strings, lists and dicts.
     """
     path = checkpoint_path(path)
     temporary = path.with_suffix(".tmp")
@@ -395,7 +402,8 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
         raise UserError(f"{path}: not a readable Mosslet checkpoint ({type(error).__name__}: "
                         f"{str(error).splitlines()[0] if str(error) else ''}); restore it or train it again") from error
     if kind != cls.__name__:
-        raise UserError(f"{path}: holds a {kind}, but a {cls.__name__} is needed here; point to the stage that makes one")
+        raise UserError(f"{path}: holds a {kind}, but a {cls.__name__} is needed here; point to the stage that makes "
+                        f"one")
     model = cls(cls.config_class(**payload["config"]))
     try:
         model.load_state_dict(payload["model"])

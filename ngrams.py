@@ -1,7 +1,7 @@
 """A plain text classifier, to be measured against and to judge: logistic regression on hashed character n-grams.
 
-Fitted on the reward model's half of the labels it is the baseline that a reward model has to beat; on the other half it is
-the judge, which PPO never trains against. It shares nothing with the policy: no tokenizer, no pretraining.
+Fitted on the reward model's half of the labels it is the baseline that a reward model has to beat; on the other half it
+is the judge, which PPO never trains against. It shares nothing with the policy: no tokenizer, no pretraining.
 """
 from collections import Counter
 from collections.abc import Sequence

@@ -2,7 +2,8 @@
 
 Each chapter keeps its options as a dataclass beside its code; a field is written with `option(default, help, …)`, which
 also holds the values of the presets and the source of the number. `parse` fills the dataclass from the command line:
-default < preset < flag. What nobody reads is an error, never ignored. This file imports nothing of ours, so every other may.
+default < preset < flag. What nobody reads is an error, never ignored. This file imports nothing of ours, so every other
+may.
 """
 import dataclasses
 import difflib
@@ -19,10 +20,12 @@ class UserError(Exception):
     """Something that the user can mend: one line that says what is wrong, where, and how to mend it."""
 
 
-def option(default: Any, help: str, *, source: str = "", choices: tuple | None = None, smoke: Any = None, base: Any = None) -> Any:
+def option(default: Any, help: str, *, source: str = "", choices: tuple | None = None, smoke: Any = None,
+           base: Any = None) -> Any:
     """A dataclass field with what --help says of it, and its values under --preset smoke and base where they differ."""
     presets = {name: value for name, value in (("smoke", smoke), ("base", base)) if value is not None}
-    return dataclasses.field(default=default, metadata={"help": help, "source": source, "choices": choices, "presets": presets})
+    return dataclasses.field(default=default, metadata={"help": help, "source": source, "choices": choices,
+                                                        "presets": presets})
 
 
 def as_dict(options: Any) -> dict[str, Any]:
@@ -51,7 +54,8 @@ def _convert(field: dataclasses.Field, text: str | None, flag: str) -> Any:
 
 
 def _flags(argv: list[str], known: Callable[[str], dataclasses.Field | None]) -> list[tuple[str, str, str | None]]:
-    """argv as (name, flag as written, value or None); a bool takes its value only after `=`, or as the word true or false."""
+    """argv as (name, flag as written, value or None); a bool takes its value only after `=`, or as the word true or
+    false."""
     found, i = [], 0
     while i < len(argv):
         word = argv[i]
@@ -72,20 +76,23 @@ def _flags(argv: list[str], known: Callable[[str], dataclasses.Field | None]) ->
 
 def _unknown(flag: str, names: list[str], prog: str) -> UserError:
     near = difflib.get_close_matches(flag[2:].replace("-", "_"), names, 1)
-    return UserError(f"{prog}: unknown option {flag}{f'; did you mean --{near[0]}?' if near else ''} (--help lists all)")
+    guess = f"; did you mean --{near[0]}?" if near else ""
+    return UserError(f"{prog}: unknown option {flag}{guess} (--help lists all)")
 
 
 def _build(cls: type[T], given: dict[str, Any]) -> T:
     """Default < preset < flag; remembers which names were given."""
     preset = given.get("preset", "demo")
-    values = {f.name: f.metadata["presets"][preset] for f in dataclasses.fields(cls) if preset in f.metadata.get("presets", {})}
+    values = {f.name: f.metadata["presets"][preset] for f in dataclasses.fields(cls)
+              if preset in f.metadata.get("presets", {})}
     options = cls(**{**values, **given})
     options.explicit = frozenset(given)
     return options
 
 
 def _help(classes: dict[str, type], prog: str) -> str:
-    """One paragraph an option: name, default, presets, meaning, source. Fields shared by all classes are listed once."""
+    """One paragraph an option: name, default, presets, meaning, source. Fields shared by all classes are listed
+    once."""
     lines, seen = [f"usage: python {prog} [--name=value …]"], set()
     for prefix, cls in classes.items():
         title = (cls.__doc__ or "").strip().splitlines()
@@ -104,7 +111,8 @@ def _help(classes: dict[str, type], prog: str) -> str:
 
 
 def parse(cls: type[T], argv: list[str], prog: str) -> T:
-    """Fill `cls` from argv. The instance has `.explicit`, the names that were given as flags. --help prints and exits."""
+    """Fill `cls` from argv. The instance has `.explicit`, the names that were given as flags. --help prints and
+    exits."""
     if {"--help", "-h"} & set(argv):
         print(_help({"": cls}, prog))
         raise SystemExit(0)
@@ -118,12 +126,14 @@ def parse(cls: type[T], argv: list[str], prog: str) -> T:
 
 
 def parse_all(common: type, stages: dict[str, type], argv: list[str], prog: str) -> dict[str, Any]:
-    """Options of several stages from one command line: --seed=1 goes to every stage, --ppo.kl_coef=.1 to `ppo` alone."""
+    """Options of several stages from one command line: --seed=1 goes to every stage, --ppo.kl_coef=.1 to `ppo`
+    alone."""
     if {"--help", "-h"} & set(argv):
         print(_help({"": common, **{f"{stage}.": cls for stage, cls in stages.items()}}, prog))
         raise SystemExit(0)
     fields = {f.name: f for f in dataclasses.fields(common)}
-    fields |= {f"{stage}.{f.name}": f for stage, cls in stages.items() for f in dataclasses.fields(cls) if f.name not in fields}
+    fields |= {f"{stage}.{f.name}": f for stage, cls in stages.items() for f in dataclasses.fields(cls)
+               if f.name not in fields}
     given: dict[str, dict[str, Any]] = {stage: {} for stage in stages}
     for name, flag, text in _flags(argv, fields.get):
         if name not in fields:
@@ -137,7 +147,8 @@ def parse_all(common: type, stages: dict[str, type], argv: list[str], prog: str)
 def show(options: Any, title: str) -> None:
     """Print the resolved options once; a star marks what differs from the default."""
     default = {f.name: f.default for f in dataclasses.fields(options)}
-    words = [f"{'*' if value != default[name] else ''}{name}={value}" for name, value in as_dict(options).items() if value != ""]
+    words = [f"{'*' if value != default[name] else ''}{name}={value}" for name,
+             value in as_dict(options).items() if value != ""]
     print(f"{title}\n  {'  '.join(words)}", flush=True)
 
 
@@ -155,7 +166,7 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
         return 130
 
 
-# ---- what every stage, and every stage of maximum likelihood, understands ------------------------------------------------
+# ---- what every stage, and every stage of maximum likelihood, understands --------------------------------------------
 
 @dataclasses.dataclass
 class Common:
@@ -163,12 +174,15 @@ class Common:
 
     data: str = option("reviews", "data set by name (reviews, shakespeare), or your own .jsonl file or folder")
     source: str = option("", "folder or archive with the data set's raw files, instead of downloading them")
-    vocab_size: int = option(4096, "tokens of the vocabulary that is trained on the data, six special ones included", smoke=800, base=32_000)
+    vocab_size: int = option(4096, "tokens of the vocabulary that is trained on the data, six special ones included",
+                             smoke=800, base=32_000)
     limit: int = option(0, "use only so many distinct texts; 0: all", smoke=800)
     preset: str = option("demo", "demo: two CPU cores, ten minutes for all; smoke: seconds, for tests; base: one GPU",
                          choices=("smoke", "demo", "base"))
     out: str = option("out", "runs are kept in OUT/<data>/<stage>/")
-    init_from: str = option("", "checkpoint to start from instead of this run's own parent stage; in PPO policy and reference")
+    init_from: str = option("",
+                            "checkpoint to start from instead of this run's own parent stage; in PPO policy and "
+                            "reference")
     reward_from: str = option("", "reward model for PPO instead of this run's own")
     seed: int = option(0, "decides every random draw")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))

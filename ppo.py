@@ -1,4 +1,5 @@
-"""PPO: change the policy so that the reward model likes its replies better, without leaving the reference too far behind.
+"""PPO: change the policy so that the reward model likes its replies better, without leaving the reference too far
+behind.
 
 One update: `collect_rollout` lets the policy reply to prompts and scores every token with policy, reference, critic and
 reward model; `token_rewards` spreads the score and the KL penalty over tokens; `gae` turns rewards and values into
@@ -35,15 +36,18 @@ class PPOOptions(Common):
 
     updates: int = option(32, "rollouts, each followed by the epochs below", smoke=6, base=200)
     batch: int = option(96, "replies per rollout", smoke=8, base=256)
-    reply_len: int = option(64, "longest reply in tokens; one cut there counts as ended, without bootstrap", smoke=16, base=128)
-    temperature: float = option(1.0, "of sampling and of every log-probability alike", source="N+: else the ratio does not start at 1")
+    reply_len: int = option(64, "longest reply in tokens; one cut there counts as ended, without bootstrap", smoke=16,
+                            base=128)
+    temperature: float = option(1.0, "of sampling and of every log-probability alike",
+                                source="N+: else the ratio does not start at 1")
     top_k: int = option(0, "refused: PPO must score the distribution it drew from; for chatting only")
     top_p: float = option(1.0, "refused, as top_k")
     repetition_penalty: float = option(1.0, "refused, as top_k")
     epochs: int = option(2, "passes over a rollout", source="4 in N+; MOSS 1")
     minibatches: int = option(2, "optimizer steps per pass", source="1 in N+")
     micro_batch: int = option(24, "rows per forward and backward; changes memory and speed, nothing else", base=32)
-    policy_lr: float = option(3e-4, "Adam's rate for the policy: small models need far more than the papers' 5e-7", base=1e-5,
+    policy_lr: float = option(3e-4, "Adam's rate for the policy: small models need far more than the papers' 5e-7",
+                              base=1e-5,
                               source="prototype; MOSS 5e-7 at 7B, lm-human-preferences 1e-5 at 124M")
     critic_lr: float = option(5e-4, "Adam's rate for the critic", base=2e-5, source="prototype; MOSS 1.65e-6 at 7B")
     adam_eps: float = option(1e-5, "Adam's epsilon", source="N+")
@@ -52,9 +56,12 @@ class PPOOptions(Common):
     critic: str = option("separate", "separate: own network, a copy of the reward model; shared: a head on the policy",
                          choices=("separate", "shared"), source="separate in MOSS and N+")
     critic_warmup: int = option(2, "first updates that train the critic alone", smoke=1, source="MOSS-RLHF part I")
-    kl_coef: float = option(0.06, "price of one nat away from the reference", source="MOSS 0.05, swept .05 to .2; N+ 0.05")
-    kl_estimator: str = option("k1", "estimate of KL in the reward", choices=("k1", "k2", "k3"), source="Schulman 2020; k1 in MOSS, N+")
-    kl_control: str = option("fixed", "adaptive steers the coefficient towards --kl_target", choices=("fixed", "adaptive"),
+    kl_coef: float = option(0.06, "price of one nat away from the reference",
+                            source="MOSS 0.05, swept .05 to .2; N+ 0.05")
+    kl_estimator: str = option("k1", "estimate of KL in the reward", choices=("k1", "k2", "k3"),
+                               source="Schulman 2020; k1 in MOSS, N+")
+    kl_control: str = option("fixed", "adaptive steers the coefficient towards --kl_target",
+                             choices=("fixed", "adaptive"),
                              source="Ziegler 2019, eq. 4")
     kl_target: float = option(6.0, "nats per reply that adaptive control aims at", source="Ziegler 2019")
     kl_horizon: float = option(10_000, "replies over which adaptive control acts", source="Ziegler 2019")
@@ -63,11 +70,14 @@ class PPOOptions(Common):
     whiten: bool = option(True, "advantages to mean 0, spread 1 over the rollout", source="N+")
     clip_range: float = option(0.2, "policy ratio clip", source="Schulman 2017, N+, MOSS")
     value_clip: float = option(0.2, "value clip around the rollout's values; 0: none", source="N+, MOSS")
-    value_coef: float = option(0.1, "weight of the value loss; without effect on a separate critic but for clipping", source="N+")
+    value_coef: float = option(0.1, "weight of the value loss; without effect on a separate critic but for clipping",
+                               source="N+")
     entropy_coef: float = option(0.0, "entropy bonus", source="MOSS: not recommended")
     max_grad_norm: float = option(1.0, "gradient norm at most, for policy and critic each")
-    reward_norm: str = option("sigmoid", "fixed: the checkpoint's mean and spread; running: divided by the running spread too; "
-                              "sigmoid: 2σ(raw) − 1, bounded", choices=("fixed", "running", "sigmoid"), source="MOSS: running")
+    reward_norm: str = option("sigmoid",
+                              "fixed: the checkpoint's mean and spread; running: divided by the running spread too; "
+                              "sigmoid: 2σ(raw) − 1, bounded", choices=("fixed", "running", "sigmoid"),
+                              source="MOSS: running")
     reward_clip: float = option(10.0, "scores are clipped to ± this", source="MOSS 10")
     end_penalty: float = option(0.5, "subtracted, after the clip, from a reply without end token", source="TRL: 1")
     max_approx_kl: float = option(0.0, "skip the policy's remaining minibatches of an update above this; 0: never",
@@ -79,7 +89,8 @@ class PPOOptions(Common):
 
     def __post_init__(self) -> None:
         if self.top_k != 0 or self.top_p != 1 or self.repetition_penalty != 1:
-            raise UserError("ppo: top_k, top_p and repetition_penalty are for chatting (sample.py): a rollout drawn from a filtered "
+            raise UserError("ppo: top_k, top_p and repetition_penalty are for chatting (sample.py): a rollout drawn "
+                            "from a filtered "
                             "distribution but scored by the full softmax is not on-policy; use --temperature alone")
         if self.temperature <= 0:
             raise UserError(f"ppo: --temperature {self.temperature} must be above 0: greedy replies explore nothing")
@@ -87,20 +98,21 @@ class PPOOptions(Common):
             raise UserError(f"ppo: --batch {self.batch} does not divide into --minibatches {self.minibatches}")
 
 
-# ---- means over what is real ------------------------------------------------------------------------------------------
+# ---- means over what is real -----------------------------------------------------------------------------------------
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over True entries, float32; 0 where there is none. Values under False, NaN included, change nothing.
 
-    >>> x, mask = torch.tensor([[1., 2, 0], [3, 4, 5], [7, 0, 0]]), torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]]).bool()
-    >>> round(float(masked_mean(x, mask)), 4)  # 22 / 6
-    3.6667
+    >>> x, mask = torch.tensor([[1., 2, 0], [3, 4, 5]]), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
+    >>> round(float(masked_mean(x, mask)), 4)  # 15 / 5
+    3.0
     """
     return torch.where(mask, x.float(), 0).sum() / mask.sum().clamp(min=1)
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Spread 1 and, unless shift_mean is False, mean 0 over the mask; 0 elsewhere. The variance divides by the count."""
+    """Spread 1 and, unless shift_mean is False, mean 0 over the mask; 0 elsewhere. The variance divides by the
+    count."""
     mean = masked_mean(x, mask)
     centred = torch.where(mask, x.float() - mean, 0)
     scaled = centred * torch.rsqrt(masked_mean(centred * centred, mask) + 1e-8)
@@ -131,7 +143,7 @@ class RunningMoments:
         return {"count": self.count, "mean": self.mean, "var": self.var}
 
 
-# ---- rewards ----------------------------------------------------------------------------------------------------------
+# ---- rewards ---------------------------------------------------------------------------------------------------------
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
     """KL(π‖π_ref) per sampled token, from log-probabilities of the token drawn from π (Schulman 2020).
@@ -149,7 +161,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
     raise UserError(f"unknown KL estimator {kind!r}: use k1, k2 or k3")
 
 
-def shape_scores(raw: Tensor, ended: Tensor, o: PPOOptions, reward_model: RewardModel, moments: RunningMoments) -> Tensor:
+def shape_scores(raw: Tensor, ended: Tensor, o: PPOOptions, reward_model: RewardModel,
+                 moments: RunningMoments) -> Tensor:
     """Raw scores (B,) -> what PPO is paid: normalised, clipped, and only then, so that it always counts, fined for a
     missing end token. `moments` are updated before use (MOSS), and their mean is kept."""
     if o.reward_norm == "sigmoid":
@@ -194,7 +207,7 @@ class KLController:
             self.coef *= 1 + error * n_replies / self.horizon
 
 
-# ---- advantages -------------------------------------------------------------------------------------------------------
+# ---- advantages ------------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=32)
 def _gae_tables(c: float, K: int, n: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,9 +225,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
 
         δ_t = r_t + γ V_{t+1} − V_t        A_t = Σ_{k ≥ t} (γλ)^(k−t) δ_k        returns_t = A_t + V_t
 
-    (Schulman 2016, eq. 16.) After a reply's last token V is 0: its end is the end, also where it was cut. The mask's True
-    entries are contiguous in each row. The sum is a matrix product with powers of γλ inside blocks of 64 columns, and one
-    more that carries each block's sum to the blocks before it: no loop over time.
+    (Schulman 2016, eq. 16.) After a reply's last token V is 0: its end is the end, also where it was cut. The mask's
+    True entries are contiguous in each row. The sum is a matrix product with powers of γλ inside blocks of 64 columns,
+    and one more that carries each block's sum to the blocks before it: no loop over time.
 
     >>> r, V = torch.tensor([[-.1, .2, 1.]]), torch.tensor([[.5, .4, .3]])
     >>> [[round(x, 5) for x in t[0].tolist()] for t in gae(r, V, torch.ones(1, 3).bool())]
@@ -236,11 +249,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     return advantages, torch.where(mask, advantages + values, 0)
 
 
-# ---- rows as the networks read them -----------------------------------------------------------------------------------
+# ---- rows as the networks read them ----------------------------------------------------------------------------------
 
 class Rows(NamedTuple):
-    """Some rows of a rollout with their padding moved to the right and cut at the longest: tokens (M, L), and bools of the
-    same shape: `real` tokens, and those of the `reply`. To the right, pads need no attention mask: causality hides them."""
+    """Some rows of a rollout with their padding moved to the right and cut at the longest: tokens (M, L), and bools of
+    the same shape: `real` tokens, and those of the `reply`. To the right, pads need no attention mask: causality hides
+    them."""
 
     tokens: Tensor
     real: Tensor
@@ -288,7 +302,8 @@ class ActorCritic(nn.Module):
         return list((self.critic if self.critic is not None else self.value_head).parameters())
 
     def forward(self, rows: Rows, temperature: float, train_policy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """(logprobs, entropy, values), each (N,), float32. Without train_policy, nothing reaches the policy's weights."""
+        """(logprobs, entropy, values), each (N,), float32. Without train_policy, nothing reaches the policy's
+        weights."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_policy):
             hidden = rows.before(self.policy.hidden(rows.tokens))
             logprobs, entropy = score_tokens(self.policy, hidden, rows.targets, temperature)
@@ -306,8 +321,8 @@ def score_tokens(model: Transformer, hidden: Tensor, targets: Tensor, temperatur
 
 
 def critic_from(reward_model: RewardModel) -> RewardModel:
-    """A copy of the reward model with its constants folded into the head, w/σ and (b − μ)/σ, so that its first values are
-    on the scale of normalised scores; its own constants become 0 and 1, so that they are not applied twice."""
+    """A copy of the reward model with its constants folded into the head, w/σ and (b − μ)/σ, so that its first values
+    are on the scale of normalised scores; its own constants become 0 and 1, so that they are not applied twice."""
     critic = copy.deepcopy(reward_model).requires_grad_(True)
     with torch.no_grad():
         critic.score_head.weight.div_(critic.std)
@@ -317,7 +332,7 @@ def critic_from(reward_model: RewardModel) -> RewardModel:
     return critic
 
 
-# ---- the buffer -------------------------------------------------------------------------------------------------------
+# ---- the buffer ------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Rollout:
@@ -353,10 +368,13 @@ class Rollout:
 
 
 @torch.no_grad()
-def collect_rollout(actor_critic: ActorCritic, reference: Transformer, reward_model: RewardModel, prompts: Sequence[Sequence[int]],
-                    o: PPOOptions, *, end_id: int, step: int, kl_coef: float, moments: RunningMoments, dtype: str = "float32",
+def collect_rollout(actor_critic: ActorCritic, reference: Transformer, reward_model: RewardModel,
+                    prompts: Sequence[Sequence[int]],
+                    o: PPOOptions, *, end_id: int, step: int, kl_coef: float, moments: RunningMoments,
+                    dtype: str = "float32",
                     sample_dtype: str | None = None) -> Rollout:
-    """Reply to prompts (lists of ids) with the policy, and score the replies. All draws follow from (seed, stage, step, row)."""
+    """Reply to prompts (lists of ids) with the policy, and score the replies. All draws follow from (seed, stage, step,
+    row)."""
     device = actor_critic.policy.embedding.weight.device
     prompt, prompt_mask = (t.to(device) for t in pad_left(prompts, 0))
     start = time.perf_counter()
@@ -373,12 +391,15 @@ def collect_rollout(actor_critic: ActorCritic, reference: Transformer, reward_mo
         rows, response = rollout.rows(index), reply.mask[index]
         with precision(dtype, device.type):
             logprobs, entropy, values = actor_critic(rows, o.temperature)
-            ref_logprobs, _ = score_tokens(reference, rows.before(reference.hidden(rows.tokens)), rows.targets, o.temperature)
+            ref_logprobs, _ = score_tokens(reference, rows.before(reference.hidden(rows.tokens)), rows.targets,
+                                           o.temperature)
             rollout.raw_scores[index] = reward_model(rows.tokens, rows.real, rows.reply)
-        for name, flat in (("logprobs", logprobs), ("ref_logprobs", ref_logprobs), ("entropy", entropy), ("values", values)):
+        for name, flat in (("logprobs", logprobs), ("ref_logprobs", ref_logprobs), ("entropy", entropy),
+                           ("values", values)):
             getattr(rollout, name)[index] = spread(flat, response)
     rollout.scores = shape_scores(rollout.raw_scores, ended, o, reward_model, moments)
-    rollout.rewards = token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, reply.mask, kl_coef, o.kl_estimator)
+    rollout.rewards = token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, reply.mask, kl_coef,
+                                    o.kl_estimator)
     rollout.advantages, rollout.returns = gae(rollout.rewards, rollout.values, reply.mask, o.gamma, o.lam)
     if o.whiten:
         rollout.advantages = whiten(rollout.advantages, reply.mask)
@@ -400,21 +421,25 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "sampler_gap": masked_mean((rollout.sampled_logprobs - rollout.logprobs).abs(), mask),
         "explained_variance": 1 - spread_of(residual) / spread_of(returns).clamp(min=1e-8),
     }
-    return {**{name: float(x) for name, x in metrics.items()}, "kl_coef": rollout.kl_coef, "reply_tokens": int(mask.sum())}
+    return {**{name: float(x) for name, x in metrics.items()}, "kl_coef": rollout.kl_coef,
+            "reply_tokens": int(mask.sum())}
 
 
-# ---- learning ---------------------------------------------------------------------------------------------------------
+# ---- learning --------------------------------------------------------------------------------------------------------
 
-def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, values: Tensor, old_values: Tensor, returns: Tensor,
+def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, values: Tensor, old_values: Tensor,
+             returns: Tensor,
              entropy: Tensor, mask: Tensor, *, n_tokens: int | Tensor | None = None, clip_range: float = 0.2,
-             value_clip: float = 0.2, value_coef: float = 0.1, entropy_coef: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+             value_clip: float = 0.2, value_coef: float = 0.1,
+             entropy_coef: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate (Schulman 2017, eq. 7), the clipped value loss and the entropy bonus; all arrays (M, R).
 
         ratio = π(token) / π_old(token)
-        L = mean( max(−A · ratio, −A · clip(ratio, 1 ± ε)) ) + c_v · mean( ½ max((V − G)², (V_clipped − G)²) ) − c_e · mean(H)
+        L = mean( max(−A · ratio, −A · clip(ratio, 1 ± ε)) ) + c_v · mean( ½ max((V − G)², (V_clipped − G)²) ) − c_e ·
+        mean(H)
 
-    Every mean is a sum over the mask divided by n_tokens: the real reply tokens of the whole optimizer step (default: of
-    this mask), so that the parts of a minibatch add up to it exactly. The metrics are such means, too.
+    Every mean is a sum over the mask divided by n_tokens: the real reply tokens of the whole optimizer step (default:
+    of this mask), so that the parts of a minibatch add up to it exactly. The metrics are such means, too.
     """
     n = mask.sum() if n_tokens is None else n_tokens
 
@@ -447,11 +472,13 @@ def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, values:
 
 def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout: Rollout, o: PPOOptions, step: int, *,
            train_policy: bool = True, dtype: str = "float32") -> dict[str, float]:
-    """Several passes over one rollout; each minibatch is one optimizer step. Returns means over all minibatches' tokens.
+    """Several passes over one rollout; each minibatch is one optimizer step. Returns means over all minibatches'
+    tokens.
 
-    Rows are permuted anew each epoch, from (seed, stage, step, epoch). train_policy=False (critic warm-up) trains values
-    alone. A minibatch above --max_approx_kl ends the policy's part of this update: its gradients stay None, so Adam
-    neither moves it nor its momentum. Raises UserError on a loss that is not finite, before any step is taken with it.
+    Rows are permuted anew each epoch, from (seed, stage, step, epoch). train_policy=False (critic warm-up) trains
+    values alone. A minibatch above --max_approx_kl ends the policy's part of this update: its gradients stay None, so
+    Adam neither moves it nor its momentum. Raises UserError on a loss that is not finite, before any step is taken with
+    it.
     """
     start, device, warming_up = time.perf_counter(), rollout.tokens.device, not train_policy
     policy_parameters, critic_parameters = list(actor_critic.policy.parameters()), actor_critic.critic_parameters()
@@ -459,7 +486,8 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
     totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
     tokens = policy_tokens = 0
     norms: dict[str, list[Tensor]] = defaultdict(list)
-    ratio_start, skipped, weights = None, 0, dict(clip_range=o.clip_range, value_clip=o.value_clip, entropy_coef=o.entropy_coef)
+    ratio_start, skipped, weights = None, 0, dict(clip_range=o.clip_range, value_clip=o.value_clip,
+                                                  entropy_coef=o.entropy_coef)
 
     def losses(index: Tensor, n: Tensor, policy: bool):
         rows, mask = rollout.rows(index), rollout.response_mask[index]
@@ -470,7 +498,8 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
                         rollout.returns[index], entropy, mask, n_tokens=n, value_coef=o.value_coef, **weights)
 
     for epoch in range(o.epochs):
-        order = torch.from_numpy(np.random.default_rng([o.seed, STAGES["ppo"], step, epoch]).permutation(len(rollout.tokens)))
+        order = torch.from_numpy(np.random.default_rng([o.seed, STAGES["ppo"], step,
+                                                        epoch]).permutation(len(rollout.tokens)))
         for minibatch in order.to(device).chunk(o.minibatches):
             n = rollout.response_mask[minibatch].sum()
             pieces = rollout.by_length(minibatch, o.micro_batch)
@@ -488,8 +517,10 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
                 for name, x in metrics.items():
                     parts[name] = parts[name] + x
             if not torch.isfinite(parts["policy_loss"] + parts["value_loss"]):
-                raise UserError(f"ppo: the loss is not finite at update {step}, epoch {epoch}: policy {float(parts['policy_loss'])}, "
-                                f"value {float(parts['value_loss'])}; the last good checkpoint is kept: lower --policy_lr or --critic_lr")
+                raise UserError(f"ppo: the loss is not finite at update {step}, epoch {epoch}: policy "
+                                f"{float(parts['policy_loss'])}, "
+                                f"value {float(parts['value_loss'])}; the last good checkpoint is kept: lower "
+                                f"--policy_lr or --critic_lr")
             for name, parameters in groups.items():
                 if name == "critic" or train_policy:
                     norms[f"{name}_grad_norm"].append(nn.utils.clip_grad_norm_(parameters, o.max_grad_norm))
@@ -501,8 +532,10 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             for name, x in parts.items():
                 if train_policy or name.startswith("value"):
                     totals[name] = totals[name] + x * n
-    result = {name: float(x) / max(tokens if name.startswith("value") else policy_tokens, 1) for name, x in totals.items()}
+    result = {name: float(x) / max(tokens if name.startswith("value") else policy_tokens, 1) for name,
+              x in totals.items()}
     result |= {name: float(torch.stack(x).mean()) for name, x in norms.items()}
     if ratio_start is not None:
         result["ratio_start"] = ratio_start
-    return {**result, "skipped_minibatches": skipped, "trained_tokens": tokens, "seconds_train": time.perf_counter() - start}
+    return {**result, "skipped_minibatches": skipped, "trained_tokens": tokens,
+            "seconds_train": time.perf_counter() - start}

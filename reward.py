@@ -26,7 +26,8 @@ class RewardConfig(ModelConfig):
 
 
 class RewardModel(nn.Module):
-    """Trunk and scalar head. `mean` and `std` are those of raw scores on replies of the SFT policy (`set_normalisation`)."""
+    """Trunk and scalar head. `mean` and `std` are those of raw scores on replies of the SFT policy
+    (`set_normalisation`)."""
 
     config_class = RewardConfig
 
@@ -59,8 +60,8 @@ class RewardModel(nn.Module):
         return self.head_values(self.backbone.hidden(tokens, mask))
 
     def pool(self, values: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
-        """Per-token values (B, T) -> one score per row (B,). mask: real tokens; reply_mask: the part that `mean` averages,
-        default all real tokens. Pads change nothing, on whichever side they stand."""
+        """Per-token values (B, T) -> one score per row (B,). mask: real tokens; reply_mask: the part that `mean`
+        averages, default all real tokens. Pads change nothing, on whichever side they stand."""
         mask = mask if reply_mask is None else mask & reply_mask
         if not bool(mask.any(1).all()):
             raise ValueError("a row without any token to score")
@@ -81,7 +82,8 @@ class RewardModel(nn.Module):
         return self.normalise(self(tokens, mask, reply_mask))
 
     @torch.no_grad()
-    def score_rows(self, rows: Sequence[tuple[list[int], list[bool]]], dtype: str = "float32", batch: int = 64) -> np.ndarray:
+    def score_rows(self, rows: Sequence[tuple[list[int], list[bool]]], dtype: str = "float32",
+                   batch: int = 64) -> np.ndarray:
         """Raw score (n,) of each (ids, reply flags), in batches of similar length."""
         order, scores = np.argsort([len(ids) for ids, _ in rows], kind="stable"), np.zeros(len(rows))
         device = self.score_head.weight.device
@@ -97,13 +99,14 @@ class RewardModel(nn.Module):
         """Take mean and spread from raw scores (≥ 512 of them) of replies that the SFT policy wrote."""
         std = raw.float().std(correction=0)
         if not torch.isfinite(std) or std <= 1e-6:
-            raise UserError(f"the reward model gives every reply the same score (spread {float(std):.1e} over {len(raw)} replies): "
+            raise UserError(f"the reward model gives every reply the same score (spread {float(std):.1e} over "
+                            f"{len(raw)} replies): "
                             "it has learned nothing to optimise; train it longer or check its labels")
         self.mean.copy_(raw.float().mean())
         self.std.copy_(std)
 
 
-# ---- losses: scores here are raw --------------------------------------------------------------------------------------
+# ---- losses: scores here are raw -------------------------------------------------------------------------------------
 
 def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float | None = None,
                   label_smoothing: float = 0.0) -> Tensor:
@@ -138,7 +141,8 @@ class RewardOptions(Learning):
     loss: str = option("auto", "auto: by the records' fields", choices=("auto", "label", "pairwise", "regression"))
     epochs: float = option(2.0, "passes over the training records", smoke=1.0, base=1.0)
     batch: int = option(32, "records per step", smoke=16)
-    max_len: int = option(128, "longest row in tokens; longer texts are cut, and then carry no end token", smoke=64, base=512)
+    max_len: int = option(128, "longest row in tokens; longer texts are cut, and then carry no end token", smoke=64,
+                          base=512)
     lr: float = option(0.01, "learning rate of block matrices (Muon), or of all (AdamW)", base=0.003)
     adam_lr: float = option(0.003, "learning rate of embeddings, norms and head, by AdamW", base=1e-4)
     warmup: float = option(0.1, "share of the steps over which the learning rate rises")
@@ -146,7 +150,8 @@ class RewardOptions(Learning):
     dropout: float = option(0.1, "the only place where dropout is on")
     lm_coef: float = option(0.1, "weight of the language-model loss on the same text, per token",
                             source="MOSS-RLHF part II: keeps the trunk a language model")
-    prefix_share: float = option(0.3, "share of texts cut somewhere, without end token, labelled alike: unfinished replies")
+    prefix_share: float = option(0.3,
+                                 "share of texts cut somewhere, without end token, labelled alike: unfinished replies")
     label_smoothing: float = option(0.0, "share of labels taken to be wrong (pairwise)", source="MOSS-RLHF part II")
     eval_every: int = option(100, "steps between measurements on validation", smoke=10)
     norm_replies: int = option(512, "replies of the SFT policy that give the score its mean and spread", smoke=64)

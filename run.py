@@ -1,7 +1,7 @@
 """A stage's folder: what was asked, what was measured, and the checkpoint that goes on exactly where it stopped.
 
-`OUT/<data>/<stage>/` holds checkpoint.pt, config.json (options, versions, machine, seconds), metrics.jsonl (one JSON object
-a logged step) and samples.jsonl (texts to read). train.py's stages open a `Run`, log into it, save with it.
+`OUT/<data>/<stage>/` holds checkpoint.pt, config.json (options, versions, machine, seconds), metrics.jsonl (one JSON
+object a logged step) and samples.jsonl (texts to read). train.py's stages open a `Run`, log into it, save with it.
 """
 import ctypes
 import json
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data.prepare import Prepared
+from data.prepared import Prepared
 from model import Transformer, load_checkpoint, pick_device, pick_dtype, save_checkpoint
 from options import Common, UserError, as_dict, show
 from reward import RewardModel
@@ -47,8 +47,9 @@ class Interrupt:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what was freed, instead of returning each large tensor's pages to the system and faulting them in again
-    at the next step: a third of the time of a step whose shapes vary, on CPU (measured). Elsewhere it does nothing."""
+    """Let glibc keep what was freed, instead of returning each large tensor's pages to the system and faulting them in
+    again at the next step: a third of the time of a step whose shapes vary, on CPU (measured). Elsewhere it does
+    nothing."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
@@ -78,7 +79,8 @@ def processor() -> str:
 
 
 class Run:
-    """One stage's folder: what was asked, what was measured, and the checkpoint that goes on exactly where it stopped."""
+    """One stage's folder: what was asked, what was measured, and the checkpoint that goes on exactly where it
+    stopped."""
 
     NOT_COMPARED = ("resume", "fresh", "traceback", "preset", "out")  # how a run is started, not what it computes
 
@@ -109,7 +111,8 @@ class Run:
         self.compile = "on" if o.compile == "on" else "off"
         if not self.state:
             show(o, f"{stage}: options")
-        print(f"{stage}: {self.device}, {self.dtype} ({why}), compile {self.compile}, {torch.get_num_threads()} threads", flush=True)
+        print(f"{stage}: {self.device}, {self.dtype} ({why}), compile {self.compile}, "
+              f"{torch.get_num_threads()} threads", flush=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._trim("metrics.jsonl")
         self._trim("samples.jsonl")
@@ -119,13 +122,15 @@ class Run:
         """Refuse to mix two different runs in one folder, and say what differs."""
         command = f"python train.py {self.stage}"
         if not self.o.resume:
-            raise UserError(f"{self.folder}: a run is there already: go on with `{command} --resume`, start anew with --fresh, "
+            raise UserError(f"{self.folder}: a run is there already: go on with `{command} --resume`, start anew with "
+                            f"--fresh, "
                             "or choose another --out")
         now, before = {**self.settings, **self.parents}, {**old["options"], **old["parents"]}
         differing = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted({*now, *before})
                      if now.get(k) != before.get(k)]
         if differing:
-            raise UserError(f"{self.folder}: the run there differs ({'; '.join(differing[:4])}{' …' if differing[4:] else ''}): "
+            raise UserError(f"{self.folder}: the run there differs "
+                            f"({'; '.join(differing[:4])}{' …' if differing[4:] else ''}): "
                             "start anew with --fresh, or choose another --out")
 
     def _trim(self, name: str) -> None:
@@ -143,7 +148,8 @@ class Run:
         record = {"stage": self.stage, "finished": finished, "options": self.settings, "parents": self.parents,
                   "dtype": self.dtype, "compile": self.compile, "commit": git_commit(), "processor": processor(),
                   "threads": torch.get_num_threads(), "seconds": round(self.seconds(), 1),
-                  "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+                  "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                               "numpy": np.__version__}}
         temporary = self.folder / "config.tmp"
         temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
         os.replace(temporary, self.folder / "config.json")
@@ -160,7 +166,8 @@ class Run:
             file.writelines(json.dumps({"step": step, **r}, ensure_ascii=False) + "\n" for r in records)
 
     def save(self, step: int, model: nn.Module, **state) -> None:
-        save_checkpoint(self.folder, model, self.tokenizer, stage=self.stage, step=step, dtype=self.dtype, compile=self.compile,
+        save_checkpoint(self.folder, model, self.tokenizer, stage=self.stage, step=step, dtype=self.dtype,
+                        compile=self.compile,
                         seconds=self.seconds(), options=self.settings, parents=self.parents,
                         template=self.data.template, **state)
 
@@ -169,8 +176,8 @@ class Run:
             save()
             words = [w for w in sys.argv[1:] if w not in ("--resume", "--fresh")]
             more = "" if words[:1] in ([], ["all"]) else " --resume"
-            print(f"\n{self.stage}: saved after step {step}; go on with `python train.py {shlex.join(words)}{more}`".replace("  ", " "),
-                  file=sys.stderr)
+            command = " ".join(["python train.py", *map(shlex.quote, words)]) + more
+            print(f"\n{self.stage}: saved after step {step}; go on with `{command}`", file=sys.stderr)
             raise Interrupted(Interrupt.number)
 
     def finish(self, **summary) -> None:

@@ -1,10 +1,11 @@
 """Sampling: write tokens one after another, each drawn from what the model expects next.
 
     python sample.py --from out/reviews/ppo --prompt "这本书"          complete one prompt, printed as it is written
-    python sample.py --from out/reviews/ppo --chat                      talk to it (Ctrl-C stops an answer, Ctrl-D leaves)
-    python sample.py --from out/reviews/ppo --file prompts.jsonl        one JSON line per prompt, for other programs
-    python sample.py --from out/reviews/sft --best_of 16 --reward_from out/reviews/reward --prompt "这本书"
-    python sample.py --compare out/reviews/sft out/reviews/ppo          the same openings and random numbers, side by side
+    python sample.py --from out/reviews/ppo --chat                      talk to it (Ctrl-C stops an answer, Ctrl-D
+    leaves) python sample.py --from out/reviews/ppo --file prompts.jsonl        one JSON line per prompt, for other
+    programs python sample.py --from out/reviews/sft --best_of 16 --reward_from out/reviews/reward --prompt "这本书"
+    python sample.py --compare out/reviews/sft out/reviews/ppo          the same openings and random numbers, side by
+    side
 
 `generate` is also the rollout engine of PPO: there it draws from the whole softmax at one temperature, nothing else.
 """
@@ -21,23 +22,16 @@ from torch import Tensor
 from data.batches import pad_left, prompt_ids
 from data.records import apply_template, load_records
 from data.tokenizer import Tokenizer
-from model import (
-    KVCache,
-    Transformer,
-    attention_allowed,
-    load_checkpoint,
-    log_softmax,
-    pick_device,
-    pick_dtype,
-    precision,
-)
+from model import (KVCache, Transformer, attention_allowed, load_checkpoint, log_softmax, pick_device, pick_dtype,
+                   precision)
 from options import UserError, option, parse, run_main
 from reward import RewardModel
 
-# ---- choosing one token -----------------------------------------------------------------------------------------------
+# ---- choosing one token ----------------------------------------------------------------------------------------------
 
 def uniform_numbers(seed: int | Sequence[int], rows: Sequence[int], n: int) -> Tensor:
-    """(len(rows), n) float32 in [0, 1): row b's numbers follow from (seed, rows[b]) alone, whatever shares its batch."""
+    """(len(rows), n) float32 in [0, 1): row b's numbers follow from (seed, rows[b]) alone, whatever shares its
+    batch."""
     seed = [seed] if isinstance(seed, int) else list(seed)
     return torch.from_numpy(np.stack([np.random.default_rng([*seed, int(row)]).random(n, np.float32) for row in rows]))
 
@@ -61,7 +55,8 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 
 def draw(logprobs: Tensor, u: Tensor) -> Tensor:
-    """Inverse transform sampling: the first token whose cumulated probability exceeds u; logprobs (B, V), u (B,) -> (B,).
+    """Inverse transform sampling: the first token whose cumulated probability exceeds u; logprobs (B, V), u (B,) ->
+    (B,).
 
     The last cumulated value is only nearly 1, so u is scaled by it and kept below it; a token of probability 0 is never
     picked, not even by u = 0, because its cumulated value does not exceed its predecessor's.
@@ -72,7 +67,7 @@ def draw(logprobs: Tensor, u: Tensor) -> Tensor:
     return (cumulated <= threshold).sum(-1)
 
 
-# ---- the two halves of decoding ---------------------------------------------------------------------------------------
+# ---- the two halves of decoding --------------------------------------------------------------------------------------
 
 def prefill(model: Transformer, tokens: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
     """Read whole prompts (B, P), left-padded, into the cache; logits (B, V) of the token after each."""
@@ -118,7 +113,8 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
     B, P = tokens.shape
     R, device = max_new_tokens, tokens.device
     if P + R > model.config.max_len:
-        raise UserError(f"a prompt of {P} tokens and a reply of up to {R} exceed the model's {model.config.max_len} (max_len): "
+        raise UserError(f"a prompt of {P} tokens and a reply of up to {R} exceed the model's {model.config.max_len} "
+                        f"(max_len): "
                         "shorten the prompt or ask for fewer tokens")
     if not bool(mask.any(1).all()):
         raise UserError("an empty prompt: give at least one token to go on from")
@@ -126,7 +122,8 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
         raise ValueError("generate: dropout is on; call model.eval() first")
     rows = range(B) if rows is None else rows
     if batch_size is not None and B > batch_size:
-        parts = [generate(model, tokens[i:i + batch_size], mask[i:i + batch_size], R, temperature=temperature, top_k=top_k,
+        parts = [generate(model, tokens[i:i + batch_size], mask[i:i + batch_size], R, temperature=temperature,
+                          top_k=top_k,
                           top_p=top_p, repetition_penalty=repetition_penalty, end_id=end_id, seed=seed,
                           rows=rows[i:i + batch_size], dtype=dtype, suppress=suppress) for i in range(0, B, batch_size)]
         return Generation(*(torch.cat([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Generation)))
@@ -134,7 +131,8 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
     tokens, mask, P = tokens[:, first:], mask[:, first:], P - first
 
     u = uniform_numbers(seed, rows, R).to(device) if temperature > 0 else None
-    out = Generation(torch.zeros(B, R, dtype=torch.int64, device=device), torch.zeros(B, R, dtype=torch.bool, device=device),
+    out = Generation(torch.zeros(B, R, dtype=torch.int64, device=device),
+                     torch.zeros(B, R, dtype=torch.bool, device=device),
                      torch.zeros(B, R, device=device))
     half = dtype == "bfloat16"
     cache = KVCache(model.config, B, P + R, device, torch.bfloat16 if half else model.embedding.weight.dtype)
@@ -183,12 +181,13 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
             if seen is not None:
                 seen.scatter_(1, token[:, None], True)
             keys = P + t + 1
-            logits = decode_step(model, token, position, None if key_mask is None else key_mask[:, :keys], cache, span[:keys])
+            logits = decode_step(model, token, position, None if key_mask is None else key_mask[:, :keys], cache,
+                                 span[:keys])
             position = position + 1
     return out
 
 
-# ---- from texts to texts ----------------------------------------------------------------------------------------------
+# ---- from texts to texts ---------------------------------------------------------------------------------------------
 
 def reply_texts(tokenizer: Tokenizer, generation: Generation) -> list[str]:
     """The replies as text, without the end token."""
@@ -211,7 +210,7 @@ def reward_scores(reward_model: RewardModel, prompts: Sequence[list[int]], repli
     return reward_model.score_rows(rows)
 
 
-# ---- command line -----------------------------------------------------------------------------------------------------
+# ---- command line ----------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class SampleOptions:
@@ -219,7 +218,8 @@ class SampleOptions:
     prompt: str = option("", "text to reply to or go on from")
     chat: bool = option(False, "talk: each line is a turn; Ctrl-C stops the answer, Ctrl-D leaves")
     file: str = option("", 'JSON Lines with {"prompt"}: replies are printed as JSON Lines')
-    compare: str = option("", "two run folders, separated by a comma or as two words: same prompts, same random numbers")
+    compare: str = option("",
+                          "two run folders, separated by a comma or as two words: same prompts, same random numbers")
     best_of: int = option(1, "draw so many replies and print the one the reward model likes best")
     reward_from: str = option("", "reward model for --best_of; empty: the folder `reward` beside the checkpoint's")
     raw: bool = option(False, "do not put the checkpoint's prompt template around the prompt")
@@ -248,8 +248,10 @@ class Speaker:
 
     def replies(self, prompts: list[list[int]], rows=None, on_token=None) -> Generation:
         o, t = self.o, self.tokenizer
-        return reply_to(self.model, t, prompts, o.max_new_tokens, temperature=o.temperature, top_k=o.top_k, top_p=o.top_p,
-                        repetition_penalty=o.repetition_penalty, seed=o.seed, rows=rows, batch_size=None if on_token else 64,
+        return reply_to(self.model, t, prompts, o.max_new_tokens, temperature=o.temperature, top_k=o.top_k,
+                        top_p=o.top_p,
+                        repetition_penalty=o.repetition_penalty, seed=o.seed, rows=rows,
+                        batch_size=None if on_token else 64,
                         dtype=self.dtype, suppress=[i for i in t.special_ids if i != t.eom_id], on_token=on_token)
 
     def stream(self, prompt: list[int], rows=None) -> str:
@@ -272,7 +274,8 @@ class Speaker:
 def chat(speaker: Speaker) -> None:
     """A conversation: the whole history is the prompt of every answer; the oldest turns go when it grows too long."""
     if speaker.bare:
-        raise UserError(f"{speaker.o.checkpoint}: a pretrained model has not learned to talk; use --prompt, or an sft checkpoint")
+        raise UserError(f"{speaker.o.checkpoint}: a pretrained model has not learned to talk; use --prompt, or an sft "
+                        f"checkpoint")
     messages: list[dict[str, str]] = []
     turn = 0
     while True:
@@ -308,7 +311,8 @@ def best_of(speaker: Speaker, prompt: str, n: int) -> None:
 def compare(folders: list[str], prompts: list, o: SampleOptions) -> None:
     """The same prompts and random numbers through two checkpoints."""
     if len(folders) != 2:
-        raise UserError(f"--compare needs two run folders, got {len(folders)}: --compare out/reviews/sft out/reviews/ppo")
+        raise UserError(f"--compare needs two run folders, got {len(folders)}: --compare out/reviews/sft "
+                        f"out/reviews/ppo")
     speakers = [Speaker(f, o) for f in folders]
     texts = [reply_texts(s.tokenizer, s.replies([s.ids(p) for p in prompts])) for s in speakers]
     for prompt, *replies in zip(prompts, *texts, strict=True):
@@ -321,12 +325,14 @@ def main(argv: list[str]) -> None:
     for i, word in enumerate(argv):
         if word == "--from" or word.startswith("--from="):  # `from` is a reserved word and cannot be a field
             argv[i] = "--checkpoint" + word[6:]
-    if "--compare" in argv and argv.index("--compare") + 2 < len(argv) and not argv[argv.index("--compare") + 2].startswith("-"):
+    if "--compare" in argv and argv.index("--compare") + 2 < len(argv) and not argv[argv.index("--compare")
+                                                                                    + 2].startswith("-"):
         i = argv.index("--compare")
         argv[i + 1:i + 3] = [",".join(argv[i + 1:i + 3])]
     o = parse(SampleOptions, argv, "sample.py")
     if not 0 <= o.temperature or not 0 < o.top_p <= 1 or o.top_k < 0 or o.max_new_tokens < 1 or o.best_of < 1:
-        raise UserError("temperature and top_k must be at least 0, top_p in (0, 1], max_new_tokens and best_of at least 1")
+        raise UserError("temperature and top_k must be at least 0, top_p in (0, 1], max_new_tokens and best_of at "
+                        "least 1")
     if o.compare:
         prompts = [r["prompt"] for r in load_records(o.file, "ppo")] if o.file else [o.prompt] if o.prompt else None
         folders = o.compare.split(",")

@@ -1,7 +1,7 @@
 """The road of RLHF, one command a stage. Without a word it walks the whole of it.
 
-    python train.py                 all stages on the default data, then a report    (--preset smoke: the same in a minute)
-    python train.py pretrain        read: predict the next token of plain text
+    python train.py                 all stages on the default data, then a report    (--preset smoke: the same in a
+    minute) python train.py pretrain        read: predict the next token of plain text
     python train.py sft             obey: predict the reply of dialogues
     python train.py reward          judge: predict what people liked
     python train.py ppo             improve: reply so that the reward model likes it
@@ -25,30 +25,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import evaluate
-from data.batches import (
-    STAGES,
-    PackedDocuments,
-    dialogue_rows,
-    eval_windows,
-    judged_batch,
-    judged_rows,
-    pack_rows,
-    prompt_ids,
-    rows_at,
-)
-from data.prepare import Prepared, open_data
+from data.batches import (STAGES, PackedDocuments, dialogue_rows, eval_windows, judged_batch, judged_rows, pack_rows,
+                          prompt_ids, rows_at)
+from data.prepare import open_data
+from data.prepared import Prepared
 from model import ModelConfig, Transformer, cross_entropy_sum, load_checkpoint, pick_device, precision
 from options import Common, Learning, UserError, option, parse, parse_all, run_main
-from ppo import (
-    ActorCritic,
-    KLController,
-    PPOOptions,
-    RunningMoments,
-    collect_rollout,
-    critic_from,
-    rollout_metrics,
-    update,
-)
+from ppo import (ActorCritic, KLController, PPOOptions, RunningMoments, collect_rollout, critic_from, rollout_metrics,
+                 update)
 from reward import RewardConfig, RewardModel, RewardOptions, label_loss, pairwise_loss, regression_loss
 from run import Interrupt, Interrupted, Run, keep_freed_memory, run_folder
 from sample import reply_texts, reply_to
@@ -69,7 +53,8 @@ class PretrainOptions(Learning):
     batch: int = option(16, "rows per forward and backward", smoke=8, base=32)
     accumulate: int = option(1, "batches per optimizer step", base=8)
     news_share: float = option(0.15, "share of tokens from newspaper text, placed in the first half of training")
-    dialogue_share: float = option(0.3, "share of tokens from reviews already in dialogue form; else SFT learns it badly")
+    dialogue_share: float = option(0.3,
+                                   "share of tokens from reviews already in dialogue form; else SFT learns it badly")
     eval_every: int = option(400, "steps between full passes over validation", smoke=30, base=1000)
 
 
@@ -101,7 +86,7 @@ def same_tokenizer(a, b, names: str) -> None:
                         "train both from the same pretrained model")
 
 
-# ---- the loop of maximum likelihood -----------------------------------------------------------------------------------
+# ---- the loop of maximum likelihood ----------------------------------------------------------------------------------
 
 def make_optimizers(model: nn.Module, o: Learning) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for embeddings, norms and heads; or AdamW for all.
@@ -112,15 +97,16 @@ def make_optimizers(model: nn.Module, o: Learning) -> list[torch.optim.Optimizer
     chosen = {id(p) for p in blocks}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     if o.optimizer == "adamw":
-        return [torch.optim.AdamW([{"params": blocks, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        return [torch.optim.AdamW([{"params": blocks, "weight_decay": o.weight_decay},
+                                   {"params": rest, "weight_decay": 0.0}],
                                   lr=o.lr, betas=(0.9, 0.95))]
     return [torch.optim.Muon(blocks, lr=o.lr, weight_decay=o.weight_decay, ns_steps=o.muon_steps),
             torch.optim.AdamW(rest, lr=o.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def learning_rate(step: int, n_steps: int, warmup: float, decay: float, final: float = 0.0) -> float:
-    """Factor on the learning rate: linear rise over the first share `warmup` of the steps, linear fall to `final` over the
-    last share `decay`."""
+    """Factor on the learning rate: linear rise over the first share `warmup` of the steps, linear fall to `final` over
+    the last share `decay`."""
     rise = (step + 1) / max(1, round(warmup * n_steps))
     fall = (n_steps - step) / max(1, decay * n_steps)
     return min(1.0, rise, final + (1 - final) * min(1.0, fall))
@@ -144,7 +130,8 @@ def step_seed(seed: int, stage: str, step: int) -> int:
 
 def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterator[tuple[Tensor, int]]],
         measure: Callable[[int], dict[str, float]], **state) -> dict[str, float]:
-    """Gradient descent: for each step, add up the gradients of `losses(step)`, clip, step; measure, log and save now and then.
+    """Gradient descent: for each step, add up the gradients of `losses(step)`, clip, step; measure, log and save now
+    and then.
 
     losses(step) yields (loss, tokens): parts of one optimizer step, each already divided by the step's token count.
     Returns the last measurements. Resumes from run.state.
@@ -172,7 +159,8 @@ def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterat
                 total += float(loss.detach())
                 tokens += n
             if not math.isfinite(total):
-                raise UserError(f"{run.stage}: the loss is {total} at step {step + 1}; the last good checkpoint is kept: "
+                raise UserError(f"{run.stage}: the loss is {total} at step {step + 1}; the last good checkpoint is "
+                                f"kept: "
                                 f"lower --lr ({o.lr:g}) or --adam_lr, or look for damaged records")
             norm = nn.utils.clip_grad_norm_(model.parameters(), o.clip)
             for optimizer in optimizers:
@@ -182,7 +170,8 @@ def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterat
             measuring = (step + 1) % o.eval_every == 0 or step + 1 == n_steps
             if measuring or (step + 1) % o.log_every == 0:
                 now = time.perf_counter()
-                metrics = {"loss": total, "lr": factor * o.lr, "grad_norm": float(norm), "tokens_per_s": tokens / (now - since),
+                metrics = {"loss": total, "lr": factor * o.lr, "grad_norm": float(norm),
+                           "tokens_per_s": tokens / (now - since),
                            "seconds": run.seconds()}
                 if measuring:
                     model.eval()
@@ -198,12 +187,13 @@ def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterat
     return last
 
 
-# ---- stage 1: pretraining ---------------------------------------------------------------------------------------------
+# ---- stage 1: pretraining --------------------------------------------------------------------------------------------
 
 def pretrain(o: PretrainOptions) -> Run:
     """Maximum likelihood on plain text: θ ← θ + α ∇ Σ log π(next token | tokens before it, of the same document)."""
     if o.init_from or o.reward_from:
-        raise UserError("pretrain starts from nothing: --init_from and --reward_from have no effect on it; use them with sft, reward or ppo")
+        raise UserError("pretrain starts from nothing: --init_from and --reward_from have no effect on it; use them "
+                        "with sft, reward or ppo")
     data = prepared(o)
     run = Run("pretrain", o, {"data": data.fingerprint}, data)
     if run.finished:
@@ -219,7 +209,8 @@ def pretrain(o: PretrainOptions) -> Run:
     shares = {0: o.news_share, 1: 1 - o.news_share - o.dialogue_share, 2: o.dialogue_share} if train.parts > 1 else None
     batches = PackedDocuments(train.tokens, train.starts, train.part, window=o.window, batch=o.batch * o.accumulate,
                               total_tokens=o.tokens, seed=o.seed, shares=shares, early={0: 0.5})
-    print(f"pretrain: {model.n_parameters() / 1e6:.2f} M parameters, {batches.n_steps} steps of {o.window * o.batch * o.accumulate} "
+    print(f"pretrain: {model.n_parameters() / 1e6:.2f} M parameters, {batches.n_steps} steps of "
+          f"{o.window * o.batch * o.accumulate} "
           f"tokens, {model.flops_per_token(o.window) / 1e6:.1f} MFLOP a token", flush=True)
 
     def losses(step: int):
@@ -227,7 +218,8 @@ def pretrain(o: PretrainOptions) -> Run:
             tokens, targets, docs = part
             with precision(run.dtype, run.device):
                 hidden = model.hidden(tokens, docs=None if train.single else docs)
-                yield cross_entropy_sum(model, hidden.flatten(0, 1), targets.flatten()) / (targets.numel() * o.accumulate), targets.numel()
+                yield cross_entropy_sum(model, hidden.flatten(0, 1),
+                                        targets.flatten()) / (targets.numel() * o.accumulate), targets.numel()
 
     def measure(step: int) -> dict[str, float]:
         nats, n = validation_nats(model, val, o.window, 4 * o.batch, run)
@@ -254,10 +246,11 @@ def validation_nats(model: Transformer, split, window: int, batch: int, run: Run
 
 def free_samples(model: Transformer, tokenizer, length: int, seed: int, n: int = 4) -> list[str]:
     """What the model writes when it is given only a document's beginning."""
-    return reply_texts(tokenizer, reply_to(model, tokenizer, [[tokenizer.eot_id]] * n, length, seed=seed, temperature=0.8))
+    return reply_texts(tokenizer, reply_to(model, tokenizer, [[tokenizer.eot_id]] * n, length, seed=seed,
+                                           temperature=0.8))
 
 
-# ---- stage 2: supervised fine-tuning ----------------------------------------------------------------------------------
+# ---- stage 2: supervised fine-tuning ---------------------------------------------------------------------------------
 
 def sft(o: SFTOptions) -> Run:
     """Maximum likelihood on replies alone: the same loss, only where the loss mask of the dialogue is True."""
@@ -273,7 +266,8 @@ def sft(o: SFTOptions) -> Run:
     rows, left_out = dialogue_rows(data.records("sft", "train"), tokenizer, data.template, o.max_len)
     val_rows, _ = dialogue_rows(data.records("sft", "val"), tokenizer, data.template, o.max_len)
     n_steps = math.ceil(o.epochs * len(rows) / o.batch)
-    print(f"sft: {len(rows)} dialogues ({left_out} longer than {o.max_len} tokens left out), {n_steps} steps of {o.batch}", flush=True)
+    print(f"sft: {len(rows)} dialogues ({left_out} longer than {o.max_len} tokens left out), {n_steps} steps of "
+          f"{o.batch}", flush=True)
     examples = [r["prompt"] for r in data.records("ppo", "val")[:8]]
 
     def nats(batch) -> tuple[Tensor, int]:
@@ -300,14 +294,15 @@ def sft(o: SFTOptions) -> Run:
     return run
 
 
-# ---- stage 3: the reward model ----------------------------------------------------------------------------------------
+# ---- stage 3: the reward model ---------------------------------------------------------------------------------------
 
 def feedback_kind(record: dict) -> str:
     return "pairwise" if "chosen" in record else "regression" if "score" in record else "label"
 
 
 def feedback_loss(kind: str, scores: Tensor, records: list[dict], label_smoothing: float) -> Tensor:
-    """Raw scores of these records' replies, all chosen ones before all rejected ones, to the mean loss of their kind."""
+    """Raw scores of these records' replies, all chosen ones before all rejected ones, to the mean loss of their
+    kind."""
     if kind == "pairwise":
         chosen, rejected = scores.chunk(2)
         margin = torch.tensor([r.get("margin", 0.0) for r in records], device=scores.device)
@@ -338,7 +333,8 @@ def train_reward(o: RewardOptions) -> Run:
     records, val = data.records("reward", "train"), data.records("reward", "val")
     kind = feedback_kind(records[0]) if o.loss == "auto" else o.loss
     if kind != feedback_kind(records[0]):
-        raise UserError(f"--loss {o.loss} does not fit these records, which are for {feedback_kind(records[0])}: use --loss auto")
+        raise UserError(f"--loss {o.loss} does not fit these records, which are for {feedback_kind(records[0])}: use "
+                        f"--loss auto")
     n_steps = math.ceil(o.epochs * len(records) / o.batch)
     print(f"reward: {len(records)} records ({kind}), {n_steps} steps of {o.batch}", flush=True)
     render = dict(tokenizer=tokenizer, template=data.template, max_len=min(o.max_len, model.config.max_len))
@@ -357,7 +353,8 @@ def train_reward(o: RewardOptions) -> Run:
             loss = feedback_loss(kind, scores, batch, o.label_smoothing)
             if o.lm_coef:
                 imitated = flags & (docs < len(batch))  # of a pair, only the chosen reply is worth imitating
-                nats = cross_entropy_sum(model.backbone, hidden[:, :-1][imitated[:, 1:]], tokens[:, 1:][imitated[:, 1:]])
+                nats = cross_entropy_sum(model.backbone, hidden[:, :-1][imitated[:, 1:]],
+                                         tokens[:, 1:][imitated[:, 1:]])
                 loss = loss + o.lm_coef * nats / imitated.sum()
         yield loss, int(real.sum())
 
@@ -370,9 +367,11 @@ def train_reward(o: RewardOptions) -> Run:
     prompts = data.records("ppo", "train")
     chosen = rows_at(len(prompts), o.norm_replies, 0, o.seed, "reward")
     ids = [prompt_ids(tokenizer, prompts[i]["prompt"], data.template) for i in chosen]
-    replies = reply_to(policy, tokenizer, ids, o.reply_len, temperature=o.temperature, seed=(o.seed, STAGES["reward"]), batch_size=128)
+    replies = reply_to(policy, tokenizer, ids, o.reply_len, temperature=o.temperature, seed=(o.seed, STAGES["reward"]),
+                       batch_size=128)
     flags = [[False] * len(p) + [True] * int(m.sum()) for p, m in zip(ids, replies.mask, strict=True)]
-    rows = [(p + t[m].tolist(), f) for p, t, m, f in zip(ids, replies.tokens.cpu(), replies.mask.cpu(), flags, strict=True)]
+    rows = [(p + t[m].tolist(), f) for p, t, m, f in zip(ids, replies.tokens.cpu(), replies.mask.cpu(), flags,
+                                                         strict=True)]
     raw = torch.from_numpy(model.score_rows(rows, run.dtype))
     model.set_normalisation(raw)
     texts = reply_texts(tokenizer, replies)
@@ -386,28 +385,33 @@ def train_reward(o: RewardOptions) -> Run:
 def reward_measures(model: RewardModel, records: list[dict], kind: str, render: dict, run: Run) -> dict[str, float]:
     """On validation: how often the model agrees with people."""
     if kind == "pairwise":
-        chosen, rejected = (model.score_rows(judged_rows(records, **render, field=f), run.dtype) for f in ("chosen", "rejected"))
+        chosen, rejected = (model.score_rows(judged_rows(records, **render, field=f), run.dtype)
+                            for f in ("chosen", "rejected"))
         return {"val_accuracy": float((chosen > rejected).mean())}
     scores = model.score_rows(judged_rows(records, **render), run.dtype)
     if kind == "regression":
         return {"val_correlation": float(np.corrcoef(scores, [r["score"] for r in records])[0, 1])}
     labels = np.array([r["label"] for r in records])
-    return {"val_auc": evaluate.auc(scores, labels), "val_accuracy": evaluate.accuracy(1 / (1 + np.exp(-scores)), labels)}
+    return {"val_auc": evaluate.auc(scores, labels), "val_accuracy": evaluate.accuracy(1 / (1 + np.exp(-scores)),
+                                                                                       labels)}
 
 
 def report_reward(model: RewardModel, data: Prepared, render: dict, run: Run) -> None:
-    """Scores of the test texts, whole and first halves, beside the n-gram baseline's: test_scores.json, for the report."""
+    """Scores of the test texts, whole and first halves, beside the n-gram baseline's: test_scores.json, for the
+    report."""
     records = data.records("reward", "test")
     baseline = evaluate.ngram_classifier(data, "reward")
     texts = [evaluate.plain_text(r) for r in records]
-    result = {"labels": [r["label"] for r in records], "scores": model.score_rows(judged_rows(records, **render), run.dtype).tolist(),
-              "half_scores": model.score_rows(judged_rows(records, **render, half=True), run.dtype).tolist(),
-              "baseline": baseline.logits(texts).tolist(),
-              "half_baseline": baseline.logits([evaluate.plain_text(r | {"response": r["response"][:len(r["response"]) // 2]}) for r in records]).tolist()}
+    first_halves = [evaluate.plain_text(r | {"response": r["response"][:len(r["response"]) // 2]}) for r in records]
+    half_rows = judged_rows(records, **render, half=True)
+    result = {"labels": [r["label"] for r in records],
+              "scores": model.score_rows(judged_rows(records, **render), run.dtype).tolist(),
+              "half_scores": model.score_rows(half_rows, run.dtype).tolist(),
+              "baseline": baseline.logits(texts).tolist(), "half_baseline": baseline.logits(first_halves).tolist()}
     (run.folder / "test_scores.json").write_text(json.dumps(result))
 
 
-# ---- stage 4: PPO -----------------------------------------------------------------------------------------------------
+# ---- stage 4: PPO ----------------------------------------------------------------------------------------------------
 
 def train_ppo(o: PPOOptions) -> Run:
     """J(π) = E[Σ γᵗ r]: reply, score, find out which tokens were better than expected, make those likelier; again."""
@@ -420,7 +424,8 @@ def train_ppo(o: PPOOptions) -> Run:
         return run
     for name, value in reward_state.get("norm", {}).items():
         if o.reward_norm != "sigmoid" and getattr(o, name) != value:
-            print(f"ppo: warning: the reward model's mean and spread were taken at {name} {value}, not {getattr(o, name)}", file=sys.stderr)
+            print(f"ppo: warning: the reward model's mean and spread were taken at {name} {value}, not "
+                  f"{getattr(o, name)}", file=sys.stderr)
     run.tokenizer = tokenizer
     reference = copy.deepcopy(policy).requires_grad_(False).to(run.device)
     reward_model = reward_model.requires_grad_(False).to(run.device)
@@ -431,7 +436,8 @@ def train_ppo(o: PPOOptions) -> Run:
     optimizer = torch.optim.Adam([{"params": list(policy.parameters()), "lr": o.policy_lr},
                                   {"params": actor_critic.critic_parameters(), "lr": o.critic_lr}], eps=o.adam_eps)
     moments = RunningMoments(**run.state.get("moments", {}))
-    control = KLController(run.state.get("kl_coef", o.kl_coef), o.kl_target if o.kl_control == "adaptive" else None, o.kl_horizon)
+    control = KLController(run.state.get("kl_coef", o.kl_coef), o.kl_target if o.kl_control == "adaptive" else None,
+                           o.kl_horizon)
     if run.state:
         (critic or actor_critic.value_head).load_state_dict(run.state["critic"])
         optimizer.load_state_dict(run.state["optimizer"])
@@ -442,13 +448,16 @@ def train_ppo(o: PPOOptions) -> Run:
     done = run.state.get("step", 0)
 
     def save() -> None:
-        run.save(step, policy, critic=(critic or actor_critic.value_head).state_dict(), optimizer=optimizer.state_dict(),
+        run.save(step, policy, critic=(critic or actor_critic.value_head).state_dict(),
+                 optimizer=optimizer.state_dict(),
                  moments=moments.state(), kl_coef=control.coef, example_prompts=held_out[:8])
 
     def measure() -> dict[str, float]:
         """On the same held-out prompts, with the same random numbers, each time."""
-        found, replies, _ = evaluate.measure_policy(policy, reference, tokenizer, held_out, data.template, reward_model=reward_model,
-                                                 judge=judge, reply_len=o.reply_len, temperature=o.temperature, dtype=run.dtype)
+        found, replies, _ = evaluate.measure_policy(policy, reference, tokenizer, held_out, data.template,
+                                                    reward_model=reward_model,
+                                                 judge=judge, reply_len=o.reply_len, temperature=o.temperature,
+                                                 dtype=run.dtype)
         run.samples(step, replies[:12])
         names = ("score", "judge", "judged_positive", "kl", "length", "end_rate", "distinct2", "ref_perplexity")
         return {f"eval_{k}": found[k] for k in names if k in found}
@@ -462,21 +471,25 @@ def train_ppo(o: PPOOptions) -> Run:
             set_learning_rate([optimizer], factor)
             chosen = rows_at(len(prompts), o.batch, step, o.seed, "ppo")
             rollout = collect_rollout(actor_critic, reference, reward_model,
-                                      [prompt_ids(tokenizer, prompts[i], data.template) for i in chosen], o, end_id=tokenizer.eom_id,
+                                      [prompt_ids(tokenizer, prompts[i], data.template) for i in chosen], o,
+                                      end_id=tokenizer.eom_id,
                                       step=step, kl_coef=control.coef, moments=moments, dtype=run.dtype)
-            learned = update(actor_critic, optimizer, rollout, o, step, train_policy=step >= o.critic_warmup, dtype=run.dtype)
+            learned = update(actor_critic, optimizer, rollout, o, step, train_policy=step >= o.critic_warmup,
+                             dtype=run.dtype)
             metrics = rollout_metrics(rollout) | learned
             control.update(metrics["kl"], o.batch)
             if judge is not None:
                 P = rollout.tokens.shape[1] - rollout.response_mask.shape[1]
                 replies = [tokenizer.decode([i for i in row[keep].tolist() if i != tokenizer.eom_id]) for row, keep in
                            zip(rollout.tokens[:, P:], rollout.response_mask, strict=True)]
-                probs = judge.probs([evaluate.plain_text({"prompt": prompts[i], "response": r}) for i, r in zip(chosen, replies, strict=True)])
+                probs = judge.probs([evaluate.plain_text({"prompt": prompts[i], "response": r}) for i,
+                                     r in zip(chosen, replies, strict=True)])
                 metrics["judge"] = float(np.mean(probs))
                 metrics["judged_positive"] = float(np.mean(np.asarray(probs) > 0.5))
             for name in ("ratio_start", "sampler_gap"):
                 if metrics.get(name, 0) > tolerance:
-                    tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {tolerance:g}, at update {step + 1}: what is scored "
+                    tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {tolerance:g}, at update "
+                               f"{step + 1}: what is scored "
                                "is not what was sampled", file=sys.stderr)
             step += 1
             if step % o.eval_every == 0 or step == o.updates:
@@ -486,15 +499,17 @@ def train_ppo(o: PPOOptions) -> Run:
                     generate_tokens_per_s=metrics["reply_tokens"] / seconds["seconds_generate"],
                     train_tokens_per_s=metrics["trained_tokens"] / metrics["seconds_train"])
             bar.update()
-            bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("score", "judged_positive", "kl", "length", "end_rate") if k in metrics})
+            bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("score", "judged_positive", "kl", "length", "end_rate")
+                             if k in metrics})
             if step % o.save_every == 0 or step == o.updates:
                 save()
             run.stop_if_asked(step, save)
-    run.finish(updates=o.updates, **{k: v for k, v in metrics.items() if k.startswith("eval_")} if done < o.updates else {})
+    run.finish(updates=o.updates, **{k: v for k, v in metrics.items() if k.startswith("eval_")} if done < o.updates
+               else {})
     return run
 
 
-# ---- all stages -------------------------------------------------------------------------------------------------------
+# ---- all stages ------------------------------------------------------------------------------------------------------
 
 STAGE_OPTIONS = {"pretrain": PretrainOptions, "sft": SFTOptions, "reward": RewardOptions, "ppo": PPOOptions}
 STAGE_FUNCTIONS = {"pretrain": pretrain, "sft": sft, "reward": train_reward, "ppo": train_ppo}
@@ -522,7 +537,8 @@ def main(argv: list[str]) -> int:
     stage, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("all", argv)
     if stage not in (*STAGE_FUNCTIONS, "all"):
         near = difflib.get_close_matches(stage, [*STAGE_FUNCTIONS, "all"], 1)
-        raise UserError(f"unknown stage {stage!r}{f'; did you mean {near[0]}?' if near else ''}: use all, {', '.join(STAGE_FUNCTIONS)}")
+        raise UserError(f"unknown stage {stage!r}{f'; did you mean {near[0]}?' if near else ''}: use all, "
+                        f"{', '.join(STAGE_FUNCTIONS)}")
     Interrupt.install()
     keep_freed_memory()
     try:

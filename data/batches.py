@@ -1,7 +1,7 @@
 """From texts in files to batches of tensors: packing, padding, and the order in which everything is seen.
 
-The order follows from (seed, stage, step or epoch) alone, through `numpy.random.default_rng([…])`. So a resumed run needs
-no random state: it asks for the batch of its next step and gets the one the uninterrupted run would have had.
+The order follows from (seed, stage, step or epoch) alone, through `numpy.random.default_rng([…])`. So a resumed run
+needs no random state: it asks for the batch of its next step and gets the one the uninterrupted run would have had.
 """
 import functools
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from data.tokenizer import Tokenizer
 STAGES = {"pretrain": 1, "sft": 2, "reward": 3, "ppo": 4}
 
 
-# ---- order ------------------------------------------------------------------------------------------------------------
+# ---- order -----------------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(n: int, seed: int, stage: str, epoch: int) -> np.ndarray:
@@ -25,13 +25,13 @@ def epoch_order(n: int, seed: int, stage: str, epoch: int) -> np.ndarray:
 
 
 def rows_at(n: int, batch: int, step: int, seed: int, stage: str) -> np.ndarray:
-    """Which rows step `step` takes, (batch,): the epochs' permutations one after another, cut into batches. A batch at the
-    border of two epochs takes from both, so every row is seen equally often and no batch is short."""
+    """Which rows step `step` takes, (batch,): the epochs' permutations one after another, cut into batches. A batch at
+    the border of two epochs takes from both, so every row is seen equally often and no batch is short."""
     at = np.arange(step * batch, (step + 1) * batch)
     return np.array([epoch_order(n, seed, stage, int(i // n))[i % n] for i in at])
 
 
-# ---- padding ----------------------------------------------------------------------------------------------------------
+# ---- padding ---------------------------------------------------------------------------------------------------------
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """(tokens, mask), each (B, longest): int64, and bool that is True at real tokens.
@@ -50,18 +50,20 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
     return tokens.flip(1), mask.flip(1)
 
 
-# ---- dialogues --------------------------------------------------------------------------------------------------------
+# ---- dialogues -------------------------------------------------------------------------------------------------------
 
-def dialogue_rows(records: Sequence[dict], tokenizer: Tokenizer, template: str, max_len: int) -> tuple[list[tuple[list[int], list[bool]]], int]:
-    """(ids, loss mask) of each sft record that fits max_len, and how many did not: a dialogue is left out, never cut, because
-    a cut one would teach to stop anywhere."""
+def dialogue_rows(records: Sequence[dict], tokenizer: Tokenizer, template: str,
+                  max_len: int) -> tuple[list[tuple[list[int], list[bool]]], int]:
+    """(ids, loss mask) of each sft record that fits max_len, and how many did not: a dialogue is left out, never cut,
+    because a cut one would teach to stop anywhere."""
     rows = [tokenizer.render_chat(as_messages(record, template)) for record in records]
     kept = [row for row in rows if len(row[0]) <= max_len]
     return kept, len(rows) - len(kept)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt, template: str = "{prompt}", bare: bool = False) -> list[int]:
-    """Ids to continue: a dialogue up to where the reply starts, or (`bare`, for a pretrained model) a document's beginning.
+    """Ids to continue: a dialogue up to where the reply starts, or (`bare`, for a pretrained model) a document's
+    beginning.
 
     prompt: a string, to which the checkpoint's template is applied, or a list of messages, taken as it is.
     """
@@ -71,12 +73,14 @@ def prompt_ids(tokenizer: Tokenizer, prompt, template: str = "{prompt}", bare: b
     return tokenizer.render_chat(messages, reply=True)[0]
 
 
-def judged_rows(records: list[dict], tokenizer, template: str, max_len: int, *, field: str = "response", half: bool = False,
-                prefix_share: float = 0.0, rng: np.random.Generator | None = None) -> list[tuple[list[int], list[bool]]]:
+def judged_rows(records: list[dict], tokenizer, template: str, max_len: int, *, field: str = "response",
+                half: bool = False,
+                prefix_share: float = 0.0, rng: np.random.Generator
+                | None = None) -> list[tuple[list[int], list[bool]]]:
     """(ids, reply flags) of each record, as the reward model reads them: exactly the ids of a rollout.
 
-    A finished reply ends in <eom>. One cut at max_len, to its first half, or (a share of them, drawn by rng) to a random
-    prefix carries none, like a rollout that ran out of room; its label stays.
+    A finished reply ends in <eom>. One cut at max_len, to its first half, or (a share of them, drawn by rng) to a
+    random prefix carries none, like a rollout that ran out of room; its label stays.
     """
     rows = []
     for record in records:
@@ -99,11 +103,12 @@ def judged_batch(rows: list[tuple[list[int], list[bool]]], device: str) -> tuple
 
 
 def pack_rows(rows: Sequence[tuple[list[int], list[bool]]], window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Lay short rows (ids, flags) one behind another into windows, longest first, each where it fits: nearly no padding.
+    """Lay short rows (ids, flags) one behind another into windows, longest first, each where it fits: nearly no
+    padding.
 
-    Returns (tokens, flags, docs), each (W, window), and (n, longest) positions in the flattened windows: row i's token j stands
-    at `where[i, j]` (0 beyond its end). docs numbers the rows, so attention with them sees each row as if it were alone;
-    padding has the number −1. The window grows to the longest row.
+    Returns (tokens, flags, docs), each (W, window), and (n, longest) positions in the flattened windows: row i's token
+    j stands at `where[i, j]` (0 beyond its end). docs numbers the rows, so attention with them sees each row as if it
+    were alone; padding has the number −1. The window grows to the longest row.
     """
     lengths = [len(ids) for ids, _ in rows]
     window, room, starts = max(window, *lengths), [], [0] * len(rows)
@@ -122,18 +127,20 @@ def pack_rows(rows: Sequence[tuple[list[int], list[bool]]], window: int) -> tupl
     return *(torch.from_numpy(x).view(-1, window) for x in (tokens, flags, docs)), torch.from_numpy(where)
 
 
-# ---- plain text -------------------------------------------------------------------------------------------------------
+# ---- plain text ------------------------------------------------------------------------------------------------------
 
 class PackedDocuments:
     """Windows of a stream of documents, for pretraining; `batch(step)` is computed from the step alone.
 
-    The whole run is planned at the start: each part of the data (newspaper, reviews …) gets its share of `total_tokens`,
-    passing over its documents in fresh permutations as often as that takes. A document's place in the run is
-    (pass + u) / passes; a part named in `early` is squeezed into the run's first share of that size. Documents in order of
-    place form one stream, cut into windows. A single long text is not cut into a stream but into random windows (nanoGPT).
+    The whole run is planned at the start: each part of the data (newspaper, reviews …) gets its share of
+    `total_tokens`, passing over its documents in fresh permutations as often as that takes. A document's place in the
+    run is (pass + u) / passes; a part named in `early` is squeezed into the run's first share of that size. Documents
+    in order of place form one stream, cut into windows. A single long text is not cut into a stream but into random
+    windows (nanoGPT).
     """
 
-    def __init__(self, tokens: np.ndarray, starts: np.ndarray, part: np.ndarray, *, window: int, batch: int, total_tokens: int,
+    def __init__(self, tokens: np.ndarray, starts: np.ndarray, part: np.ndarray, *, window: int, batch: int,
+                 total_tokens: int,
                  seed: int, shares: dict[int, float] | None = None, early: dict[int, float] | None = None):
         self.tokens, self.starts, self.window, self.batch_size, self.seed = tokens, starts, window, batch, seed
         self.n_steps = max(1, total_tokens // (window * batch))
@@ -147,7 +154,8 @@ class PackedDocuments:
         needed = self.n_steps * batch * window + 1
         for p in present:
             mine = np.flatnonzero(part == p)
-            want = needed * shares[p] / sum(shares.values()) + lengths[mine].max()  # a document more, so that the sum suffices
+            # a document more, so that the sum suffices
+            want = needed * shares[p] / sum(shares.values()) + lengths[mine].max()
             passes = int(np.ceil(want / lengths[mine].sum()))
             order = np.concatenate([rng.permutation(mine) for _ in range(passes)])
             order = order[:int(np.searchsorted(lengths[order].cumsum(), want)) + 1]
@@ -174,9 +182,10 @@ class PackedDocuments:
         return stream[:-1].view(B, W), stream[1:].view(B, W), number[:-1].view(B, W)
 
 
-def eval_windows(tokens: np.ndarray, starts: np.ndarray, window: int, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """One fixed full pass: every token but the first is a target exactly once. Yields (inputs, targets, docs, real), each
-    (B, window); real is False where the last window is padded."""
+def eval_windows(tokens: np.ndarray, starts: np.ndarray, window: int,
+                 batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """One fixed full pass: every token but the first is a target exactly once. Yields (inputs, targets, docs, real),
+    each (B, window); real is False where the last window is padded."""
     n = len(tokens) - 1
     number = np.searchsorted(starts, np.arange(n), side="right")
     for begin in range(0, n, window * batch):

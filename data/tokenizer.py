@@ -1,10 +1,11 @@
-"""Text becomes numbers: a byte-level BPE vocabulary that we train ourselves, and the one place where dialogues are rendered.
+"""Text becomes numbers: a byte-level BPE vocabulary that we train ourselves, and the one place where dialogues are
+rendered.
 
     python -m data.tokenizer show FILE.jsonl --from out/reviews/sft       dialogues with their loss mask in colour
 
-Byte-pair encoding (Sennrich 2016): start from the 256 bytes and, again and again, make the most frequent neighbouring pair
-a token of its own. Encoding is done by `tiktoken` with the ranks learned here. Six special tokens of MOSS's dialogue format
-stand after the ordinary ones; text never produces them, so no user can forge a turn by writing `<eom>`.
+Byte-pair encoding (Sennrich 2016): start from the 256 bytes and, again and again, make the most frequent neighbouring
+pair a token of its own. Encoding is done by `tiktoken` with the ranks learned here. Six special tokens of MOSS's
+dialogue format stand after the ordinary ones; text never produces them, so no user can forge a turn by writing `<eom>`.
 """
 import heapq
 import json
@@ -23,9 +24,9 @@ from options import UserError
 
 SPECIAL_TOKENS = ("<|Human|>", "<eoh>", "<|MOSS|>", "<eom>", "<|endoftext|>", "<|pad|>")
 
-# Where merges may never reach across. Runs of Chinese characters; words with their leading space; numbers by three digits;
-# punctuation; white space. Every character belongs to one class (tiktoken silently drops what does not match), and no run
-# is longer than 32 (merging inside a piece takes time quadratic in its length).
+# Where merges may never reach across. Runs of Chinese characters; words with their leading space; numbers by three
+# digits; punctuation; white space. Every character belongs to one class (tiktoken silently drops what does not match),
+# and no run is longer than 32 (merging inside a piece takes time quadratic in its length).
 PATTERN = r"\p{Han}{1,32}| ?[^\P{L}\p{Han}]{1,32}|\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,32}|\s{1,32}"
 CHARACTER_PATTERN = r"(?s:.)"
 
@@ -47,8 +48,8 @@ class Tokenizer:
         return len(self.ranks) + len(SPECIAL_TOKENS)
 
     def encode(self, text: str) -> list[int]:
-        """Ordinary tokens only, whatever the text looks like. A lone surrogate, or at character level an unknown character,
-        is a UserError."""
+        """Ordinary tokens only, whatever the text looks like. A lone surrogate, or at character level an unknown
+        character, is a UserError."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -72,8 +73,9 @@ class Tokenizer:
 
             system text \\n <|Human|>: … <eoh> \\n <|MOSS|>: … <eom> \\n <|Human|>: …
 
-        Pieces (special tokens, `: `, `\\n`, contents) are encoded by themselves, so no token spans a border. The mask is True
-        on what the assistant writes: its content and <eom>. With reply=True the ids end where the next answer begins.
+        Pieces (special tokens, `: `, `\\n`, contents) are encoded by themselves, so no token spans a border. The mask
+        is True on what the assistant writes: its content and <eom>. With reply=True the ids end where the next answer
+        begins.
         """
         if not messages:
             raise UserError("a dialogue without messages: give at least one from the user")
@@ -88,7 +90,8 @@ class Tokenizer:
         turns = roles[roles[0] == "system":]
         expected = ["user", "assistant"] * len(turns)
         if turns != expected[:len(turns)] or not turns or any(not isinstance(m.get("content"), str) for m in messages):
-            raise UserError(f"roles {roles}: a dialogue is one optional system message, then user and assistant in turn, each with "
+            raise UserError(f"roles {roles}: a dialogue is one optional system message, then user and assistant in "
+                            f"turn, each with "
                             'a text as "content"')
         if (turns[-1] == "user") != reply:
             raise UserError("to be continued, a dialogue must end with the user's message" if reply else
@@ -117,17 +120,18 @@ class Tokenizer:
         return cls([token.encode("latin-1") for token in state["ranks"]], state["pattern"])
 
 
-# ---- training ---------------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------------------
 
 def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
     """Learn a vocabulary of vocab_size tokens: 256 bytes, merges, and our six special tokens.
 
-    Pairs are counted once; a merge then changes only the counts of pairs at the places where it happens. The most frequent
-    pair is found in a heap whose outdated entries are skipped when they come up. Ties go to the smaller ids, so the result
-    is determined by the texts. Too little text gives a smaller vocabulary and says so.
+    Pairs are counted once; a merge then changes only the counts of pairs at the places where it happens. The most
+    frequent pair is found in a heap whose outdated entries are skipped when they come up. Ties go to the smaller ids,
+    so the result is determined by the texts. Too little text gives a smaller vocabulary and says so.
     """
     if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise UserError(f"vocab_size {vocab_size} is too small: the bytes and our special tokens alone are {256 + len(SPECIAL_TOKENS)}")
+        raise UserError(f"vocab_size {vocab_size} is too small: the bytes and our special tokens alone are "
+                        f"{256 + len(SPECIAL_TOKENS)}")
     pieces: Counter[str] = Counter()
     split = regex.compile(PATTERN)
     for text in texts:
@@ -138,7 +142,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> 
     ranks = [bytes([b]) for b in range(256)]
     ids = {token: i for i, token in enumerate(ranks)}
     target = vocab_size - len(SPECIAL_TOKENS)
-    with tqdm(total=target - 256, desc="vocabulary", unit="merge", disable=None if progress else True, dynamic_ncols=True) as bar:
+    with tqdm(total=target - 256, desc="vocabulary", unit="merge", disable=None if progress else True,
+              dynamic_ncols=True) as bar:
         while len(ranks) < target and heap:
             count, pair = heapq.heappop(heap)
             if -count != corpus.pair_counts[pair]:
@@ -155,7 +160,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> 
                     heapq.heappush(heap, (-corpus.pair_counts[changed], changed))
     tokenizer = Tokenizer(ranks)
     if tokenizer.n_vocab < vocab_size:
-        print(f"vocabulary: the text has patterns for {tokenizer.n_vocab} tokens only, not {vocab_size}", file=sys.stderr)
+        print(f"vocabulary: the text has patterns for {tokenizer.n_vocab} tokens only, not {vocab_size}",
+              file=sys.stderr)
     return tokenizer
 
 
@@ -200,11 +206,12 @@ class _Corpus:
 
 
 def train_chars(text: str) -> Tokenizer:
-    """A vocabulary of the text's own characters, in code-point order: nanoGPT's for Shakespeare, and our special tokens."""
+    """A vocabulary of the text's own characters, in code-point order: nanoGPT's for Shakespeare, and our special
+    tokens."""
     return Tokenizer([c.encode() for c in sorted(set(text))], CHARACTER_PATTERN)
 
 
-# ---- command line -----------------------------------------------------------------------------------------------------
+# ---- command line ----------------------------------------------------------------------------------------------------
 
 def show(path: str, tokenizer: Tokenizer, template: str = "{prompt}", n: int = 5) -> None:
     """Print dialogues of a JSON Lines file: learned tokens green, the rest grey, token borders marked."""
@@ -227,7 +234,8 @@ def main(argv: list[str]) -> None:
         raise UserError("usage: python -m data.tokenizer show FILE.jsonl [--from CHECKPOINT-OR-PREPARED-FOLDER]")
     where = pathlib.Path(argv[3] if len(argv) == 4 else pathlib.Path(argv[1]).parent)
     if (where / "tokenizer.json").exists():
-        state, meta = (json.loads((where / name).read_text(encoding="utf-8")) for name in ("tokenizer.json", "meta.json"))
+        state, meta = (json.loads((where / name).read_text(encoding="utf-8"))
+                       for name in ("tokenizer.json", "meta.json"))
         show(argv[1], Tokenizer.from_state(state), meta.get("template", "{prompt}"))
     else:
         from model import load_checkpoint

@@ -17,28 +17,31 @@ QUOTED = "昨天刚刚收到货，包装完整无缺没有任何破损"  # 20 ch
 def made_up_reviews(liked: bool) -> list[str]:
     """Some 400 different reviews, put together from phrases."""
     things = ["这本书", "这家酒店", "这台电脑", "房间", "屏幕", "服务员", "早餐", "故事", "键盘", "前台"]
-    good, bad = ["很好", "不错", "非常满意", "让人喜欢", "超出预期"], ["太差了", "很失望", "不值这个价", "让人生气", "质量不行"]
-    ends = ["，下次还会再来", "，推荐给大家", "。值得！", "，性价比高", "，孩子也喜欢", "，物流快", "，五分", "，好评"] if liked else \
-        ["，不会再来了", "，大家别买", "。退货！", "，浪费钱", "，孩子也不喜欢", "，客服不理人", "，一分", "，差评"]
+    good, bad = "很好 不错 非常满意 让人喜欢 超出预期".split(), "太差了 很失望 不值这个价 让人生气 质量不行".split()
+    good_ends = "，下次还会再来 ，推荐给大家 。值得！ ，性价比高 ，孩子也喜欢 ，物流快 ，五分 ，好评"
+    bad_ends = "，不会再来了 ，大家别买 。退货！ ，浪费钱 ，孩子也不喜欢 ，客服不理人 ，一分 ，差评"
+    ends = (good_ends if liked else bad_ends).split()
     return [f"{t}{a}{e}。" for t, a, e in itertools.product(things, good if liked else bad, ends)]
 
 
 @pytest.fixture(scope="session")
 def reviews_source(tmp_path_factory) -> pathlib.Path:
-    """A folder with the three files that `reviews` is made from, with repeats, contradictions and quotations in them."""
+    """A folder with the three files that `reviews` is made from, with repeats, contradictions and quotations in
+    them."""
     folder = tmp_path_factory.mktemp("source")
     (folder / "sentiment").mkdir()
     (folder / "tag").mkdir()
     good, bad = made_up_reviews(True), made_up_reviews(False)
     rng = random.Random(0)
     long = ["".join(chr(rng.randrange(0x4E00, 0x4F00)) for _ in range(90)) for _ in range(20)]  # too long for a reply
-    quoting = [f"{QUOTED}，{i}号客服{x}" for i, x in enumerate(["很热情", "态度好", "有耐心", "回复快", "专业", "细心"])]
+    said = ["很热情", "态度好", "有耐心", "回复快", "专业", "细心"]
+    quoting = [f"{QUOTED}，{i}号客服{x}" for i, x in enumerate(said)]
     good += [REPEATED, REPEATED + "！！", REPEATED.replace("，", " "), CONTRADICTED, *long, *quoting]
     bad += [CONTRADICTED + "。", "", "  "]
     (folder / "sentiment" / "pos.txt").write_text("\n".join(good) + "\n", encoding="utf-8")
     (folder / "sentiment" / "neg.txt").write_text("\n".join(bad) + "\n", encoding="utf-8")
     names = ["北京", "上海", "广州", "天津", "重庆"]
-    news = [f"本报/r {names[i % 5]}/ns １月/t {i % 28 + 1}日/t 讯/Ng 记者/n 从/p [国家/n 统计局/n]nt 获悉/v ，/w 今年/t 经济/n 增长/v 第{i}/m 次/q 。/w"
-            for i in range(120)]
+    news = [f"本报/r {names[i % 5]}/ns １月/t {i % 28 + 1}日/t 讯/Ng 记者/n 从/p [国家/n 统计局/n]nt 获悉/v ，/w "
+            f"今年/t 经济/n 增长/v 第{i}/m 次/q 。/w" for i in range(120)]
     (folder / "tag" / "199801.txt").write_text("\n".join(news) + "\n", encoding="utf-8")
     return folder

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import PackedDocuments, dialogue_rows, epoch_order, eval_windows, pack_rows, pad_left, pad_right, rows_at
+from data.batches import (PackedDocuments, dialogue_rows, epoch_order, eval_windows, pack_rows, pad_left, pad_right,
+                          rows_at)
 from data.tokenizer import train_bpe
 
 
@@ -87,7 +88,8 @@ def test_one_long_text_is_cut_at_random_and_reproducibly():
     a = PackedDocuments(tokens, np.array([0, 1000]), np.zeros(1, np.uint8), window=8, batch=3, total_tokens=480, seed=0)
     assert a.n_steps == 20 and a.single
     inputs, targets, _ = a.batch(7)
-    assert torch.equal(inputs + 1, targets) and torch.equal(inputs, a.batch(7)[0]) and not torch.equal(inputs, a.batch(8)[0])
+    assert torch.equal(inputs + 1, targets) and torch.equal(inputs, a.batch(7)[0]) and not torch.equal(inputs,
+                                                                                                       a.batch(8)[0])
 
 
 @pytest.mark.parametrize("window,batch", [(16, 4), (7, 3), (1000, 2)])

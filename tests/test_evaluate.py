@@ -3,20 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate import (
-    accuracy,
-    auc,
-    best_of_n_kl,
-    bootstrap,
-    calibration_error,
-    distinct_n,
-    paired_auc_difference,
-    plain_text,
-    reply_statistics,
-    table,
-    text_plot,
-    win_rate,
-)
+from evaluate import (accuracy, auc, best_of_n_kl, bootstrap, calibration_error, distinct_n, paired_auc_difference,
+                      plain_text, reply_statistics, table, text_plot, win_rate)
 from ngrams import NgramClassifier
 from options import UserError
 from tests.conftest import made_up_reviews
@@ -86,7 +74,7 @@ def test_best_of_n_bound_at_known_values():
     assert [round(best_of_n_kl(n), 3) for n in (1, 4, 16, 64, 256)] == [0, .636, 1.835, 3.175, 4.549]
 
 
-# ---- the n-gram classifier --------------------------------------------------------------------------------------------
+# ---- the n-gram classifier -------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def reviews():
@@ -147,7 +135,8 @@ def test_opening_and_reply_are_read_as_one_text():
 
 
 def test_tables_and_plots_of_text():
-    assert table([{"a": 1.23456, "b": "x"}, {"a": None}], {"a": "A", "b": "B"}) == "| A | B |\n| --- | --- |\n| 1.235 | x |\n| – | – |"
+    rows = [{"a": 1.23456, "b": "x"}, {"a": None}]
+    assert table(rows, {"a": "A", "b": "B"}) == "| A | B |\n| --- | --- |\n| 1.235 | x |\n| – | – |"
     plot = text_plot([0, 1, 2, 3], "rise").splitlines()
     assert plot[0] == "rise" and plot[1].endswith("•") and plot[-1].split("|")[1].startswith("•")
     assert "no values" in text_plot([], "empty")

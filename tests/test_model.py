@@ -1,4 +1,5 @@
-"""The Transformer's properties: what may see what, what padding and packing may change (nothing), what a file may lose (nothing)."""
+"""The Transformer's properties: what may see what, what padding and packing may change (nothing), what a file may lose
+(nothing)."""
 import dataclasses
 import math
 
@@ -7,17 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from data.tokenizer import train_bpe
-from model import (
-    KVCache,
-    ModelConfig,
-    Transformer,
-    cross_entropy_sum,
-    load_checkpoint,
-    pick_dtype,
-    save_checkpoint,
-    token_logprobs,
-    weights_hash,
-)
+from model import (KVCache, ModelConfig, Transformer, cross_entropy_sum, load_checkpoint, pick_dtype, save_checkpoint,
+                   token_logprobs, weights_hash)
 from options import UserError
 from reward import RewardModel
 

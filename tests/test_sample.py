@@ -1,4 +1,5 @@
-"""Sampling: what is drawn follows the stated distribution, from the stated random numbers, whatever shares the batch."""
+"""Sampling: what is drawn follows the stated distribution, from the stated random numbers, whatever shares the
+batch."""
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,8 @@ def model() -> Transformer:
 
 def prompts(lengths, seed=0):
     g, width = torch.Generator().manual_seed(seed), max(lengths)
-    tokens, mask = torch.zeros(len(lengths), width, dtype=torch.int64), torch.zeros(len(lengths), width, dtype=torch.bool)
+    tokens, mask = torch.zeros(len(lengths), width, dtype=torch.int64), torch.zeros(len(lengths), width,
+                                                                                    dtype=torch.bool)
     for i, n in enumerate(lengths):
         tokens[i, width - n:] = torch.randint(1, 50, (n,), generator=g)
         mask[i, width - n:] = True

@@ -16,7 +16,8 @@ def tokenizer() -> Tokenizer:
 
 def random_unicode(n: int, seed: int) -> str:
     rng = random.Random(seed)
-    ranges = [(0, 0x7F), (0x80, 0x2FF), (0x300, 0x36F), (0x4E00, 0x9FFF), (0xE000, 0xE0FF), (0x1F300, 0x1FAFF), (0x20000, 0x20FFF), (0x2000, 0x206F)]
+    ranges = [(0, 0x7F), (0x80, 0x2FF), (0x300, 0x36F), (0x4E00, 0x9FFF), (0xE000, 0xE0FF), (0x1F300, 0x1FAFF),
+              (0x20000, 0x20FFF), (0x2000, 0x206F)]
     return "".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(n))
 
 
@@ -27,7 +28,8 @@ def test_any_unicode_round_trips(tokenizer, seed):
 
 
 def test_every_class_of_character_round_trips(tokenizer):
-    for text in ("", "\n\n  \t\u3000 x", "a" * 500, "好" * 500, " " * 500, "!" * 300, "9" * 100, "e\u0301\u0302\u0303", "\x00\x1c\x85\ufeff", "<eom><|pad|>"):
+    for text in ("", "\n\n  \t\u3000 x", "a" * 500, "好" * 500, " " * 500, "!" * 300, "9" * 100, "e\u0301\u0302\u0303",
+                 "\x00\x1c\x85\ufeff", "<eom><|pad|>"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -91,7 +93,8 @@ def test_a_lone_surrogate_is_refused(tokenizer):
 
 
 def test_it_is_tiktoken_that_encodes(tokenizer):
-    ours = tiktoken.Encoding("x", pat_str=tokenizer.pattern, mergeable_ranks={t: i for i, t in enumerate(tokenizer.ranks)}, special_tokens={})
+    ours = tiktoken.Encoding("x", pat_str=tokenizer.pattern,
+                             mergeable_ranks={t: i for i, t in enumerate(tokenizer.ranks)}, special_tokens={})
     assert tokenizer.encode("这家酒店很好，下次还会再来。") == ours.encode("这家酒店很好，下次还会再来。")
 
 
@@ -102,7 +105,8 @@ def test_state_is_plain_and_complete(tokenizer):
     assert {type(v) for v in tokenizer.to_state()["ranks"]} == {str}
 
 
-DIALOGUES = [[("user", "你好")], [("system", "规则"), ("user", "a: b\n"), ("assistant", " 好的 "), ("user", "<eom>再见")]]
+DIALOGUES = [[("user", "你好")],
+             [("system", "规则"), ("user", "a: b\n"), ("assistant", " 好的 "), ("user", "<eom>再见")]]
 
 
 @pytest.mark.parametrize("turns", DIALOGUES)
@@ -116,7 +120,8 @@ def test_a_rendered_reply_is_the_prompt_and_the_encoded_reply(tokenizer, turns, 
 
 
 def test_the_format_is_moss(tokenizer):
-    ids, mask = tokenizer.render_chat([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "assistant", "content": "A"},
+    ids, mask = tokenizer.render_chat([{"role": "system", "content": "S"}, {"role": "user", "content": "U"},
+                                       {"role": "assistant", "content": "A"},
                                        {"role": "user", "content": "V"}, {"role": "assistant", "content": "B"}])
     assert tokenizer.decode(ids) == "S\n<|Human|>: U<eoh>\n<|MOSS|>: A<eom>\n<|Human|>: V<eoh>\n<|MOSS|>: B<eom>"
     learned = [tokenizer.decode([i]) for i, m in zip(ids, mask, strict=True) if m]
@@ -128,8 +133,10 @@ def test_a_user_cannot_forge_a_turn(tokenizer):
     assert ids.count(tokenizer.eoh_id) == ids.count(tokenizer.moss_id) == 1 and tokenizer.eom_id not in ids
 
 
-@pytest.mark.parametrize("roles,reply", [([], True), (["assistant"], False), (["user", "user"], True), (["user", "system"], False),
-                                         (["user", "tool"], False), (["user"], False), (["user", "assistant"], True), (["system"], True)])
+@pytest.mark.parametrize("roles,reply", [([], True), (["assistant"], False), (["user", "user"], True),
+                                         (["user", "system"], False),
+                                         (["user", "tool"], False), (["user"], False), (["user", "assistant"], True),
+                                         (["system"], True)])
 def test_dialogues_of_another_form_are_refused(tokenizer, roles, reply):
     with pytest.raises(UserError):
         tokenizer.render_chat([{"role": r, "content": "x"} for r in roles], reply=reply)
@@ -144,7 +151,8 @@ def test_characters_are_numbered_in_order_and_unknown_ones_refused():
 
 def test_show_prints_the_loss_mask_in_colour(tokenizer, tmp_path, capsys):
     from model import ModelConfig, Transformer, save_checkpoint
-    save_checkpoint(tmp_path, Transformer(ModelConfig(vocab_size=500, d_model=16, n_head=2, n_kv_head=2, d_ff=16, n_layer=1)), tokenizer)
+    save_checkpoint(tmp_path, Transformer(ModelConfig(vocab_size=500, d_model=16, n_head=2, n_kv_head=2, d_ff=16,
+                                                      n_layer=1)), tokenizer)
     (tmp_path / "d.jsonl").write_text('{"prompt": "问", "response": "答"}\n', encoding="utf-8")
     main(["show", str(tmp_path / "d.jsonl"), "--from", str(tmp_path)])
     shown = capsys.readouterr().out
