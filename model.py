@@ -309,7 +309,7 @@ def pick_device(device: str) -> str:
     return device
 
 
-def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024, repeats: int = 9) -> tuple[str, str]:
+def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024, repeats: int = 60) -> tuple[str, str]:
     """(dtype, why). `auto` times one layer's matrix product, forward, in float32 and in bfloat16 as autocast would do
     it.
 
@@ -321,19 +321,16 @@ def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024, repeats: i
     if device == "cuda":
         ok = torch.cuda.is_bf16_supported()
         return ("bfloat16" if ok else "float32"), f"this GPU has {'' if ok else 'no '}bfloat16 units"
-    x, w = torch.randn(rows, width, device=device), torch.randn(4 * width, width, device=device)
-
-    def seconds(cast: torch.dtype) -> float:
-        best = math.inf
-        for _ in range(repeats):
-            start = time.perf_counter()
-            F.linear(x.to(cast), w.to(cast)).float()
-            best = min(best, time.perf_counter() - start)
-        return best
-
     if device == "mps" or width < 128:
         return "float32", "bfloat16 gains nothing at this width, or is not measured on this device"
-    full, half = seconds(torch.float32), seconds(torch.bfloat16)
+    x, w = torch.randn(rows, width), torch.randn(4 * width, width)
+    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    for _ in range(repeats):  # in turns, and the best of each, so that what else the machine does favours neither
+        for cast in best:
+            start = time.perf_counter()
+            F.linear(x.to(cast), w.to(cast)).float()
+            best[cast] = min(best[cast], time.perf_counter() - start)
+    full, half = best.values()
     chosen = "bfloat16" if half < 0.7 * full else "float32"
     return chosen, (f"a {rows}x{width}x{4 * width} product takes {1e3 * full:.2f} ms in float32, "
                     f"{1e3 * half:.2f} in bfloat16")
