@@ -331,7 +331,7 @@ def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024, repeats: i
             F.linear(x.to(cast), w.to(cast)).float()
             best[cast] = min(best[cast], time.perf_counter() - start)
     full, half = best.values()
-    chosen = "bfloat16" if half < 0.7 * full else "float32"
+    chosen = "bfloat16" if half < 0.8 * full else "float32"
     return chosen, (f"a {rows}x{width}x{4 * width} product takes {1e3 * full:.2f} ms in float32, "
                     f"{1e3 * half:.2f} in bfloat16")
 
