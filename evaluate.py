@@ -197,7 +197,7 @@ def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Token
     replies.
 
     Returns (metrics, one record per reply, the replies' ids). KL in nats per reply, estimated on the sampled tokens
-    (k1); ref_perplexity is the reference's, per token; score is the reward model's raw score.
+    (k1); ref_perplexity is the reference's, per token.
     """
     if not prompts:
         raise UserError("nothing to evaluate: the list of held-out prompts is empty")
@@ -236,7 +236,7 @@ def describe(records: list[dict], rows: list[list[int]], judge: NgramClassifier 
         probs = np.asarray(judge.probs([plain_text({"prompt": r["prompt"], "response": r["reply"]}) for r in records]))
         metrics |= {"judge": float(probs.mean()), "judged_positive": float((probs > 0.5).mean())}
     if scores is not None:
-        metrics["score"] = float(scores.mean())
+        metrics["raw_score"] = float(scores.mean())
     for i, record in enumerate(records):
         record |= {} if judge is None else {"judge": round(float(probs[i]), 3)}
         record |= {} if scores is None else {"raw_score": round(float(scores[i]), 3)}
@@ -245,7 +245,7 @@ def describe(records: list[dict], rows: list[list[int]], judge: NgramClassifier 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
 
-COLUMNS = {"name": "", "judged_positive": "judged positive", "score": "raw score", "kl": "KL, nats/reply",
+COLUMNS = {"name": "", "judged_positive": "judged positive", "raw_score": "raw score", "kl": "KL, nats/reply",
            "distinct2": "distinct-2",
            "length": "length, tokens", "end_rate": "ends", "identical": "identical", "short": "under 8 tokens",
            "ref_perplexity": "reference perplexity"}

@@ -84,7 +84,7 @@ class Run:
 
     NOT_COMPARED = ("resume", "fresh", "traceback", "preset", "out")  # how a run is started, not what it computes
 
-    def __init__(self, stage: str, o: Common, parents: dict[str, str], data: Prepared):
+    def __init__(self, stage: str, o: Common, parents: dict[str, str], data: Prepared, width: int):
         self.stage, self.o, self.parents, self.data = stage, o, parents, data
         self.folder = run_folder(o, stage)
         self.started, self.seconds_before, self.state = time.perf_counter(), 0.0, {}
@@ -107,8 +107,8 @@ class Run:
         self.device = pick_device(o.device)
         self.dtype, why = self.state.get("dtype"), "as in the checkpoint"
         if self.dtype is None:
-            self.dtype, why = pick_dtype(o.dtype, self.device, getattr(o, "d_model", 0) or 192)
-        self.compile = "on" if o.compile == "on" else "off"
+            self.dtype, why = pick_dtype(o.dtype, self.device, width)
+        self.compile = "on" if o.compile == "on" and stage != "ppo" else "off"  # PPO's shapes vary: not yet worth it
         if not self.state:
             show(o, f"{stage}: options")
         print(f"{stage}: {self.device}, {self.dtype} ({why}), compile {self.compile}, "

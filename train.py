@@ -72,12 +72,24 @@ class SFTOptions(Learning):
 
 
 def prepared(o: Common) -> Prepared:
+    """The data set, made ready where it is not yet."""
+    if o.data != "reviews" and "limit" in o.explicit:
+        raise UserError(f"--limit has no effect on --data {o.data}: it is for reviews")
     return open_data(o.data, source=o.source or None, vocab_size=o.vocab_size, limit=o.limit)
 
 
-def parent(o: Common, stage: str, given: str, cls: type = Transformer):
-    """Load a parent checkpoint: the one given by flag, or this run's own stage."""
-    return load_checkpoint(given or run_folder(o, stage), "cpu", cls)
+def parent(o: Common, data: Prepared, stage: str, given: str, cls: type = Transformer):
+    """Load a parent checkpoint, the one given by flag or this run's own stage, and say what it fixes."""
+    where = given or run_folder(o, stage)
+    model, tokenizer, state = load_checkpoint(where, "cpu", cls)
+    c = model.config
+    print(f"from {where}: {c.n_layer} layers of width {c.d_model}, at most {c.max_len} tokens, vocabulary of "
+          f"{c.vocab_size}")
+    if "vocab_size" in o.explicit and data.tokenizer is not None and data.tokenizer.to_state() != tokenizer.to_state():
+        raise UserError(f"--vocab_size {o.vocab_size} contradicts {where}, whose vocabulary of {c.vocab_size} tokens "
+                        f"is used: "
+                        "leave it out, or pretrain anew")
+    return model, tokenizer, state
 
 
 def same_tokenizer(a, b, names: str) -> None:
@@ -195,7 +207,7 @@ def pretrain(o: PretrainOptions) -> Run:
         raise UserError("pretrain starts from nothing: --init_from and --reward_from have no effect on it; use them "
                         "with sft, reward or ppo")
     data = prepared(o)
-    run = Run("pretrain", o, {"data": data.fingerprint}, data)
+    run = Run("pretrain", o, {"data": data.fingerprint}, data, o.d_model)
     if run.finished:
         return run
     run.tokenizer = data.require_tokenizer()
@@ -257,8 +269,8 @@ def sft(o: SFTOptions) -> Run:
     if o.reward_from:
         raise UserError("sft reads no reward model: --reward_from has no effect on it")
     data = prepared(o)
-    model, tokenizer, state = parent(o, "pretrain", o.init_from)
-    run = Run("sft", o, {"data": data.fingerprint, "init": state["hash"]}, data)
+    model, tokenizer, state = parent(o, data, "pretrain", o.init_from)
+    run = Run("sft", o, {"data": data.fingerprint, "init": state["hash"]}, data, model.config.d_model)
     if run.finished:
         return run
     run.tokenizer = tokenizer
@@ -317,8 +329,8 @@ def train_reward(o: RewardOptions) -> Run:
     if o.reward_from:
         raise UserError("reward makes the reward model: --reward_from has no effect on it; --init_from names the trunk")
     data = prepared(o)
-    trunk, tokenizer, state = parent(o, "sft", o.init_from)
-    run = Run("reward", o, {"data": data.fingerprint, "init": state["hash"]}, data)
+    trunk, tokenizer, state = parent(o, data, "sft", o.init_from)
+    run = Run("reward", o, {"data": data.fingerprint, "init": state["hash"]}, data, trunk.config.d_model)
     if run.finished:
         return run
     run.tokenizer = tokenizer
@@ -364,7 +376,7 @@ def train_reward(o: RewardOptions) -> Run:
     last = fit(run, model, n_steps, losses, measure)
     if kind == "label":
         report_reward(model, data, render, run)
-    prompts = data.records("ppo", "train")
+    prompts = data.records("ppo" if data.has("ppo") else "reward", "train")
     chosen = rows_at(len(prompts), o.norm_replies, 0, o.seed, "reward")
     ids = [prompt_ids(tokenizer, prompts[i]["prompt"], data.template) for i in chosen]
     replies = reply_to(policy, tokenizer, ids, o.reply_len, temperature=o.temperature, seed=(o.seed, STAGES["reward"]),
@@ -416,10 +428,11 @@ def report_reward(model: RewardModel, data: Prepared, render: dict, run: Run) ->
 def train_ppo(o: PPOOptions) -> Run:
     """J(π) = E[Σ γᵗ r]: reply, score, find out which tokens were better than expected, make those likelier; again."""
     data = prepared(o)
-    policy, tokenizer, state = parent(o, "sft", o.init_from)
-    reward_model, reward_tokenizer, reward_state = parent(o, "reward", o.reward_from, RewardModel)
+    policy, tokenizer, state = parent(o, data, "sft", o.init_from)
+    reward_model, reward_tokenizer, reward_state = parent(o, data, "reward", o.reward_from, RewardModel)
     same_tokenizer(tokenizer, reward_tokenizer, "the policy and the reward model")
-    run = Run("ppo", o, {"data": data.fingerprint, "init": state["hash"], "reward": reward_state["hash"]}, data)
+    parents = {"data": data.fingerprint, "init": state["hash"], "reward": reward_state["hash"]}
+    run = Run("ppo", o, parents, data, policy.config.d_model)
     if run.finished:
         return run
     for name, value in reward_state.get("norm", {}).items():
@@ -459,7 +472,7 @@ def train_ppo(o: PPOOptions) -> Run:
                                                  judge=judge, reply_len=o.reply_len, temperature=o.temperature,
                                                  dtype=run.dtype)
         run.samples(step, replies[:12])
-        names = ("score", "judge", "judged_positive", "kl", "length", "end_rate", "distinct2", "ref_perplexity")
+        names = ("raw_score", "judge", "judged_positive", "kl", "length", "end_rate", "distinct2", "ref_perplexity")
         return {f"eval_{k}": found[k] for k in names if k in found}
 
     with run.progress(done, o.updates) as bar:
@@ -522,12 +535,14 @@ def run_all(options: dict[str, Common]) -> None:
     for stage, function in STAGE_FUNCTIONS.items():
         o = options[stage]
         o.resume = not o.fresh
+        o.init_from = given if stage == "sft" else ""  # what comes after starts from this run's sft
+        o.reward_from = o.reward_from if stage == "ppo" else ""
         if stage == "pretrain" and given:
             print(f"pretrain: skipped, the language model is {given}")
-            continue
-        if given and stage != "sft":
-            o.init_from = ""  # reward and PPO start from this run's sft
-        function(o)
+        elif stage == "reward" and options["ppo"].reward_from:
+            print(f"reward: skipped, the reward model is {options['ppo'].reward_from}")
+        else:
+            function(o)
     o = options["ppo"]
     evaluate.write_report(prepared(o), run_folder(o, ""), reply_len=o.reply_len, temperature=o.temperature, seed=o.seed,
                           device=pick_device(o.device), n_prompts=o.report_prompts, seconds=time.perf_counter() - start)

@@ -99,7 +99,7 @@ def test_what_is_scored_is_what_was_sampled_in_every_update(root):
              "explained_variance value_loss "
              "policy_grad_norm critic_grad_norm kl_coef generate_tokens_per_s train_tokens_per_s seconds_generate "
              "seconds_score seconds_train "
-             "eval_judge eval_kl eval_score").split()
+             "eval_judge eval_kl eval_raw_score").split()
     assert not set(names) - set(updates[-1])
 
 

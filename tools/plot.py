@@ -47,8 +47,8 @@ PANELS = (
     Panel("reward", "AUC", "area under ROC curve", ("val_auc",)),
     Panel("reward", "Accuracy", "share of texts", ("val_accuracy",)),
     Panel("ppo", "Score", "reward per reply", ("score",), text=True),
-    # eval_score is logged raw, without normalisation, clip and end penalty: its partner is raw_score, not score.
-    Panel("ppo", "Raw score", "reward model's logit", ("raw_score", "eval_score")),
+    # eval_raw_score is logged raw, without normalisation, clip and end penalty: its partner is raw_score, not score.
+    Panel("ppo", "Raw score", "reward model's logit", ("raw_score", "eval_raw_score")),
     Panel("ppo", "Judge", "mean P(liked)", ("judge", "eval_judge")),
     Panel("ppo", "Judged positive", "share of replies", ("judged_positive", "eval_judged_positive")),
     Panel("ppo", "KL", "nats per reply", ("kl", "eval_kl"), text=True),
