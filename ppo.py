@@ -1,5 +1,4 @@
-"""PPO: change the policy so that the reward model likes its replies better, without leaving the reference too far
-behind.
+"""PPO: change the policy so that the reward model likes its replies better, without straying far from the reference.
 
 One update: `collect_rollout` lets the policy reply to prompts and scores every token with policy, reference, critic and
 reward model; `token_rewards` spreads the score and the KL penalty over tokens; `gae` turns rewards and values into
@@ -27,14 +26,17 @@ from data.batches import STAGES, pad_left
 from model import Transformer, log_softmax, precision
 from options import Common, UserError, option
 from reward import RewardModel
-from sample import generate
+from sample import Generation, generate
 
 
 @dataclasses.dataclass
 class PPOOptions(Common):
     """`python train.py ppo`"""
 
-    updates: int = option(32, "rollouts, each followed by the epochs below", smoke=6, base=200)
+    dtype: str = option("float32",
+                        "precision of matrix products; the ratio is a small difference of log-probabilities, "
+                        "which bfloat16 rounds", choices=("auto", "float32", "bfloat16"), base="auto")
+    updates: int = option(30, "rollouts, each followed by the epochs below", smoke=6, base=200)
     batch: int = option(96, "replies per rollout", smoke=8, base=256)
     reply_len: int = option(64, "longest reply in tokens; one cut there counts as ended, without bootstrap", smoke=16,
                             base=128)
@@ -47,8 +49,7 @@ class PPOOptions(Common):
     minibatches: int = option(2, "optimizer steps per pass", source="1 in N+")
     micro_batch: int = option(24, "rows per forward and backward; changes memory and speed, nothing else", base=32)
     policy_lr: float = option(3e-4, "Adam's rate for the policy: small models need far more than the papers' 5e-7",
-                              base=1e-5,
-                              source="prototype; MOSS 5e-7 at 7B, lm-human-preferences 1e-5 at 124M")
+                              base=1e-5, source="prototype; MOSS 5e-7 at 7B, lm-human-preferences 1e-5 at 124M")
     critic_lr: float = option(5e-4, "Adam's rate for the critic", base=2e-5, source="prototype; MOSS 1.65e-6 at 7B")
     adam_eps: float = option(1e-5, "Adam's epsilon", source="N+")
     warmup: float = option(0.05, "share of the updates over which the rates rise", source="MOSS 0.1")
@@ -83,15 +84,15 @@ class PPOOptions(Common):
     max_approx_kl: float = option(0.0, "skip the policy's remaining minibatches of an update above this; 0: never",
                                   source="Spinning Up: 0.015")
     save_every: int = option(10, "updates between checkpoints", smoke=1)
-    eval_every: int = option(8, "updates between measurements on held-out prompts", smoke=2, base=20)
+    eval_every: int = option(10, "updates between measurements on held-out prompts", smoke=2, base=20)
     eval_prompts: int = option(128, "held-out prompts measured then", smoke=8, base=256)
     report_prompts: int = option(500, "held-out test prompts of the report that `all` ends with", smoke=20)
 
     def __post_init__(self) -> None:
         if self.top_k != 0 or self.top_p != 1 or self.repetition_penalty != 1:
             raise UserError("ppo: top_k, top_p and repetition_penalty are for chatting (sample.py): a rollout drawn "
-                            "from a filtered "
-                            "distribution but scored by the full softmax is not on-policy; use --temperature alone")
+                            "from a filtered distribution but scored by the full softmax is not on-policy; use "
+                            "--temperature alone")
         if self.temperature <= 0:
             raise UserError(f"ppo: --temperature {self.temperature} must be above 0: greedy replies explore nothing")
         if self.batch % self.minibatches:
@@ -315,8 +316,13 @@ class ActorCritic(nn.Module):
 
 
 def score_tokens(model: Transformer, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """hidden (N, D), targets (N,) -> log-probability of each target and entropy of each distribution, (N,) in nats."""
-    logps = log_softmax(model.head(hidden), temperature)  # (N, V)
+    """hidden (N, D), targets (N,) -> log-probability of each target and entropy of each distribution, (N,) in nats.
+
+    The logits are computed in float32 whatever the trunk's precision: a bfloat16 logit of 10 is rounded by up to 0.03,
+    as much as one update moves it.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        logps = log_softmax(model.head(hidden.float()), temperature)  # (N, V)
     return logps.gather(1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(1)
 
 
@@ -355,6 +361,16 @@ class Rollout:
     kl_coef: float  # used in rewards
     seconds: dict[str, float]  # of generation and scoring
 
+    @classmethod
+    def of(cls, prompt: Tensor, prompt_mask: Tensor, reply: Generation, end_id: int, kl_coef: float) -> "Rollout":
+        """Prompts (B, P), left-padded, and their replies side by side; what is still to be computed is 0."""
+        per_token = ("logprobs", "ref_logprobs", "entropy", "values", "rewards", "advantages", "returns")
+        zeros = {name: torch.zeros_like(reply.logprobs) for name in per_token}
+        zeros |= {name: torch.zeros_like(reply.logprobs[:, 0]) for name in ("raw_scores", "scores")}
+        return cls(tokens=torch.cat((prompt, reply.tokens), 1), mask=torch.cat((prompt_mask, reply.mask), 1),
+                   response_mask=reply.mask, ended=(reply.tokens.eq(end_id) & reply.mask).any(1),
+                   sampled_logprobs=reply.logprobs, kl_coef=kl_coef, seconds={}, **zeros)
+
     def rows(self, index: Tensor) -> Rows:
         """These rows as the networks read them."""
         P = self.tokens.shape[1] - self.response_mask.shape[1]
@@ -369,25 +385,20 @@ class Rollout:
 
 @torch.no_grad()
 def collect_rollout(actor_critic: ActorCritic, reference: Transformer, reward_model: RewardModel,
-                    prompts: Sequence[Sequence[int]],
-                    o: PPOOptions, *, end_id: int, step: int, kl_coef: float, moments: RunningMoments,
-                    dtype: str = "float32",
-                    sample_dtype: str | None = None) -> Rollout:
-    """Reply to prompts (lists of ids) with the policy, and score the replies. All draws follow from (seed, stage, step,
-    row)."""
+                    prompts: Sequence[Sequence[int]], o: PPOOptions, *, end_id: int, step: int, kl_coef: float,
+                    moments: RunningMoments, dtype: str = "float32") -> Rollout:
+    """Reply to prompts (lists of ids) with the policy, and score the replies.
+
+    All draws follow from (seed, stage, step, row). Every network reads the very ids that were sampled.
+    """
     device = actor_critic.policy.embedding.weight.device
     prompt, prompt_mask = (t.to(device) for t in pad_left(prompts, 0))
     start = time.perf_counter()
     reply = generate(actor_critic.policy, prompt, prompt_mask, o.reply_len, temperature=o.temperature, end_id=end_id,
-                     seed=(o.seed, STAGES["ppo"], step), dtype=sample_dtype)
+                     seed=(o.seed, STAGES["ppo"], step))
     generated = time.perf_counter()
-    B, R = reply.mask.shape
-    zeros = torch.zeros(B, R, device=device)
-    ended = (reply.tokens.eq(end_id) & reply.mask).any(1)
-    rollout = Rollout(torch.cat((prompt, reply.tokens), 1), torch.cat((prompt_mask, reply.mask), 1), reply.mask, ended,
-                      reply.logprobs, *(zeros.clone() for _ in range(4)), zeros[:, 0].clone(), zeros[:, 0].clone(),
-                      *(zeros.clone() for _ in range(3)), kl_coef, {})
-    for index in rollout.by_length(torch.arange(B, device=device), o.micro_batch):
+    rollout = Rollout.of(prompt, prompt_mask, reply, end_id, kl_coef)
+    for index in rollout.by_length(torch.arange(len(prompts), device=device), o.micro_batch):
         rows, response = rollout.rows(index), reply.mask[index]
         with precision(dtype, device.type):
             logprobs, entropy, values = actor_critic(rows, o.temperature)
@@ -397,7 +408,7 @@ def collect_rollout(actor_critic: ActorCritic, reference: Transformer, reward_mo
         for name, flat in (("logprobs", logprobs), ("ref_logprobs", ref_logprobs), ("entropy", entropy),
                            ("values", values)):
             getattr(rollout, name)[index] = spread(flat, response)
-    rollout.scores = shape_scores(rollout.raw_scores, ended, o, reward_model, moments)
+    rollout.scores = shape_scores(rollout.raw_scores, rollout.ended, o, reward_model, moments)
     rollout.rewards = token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, reply.mask, kl_coef,
                                     o.kl_estimator)
     rollout.advantages, rollout.returns = gae(rollout.rewards, rollout.values, reply.mask, o.gamma, o.lam)
@@ -428,15 +439,14 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
 # ---- learning --------------------------------------------------------------------------------------------------------
 
 def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, values: Tensor, old_values: Tensor,
-             returns: Tensor,
-             entropy: Tensor, mask: Tensor, *, n_tokens: int | Tensor | None = None, clip_range: float = 0.2,
-             value_clip: float = 0.2, value_coef: float = 0.1,
+             returns: Tensor, entropy: Tensor, mask: Tensor, *, n_tokens: int | Tensor | None = None,
+             clip_range: float = 0.2, value_clip: float = 0.2, value_coef: float = 0.1,
              entropy_coef: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate (Schulman 2017, eq. 7), the clipped value loss and the entropy bonus; all arrays (M, R).
 
         ratio = π(token) / π_old(token)
-        L = mean( max(−A · ratio, −A · clip(ratio, 1 ± ε)) ) + c_v · mean( ½ max((V − G)², (V_clipped − G)²) ) − c_e ·
-        mean(H)
+        L = mean( max(−A · ratio, −A · clip(ratio, 1 ± ε)) )
+            + c_v · mean( ½ max((V − G)², (V_clipped − G)²) ) − c_e · mean(H)
 
     Every mean is a sum over the mask divided by n_tokens: the real reply tokens of the whole optimizer step (default:
     of this mask), so that the parts of a minibatch add up to it exactly. The metrics are such means, too.

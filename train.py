@@ -48,14 +48,14 @@ class PretrainOptions(Learning):
     d_model: int = option(192, "width of the residual stream", smoke=32, base=768)
     d_ff: int = option(512, "width inside the MLP", smoke=64, base=2048)
     max_len: int = option(256, "longest row the model is made for, in tokens", smoke=128, base=1024)
-    tokens: int = option(1_750_000, "tokens to train on", smoke=20_000, base=2_000_000_000)
+    tokens: int = option(1_500_000, "tokens to train on", smoke=20_000, base=2_000_000_000)
     window: int = option(128, "tokens in a row", smoke=64, base=1024)
     batch: int = option(16, "rows per forward and backward", smoke=8, base=32)
     accumulate: int = option(1, "batches per optimizer step", base=8)
     news_share: float = option(0.15, "share of tokens from newspaper text, placed in the first half of training")
     dialogue_share: float = option(0.3,
                                    "share of tokens from reviews already in dialogue form; else SFT learns it badly")
-    eval_every: int = option(400, "steps between full passes over validation", smoke=30, base=1000)
+    eval_every: int = option(250, "steps between full passes over validation", smoke=30, base=1000)
 
 
 @dataclasses.dataclass
