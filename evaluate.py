@@ -36,8 +36,7 @@ def _not_empty(*arrays: Sequence) -> list[np.ndarray]:
     arrays = [np.asarray(a) for a in arrays]
     if not len(arrays[0]) or len({len(a) for a in arrays}) > 1:
         raise UserError(f"nothing to measure: got {', '.join(str(len(a)) for a in arrays)} values; an evaluation set "
-                        f"must not be empty, "
-                        "nor scores and labels differ in number")
+                        f"must not be empty, nor scores and labels differ in number")
     return arrays
 
 
@@ -77,8 +76,8 @@ def calibration_error(probs: Sequence[float], labels: Sequence[int], bins: int =
 def bootstrap(measure: Callable[..., float], *arrays: Sequence, n: int = 1000, seed: int = 0,
               level: float = 0.95) -> tuple[float, float, float]:
     """(value, low, high): the measure on all texts, and the middle `level` of it over n resamples of the texts. All
-    arrays are resampled together, so a measure of two systems on the same texts is paired. A resample without a value
-    is left out."""
+    arrays are resampled together, so a measure of two systems on the same texts is paired.
+    A resample without a value is left out."""
     arrays = _not_empty(*arrays)
     rng, found = np.random.default_rng(seed), []
     for _ in range(n):
@@ -173,8 +172,8 @@ def plain_text(record: dict) -> str:
 
 def ngram_classifier(data: Prepared, half: str) -> NgramClassifier:
     """The n-gram classifier of one half of the people's labels, fitted once and kept beside the data: `reward` is the
-    reward model's baseline; `judge` learns from the other half, so that PPO is measured by labels it never trained
-    against."""
+    reward model's baseline; `judge` learns from the other half,
+    so that PPO is measured by labels it never trained against."""
     path = pathlib.Path(data.folder) / f"ngrams_{half}.pt"
     if path.exists():
         return NgramClassifier.from_state(torch.load(path, weights_only=True))
@@ -218,7 +217,7 @@ def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Token
                 scores.append(reward_model(rows.tokens, rows.real, rows.reply).float())
         kl.append((logprobs - ref_logprobs).sum(1))
         ref_logprob.append(ref_logprobs.sum())
-    texts = reply_texts(tokenizer, replies)
+    texts = reply_texts(tokenizer, replies.tokens, replies.mask)
     tokens = [t[m].tolist() for t, m in zip(replies.tokens, replies.mask, strict=True)]
     ended = [bool(row and row[-1] == tokenizer.eom_id) for row in tokens]
     metrics = {"kl": float(torch.cat(kl).mean()),
@@ -249,6 +248,8 @@ COLUMNS = {"name": "", "judged_positive": "judged positive", "raw_score": "raw s
            "distinct2": "distinct-2",
            "length": "length, tokens", "end_rate": "ends", "identical": "identical", "short": "under 8 tokens",
            "ref_perplexity": "reference perplexity"}
+REWARD_COLUMNS = {"name": "", "auc": "AUC", "accuracy": "accuracy", "calibration": "calibration error",
+                  "half": "AUC on first halves"}
 
 
 def reference_lines(data: Prepared, tokenizer: Tokenizer, judge: NgramClassifier | None,
@@ -325,9 +326,7 @@ def write_report(data: Prepared, root: pathlib.Path, *, reply_len: int, temperat
              f"{temperature:g}; distinct-2 over {rows[0]['bigrams']} bigrams each.", table(rows, COLUMNS)]
     if (path := root / "reward" / "test_scores.json").exists():
         report["reward"] = reward_table(json.loads(path.read_text()))
-        parts += ["## Reward model on test reviews", table(report["reward"], {
-            "name": "", "auc": "AUC", "accuracy": "accuracy", "calibration": "calibration error",
-            "half": "AUC on first halves"})]
+        parts += ["## Reward model on test reviews", table(report["reward"], REWARD_COLUMNS)]
     before, after = replies["SFT"], replies["PPO"]
     if "judge" in after[0]:
         report["win_rate"] = win_rate([r["judge"] for r in after], [r["judge"] for r in before])

@@ -59,8 +59,8 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + K/2}) of a head by its position's angle; x (B, H, T, K), cos and sin (B or 1, 1, T,
-    K/2)."""
+    """Turn each pair (x_i, x_{i + K/2}) of a head by its position's angle; x (B, H, T, K),
+    cos and sin (B or 1, 1, T, K/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -182,8 +182,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int = 0) -> None:
-        """N(0, .02) everywhere, and branches' last matrices smaller by sqrt(2 layers) so that depth does not add
-        variance."""
+        """N(0, .02) everywhere, and branches' last matrices smaller by sqrt(2 layers) so
+        that depth does not add variance."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -244,8 +244,8 @@ class Transformer(nn.Module):
 # ---- from logits to losses -------------------------------------------------------------------------------------------
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log π(· | context) at a sampling temperature, in float32 whatever the logits are. The one place that computes
-    it."""
+    """log π(· | context) at a sampling temperature, in float32 whatever the logits are.
+    The one place that computes it."""
     return F.log_softmax(logits.float() / temperature, dim=-1)
 
 

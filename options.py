@@ -54,8 +54,8 @@ def _convert(field: dataclasses.Field, text: str | None, flag: str) -> Any:
 
 
 def _flags(argv: list[str], known: Callable[[str], dataclasses.Field | None]) -> list[tuple[str, str, str | None]]:
-    """argv as (name, flag as written, value or None); a bool takes its value only after `=`, or as the word true or
-    false."""
+    """argv as (name, flag as written, value or None); a bool takes its value only after `=`,
+    or as the word true or false."""
     found, i = [], 0
     while i < len(argv):
         word = argv[i]
@@ -91,8 +91,8 @@ def _build(cls: type[T], given: dict[str, Any]) -> T:
 
 
 def _help(classes: dict[str, type], prog: str) -> str:
-    """One paragraph an option: name, default, presets, meaning, source. Fields shared by all classes are listed
-    once."""
+    """One paragraph an option: name, default, presets, meaning, source.
+    Fields shared by all classes are listed once."""
     lines, seen = [f"usage: python {prog} [--name=value …]"], set()
     for prefix, cls in classes.items():
         title = (cls.__doc__ or "").strip().splitlines()
@@ -111,8 +111,8 @@ def _help(classes: dict[str, type], prog: str) -> str:
 
 
 def parse(cls: type[T], argv: list[str], prog: str) -> T:
-    """Fill `cls` from argv. The instance has `.explicit`, the names that were given as flags. --help prints and
-    exits."""
+    """Fill `cls` from argv. The instance has `.explicit`, the names that were given as flags.
+    --help prints and exits."""
     if {"--help", "-h"} & set(argv):
         print(_help({"": cls}, prog))
         raise SystemExit(0)
@@ -126,8 +126,8 @@ def parse(cls: type[T], argv: list[str], prog: str) -> T:
 
 
 def parse_all(common: type, stages: dict[str, type], argv: list[str], prog: str) -> dict[str, Any]:
-    """Options of several stages from one command line: --seed=1 goes to every stage, --ppo.kl_coef=.1 to `ppo`
-    alone."""
+    """Options of several stages from one command line: --seed=1 goes to every stage,
+    --ppo.kl_coef=.1 to `ppo` alone."""
     if {"--help", "-h"} & set(argv):
         print(_help({"": common, **{f"{stage}.": cls for stage, cls in stages.items()}}, prog))
         raise SystemExit(0)
@@ -160,6 +160,14 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
         if "--traceback" in argv:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read our output (head, less) has seen enough
+        sys.stdout = None
+        return 141
+    except OSError as error:  # a full disk, a missing right: the system's own words say what and where
+        if "--traceback" in argv:
+            traceback.print_exc()
+        print(f"error: {error}; free some space, or choose a place that can be written", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -112,8 +112,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Spread 1 and, unless shift_mean is False, mean 0 over the mask; 0 elsewhere. The variance divides by the
-    count."""
+    """Spread 1 and, unless shift_mean is False, mean 0 over the mask; 0 elsewhere.
+    The variance divides by the count."""
     mean = masked_mean(x, mask)
     centred = torch.where(mask, x.float() - mean, 0)
     scaled = centred * torch.rsqrt(masked_mean(centred * centred, mask) + 1e-8)
@@ -254,8 +254,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
 
 class Rows(NamedTuple):
     """Some rows of a rollout with their padding moved to the right and cut at the longest: tokens (M, L), and bools of
-    the same shape: `real` tokens, and those of the `reply`. To the right, pads need no attention mask: causality hides
-    them."""
+    the same shape: `real` tokens, and those of the `reply`. To the right,
+    pads need no attention mask: causality hides them."""
 
     tokens: Tensor
     real: Tensor
@@ -303,8 +303,8 @@ class ActorCritic(nn.Module):
         return list((self.critic if self.critic is not None else self.value_head).parameters())
 
     def forward(self, rows: Rows, temperature: float, train_policy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """(logprobs, entropy, values), each (N,), float32. Without train_policy, nothing reaches the policy's
-        weights."""
+        """(logprobs, entropy, values), each (N,), float32. Without train_policy,
+        nothing reaches the policy's weights."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_policy):
             hidden = rows.before(self.policy.hidden(rows.tokens))
             logprobs, entropy = score_tokens(self.policy, hidden, rows.targets, temperature)

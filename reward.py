@@ -26,8 +26,8 @@ class RewardConfig(ModelConfig):
 
 
 class RewardModel(nn.Module):
-    """Trunk and scalar head. `mean` and `std` are those of raw scores on replies of the SFT policy
-    (`set_normalisation`)."""
+    """Trunk and scalar head. `mean` and `std` are those of raw scores on replies of the
+    SFT policy (`set_normalisation`)."""
 
     config_class = RewardConfig
 
@@ -100,8 +100,8 @@ class RewardModel(nn.Module):
         std = raw.float().std(correction=0)
         if not torch.isfinite(std) or std <= 1e-6:
             raise UserError(f"the reward model gives every reply the same score (spread {float(std):.1e} over "
-                            f"{len(raw)} replies): "
-                            "it has learned nothing to optimise; train it longer or check its labels")
+                            f"{len(raw)} replies): it has learned nothing to optimise; train it longer or check its "
+                            f"labels")
         self.mean.copy_(raw.float().mean())
         self.std.copy_(std)
 

@@ -48,8 +48,8 @@ class Interrupt:
 
 def keep_freed_memory() -> None:
     """Let glibc keep what was freed, instead of returning each large tensor's pages to the system and faulting them in
-    again at the next step: a third of the time of a step whose shapes vary, on CPU (measured). Elsewhere it does
-    nothing."""
+    again at the next step: a third of the time of a step whose shapes vary, on CPU (measured).
+    Elsewhere it does nothing."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
@@ -79,8 +79,8 @@ def processor() -> str:
 
 
 class Run:
-    """One stage's folder: what was asked, what was measured, and the checkpoint that goes on exactly where it
-    stopped."""
+    """One stage's folder: what was asked, what was measured,
+    and the checkpoint that goes on exactly where it stopped."""
 
     NOT_COMPARED = ("resume", "fresh", "traceback", "preset", "out")  # how a run is started, not what it computes
 
@@ -123,8 +123,7 @@ class Run:
         command = f"python train.py {self.stage}"
         if not self.o.resume:
             raise UserError(f"{self.folder}: a run is there already: go on with `{command} --resume`, start anew with "
-                            f"--fresh, "
-                            "or choose another --out")
+                            f"--fresh, or choose another --out")
         now, before = {**self.settings, **self.parents}, {**old["options"], **old["parents"]}
         differing = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted({*now, *before})
                      if now.get(k) != before.get(k)]

@@ -30,8 +30,8 @@ from reward import RewardModel
 # ---- choosing one token ----------------------------------------------------------------------------------------------
 
 def uniform_numbers(seed: int | Sequence[int], rows: Sequence[int], n: int) -> Tensor:
-    """(len(rows), n) float32 in [0, 1): row b's numbers follow from (seed, rows[b]) alone, whatever shares its
-    batch."""
+    """(len(rows), n) float32 in [0, 1): row b's numbers follow from (seed, rows[b]) alone,
+    whatever shares its batch."""
     seed = [seed] if isinstance(seed, int) else list(seed)
     return torch.from_numpy(np.stack([np.random.default_rng([*seed, int(row)]).random(n, np.float32) for row in rows]))
 
@@ -114,8 +114,7 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
     R, device = max_new_tokens, tokens.device
     if P + R > model.config.max_len:
         raise UserError(f"a prompt of {P} tokens and a reply of up to {R} exceed the model's {model.config.max_len} "
-                        f"(max_len): "
-                        "shorten the prompt or ask for fewer tokens")
+                        f"(max_len): shorten the prompt or ask for fewer tokens")
     if not bool(mask.any(1).all()):
         raise UserError("an empty prompt: give at least one token to go on from")
     if model.training and model.config.dropout:
@@ -189,10 +188,10 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
 
 # ---- from texts to texts ---------------------------------------------------------------------------------------------
 
-def reply_texts(tokenizer: Tokenizer, generation: Generation) -> list[str]:
-    """The replies as text, without the end token."""
+def reply_texts(tokenizer: Tokenizer, tokens: Tensor, mask: Tensor) -> list[str]:
+    """Replies (B, R) with their mask as texts, without the end token."""
     return [tokenizer.decode([i for i in row[keep].tolist() if i != tokenizer.eom_id])
-            for row, keep in zip(generation.tokens, generation.mask, strict=True)]
+            for row, keep in zip(tokens, mask, strict=True)]
 
 
 def reply_to(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_new_tokens: int,
@@ -254,6 +253,11 @@ class Speaker:
                         batch_size=None if on_token else 64,
                         dtype=self.dtype, suppress=[i for i in t.special_ids if i != t.eom_id], on_token=on_token)
 
+    def texts(self, prompts: list[list[int]]) -> tuple[list[str], Generation]:
+        """One reply to each prompt, as text and as it was generated."""
+        replies = self.replies(prompts)
+        return reply_texts(self.tokenizer, replies.tokens, replies.mask), replies
+
     def stream(self, prompt: list[int], rows=None) -> str:
         """Print a reply while it is written; what was written until Ctrl-C is kept."""
         decoder, written = codecs.getincrementaldecoder("utf-8")("replace"), []
@@ -301,9 +305,8 @@ def best_of(speaker: Speaker, prompt: str, n: int) -> None:
     where = speaker.o.reward_from or str(pathlib.Path(speaker.o.checkpoint).parent / "reward")
     reward_model, _, _ = load_checkpoint(where, speaker.device, RewardModel)
     ids = [speaker.ids(prompt)] * n
-    replies = speaker.replies(ids)
+    texts, replies = speaker.texts(ids)
     scores = reward_scores(reward_model, ids, replies)
-    texts = reply_texts(speaker.tokenizer, replies)
     for i in scores.argsort().tolist():
         print(f"{scores[i]:+.2f}  {texts[i]}")
 
@@ -314,7 +317,7 @@ def compare(folders: list[str], prompts: list, o: SampleOptions) -> None:
         raise UserError(f"--compare needs two run folders, got {len(folders)}: --compare out/reviews/sft "
                         f"out/reviews/ppo")
     speakers = [Speaker(f, o) for f in folders]
-    texts = [reply_texts(s.tokenizer, s.replies([s.ids(p) for p in prompts])) for s in speakers]
+    texts = [s.texts([s.ids(p) for p in prompts])[0] for s in speakers]
     for prompt, *replies in zip(prompts, *texts, strict=True):
         print(f"\n» {prompt}")
         for folder, reply in zip(folders, replies, strict=True):
@@ -343,8 +346,8 @@ def main(argv: list[str]) -> None:
         chat(speaker)
     elif o.file:
         prompts = [r["prompt"] for r in load_records(o.file, "ppo")]
-        replies = speaker.replies([speaker.ids(p) for p in prompts])
-        for prompt, text, mask in zip(prompts, reply_texts(speaker.tokenizer, replies), replies.mask, strict=True):
+        texts, replies = speaker.texts([speaker.ids(p) for p in prompts])
+        for prompt, text, mask in zip(prompts, texts, replies.mask, strict=True):
             print(json.dumps({"prompt": prompt, "response": text, "tokens": int(mask.sum())}, ensure_ascii=False))
     elif o.prompt and o.best_of > 1:
         best_of(speaker, o.prompt, o.best_of)

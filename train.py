@@ -87,8 +87,7 @@ def parent(o: Common, data: Prepared, stage: str, given: str, cls: type = Transf
           f"{c.vocab_size}")
     if "vocab_size" in o.explicit and data.tokenizer is not None and data.tokenizer.to_state() != tokenizer.to_state():
         raise UserError(f"--vocab_size {o.vocab_size} contradicts {where}, whose vocabulary of {c.vocab_size} tokens "
-                        f"is used: "
-                        "leave it out, or pretrain anew")
+                        f"is used: leave it out, or pretrain anew")
     return model, tokenizer, state
 
 
@@ -109,16 +108,15 @@ def make_optimizers(model: nn.Module, o: Learning) -> list[torch.optim.Optimizer
     chosen = {id(p) for p in blocks}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     if o.optimizer == "adamw":
-        return [torch.optim.AdamW([{"params": blocks, "weight_decay": o.weight_decay},
-                                   {"params": rest, "weight_decay": 0.0}],
-                                  lr=o.lr, betas=(0.9, 0.95))]
+        groups = [{"params": blocks, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        return [torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, 0.95))]
     return [torch.optim.Muon(blocks, lr=o.lr, weight_decay=o.weight_decay, ns_steps=o.muon_steps),
             torch.optim.AdamW(rest, lr=o.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def learning_rate(step: int, n_steps: int, warmup: float, decay: float, final: float = 0.0) -> float:
-    """Factor on the learning rate: linear rise over the first share `warmup` of the steps, linear fall to `final` over
-    the last share `decay`."""
+    """Factor on the learning rate: a linear rise over the first share `warmup` of the steps, and a linear fall to
+    `final` over the last share `decay`."""
     rise = (step + 1) / max(1, round(warmup * n_steps))
     fall = (n_steps - step) / max(1, decay * n_steps)
     return min(1.0, rise, final + (1 - final) * min(1.0, fall))
@@ -142,8 +140,7 @@ def step_seed(seed: int, stage: str, step: int) -> int:
 
 def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterator[tuple[Tensor, int]]],
         measure: Callable[[int], dict[str, float]], **state) -> dict[str, float]:
-    """Gradient descent: for each step, add up the gradients of `losses(step)`, clip, step; measure, log and save now
-    and then.
+    """Gradient descent: at each step add up the gradients of `losses(step)`, clip, step; now and then measure and save.
 
     losses(step) yields (loss, tokens): parts of one optimizer step, each already divided by the step's token count.
     Returns the last measurements. Resumes from run.state.
@@ -172,8 +169,7 @@ def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterat
                 tokens += n
             if not math.isfinite(total):
                 raise UserError(f"{run.stage}: the loss is {total} at step {step + 1}; the last good checkpoint is "
-                                f"kept: "
-                                f"lower --lr ({o.lr:g}) or --adam_lr, or look for damaged records")
+                                f"kept: lower --lr ({o.lr:g}) or --adam_lr, or look for damaged records")
             norm = nn.utils.clip_grad_norm_(model.parameters(), o.clip)
             for optimizer in optimizers:
                 optimizer.step()
@@ -183,8 +179,7 @@ def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterat
             if measuring or (step + 1) % o.log_every == 0:
                 now = time.perf_counter()
                 metrics = {"loss": total, "lr": factor * o.lr, "grad_norm": float(norm),
-                           "tokens_per_s": tokens / (now - since),
-                           "seconds": run.seconds()}
+                           "tokens_per_s": tokens / (now - since), "seconds": run.seconds()}
                 if measuring:
                     model.eval()
                     last = measure(step + 1)
@@ -221,17 +216,16 @@ def pretrain(o: PretrainOptions) -> Run:
     shares = {0: o.news_share, 1: 1 - o.news_share - o.dialogue_share, 2: o.dialogue_share} if train.parts > 1 else None
     batches = PackedDocuments(train.tokens, train.starts, train.part, window=o.window, batch=o.batch * o.accumulate,
                               total_tokens=o.tokens, seed=o.seed, shares=shares, early={0: 0.5})
-    print(f"pretrain: {model.n_parameters() / 1e6:.2f} M parameters, {batches.n_steps} steps of "
-          f"{o.window * o.batch * o.accumulate} "
-          f"tokens, {model.flops_per_token(o.window) / 1e6:.1f} MFLOP a token", flush=True)
+    print(f"pretrain: {model.n_parameters() / 1e6:.2f} M parameters, {model.flops_per_token(o.window) / 1e6:.1f} MFLOP "
+          f"a token, {batches.n_steps} steps of {o.window * o.batch * o.accumulate} tokens", flush=True)
 
     def losses(step: int):
         for part in zip(*(x.to(run.device).chunk(o.accumulate) for x in batches.batch(step)), strict=True):
             tokens, targets, docs = part
             with precision(run.dtype, run.device):
                 hidden = model.hidden(tokens, docs=None if train.single else docs)
-                yield cross_entropy_sum(model, hidden.flatten(0, 1),
-                                        targets.flatten()) / (targets.numel() * o.accumulate), targets.numel()
+                nats = cross_entropy_sum(model, hidden.flatten(0, 1), targets.flatten())
+            yield nats / (targets.numel() * o.accumulate), targets.numel()
 
     def measure(step: int) -> dict[str, float]:
         nats, n = validation_nats(model, val, o.window, 4 * o.batch, run)
@@ -258,8 +252,9 @@ def validation_nats(model: Transformer, split, window: int, batch: int, run: Run
 
 def free_samples(model: Transformer, tokenizer, length: int, seed: int, n: int = 4) -> list[str]:
     """What the model writes when it is given only a document's beginning."""
-    return reply_texts(tokenizer, reply_to(model, tokenizer, [[tokenizer.eot_id]] * n, length, seed=seed,
-                                           temperature=0.8))
+    beginnings = [[tokenizer.eot_id]] * n
+    written = reply_to(model, tokenizer, beginnings, length, seed=seed, temperature=0.8)
+    return reply_texts(tokenizer, written.tokens, written.mask)
 
 
 # ---- stage 2: supervised fine-tuning ---------------------------------------------------------------------------------
@@ -278,8 +273,8 @@ def sft(o: SFTOptions) -> Run:
     rows, left_out = dialogue_rows(data.records("sft", "train"), tokenizer, data.template, o.max_len)
     val_rows, _ = dialogue_rows(data.records("sft", "val"), tokenizer, data.template, o.max_len)
     n_steps = math.ceil(o.epochs * len(rows) / o.batch)
-    print(f"sft: {len(rows)} dialogues ({left_out} longer than {o.max_len} tokens left out), {n_steps} steps of "
-          f"{o.batch}", flush=True)
+    print(f"sft: {len(rows)} dialogues ({left_out} of over {o.max_len} tokens left out), {n_steps} steps of {o.batch}",
+          flush=True)
     examples = [r["prompt"] for r in data.records("ppo", "val")[:8]]
 
     def nats(batch) -> tuple[Tensor, int]:
@@ -297,7 +292,8 @@ def sft(o: SFTOptions) -> Run:
     def measure(step: int) -> dict[str, float]:
         parts = [nats(val_rows[i:i + 128]) for i in range(0, len(val_rows), 128)]
         ids = [prompt_ids(tokenizer, p, data.template) for p in examples]
-        texts = reply_texts(tokenizer, reply_to(model, tokenizer, ids, min(64, o.max_len // 2), seed=o.seed))
+        replies = reply_to(model, tokenizer, ids, min(64, o.max_len // 2), seed=o.seed)
+        texts = reply_texts(tokenizer, replies.tokens, replies.mask)
         run.samples(step, [{"prompt": p, "reply": t} for p, t in zip(examples, texts, strict=True)])
         return {"val_loss": float(sum(x for x, _ in parts)) / sum(n for _, n in parts)}
 
@@ -309,12 +305,12 @@ def sft(o: SFTOptions) -> Run:
 # ---- stage 3: the reward model ---------------------------------------------------------------------------------------
 
 def feedback_kind(record: dict) -> str:
+    """Which of the three losses a record is for."""
     return "pairwise" if "chosen" in record else "regression" if "score" in record else "label"
 
 
 def feedback_loss(kind: str, scores: Tensor, records: list[dict], label_smoothing: float) -> Tensor:
-    """Raw scores of these records' replies, all chosen ones before all rejected ones, to the mean loss of their
-    kind."""
+    """Mean loss of these records; scores: raw, of a pair all chosen replies before all rejected ones."""
     if kind == "pairwise":
         chosen, rejected = scores.chunk(2)
         margin = torch.tensor([r.get("margin", 0.0) for r in records], device=scores.device)
@@ -345,8 +341,8 @@ def train_reward(o: RewardOptions) -> Run:
     records, val = data.records("reward", "train"), data.records("reward", "val")
     kind = feedback_kind(records[0]) if o.loss == "auto" else o.loss
     if kind != feedback_kind(records[0]):
-        raise UserError(f"--loss {o.loss} does not fit these records, which are for {feedback_kind(records[0])}: use "
-                        f"--loss auto")
+        raise UserError(f"--loss {o.loss} does not fit these records, which are for {feedback_kind(records[0])}: "
+                        "use --loss auto")
     n_steps = math.ceil(o.epochs * len(records) / o.batch)
     print(f"reward: {len(records)} records ({kind}), {n_steps} steps of {o.batch}", flush=True)
     render = dict(tokenizer=tokenizer, template=data.template, max_len=min(o.max_len, model.config.max_len))
@@ -364,10 +360,9 @@ def train_reward(o: RewardOptions) -> Run:
             scores = model.pool(model.head_values(hidden).flatten()[where], real, reply)
             loss = feedback_loss(kind, scores, batch, o.label_smoothing)
             if o.lm_coef:
-                imitated = flags & (docs < len(batch))  # of a pair, only the chosen reply is worth imitating
-                nats = cross_entropy_sum(model.backbone, hidden[:, :-1][imitated[:, 1:]],
-                                         tokens[:, 1:][imitated[:, 1:]])
-                loss = loss + o.lm_coef * nats / imitated.sum()
+                worth = (flags & (docs < len(batch)))[:, 1:]  # of a pair, only the chosen reply is worth imitating
+                nats = cross_entropy_sum(model.backbone, hidden[:, :-1][worth], tokens[:, 1:][worth])
+                loss = loss + o.lm_coef * nats / worth.sum()
         yield loss, int(real.sum())
 
     def measure(step: int, subset: int = 600) -> dict[str, float]:
@@ -382,11 +377,11 @@ def train_reward(o: RewardOptions) -> Run:
     replies = reply_to(policy, tokenizer, ids, o.reply_len, temperature=o.temperature, seed=(o.seed, STAGES["reward"]),
                        batch_size=128)
     flags = [[False] * len(p) + [True] * int(m.sum()) for p, m in zip(ids, replies.mask, strict=True)]
-    rows = [(p + t[m].tolist(), f) for p, t, m, f in zip(ids, replies.tokens.cpu(), replies.mask.cpu(), flags,
-                                                         strict=True)]
+    written = [t[m].tolist() for t, m in zip(replies.tokens, replies.mask, strict=True)]
+    rows = [(p + w, f) for p, w, f in zip(ids, written, flags, strict=True)]
     raw = torch.from_numpy(model.score_rows(rows, run.dtype))
     model.set_normalisation(raw)
-    texts = reply_texts(tokenizer, replies)
+    texts = reply_texts(tokenizer, replies.tokens, replies.mask)
     run.samples(n_steps, [{"prompt": prompts[i]["prompt"], "reply": texts[k], "raw_score": round(float(raw[k]), 3)}
                           for k, i in enumerate(chosen[:32])])
     run.save(n_steps, model, measured=last, norm={"temperature": o.temperature, "reply_len": o.reply_len})
@@ -404,13 +399,12 @@ def reward_measures(model: RewardModel, records: list[dict], kind: str, render: 
     if kind == "regression":
         return {"val_correlation": float(np.corrcoef(scores, [r["score"] for r in records])[0, 1])}
     labels = np.array([r["label"] for r in records])
-    return {"val_auc": evaluate.auc(scores, labels), "val_accuracy": evaluate.accuracy(1 / (1 + np.exp(-scores)),
-                                                                                       labels)}
+    probs = 1 / (1 + np.exp(-scores))
+    return {"val_auc": evaluate.auc(scores, labels), "val_accuracy": evaluate.accuracy(probs, labels)}
 
 
 def report_reward(model: RewardModel, data: Prepared, render: dict, run: Run) -> None:
-    """Scores of the test texts, whole and first halves, beside the n-gram baseline's: test_scores.json, for the
-    report."""
+    """test_scores.json, for the report: the test texts, whole and first halves, scored by model and n-gram baseline."""
     records = data.records("reward", "test")
     baseline = evaluate.ngram_classifier(data, "reward")
     texts = [evaluate.plain_text(r) for r in records]
@@ -421,6 +415,7 @@ def report_reward(model: RewardModel, data: Prepared, render: dict, run: Run) ->
               "half_scores": model.score_rows(half_rows, run.dtype).tolist(),
               "baseline": baseline.logits(texts).tolist(), "half_baseline": baseline.logits(first_halves).tolist()}
     (run.folder / "test_scores.json").write_text(json.dumps(result))
+    print(evaluate.table(evaluate.reward_table(result), evaluate.REWARD_COLUMNS), flush=True)
 
 
 # ---- stage 4: PPO ----------------------------------------------------------------------------------------------------
@@ -462,48 +457,43 @@ def train_ppo(o: PPOOptions) -> Run:
 
     def save() -> None:
         run.save(step, policy, critic=(critic or actor_critic.value_head).state_dict(),
-                 optimizer=optimizer.state_dict(),
-                 moments=moments.state(), kl_coef=control.coef, example_prompts=held_out[:8])
+                 optimizer=optimizer.state_dict(), moments=moments.state(), kl_coef=control.coef,
+                 example_prompts=held_out[:8])
 
     def measure() -> dict[str, float]:
         """On the same held-out prompts, with the same random numbers, each time."""
-        found, replies, _ = evaluate.measure_policy(policy, reference, tokenizer, held_out, data.template,
-                                                    reward_model=reward_model,
-                                                 judge=judge, reply_len=o.reply_len, temperature=o.temperature,
-                                                 dtype=run.dtype)
+        found, replies, _ = evaluate.measure_policy(
+            policy, reference, tokenizer, held_out, data.template, reward_model=reward_model, judge=judge,
+            reply_len=o.reply_len, temperature=o.temperature, dtype=run.dtype)
         run.samples(step, replies[:12])
         names = ("raw_score", "judge", "judged_positive", "kl", "length", "end_rate", "distinct2", "ref_perplexity")
         return {f"eval_{k}": found[k] for k in names if k in found}
 
+    step, metrics = done, {}
     with run.progress(done, o.updates) as bar:
         if done == 0:
-            step = 0
             run.log(0, **measure())
         for step in range(done, o.updates):
             factor = learning_rate(step, o.updates, o.warmup, 1.0, o.final_lr)
             set_learning_rate([optimizer], factor)
             chosen = rows_at(len(prompts), o.batch, step, o.seed, "ppo")
-            rollout = collect_rollout(actor_critic, reference, reward_model,
-                                      [prompt_ids(tokenizer, prompts[i], data.template) for i in chosen], o,
-                                      end_id=tokenizer.eom_id,
-                                      step=step, kl_coef=control.coef, moments=moments, dtype=run.dtype)
+            ids = [prompt_ids(tokenizer, prompts[i], data.template) for i in chosen]
+            rollout = collect_rollout(actor_critic, reference, reward_model, ids, o, end_id=tokenizer.eom_id, step=step,
+                                      kl_coef=control.coef, moments=moments, dtype=run.dtype)
             learned = update(actor_critic, optimizer, rollout, o, step, train_policy=step >= o.critic_warmup,
                              dtype=run.dtype)
             metrics = rollout_metrics(rollout) | learned
             control.update(metrics["kl"], o.batch)
             if judge is not None:
                 P = rollout.tokens.shape[1] - rollout.response_mask.shape[1]
-                replies = [tokenizer.decode([i for i in row[keep].tolist() if i != tokenizer.eom_id]) for row, keep in
-                           zip(rollout.tokens[:, P:], rollout.response_mask, strict=True)]
-                probs = judge.probs([evaluate.plain_text({"prompt": prompts[i], "response": r}) for i,
-                                     r in zip(chosen, replies, strict=True)])
-                metrics["judge"] = float(np.mean(probs))
-                metrics["judged_positive"] = float(np.mean(np.asarray(probs) > 0.5))
+                texts = reply_texts(tokenizer, rollout.tokens[:, P:], rollout.response_mask)
+                probs = judge.probs([evaluate.plain_text({"prompt": prompts[i], "response": text})
+                                     for i, text in zip(chosen, texts, strict=True)])
+                metrics |= {"judge": float(probs.mean()), "judged_positive": float((probs > 0.5).mean())}
             for name in ("ratio_start", "sampler_gap"):
                 if metrics.get(name, 0) > tolerance:
                     tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {tolerance:g}, at update "
-                               f"{step + 1}: what is scored "
-                               "is not what was sampled", file=sys.stderr)
+                               f"{step + 1}: what is scored is not what was sampled", file=sys.stderr)
             step += 1
             if step % o.eval_every == 0 or step == o.updates:
                 metrics |= measure()
@@ -517,8 +507,7 @@ def train_ppo(o: PPOOptions) -> Run:
             if step % o.save_every == 0 or step == o.updates:
                 save()
             run.stop_if_asked(step, save)
-    run.finish(updates=o.updates, **{k: v for k, v in metrics.items() if k.startswith("eval_")} if done < o.updates
-               else {})
+    run.finish(**{k: v for k, v in metrics.items() if k.startswith("eval_")})
     return run
 
 

