@@ -1,7 +1,8 @@
 """The road of RLHF, one command a stage. Without a word it walks the whole of it.
 
-    python train.py                 all stages on the default data, then a report    (--preset smoke: the same in a
-    minute) python train.py pretrain        read: predict the next token of plain text
+    python train.py                 all stages on the default data, then a report
+    python train.py --preset smoke  the same in seconds, to see that everything works
+    python train.py pretrain        read: predict the next token of plain text
     python train.py sft             obey: predict the reply of dialogues
     python train.py reward          judge: predict what people liked
     python train.py ppo             improve: reply so that the reward model likes it
@@ -73,6 +74,7 @@ class SFTOptions(Learning):
 
 def prepared(o: Common) -> Prepared:
     """The data set, made ready where it is not yet."""
+    pick_device(o.device)  # one that is not there is better refused before the preparation than after it
     if o.data != "reviews" and "limit" in o.explicit:
         raise UserError(f"--limit has no effect on --data {o.data}: it is for reviews")
     return open_data(o.data, source=o.source or None, vocab_size=o.vocab_size, limit=o.limit)
