@@ -23,7 +23,7 @@ from data.batches import pad_left, prompt_ids
 from data.prepare import open_data
 from data.prepared import Prepared
 from data.tokenizer import Tokenizer
-from model import Transformer, load_checkpoint, pick_device, precision
+from model import Transformer, checkpoint_path, load_checkpoint, pick_device, precision
 from ngrams import NgramClassifier
 from options import UserError, option, parse, run_main
 from ppo import make_rows, score_tokens, spread
@@ -75,16 +75,18 @@ def calibration_error(probs: Sequence[float], labels: Sequence[int], bins: int =
 
 def bootstrap(measure: Callable[..., float], *arrays: Sequence, n: int = 1000, seed: int = 0,
               level: float = 0.95) -> tuple[float, float, float]:
-    """(value, low, high): the measure on all texts, and the middle `level` of it over n resamples of the texts. All
-    arrays are resampled together, so a measure of two systems on the same texts is paired.
-    A resample without a value is left out."""
+    """(value, low, high): the measure on all texts, and the middle `level` of it over n resamples of the texts.
+
+    All arrays are resampled together, so a measure of two systems on the same texts is paired. A resample without a
+    value (all labels the same) is left out.
+    """
     arrays = _not_empty(*arrays)
     rng, found = np.random.default_rng(seed), []
     for _ in range(n):
         index = rng.integers(len(arrays[0]), size=len(arrays[0]))
         try:
             found.append(measure(*(a[index] for a in arrays)))
-        except UserError:  # all labels the same
+        except UserError:
             continue
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]) if found else (math.nan, math.nan)
     return float(measure(*arrays)), float(low), float(high)
@@ -144,9 +146,8 @@ def text_plot(values: Sequence[float], title: str, width: int = 60, height: int 
     low, high = float(columns.min()), float(columns.max())
     level = np.round((columns - low) / ((high - low) or 1) * (height - 1)).astype(int)
     lines = ["".join("•" if at == row else " " for at in level) for row in reversed(range(height))]
-    return "\n".join([title, *(f"{high if i == 0 else low:8.3g} |{line}" if i in (0, height - 1)
-                               else f"         |{line}"
-                               for i, line in enumerate(lines))])
+    axis = {0: f"{high:8.3g}", height - 1: f"{low:8.3g}"}
+    return "\n".join([title, *(f"{axis.get(i, ''):8} |{line}" for i, line in enumerate(lines))])
 
 
 def table(rows: Sequence[dict], columns: dict[str, str]) -> str:
@@ -171,9 +172,11 @@ def plain_text(record: dict) -> str:
 
 
 def ngram_classifier(data: Prepared, half: str) -> NgramClassifier:
-    """The n-gram classifier of one half of the people's labels, fitted once and kept beside the data: `reward` is the
-    reward model's baseline; `judge` learns from the other half,
-    so that PPO is measured by labels it never trained against."""
+    """The n-gram classifier of one half of the people's labels, fitted once and kept beside the data.
+
+    `reward` is the reward model's baseline; `judge` learns from the other half, so that PPO is measured by labels it
+    was never trained against.
+    """
     path = pathlib.Path(data.folder) / f"ngrams_{half}.pt"
     if path.exists():
         return NgramClassifier.from_state(torch.load(path, weights_only=True))
@@ -188,12 +191,10 @@ def ngram_classifier(data: Prepared, half: str) -> NgramClassifier:
 
 @torch.no_grad()
 def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Tokenizer, prompts: Sequence, template: str,
-                   *,
-                   reward_model: RewardModel | None = None, judge: NgramClassifier | None = None, reply_len: int = 64,
-                   temperature: float = 1.0, seed: int = 12345, dtype: str = "float32",
+                   *, reward_model: RewardModel | None = None, judge: NgramClassifier | None = None,
+                   reply_len: int = 64, temperature: float = 1.0, seed: int = 12345, dtype: str = "float32",
                    batch_size: int = 128) -> tuple[dict[str, float], list[dict], list[list[int]]]:
-    """Let the policy reply to every prompt once, with the same random numbers for every policy, and measure the
-    replies.
+    """Let the policy reply once to each prompt, with the same random numbers for every policy, and measure the replies.
 
     Returns (metrics, one record per reply, the replies' ids). KL in nats per reply, estimated on the sampled tokens
     (k1); ref_perplexity is the reference's, per token.
@@ -227,8 +228,8 @@ def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Token
     return {**metrics, **describe(records, tokens, judge, torch.cat(scores) if scores else None)}, records, tokens
 
 
-def describe(records: list[dict], rows: list[list[int]], judge: NgramClassifier | None, scores=None) -> dict[str,
-                                                                                                             float]:
+def describe(records: list[dict], rows: list[list[int]], judge: NgramClassifier | None,
+             scores: torch.Tensor | None = None) -> dict[str, float]:
     """Length, ends, diversity, and what judge and reward model say; their opinions are added to the records."""
     metrics = reply_statistics(rows, [r["ended"] for r in records]) | {"distinct2": distinct_n(rows, 2, budget=2000)}
     if judge is not None:
@@ -245,9 +246,8 @@ def describe(records: list[dict], rows: list[list[int]], judge: NgramClassifier 
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 COLUMNS = {"name": "", "judged_positive": "judged positive", "raw_score": "raw score", "kl": "KL, nats/reply",
-           "distinct2": "distinct-2",
-           "length": "length, tokens", "end_rate": "ends", "identical": "identical", "short": "under 8 tokens",
-           "ref_perplexity": "reference perplexity"}
+           "distinct2": "distinct-2", "length": "length, tokens", "end_rate": "ends", "identical": "identical",
+           "short": "under 8 tokens", "ref_perplexity": "reference perplexity"}
 REWARD_COLUMNS = {"name": "", "auc": "AUC", "accuracy": "accuracy", "calibration": "calibration error",
                   "half": "AUC on first halves"}
 
@@ -277,8 +277,8 @@ def policy_table(policies: dict[str, Transformer], reference: Transformer, token
     table_rows, replies, tokens = [], {}, []
     for name, policy in policies.items():
         found, records, rows = measure_policy(policy, reference, tokenizer, prompts, data.template,
-                                              reward_model=reward_model, judge=judge,
-                                              reply_len=reply_len, temperature=temperature, dtype=dtype, seed=seed)
+                                              reward_model=reward_model, judge=judge, reply_len=reply_len,
+                                              temperature=temperature, dtype=dtype, seed=seed)
         table_rows.append({"name": name, "replies": len(records), **found})
         replies[name] = records
         tokens.append(rows)
@@ -308,18 +308,16 @@ def reward_table(scores: dict[str, list]) -> list[dict]:
 
 
 def write_report(data: Prepared, root: pathlib.Path, *, reply_len: int, temperature: float, seed: int,
-                 dtype: str = "float32",
-                 device: str = "cpu", n_prompts: int = 500, seconds: float = 0.0) -> None:
-    """report.json and report.md: what each stage measured, policy before and after on held-out openings, ten pairs of
-    replies drawn by the seed, not by hand."""
+                 dtype: str = "float32", device: str = "cpu", n_prompts: int = 500, seconds: float = 0.0) -> None:
+    """report.json and report.md: what each stage measured, the policy before and after on held-out openings, and ten
+    pairs of replies drawn by the seed, not by hand."""
     policy, tokenizer, _ = load_checkpoint(root / "ppo", device)
     options = json.loads((root / "ppo" / "config.json").read_text(encoding="utf-8"))["options"]
     reference, _, _ = load_checkpoint(options["init_from"] or root / "sft", device)
-    reward_model = load_checkpoint(root / "reward", device,
-                                   RewardModel)[0] if (root / "reward" / "checkpoint.pt").exists() else None
+    reward_model, _, _ = load_checkpoint(options["reward_from"] or root / "reward", device, RewardModel)
     rows, replies = policy_table({"SFT": reference, "PPO": policy}, reference, tokenizer, data,
-                                 reward_model=reward_model, n_prompts=n_prompts,
-                                 reply_len=reply_len, temperature=temperature, dtype=dtype)
+                                 reward_model=reward_model, n_prompts=n_prompts, reply_len=reply_len,
+                                 temperature=temperature, dtype=dtype)
     report: dict[str, Any] = {"seconds": {}, "policies": rows, "seed": seed}
     parts = [f"# {root.name}, seed {seed}",
              f"{rows[0]['replies']} held-out openings, one reply of up to {reply_len} tokens each at temperature "
@@ -382,16 +380,14 @@ def main(argv: list[str]) -> None:
     _, tokenizer, state = next(iter(loaded.values()))
     reference = load_checkpoint(o.reference or folders[0].parent / "sft", device)[0]
     where = pathlib.Path(o.reward_from or folders[0].parent / "reward")
-    reward_model = load_checkpoint(where, device,
-                                   RewardModel)[0] if o.reward_from or (where / "checkpoint.pt").exists() else None
+    has_reward = o.reward_from or checkpoint_path(where).exists()
+    reward_model = load_checkpoint(where, device, RewardModel)[0] if has_reward else None
     options = state["options"]
     data = open_data(o.data or options["data"], source=o.source or options["source"] or None,
-                     vocab_size=options["vocab_size"],
-                     limit=options["limit"])
+                     vocab_size=options["vocab_size"], limit=options["limit"])
     rows, _ = policy_table({name: model for name, (model, _, _) in loaded.items()}, reference, tokenizer, data,
-                           reward_model=reward_model,
-                           n_prompts=o.prompts, reply_len=o.reply_len, temperature=o.temperature, split=o.split,
-                           seed=o.seed)
+                           reward_model=reward_model, n_prompts=o.prompts, reply_len=o.reply_len,
+                           temperature=o.temperature, split=o.split, seed=o.seed)
     print(table(rows, COLUMNS))
 
 

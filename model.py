@@ -59,8 +59,10 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + K/2}) of a head by its position's angle; x (B, H, T, K),
-    cos and sin (B or 1, 1, T, K/2)."""
+    """Turn each pair (x_i, x_{i + K/2}) of a head by its position's angle.
+
+    x (B, H, T, K), cos and sin (B or 1, 1, T, K/2) -> (B, H, T, K).
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -182,8 +184,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int = 0) -> None:
-        """N(0, .02) everywhere, and branches' last matrices smaller by sqrt(2 layers) so
-        that depth does not add variance."""
+        """N(0, .02), and each branch's last matrix smaller by sqrt(2 layers), so that depth does not add variance."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -236,16 +237,14 @@ class Transformer(nn.Module):
         Six for each weight that takes part in a matrix product (the embedding look-up is none, the output layer is),
         and 12 * D per layer and key seen; a causal row sees half of `length` on average.
         """
-        matrices = sum(p.numel() for n, p in self.blocks.named_parameters()
-                       if p.dim() == 2) + self.output_weight.numel()
+        matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2) + self.output_weight.numel()
         return 6 * matrices + 12 * self.config.n_layer * self.config.d_model * length // 2
 
 
 # ---- from logits to losses -------------------------------------------------------------------------------------------
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log π(· | context) at a sampling temperature, in float32 whatever the logits are.
-    The one place that computes it."""
+    """log π(· | context) at a sampling temperature, in float32 whatever the logits are; computed nowhere else."""
     return F.log_softmax(logits.float() / temperature, dim=-1)
 
 
@@ -310,8 +309,7 @@ def pick_device(device: str) -> str:
 
 
 def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024, repeats: int = 60) -> tuple[str, str]:
-    """(dtype, why). `auto` times one layer's matrix product, forward, in float32 and in bfloat16 as autocast would do
-    it.
+    """(dtype, why). `auto` times one layer's matrix product in float32, and in bfloat16 as autocast would do it.
 
     On CPUs flags do not tell which is faster (see speed.md: bfloat16 is worth 2.4x on one, and loses on another), and
     the conversions that autocast adds eat the gain at small widths, so bfloat16 has to win by a clear margin.

@@ -54,8 +54,7 @@ def _convert(field: dataclasses.Field, text: str | None, flag: str) -> Any:
 
 
 def _flags(argv: list[str], known: Callable[[str], dataclasses.Field | None]) -> list[tuple[str, str, str | None]]:
-    """argv as (name, flag as written, value or None); a bool takes its value only after `=`,
-    or as the word true or false."""
+    """argv as (name, flag as written, value or None); a bool's value follows `=`, or is the word true or false."""
     found, i = [], 0
     while i < len(argv):
         word = argv[i]
@@ -91,8 +90,7 @@ def _build(cls: type[T], given: dict[str, Any]) -> T:
 
 
 def _help(classes: dict[str, type], prog: str) -> str:
-    """One paragraph an option: name, default, presets, meaning, source.
-    Fields shared by all classes are listed once."""
+    """One paragraph an option: name, default, presets, meaning, source. Fields that all share are listed once."""
     lines, seen = [f"usage: python {prog} [--name=value …]"], set()
     for prefix, cls in classes.items():
         title = (cls.__doc__ or "").strip().splitlines()
@@ -111,8 +109,7 @@ def _help(classes: dict[str, type], prog: str) -> str:
 
 
 def parse(cls: type[T], argv: list[str], prog: str) -> T:
-    """Fill `cls` from argv. The instance has `.explicit`, the names that were given as flags.
-    --help prints and exits."""
+    """Fill `cls` from argv; `.explicit` of the instance names what was given as a flag. --help prints and exits."""
     if {"--help", "-h"} & set(argv):
         print(_help({"": cls}, prog))
         raise SystemExit(0)
@@ -126,8 +123,7 @@ def parse(cls: type[T], argv: list[str], prog: str) -> T:
 
 
 def parse_all(common: type, stages: dict[str, type], argv: list[str], prog: str) -> dict[str, Any]:
-    """Options of several stages from one command line: --seed=1 goes to every stage,
-    --ppo.kl_coef=.1 to `ppo` alone."""
+    """Options of several stages from one line: --seed=1 goes to every stage, --ppo.kl_coef=.1 to `ppo` alone."""
     if {"--help", "-h"} & set(argv):
         print(_help({"": common, **{f"{stage}.": cls for stage, cls in stages.items()}}, prog))
         raise SystemExit(0)
@@ -147,8 +143,8 @@ def parse_all(common: type, stages: dict[str, type], argv: list[str], prog: str)
 def show(options: Any, title: str) -> None:
     """Print the resolved options once; a star marks what differs from the default."""
     default = {f.name: f.default for f in dataclasses.fields(options)}
-    words = [f"{'*' if value != default[name] else ''}{name}={value}" for name,
-             value in as_dict(options).items() if value != ""]
+    words = [f"{'*' if value != default[name] else ''}{name}={value}"
+             for name, value in as_dict(options).items() if value != ""]
     print(f"{title}\n  {'  '.join(words)}", flush=True)
 
 
@@ -188,9 +184,8 @@ class Common:
     preset: str = option("demo", "demo: two CPU cores, ten minutes for all; smoke: seconds, for tests; base: one GPU",
                          choices=("smoke", "demo", "base"))
     out: str = option("out", "runs are kept in OUT/<data>/<stage>/")
-    init_from: str = option("",
-                            "checkpoint to start from instead of this run's own parent stage; in PPO policy and "
-                            "reference")
+    init_from: str = option("", "checkpoint to start from instead of this run's own parent stage; in PPO policy and "
+                                "reference")
     reward_from: str = option("", "reward model for PPO instead of this run's own")
     seed: int = option(0, "decides every random draw")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))

@@ -62,8 +62,7 @@ class PPOOptions(Common):
     kl_estimator: str = option("k1", "estimate of KL in the reward", choices=("k1", "k2", "k3"),
                                source="Schulman 2020; k1 in MOSS, N+")
     kl_control: str = option("fixed", "adaptive steers the coefficient towards --kl_target",
-                             choices=("fixed", "adaptive"),
-                             source="Ziegler 2019, eq. 4")
+                             choices=("fixed", "adaptive"), source="Ziegler 2019, eq. 4")
     kl_target: float = option(6.0, "nats per reply that adaptive control aims at", source="Ziegler 2019")
     kl_horizon: float = option(10_000, "replies over which adaptive control acts", source="Ziegler 2019")
     gamma: float = option(1.0, "discount per token", source="N+, MOSS")
@@ -112,8 +111,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Spread 1 and, unless shift_mean is False, mean 0 over the mask; 0 elsewhere.
-    The variance divides by the count."""
+    """Spread 1 and, unless shift_mean is False, mean 0 over the mask; 0 elsewhere. The variance is divided by n."""
     mean = masked_mean(x, mask)
     centred = torch.where(mask, x.float() - mean, 0)
     scaled = centred * torch.rsqrt(masked_mean(centred * centred, mask) + 1e-8)
@@ -253,9 +251,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
 # ---- rows as the networks read them ----------------------------------------------------------------------------------
 
 class Rows(NamedTuple):
-    """Some rows of a rollout with their padding moved to the right and cut at the longest: tokens (M, L), and bools of
-    the same shape: `real` tokens, and those of the `reply`. To the right,
-    pads need no attention mask: causality hides them."""
+    """Some rows of a rollout, their padding moved to the right and cut at the longest.
+
+    tokens (M, L), and bools of the same shape: `real` tokens, and those of the `reply`. To the right, pads need no
+    attention mask: causality hides them.
+    """
 
     tokens: Tensor
     real: Tensor
@@ -303,8 +303,7 @@ class ActorCritic(nn.Module):
         return list((self.critic if self.critic is not None else self.value_head).parameters())
 
     def forward(self, rows: Rows, temperature: float, train_policy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """(logprobs, entropy, values), each (N,), float32. Without train_policy,
-        nothing reaches the policy's weights."""
+        """(logprobs, entropy, values), each (N,) float32. Without train_policy no gradient reaches the policy."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_policy):
             hidden = rows.before(self.policy.hidden(rows.tokens))
             logprobs, entropy = score_tokens(self.policy, hidden, rows.targets, temperature)
@@ -482,8 +481,7 @@ def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, values:
 
 def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout: Rollout, o: PPOOptions, step: int, *,
            train_policy: bool = True, dtype: str = "float32") -> dict[str, float]:
-    """Several passes over one rollout; each minibatch is one optimizer step. Returns means over all minibatches'
-    tokens.
+    """Several passes over one rollout; each minibatch is one optimizer step. Returns means over all its tokens.
 
     Rows are permuted anew each epoch, from (seed, stage, step, epoch). train_policy=False (critic warm-up) trains
     values alone. A minibatch above --max_approx_kl ends the policy's part of this update: its gradients stay None, so
@@ -496,8 +494,9 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
     totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
     tokens = policy_tokens = 0
     norms: dict[str, list[Tensor]] = defaultdict(list)
-    ratio_start, skipped, weights = None, 0, dict(clip_range=o.clip_range, value_clip=o.value_clip,
-                                                  entropy_coef=o.entropy_coef)
+    ratio_start, skipped = None, 0
+    weights = dict(clip_range=o.clip_range, value_clip=o.value_clip, value_coef=o.value_coef,
+                   entropy_coef=o.entropy_coef)
 
     def losses(index: Tensor, n: Tensor, policy: bool):
         rows, mask = rollout.rows(index), rollout.response_mask[index]
@@ -505,12 +504,12 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             flat = actor_critic(rows, o.temperature, policy)
         logprobs, entropy, values = (spread(x, mask) for x in flat)
         return ppo_loss(logprobs, rollout.logprobs[index], rollout.advantages[index], values, rollout.values[index],
-                        rollout.returns[index], entropy, mask, n_tokens=n, value_coef=o.value_coef, **weights)
+                        rollout.returns[index], entropy, mask, n_tokens=n, **weights)
 
     for epoch in range(o.epochs):
-        order = torch.from_numpy(np.random.default_rng([o.seed, STAGES["ppo"], step,
-                                                        epoch]).permutation(len(rollout.tokens)))
-        for minibatch in order.to(device).chunk(o.minibatches):
+        rng = np.random.default_rng([o.seed, STAGES["ppo"], step, epoch])
+        order = torch.from_numpy(rng.permutation(len(rollout.tokens))).to(device)
+        for minibatch in order.chunk(o.minibatches):
             n = rollout.response_mask[minibatch].sum()
             pieces = rollout.by_length(minibatch, o.micro_batch)
             if train_policy and o.max_approx_kl > 0:
@@ -527,10 +526,9 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
                 for name, x in metrics.items():
                     parts[name] = parts[name] + x
             if not torch.isfinite(parts["policy_loss"] + parts["value_loss"]):
-                raise UserError(f"ppo: the loss is not finite at update {step}, epoch {epoch}: policy "
-                                f"{float(parts['policy_loss'])}, "
-                                f"value {float(parts['value_loss'])}; the last good checkpoint is kept: lower "
-                                f"--policy_lr or --critic_lr")
+                raise UserError(f"ppo: the loss is not finite at update {step + 1}, epoch {epoch + 1}: policy "
+                                f"{float(parts['policy_loss'])}, value {float(parts['value_loss'])}; the last good "
+                                "checkpoint is kept: lower --policy_lr or --critic_lr")
             for name, parameters in groups.items():
                 if name == "critic" or train_policy:
                     norms[f"{name}_grad_norm"].append(nn.utils.clip_grad_norm_(parameters, o.max_grad_norm))
@@ -542,8 +540,8 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             for name, x in parts.items():
                 if train_policy or name.startswith("value"):
                     totals[name] = totals[name] + x * n
-    result = {name: float(x) / max(tokens if name.startswith("value") else policy_tokens, 1) for name,
-              x in totals.items()}
+    result = {name: float(x) / max(tokens if name.startswith("value") else policy_tokens, 1)
+              for name, x in totals.items()}
     result |= {name: float(torch.stack(x).mean()) for name, x in norms.items()}
     if ratio_start is not None:
         result["ratio_start"] = ratio_start

@@ -26,8 +26,7 @@ class RewardConfig(ModelConfig):
 
 
 class RewardModel(nn.Module):
-    """Trunk and scalar head. `mean` and `std` are those of raw scores on replies of the
-    SFT policy (`set_normalisation`)."""
+    """Trunk and scalar head; `mean` and `std` are those of raw scores on the SFT policy's replies."""
 
     config_class = RewardConfig
 
@@ -150,8 +149,7 @@ class RewardOptions(Learning):
     dropout: float = option(0.1, "the only place where dropout is on")
     lm_coef: float = option(0.1, "weight of the language-model loss on the same text, per token",
                             source="MOSS-RLHF part II: keeps the trunk a language model")
-    prefix_share: float = option(0.3,
-                                 "share of texts cut somewhere, without end token, labelled alike: unfinished replies")
+    prefix_share: float = option(0.3, "share of texts cut somewhere, without end token: unfinished replies")
     label_smoothing: float = option(0.0, "share of labels taken to be wrong (pairwise)", source="MOSS-RLHF part II")
     eval_every: int = option(100, "steps between measurements on validation", smoke=10)
     norm_replies: int = option(512, "replies of the SFT policy that give the score its mean and spread", smoke=64)

@@ -47,9 +47,11 @@ class Interrupt:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what was freed, instead of returning each large tensor's pages to the system and faulting them in
-    again at the next step: a third of the time of a step whose shapes vary, on CPU (measured).
-    Elsewhere it does nothing."""
+    """Let glibc keep what was freed; with another C library it does nothing.
+
+    Else each large tensor's pages go back to the system and are faulted in again at the next step: a third of the time
+    of a step whose shapes vary, on CPU (measured).
+    """
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
@@ -79,8 +81,7 @@ def processor() -> str:
 
 
 class Run:
-    """One stage's folder: what was asked, what was measured,
-    and the checkpoint that goes on exactly where it stopped."""
+    """One stage's folder, open for logging and saving."""
 
     NOT_COMPARED = ("resume", "fresh", "traceback", "preset", "out")  # how a run is started, not what it computes
 
@@ -166,8 +167,7 @@ class Run:
 
     def save(self, step: int, model: nn.Module, **state) -> None:
         save_checkpoint(self.folder, model, self.tokenizer, stage=self.stage, step=step, dtype=self.dtype,
-                        compile=self.compile,
-                        seconds=self.seconds(), options=self.settings, parents=self.parents,
+                        compile=self.compile, seconds=self.seconds(), options=self.settings, parents=self.parents,
                         template=self.data.template, **state)
 
     def stop_if_asked(self, step: int, save: Callable[[], None]) -> None:

@@ -1,17 +1,17 @@
 """Sampling: write tokens one after another, each drawn from what the model expects next.
 
-    python sample.py --from out/reviews/ppo --prompt "这本书"          complete one prompt, printed as it is written
-    python sample.py --from out/reviews/ppo --chat                      talk to it (Ctrl-C stops an answer, Ctrl-D
-    leaves) python sample.py --from out/reviews/ppo --file prompts.jsonl        one JSON line per prompt, for other
-    programs python sample.py --from out/reviews/sft --best_of 16 --reward_from out/reviews/reward --prompt "这本书"
-    python sample.py --compare out/reviews/sft out/reviews/ppo          the same openings and random numbers, side by
-    side
+    python sample.py --from out/reviews/ppo --prompt "这本书"      complete one prompt, printed as it is written
+    python sample.py --from out/reviews/ppo --chat                 talk: Ctrl-C stops an answer, Ctrl-D leaves
+    python sample.py --from out/reviews/ppo --file prompts.jsonl   one JSON line per prompt, for other programs
+    python sample.py --from out/reviews/sft --prompt "这本书" --best_of 16      the reply its reward model likes best
+    python sample.py --compare out/reviews/sft out/reviews/ppo     same openings and random numbers, one below the other
 
 `generate` is also the rollout engine of PPO: there it draws from the whole softmax at one temperature, nothing else.
 """
 import codecs
 import dataclasses
 import json
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -30,8 +30,7 @@ from reward import RewardModel
 # ---- choosing one token ----------------------------------------------------------------------------------------------
 
 def uniform_numbers(seed: int | Sequence[int], rows: Sequence[int], n: int) -> Tensor:
-    """(len(rows), n) float32 in [0, 1): row b's numbers follow from (seed, rows[b]) alone,
-    whatever shares its batch."""
+    """(len(rows), n) float32 in [0, 1): row b's numbers follow from (seed, rows[b]), whatever shares its batch."""
     seed = [seed] if isinstance(seed, int) else list(seed)
     return torch.from_numpy(np.stack([np.random.default_rng([*seed, int(row)]).random(n, np.float32) for row in rows]))
 
@@ -55,8 +54,9 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 
 def draw(logprobs: Tensor, u: Tensor) -> Tensor:
-    """Inverse transform sampling: the first token whose cumulated probability exceeds u; logprobs (B, V), u (B,) ->
-    (B,).
+    """Inverse transform sampling: the first token whose cumulated probability exceeds u.
+
+    logprobs (B, V), u (B,) in [0, 1) -> (B,).
 
     The last cumulated value is only nearly 1, so u is scaled by it and kept below it; a token of probability 0 is never
     picked, not even by u = 0, because its cumulated value does not exceed its predecessor's.
@@ -80,8 +80,11 @@ def prefill(model: Transformer, tokens: Tensor, mask: Tensor, cache: KVCache) ->
 
 def decode_step(model: Transformer, token: Tensor, position: Tensor, key_mask: Tensor | None, cache: KVCache,
                 span: Tensor) -> Tensor:
-    """One token per row (B,) at position (B,) -> logits (B, V). span: arange(keys so far, this one included);
-    key_mask (B, that many) bool hides the prompts' padding, None where there is none."""
+    """One token per row (B,) at position (B,) -> logits (B, V).
+
+    span: arange(keys so far, this one included); key_mask (B, keys) bool hides the prompts' padding, None where there
+    is none.
+    """
     allowed = None if key_mask is None else key_mask[:, None, None, :]
     return model.head(model.trunk(token[:, None], position[:, None], allowed, cache, span)[:, 0])
 
@@ -122,9 +125,9 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
     rows = range(B) if rows is None else rows
     if batch_size is not None and B > batch_size:
         parts = [generate(model, tokens[i:i + batch_size], mask[i:i + batch_size], R, temperature=temperature,
-                          top_k=top_k,
-                          top_p=top_p, repetition_penalty=repetition_penalty, end_id=end_id, seed=seed,
-                          rows=rows[i:i + batch_size], dtype=dtype, suppress=suppress) for i in range(0, B, batch_size)]
+                          top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, end_id=end_id, seed=seed,
+                          rows=rows[i:i + batch_size], dtype=dtype, suppress=suppress)
+                 for i in range(0, B, batch_size)]
         return Generation(*(torch.cat([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Generation)))
     first = int(mask.any(0).int().argmax())  # columns that are padding in every row
     tokens, mask, P = tokens[:, first:], mask[:, first:], P - first
@@ -217,8 +220,7 @@ class SampleOptions:
     prompt: str = option("", "text to reply to or go on from")
     chat: bool = option(False, "talk: each line is a turn; Ctrl-C stops the answer, Ctrl-D leaves")
     file: str = option("", 'JSON Lines with {"prompt"}: replies are printed as JSON Lines')
-    compare: str = option("",
-                          "two run folders, separated by a comma or as two words: same prompts, same random numbers")
+    compare: str = option("", "two run folders (as two words, or with a comma): same prompts, same random numbers")
     best_of: int = option(1, "draw so many replies and print the one the reward model likes best")
     reward_from: str = option("", "reward model for --best_of; empty: the folder `reward` beside the checkpoint's")
     raw: bool = option(False, "do not put the checkpoint's prompt template around the prompt")
@@ -248,10 +250,9 @@ class Speaker:
     def replies(self, prompts: list[list[int]], rows=None, on_token=None) -> Generation:
         o, t = self.o, self.tokenizer
         return reply_to(self.model, t, prompts, o.max_new_tokens, temperature=o.temperature, top_k=o.top_k,
-                        top_p=o.top_p,
-                        repetition_penalty=o.repetition_penalty, seed=o.seed, rows=rows,
-                        batch_size=None if on_token else 64,
-                        dtype=self.dtype, suppress=[i for i in t.special_ids if i != t.eom_id], on_token=on_token)
+                        top_p=o.top_p, repetition_penalty=o.repetition_penalty, seed=o.seed, rows=rows,
+                        batch_size=None if on_token else 64, dtype=self.dtype,
+                        suppress=[i for i in t.special_ids if i != t.eom_id], on_token=on_token)
 
     def texts(self, prompts: list[list[int]]) -> tuple[list[str], Generation]:
         """One reply to each prompt, as text and as it was generated."""
@@ -301,7 +302,6 @@ def chat(speaker: Speaker) -> None:
 
 def best_of(speaker: Speaker, prompt: str, n: int) -> None:
     """Draw n replies, print them from worst to best by the reward model."""
-    import pathlib
     where = speaker.o.reward_from or str(pathlib.Path(speaker.o.checkpoint).parent / "reward")
     reward_model, _, _ = load_checkpoint(where, speaker.device, RewardModel)
     ids = [speaker.ids(prompt)] * n
@@ -328,10 +328,9 @@ def main(argv: list[str]) -> None:
     for i, word in enumerate(argv):
         if word == "--from" or word.startswith("--from="):  # `from` is a reserved word and cannot be a field
             argv[i] = "--checkpoint" + word[6:]
-    if "--compare" in argv and argv.index("--compare") + 2 < len(argv) and not argv[argv.index("--compare")
-                                                                                    + 2].startswith("-"):
-        i = argv.index("--compare")
-        argv[i + 1:i + 3] = [",".join(argv[i + 1:i + 3])]
+        folders = argv[i + 1:i + 3]
+        if word == "--compare" and len(folders) == 2 and not folders[1].startswith("--"):
+            argv[i + 1:i + 3] = [",".join(folders)]
     o = parse(SampleOptions, argv, "sample.py")
     if not 0 <= o.temperature or not 0 < o.top_p <= 1 or o.top_k < 0 or o.max_new_tokens < 1 or o.best_of < 1:
         raise UserError("temperature and top_k must be at least 0, top_p in (0, 1], max_new_tokens and best_of at "

@@ -54,8 +54,7 @@ class PretrainOptions(Learning):
     batch: int = option(16, "rows per forward and backward", smoke=8, base=32)
     accumulate: int = option(1, "batches per optimizer step", base=8)
     news_share: float = option(0.15, "share of tokens from newspaper text, placed in the first half of training")
-    dialogue_share: float = option(0.3,
-                                   "share of tokens from reviews already in dialogue form; else SFT learns it badly")
+    dialogue_share: float = option(0.3, "share of tokens from reviews in dialogue form; else SFT learns it badly")
     eval_every: int = option(250, "steps between full passes over validation", smoke=30, base=1000)
 
 

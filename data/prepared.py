@@ -52,8 +52,8 @@ class Prepared:
         path = self.folder / f"{stage}_{split}.jsonl"
         if not path.exists():
             raise UserError(f"data set {self.meta['data']} has nothing for the stage {stage}: it holds "
-                            f"{', '.join(self.meta['stages'])}; "
-                            f"a {stage} record has {FIELDS.get(stage, FIELDS['reward'])}")
+                            f"{', '.join(self.meta['stages'])}; a {stage} record has "
+                            f"{FIELDS.get(stage, FIELDS['reward'])}")
         return load_records(path, "reward" if stage == "judge" else stage)
 
     def require_tokenizer(self) -> Tokenizer:

@@ -19,8 +19,7 @@ from typing import Any
 from options import UserError
 
 FIELDS = {"pretrain": "text", "sft": "prompt and response, or messages",
-          "reward": "prompt with response and label or score, or "
-          "chosen and rejected", "ppo": "prompt"}
+          "reward": "prompt with response and label or score, or chosen and rejected", "ppo": "prompt"}
 
 
 def apply_template(template: str, prompt: str) -> str:
@@ -57,8 +56,8 @@ def _check(record: Any, kind: str) -> dict:
         chosen, rejected = (_transcript(record[k]) if isinstance(record[k], str) else None
                             for k in ("chosen", "rejected"))
         if not chosen or not rejected or chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
-            raise ValueError('"chosen" and "rejected" without "prompt" must be transcripts "\\n\\nHuman: '
-                             '…\\n\\nAssistant: …"')
+            raise ValueError('"chosen" and "rejected" without "prompt" must be transcripts '
+                             '"\\n\\nHuman: …\\n\\nAssistant: …"')
         shared = 0  # the turns before the answers differ are the prompt
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
             shared += 1
@@ -84,17 +83,15 @@ def _check(record: Any, kind: str) -> dict:
                 raise ValueError('needs "label" (0 or 1), "score" (a number), or "chosen" and "rejected"')
     for name in ("messages", "prompt"):
         for m in record[name] if isinstance(record.get(name), list) else []:
-            if not isinstance(m, dict) or m.get("role") not in ("system", "user",
-                                                                "assistant") or not isinstance(m.get("content"), str):
-                raise ValueError(f'in "{name}", each message needs "role" (system, user or assistant) and a text as '
-                                 f'"content"')
+            roles = ("system", "user", "assistant")
+            if not isinstance(m, dict) or m.get("role") not in roles or not isinstance(m.get("content"), str):
+                raise ValueError(f'in "{name}", each message needs "role" ({", ".join(roles)}) and a text as "content"')
     json.dumps(record, ensure_ascii=False).encode()  # a lone surrogate raises here, too
     return record
 
 
 def load_records(path: str | os.PathLike, kind: str) -> list[dict]:
-    """Read JSON Lines for a stage (`kind`: pretrain, sft,
-    reward or ppo) and check every line before anything is trained."""
+    """Read JSON Lines for a stage (`kind`: pretrain, sft, reward or ppo); every line is checked."""
     path, records = pathlib.Path(path), []
     try:
         with open(path, encoding="utf-8") as file:

@@ -1,5 +1,4 @@
-"""Text becomes numbers: a byte-level BPE vocabulary that we train ourselves, and the one place where dialogues are
-rendered.
+"""Text becomes numbers: a byte-level BPE vocabulary trained by ourselves, and the one place that renders dialogues.
 
     python -m data.tokenizer show FILE.jsonl --from out/reviews/sft       dialogues with their loss mask in colour
 
@@ -16,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import regex
+import regex  # tiktoken's own dependency: the same classes of characters as in its encoder
 import tiktoken
 from tqdm import tqdm
 
@@ -91,8 +90,7 @@ class Tokenizer:
         expected = ["user", "assistant"] * len(turns)
         if turns != expected[:len(turns)] or not turns or any(not isinstance(m.get("content"), str) for m in messages):
             raise UserError(f"roles {roles}: a dialogue is one optional system message, then user and assistant in "
-                            f"turn, each with "
-                            'a text as "content"')
+                            'turn, each with a text as "content"')
         if (turns[-1] == "user") != reply:
             raise UserError("to be continued, a dialogue must end with the user's message" if reply else
                             "a finished dialogue must end with the assistant's message")
@@ -206,8 +204,7 @@ class _Corpus:
 
 
 def train_chars(text: str) -> Tokenizer:
-    """A vocabulary of the text's own characters, in code-point order: nanoGPT's for Shakespeare,
-    and our special tokens."""
+    """The text's own characters in code-point order, as nanoGPT takes for Shakespeare, and our special tokens."""
     return Tokenizer([c.encode() for c in sorted(set(text))], CHARACTER_PATTERN)
 
 

@@ -338,7 +338,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_step():
     rollout = rollout_of(nets, o)
     before = [p.detach().clone() for p in nets[0].parameters()]
     rollout.advantages[rollout.response_mask] = math.nan
-    with pytest.raises(UserError, match="not finite at update 4"):
+    with pytest.raises(UserError, match="not finite at update 5"):
         update(nets[0], optimizer_of(nets[0]), rollout, o, 4)
     assert all(torch.equal(a, b) for a, b in zip(before, nets[0].parameters(), strict=True))
 
