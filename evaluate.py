@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.batches import pad_left, prompt_ids
+from data.batches import fitting, judged_rows, pad_left, prompt_ids
 from data.prepare import open_data
 from data.prepared import Prepared
 from data.tokenizer import Tokenizer
 from model import Transformer, checkpoint_path, load_checkpoint, pick_device, precision
-from ngrams import NgramClassifier
+from ngrams import NgramClassifier, ngram_classifier, plain_text
 from options import UserError, option, parse, run_main
 from ppo import make_rows, score_tokens, spread
 from reward import RewardModel
@@ -73,12 +73,13 @@ def calibration_error(probs: Sequence[float], labels: Sequence[int], bins: int =
     return float(np.abs(gaps).sum() / len(probs))
 
 
-def bootstrap(measure: Callable[..., float], *arrays: Sequence, n: int = 1000, seed: int = 0,
-              level: float = 0.95) -> tuple[float, float, float]:
+def bootstrap(measure: Callable[..., float], *arrays: Sequence, n: int = 1000, seed: int = 0, level: float = 0.95,
+              basic: bool = False) -> tuple[float, float, float]:
     """(value, low, high): the measure on all texts, and the middle `level` of it over n resamples of the texts.
 
     All arrays are resampled together, so a measure of two systems on the same texts is paired. A resample without a
-    value (all labels the same) is left out.
+    value (all labels the same) is left out. basic: the interval is reflected about the value, for measures that
+    resampling pushes to one side, as it does a calibration error (upwards, and never below 0).
     """
     arrays = _not_empty(*arrays)
     rng, found = np.random.default_rng(seed), []
@@ -89,7 +90,20 @@ def bootstrap(measure: Callable[..., float], *arrays: Sequence, n: int = 1000, s
         except UserError:
             continue
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]) if found else (math.nan, math.nan)
-    return float(measure(*arrays)), float(low), float(high)
+    value = float(measure(*arrays))
+    if basic:
+        low, high = max(0.0, 2 * value - high), 2 * value - low
+    return value, float(low), float(high)
+
+
+def interval(measure: Callable[..., float], *arrays: Sequence, **settings) -> str:
+    """value [low, high], as tables show it."""
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(measure, *arrays, **settings))
+
+
+def positive_share(probs: Sequence[float]) -> float:
+    """Share of texts that a classifier calls liked."""
+    return float((np.asarray(probs) > 0.5).mean())
 
 
 def paired_auc_difference(scores: Sequence[Sequence[float]], baseline: Sequence[float], labels: Sequence[int],
@@ -163,32 +177,6 @@ def table(rows: Sequence[dict], columns: dict[str, str]) -> str:
 
 # ---- judging policies ------------------------------------------------------------------------------------------------
 
-def plain_text(record: dict) -> str:
-    """Opening and reply as one text: what n-gram classifiers read. A list of messages is joined."""
-    prompt = record["prompt"]
-    if isinstance(prompt, list):
-        prompt = "\n".join(m["content"] for m in prompt)
-    return prompt + record["response"]
-
-
-def ngram_classifier(data: Prepared, half: str) -> NgramClassifier:
-    """The n-gram classifier of one half of the people's labels, fitted once and kept beside the data.
-
-    `reward` is the reward model's baseline; `judge` learns from the other half, so that PPO is measured by labels it
-    was never trained against.
-    """
-    path = pathlib.Path(data.folder) / f"ngrams_{half}.pt"
-    if path.exists():
-        return NgramClassifier.from_state(torch.load(path, weights_only=True))
-    records = data.records(half, "train")
-    classifier = NgramClassifier()
-    classifier.fit([plain_text(r) for r in records], [r["label"] for r in records])
-    temporary = path.with_suffix(".tmp")
-    torch.save(classifier.state_dict(), temporary)
-    temporary.replace(path)
-    return classifier
-
-
 @torch.no_grad()
 def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Tokenizer, prompts: Sequence, template: str,
                    *, reward_model: RewardModel | None = None, judge: NgramClassifier | None = None,
@@ -231,33 +219,33 @@ def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Token
 def describe(records: list[dict], rows: list[list[int]], judge: NgramClassifier | None,
              scores: torch.Tensor | None = None) -> dict[str, float]:
     """Length, ends, diversity, and what judge and reward model say; their opinions are added to the records."""
-    metrics = reply_statistics(rows, [r["ended"] for r in records]) | {"distinct2": distinct_n(rows, 2, budget=2000)}
+    metrics = reply_statistics(rows, [r["ended"] for r in records]) | {"distinct2": distinct_n(rows, 2, budget=1000)}
     if judge is not None:
         probs = np.asarray(judge.probs([plain_text({"prompt": r["prompt"], "response": r["reply"]}) for r in records]))
-        metrics |= {"judge": float(probs.mean()), "judged_positive": float((probs > 0.5).mean())}
+        metrics |= {"judge": float(probs.mean()), "judged_positive": positive_share(probs)}
     if scores is not None:
         metrics["raw_score"] = float(scores.mean())
     for i, record in enumerate(records):
-        record |= {} if judge is None else {"judge": round(float(probs[i]), 3)}
+        record |= {} if judge is None else {"judge": round(float(probs[i]), 6)}
         record |= {} if scores is None else {"raw_score": round(float(scores[i]), 3)}
     return metrics
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
 
-COLUMNS = {"name": "", "judged_positive": "judged positive", "raw_score": "raw score", "kl": "KL, nats/reply",
+COLUMNS = {"name": "", "judged": "judged positive", "raw_score": "raw score", "kl_interval": "KL, nats/reply",
            "distinct2": "distinct-2", "length": "length, tokens", "end_rate": "ends", "identical": "identical",
            "short": "under 8 tokens", "ref_perplexity": "reference perplexity"}
 REWARD_COLUMNS = {"name": "", "auc": "AUC", "accuracy": "accuracy", "calibration": "calibration error",
                   "half": "AUC on first halves"}
 
 
-def reference_lines(data: Prepared, tokenizer: Tokenizer, judge: NgramClassifier | None,
-                    reply_len: int) -> list[tuple[str, list, list]]:
-    """What people wrote: liked and disliked test reviews that fit the reply length, as (name, records, rows)."""
+def reference_lines(data: Prepared, tokenizer: Tokenizer, reply_len: int,
+                    split: str = "test") -> list[tuple[str, list, list]]:
+    """What people wrote: liked and disliked reviews that fit the reply length, as (name, records, rows)."""
     lines = []
     for name, label in (("real liked reviews", 1), ("real disliked reviews", 0)):
-        real = [r for r in data.records("reward", "test") if r.get("label") == label]
+        real = [r for r in data.records("reward", split) if r.get("label") == label]
         rows = [[*tokenizer.encode(r["response"]), tokenizer.eom_id] for r in real]
         kept = [(r, row) for r, row in zip(real, rows, strict=True) if len(row) <= reply_len]
         if kept:
@@ -272,36 +260,65 @@ def policy_table(policies: dict[str, Transformer], reference: Transformer, token
                  seed: int = 12345) -> tuple[list[dict], dict[str, list[dict]]]:
     """The rows of the report's table, and every policy's replies: the same held-out openings and random numbers for
     each, and distinct-2 over the same number of bigrams."""
-    prompts = [r["prompt"] for r in data.records("ppo", split)][:n_prompts]
+    room = reference.config.max_len - reply_len
+    prompts = [r["prompt"] for r in fitting(data.records("ppo", split), tokenizer, data.template, room)][:n_prompts]
     judge = ngram_classifier(data, "judge") if data.has("judge") else None
     table_rows, replies, tokens = [], {}, []
     for name, policy in policies.items():
         found, records, rows = measure_policy(policy, reference, tokenizer, prompts, data.template,
                                               reward_model=reward_model, judge=judge, reply_len=reply_len,
                                               temperature=temperature, dtype=dtype, seed=seed)
+        found["kl_interval"] = interval(lambda kl: float(kl.mean()), [r["kl"] for r in records])
         table_rows.append({"name": name, "replies": len(records), **found})
         replies[name] = records
         tokens.append(rows)
     if judge is not None:
-        for name, records, rows in reference_lines(data, tokenizer, judge, reply_len):
+        real = reference_lines(data, tokenizer, reply_len, split)
+        for name, records, rows in real:
             table_rows.append({"name": name, "replies": len(records), **describe(records, rows, judge)})
             tokens.append(rows)
+        for line, records in zip(table_rows, [*replies.values(), *(r for _, r, _ in real)], strict=True):
+            line["judged"] = interval(positive_share, [r["judge"] for r in records])
     budget = min(sum(max(0, len(row) - 1) for row in rows) for rows in tokens)
     for line, rows in zip(table_rows, tokens, strict=True):
         line["distinct2"], line["bigrams"] = distinct_n(rows, 2, budget), budget
     return table_rows, replies
 
 
+def load_reward_model(path: str | os.PathLike, device: str, tokenizer: Tokenizer) -> tuple[RewardModel, int]:
+    """The model, and the longest row it was trained on; it must read the tokenizer's ids."""
+    model, own_tokenizer, state = load_checkpoint(path, device, RewardModel)
+    tokenizer.require_same(own_tokenizer, f"the policy and {path}")
+    return model, min(state["options"]["max_len"], model.config.max_len)
+
+
+def score_reward_model(model: RewardModel, data: Prepared, split: str, tokenizer: Tokenizer,
+                       max_len: int) -> dict[str, list]:
+    """Labels, and the raw scores of reward model and n-gram baseline, for whole texts and replies' first halves.
+
+    Of first halves both read the same text, half of the reply's tokens. Of a whole text the model reads max_len tokens
+    at most, the baseline everything.
+    """
+    records, baseline = data.records("reward", split), ngram_classifier(data, "reward")
+    records = fitting(records, tokenizer, data.template, max_len - 8)
+    whole, half = (judged_rows(records, tokenizer, data.template, max_len, half=half) for half in (False, True))
+    half_replies = [tokenizer.decode(i for i, of_reply in zip(*row, strict=True) if of_reply) for row in half]
+    half_texts = [plain_text(r | {"response": text}) for r, text in zip(records, half_replies, strict=True)]
+    return {"labels": [r["label"] for r in records],
+            "scores": model.score_rows(whole).tolist(), "half_scores": model.score_rows(half).tolist(),
+            "baseline": baseline.logits([plain_text(r) for r in records]).tolist(),
+            "half_baseline": baseline.logits(half_texts).tolist()}
+
+
 def reward_table(scores: dict[str, list]) -> list[dict]:
-    """The reward model and the n-gram baseline on the test texts, each figure with its 95 % interval."""
-    def interval(measure: Callable, *arrays) -> str:
-        return "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(measure, *arrays))
+    """The reward model and the n-gram baseline on the same texts, each figure with its 95 % interval."""
     y, rows = scores["labels"], []
     for name, key, half in (("reward model", "scores", "half_scores"),
                             ("n-gram regression, same labels", "baseline", "half_baseline")):
         probs = 1 / (1 + np.exp(-np.array(scores[key])))
         rows.append({"name": name, "auc": interval(auc, scores[key], y), "accuracy": interval(accuracy, probs, y),
-                     "calibration": interval(calibration_error, probs, y), "half": interval(auc, scores[half], y)})
+                     "calibration": interval(calibration_error, probs, y, basic=True),
+                     "half": interval(auc, scores[half], y)})
     value, low, high = paired_auc_difference([scores["scores"]], scores["baseline"], y)
     rows.append({"name": "difference (paired)", "auc": f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"})
     return rows
@@ -314,7 +331,7 @@ def write_report(data: Prepared, root: pathlib.Path, *, reply_len: int, temperat
     policy, tokenizer, _ = load_checkpoint(root / "ppo", device)
     options = json.loads((root / "ppo" / "config.json").read_text(encoding="utf-8"))["options"]
     reference, _, _ = load_checkpoint(options["init_from"] or root / "sft", device)
-    reward_model, _, _ = load_checkpoint(options["reward_from"] or root / "reward", device, RewardModel)
+    reward_model, reward_max_len = load_reward_model(options["reward_from"] or root / "reward", device, tokenizer)
     rows, replies = policy_table({"SFT": reference, "PPO": policy}, reference, tokenizer, data,
                                  reward_model=reward_model, n_prompts=n_prompts, reply_len=reply_len,
                                  temperature=temperature, dtype=dtype)
@@ -322,9 +339,16 @@ def write_report(data: Prepared, root: pathlib.Path, *, reply_len: int, temperat
     parts = [f"# {root.name}, seed {seed}",
              f"{rows[0]['replies']} held-out openings, one reply of up to {reply_len} tokens each at temperature "
              f"{temperature:g}; distinct-2 over {rows[0]['bigrams']} bigrams each.", table(rows, COLUMNS)]
-    if (path := root / "reward" / "test_scores.json").exists():
-        report["reward"] = reward_table(json.loads(path.read_text()))
-        parts += ["## Reward model on test reviews", table(report["reward"], REWARD_COLUMNS)]
+    if data.has_labels("reward"):
+        scores = score_reward_model(reward_model, data, "test", tokenizer, reward_max_len)
+        (root / "reward_test_scores.json").write_text(json.dumps(scores), encoding="utf-8")
+        report["reward"] = reward_table(scores)
+        parts += [f"## Reward model on {len(scores['labels'])} test texts", table(report["reward"], REWARD_COLUMNS)]
+    if data.has("judge"):
+        judge, records = ngram_classifier(data, "judge"), data.records("reward", "test")
+        probs, labels = judge.probs([plain_text(r) for r in records]), [r["label"] for r in records]
+        parts += [f"The judge itself, on these texts: AUC {interval(auc, probs, labels)}, accuracy "
+                  f"{interval(accuracy, probs, labels)}."]
     before, after = replies["SFT"], replies["PPO"]
     if "judge" in after[0]:
         report["win_rate"] = win_rate([r["judge"] for r in after], [r["judge"] for r in before])
@@ -363,8 +387,8 @@ class EvaluateOptions:
     source: str = option("", "raw files of the data set, instead of downloading them")
     split: str = option("val", "which openings; look at test once, at the end", choices=("val", "test"))
     prompts: int = option(500, "openings")
-    reply_len: int = option(64, "longest reply")
-    temperature: float = option(1.0, "sampling temperature")
+    reply_len: int = option(0, "longest reply; 0: as in the PPO run among the folders, else 64")
+    temperature: float = option(0.0, "sampling temperature; 0: as in the PPO run among the folders, else 1")
     seed: int = option(12345, "random numbers of the replies")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     traceback: bool = option(False, "show where in the code an error arose")
@@ -376,19 +400,27 @@ def main(argv: list[str]) -> None:
     if not folders:
         raise UserError("which checkpoints? python evaluate.py out/reviews/sft out/reviews/ppo")
     device = pick_device(o.device)
-    loaded = {str(f): load_checkpoint(f, device) for f in folders}
-    _, tokenizer, state = next(iter(loaded.values()))
-    reference = load_checkpoint(o.reference or folders[0].parent / "sft", device)[0]
+    names = [o.reference or folders[0].parent / "sft", *folders]
+    (reference, tokenizer, state), *loaded = (load_checkpoint(f, device) for f in names)
+    for name, (_, other, _) in zip(names[1:], loaded, strict=True):
+        tokenizer.require_same(other, f"{names[0]} and {name}")
     where = pathlib.Path(o.reward_from or folders[0].parent / "reward")
     has_reward = o.reward_from or checkpoint_path(where).exists()
-    reward_model = load_checkpoint(where, device, RewardModel)[0] if has_reward else None
+    reward_model, max_len = load_reward_model(where, device, tokenizer) if has_reward else (None, 0)
     options = state["options"]
+    run = {"reply_len": 64, "temperature": 1.0} | {k: v for _, _, s in loaded if s["stage"] == "ppo"
+                                                   for k, v in s["options"].items()}
     data = open_data(o.data or options["data"], source=o.source or options["source"] or None,
                      vocab_size=options["vocab_size"], limit=options["limit"])
-    rows, _ = policy_table({name: model for name, (model, _, _) in loaded.items()}, reference, tokenizer, data,
-                           reward_model=reward_model, n_prompts=o.prompts, reply_len=o.reply_len,
-                           temperature=o.temperature, split=o.split, seed=o.seed)
+    data.meta["template"] = state["template"]  # the one that these checkpoints were trained with
+    policies = {str(f): model for f, (model, _, _) in zip(folders, loaded, strict=True)}
+    rows, _ = policy_table(policies, reference, tokenizer, data, reward_model=reward_model, n_prompts=o.prompts,
+                           reply_len=o.reply_len or run["reply_len"], temperature=o.temperature or run["temperature"],
+                           split=o.split, seed=o.seed)
     print(table(rows, COLUMNS))
+    if reward_model is not None and data.has_labels("reward"):
+        found = score_reward_model(reward_model, data, o.split, tokenizer, max_len)
+        print("\n" + table(reward_table(found), REWARD_COLUMNS))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Fitted on the reward model's half of the labels it is the baseline that a reward model has to beat; on the other half it
 is the judge, which PPO never trains against. It shares nothing with the policy: no tokenizer, no pretraining.
 """
+import pathlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from data.prepared import Prepared
 
 
 class NgramClassifier:
@@ -81,6 +84,9 @@ class NgramClassifier:
         """(n,): P(liked)."""
         return 1 / (1 + np.exp(-self.logits(texts)))
 
+    def settings(self) -> tuple:
+        return self.n_features, self.l2, self.orders
+
     def state_dict(self) -> dict[str, Any]:
         return {"l2": self.l2, "orders": list(self.orders), "idf": self.idf, "weight": self.weight, "bias": self.bias}
 
@@ -89,3 +95,32 @@ class NgramClassifier:
         classifier = cls(len(state["weight"]), state["l2"], state["orders"])
         classifier.idf, classifier.weight, classifier.bias = state["idf"], state["weight"], state["bias"]
         return classifier
+
+
+# ---- baseline and judge ----------------------------------------------------------------------------------------------
+
+def plain_text(record: dict) -> str:
+    """Opening and reply as one text: what n-gram classifiers read. A list of messages is joined."""
+    prompt = record["prompt"]
+    if isinstance(prompt, list):
+        prompt = "\n".join(m["content"] for m in prompt)
+    return prompt + record["response"]
+
+
+def ngram_classifier(data: Prepared, half: str) -> NgramClassifier:
+    """The n-gram classifier of one half of the people's labels, fitted once and kept beside the data.
+
+    `reward` is the reward model's baseline; `judge` learns from the other half, so that PPO is measured by labels it
+    was never trained against.
+    """
+    path, classifier = pathlib.Path(data.folder) / f"ngrams_{half}.pt", NgramClassifier()
+    if path.exists():
+        kept = NgramClassifier.from_state(torch.load(path, weights_only=True))
+        if kept.settings() == classifier.settings():
+            return kept
+    records = data.records(half, "train")
+    classifier.fit([plain_text(r) for r in records], [r["label"] for r in records])
+    temporary = path.with_suffix(".tmp")
+    torch.save(classifier.state_dict(), temporary)
+    temporary.replace(path)
+    return classifier

@@ -86,6 +86,8 @@ def _build(cls: type[T], given: dict[str, Any]) -> T:
               if preset in f.metadata.get("presets", {})}
     options = cls(**{**values, **given})
     options.explicit = frozenset(given)
+    if hasattr(options, "check"):
+        options.check()
     return options
 
 
@@ -196,6 +198,12 @@ class Common:
     fresh: bool = option(False, "forget the run in this folder and start anew")
     traceback: bool = option(False, "show where in the code an error arose")
 
+    def refuse(self, *names: str, why: str) -> None:
+        """What has no effect is an error: none of these may have been given as a flag."""
+        for name in names:
+            if name in getattr(self, "explicit", ()):
+                raise UserError(f"--{name} has no effect {why}")
+
 
 @dataclasses.dataclass
 class Learning(Common):
@@ -211,3 +219,7 @@ class Learning(Common):
     decay: float = option(0.4, "share of the steps, the last ones, over which it falls to 0")
     clip: float = option(1.0, "largest gradient norm")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
+
+    def check(self) -> None:
+        if self.optimizer == "adamw":
+            self.refuse("adam_lr", "muon_steps", why="with --optimizer adamw, which trains everything at --lr")

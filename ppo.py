@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.batches import STAGES, pad_left
+from data.batches import key, pad_left
 from model import Transformer, log_softmax, precision
 from options import Common, UserError, option
 from reward import RewardModel
@@ -52,7 +52,7 @@ class PPOOptions(Common):
                               base=1e-5, source="prototype; MOSS 5e-7 at 7B, lm-human-preferences 1e-5 at 124M")
     critic_lr: float = option(5e-4, "Adam's rate for the critic", base=2e-5, source="prototype; MOSS 1.65e-6 at 7B")
     adam_eps: float = option(1e-5, "Adam's epsilon", source="N+")
-    warmup: float = option(0.05, "share of the updates over which the rates rise", source="MOSS 0.1")
+    warmup: float = option(0.1, "share of the policy's updates over which the rates rise", source="MOSS 0.1")
     final_lr: float = option(0.1, "rates fall linearly to this share of themselves", source="N+: to 0")
     critic: str = option("separate", "separate: own network, a copy of the reward model; shared: a head on the policy",
                          choices=("separate", "shared"), source="separate in MOSS and N+")
@@ -62,11 +62,12 @@ class PPOOptions(Common):
     kl_estimator: str = option("k1", "estimate of KL in the reward", choices=("k1", "k2", "k3"),
                                source="Schulman 2020; k1 in MOSS, N+")
     kl_control: str = option("fixed", "adaptive steers the coefficient towards --kl_target",
-                             choices=("fixed", "adaptive"), source="Ziegler 2019, eq. 4")
+                             choices=("fixed", "adaptive"), source="Ziegler 2019")
     kl_target: float = option(6.0, "nats per reply that adaptive control aims at", source="Ziegler 2019")
     kl_horizon: float = option(10_000, "replies over which adaptive control acts", source="Ziegler 2019")
     gamma: float = option(1.0, "discount per token", source="N+, MOSS")
-    lam: float = option(0.95, "GAE's trade of bias for variance", source="Schulman 2016; N+, MOSS 0.95")
+    lam: float = option(0.95, "GAE's trade of bias for variance",
+                        source="Schulman 2016; N+ and MOSS's code 0.95, its paper 0.9")
     whiten: bool = option(True, "advantages to mean 0, spread 1 over the rollout", source="N+")
     clip_range: float = option(0.2, "policy ratio clip", source="Schulman 2017, N+, MOSS")
     value_clip: float = option(0.2, "value clip around the rollout's values; 0: none", source="N+, MOSS")
@@ -74,11 +75,12 @@ class PPOOptions(Common):
                                source="N+")
     entropy_coef: float = option(0.0, "entropy bonus", source="MOSS: not recommended")
     max_grad_norm: float = option(1.0, "gradient norm at most, for policy and critic each")
-    reward_norm: str = option("sigmoid",
-                              "fixed: the checkpoint's mean and spread; running: divided by the running spread too; "
-                              "sigmoid: 2σ(raw) − 1, bounded", choices=("fixed", "running", "sigmoid"),
-                              source="MOSS: running")
-    reward_clip: float = option(10.0, "scores are clipped to ± this", source="MOSS 10")
+    reward_norm: str = option("auto", "fixed: the checkpoint's mean and spread; running: divided by the running spread "
+                              "too; sigmoid: 2σ(raw) − 1, for reward models trained on labels, whose raw scores are "
+                              "log-odds; auto: sigmoid for these, else fixed",
+                              choices=("auto", "fixed", "running", "sigmoid"), source="MOSS: running")
+    reward_clip: float = option(10.0, "scores are clipped to ± this; those of sigmoid are within ± 1 anyway",
+                                source="MOSS 10")
     end_penalty: float = option(0.5, "subtracted, after the clip, from a reply without end token", source="TRL: 1")
     max_approx_kl: float = option(0.0, "skip the policy's remaining minibatches of an update above this; 0: never",
                                   source="Spinning Up: 0.015")
@@ -96,6 +98,13 @@ class PPOOptions(Common):
             raise UserError(f"ppo: --temperature {self.temperature} must be above 0: greedy replies explore nothing")
         if self.batch % self.minibatches:
             raise UserError(f"ppo: --batch {self.batch} does not divide into --minibatches {self.minibatches}")
+
+    def check(self) -> None:
+        if self.kl_control == "fixed":
+            self.refuse("kl_target", "kl_horizon", why="with --kl_control fixed")
+        if self.critic_warmup >= self.updates:
+            raise UserError(f"ppo: the first {self.critic_warmup} updates train the critic alone (--critic_warmup), so "
+                            f"with --updates {self.updates} the policy would never learn: change one of them")
 
 
 # ---- means over what is real -----------------------------------------------------------------------------------------
@@ -188,7 +197,7 @@ def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: 
 
 
 class KLController:
-    """The price of KL, fixed or steered so that a reply's KL comes near a target (Ziegler 2019, eq. 4)."""
+    """The price of KL, fixed or steered so that a reply's KL comes near a target (Ziegler 2019)."""
 
     def __init__(self, coef: float, target: float | None = None, horizon: float = 10_000):
         self.coef, self.target, self.horizon = coef, target, horizon
@@ -327,7 +336,9 @@ def score_tokens(model: Transformer, hidden: Tensor, targets: Tensor, temperatur
 
 def critic_from(reward_model: RewardModel) -> RewardModel:
     """A copy of the reward model with its constants folded into the head, w/σ and (b − μ)/σ, so that its first values
-    are on the scale of normalised scores; its own constants become 0 and 1, so that they are not applied twice."""
+    are on the scale of normalised scores; its own constants become 0 and 1, so that they are not applied twice. That is
+    exact under --reward_norm fixed; 2σ(raw) − 1 bends the same scale into ± 1, which the critic learns in its warm-up.
+    """
     critic = copy.deepcopy(reward_model).requires_grad_(True)
     with torch.no_grad():
         critic.score_head.weight.div_(critic.std)
@@ -394,7 +405,7 @@ def collect_rollout(actor_critic: ActorCritic, reference: Transformer, reward_mo
     prompt, prompt_mask = (t.to(device) for t in pad_left(prompts, 0))
     start = time.perf_counter()
     reply = generate(actor_critic.policy, prompt, prompt_mask, o.reply_len, temperature=o.temperature, end_id=end_id,
-                     seed=(o.seed, STAGES["ppo"], step))
+                     seed=key(o.seed, "ppo", "reply", step))
     generated = time.perf_counter()
     rollout = Rollout.of(prompt, prompt_mask, reply, end_id, kl_coef)
     for index in rollout.by_length(torch.arange(len(prompts), device=device), o.micro_batch):
@@ -507,7 +518,7 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
                         rollout.returns[index], entropy, mask, n_tokens=n, **weights)
 
     for epoch in range(o.epochs):
-        rng = np.random.default_rng([o.seed, STAGES["ppo"], step, epoch])
+        rng = np.random.default_rng(key(o.seed, "ppo", "minibatch", step, epoch))
         order = torch.from_numpy(rng.permutation(len(rollout.tokens))).to(device)
         for minibatch in order.chunk(o.minibatches):
             n = rollout.response_mask[minibatch].sum()
@@ -525,13 +536,14 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
                 loss.backward()
                 for name, x in metrics.items():
                     parts[name] = parts[name] + x
-            if not torch.isfinite(parts["policy_loss"] + parts["value_loss"]):
-                raise UserError(f"ppo: the loss is not finite at update {step + 1}, epoch {epoch + 1}: policy "
-                                f"{float(parts['policy_loss'])}, value {float(parts['value_loss'])}; the last good "
+            found = {f"{name}_grad_norm": nn.utils.clip_grad_norm_(parameters, o.max_grad_norm)
+                     for name, parameters in groups.items() if name == "critic" or train_policy}
+            if not torch.isfinite(parts["policy_loss"] + parts["value_loss"] + sum(found.values())):
+                said = {name: float(x) for name, x in (parts | found).items() if name.endswith(("_loss", "_norm"))}
+                raise UserError(f"ppo: not finite at update {step + 1}, epoch {epoch + 1}: {said}; the last good "
                                 "checkpoint is kept: lower --policy_lr or --critic_lr")
-            for name, parameters in groups.items():
-                if name == "critic" or train_policy:
-                    norms[f"{name}_grad_norm"].append(nn.utils.clip_grad_norm_(parameters, o.max_grad_norm))
+            for name, norm in found.items():
+                norms[name].append(norm)
             optimizer.step()
             if ratio_start is None and train_policy:
                 ratio_start = float(parts["abs_log_ratio"])

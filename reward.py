@@ -131,6 +131,22 @@ def label_loss(scores: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype))
 
 
+def feedback_kind(record: dict) -> str:
+    """Which of the three losses a record is for."""
+    return "pairwise" if "chosen" in record else "regression" if "score" in record else "label"
+
+
+def feedback_loss(kind: str, scores: Tensor, records: list[dict], label_smoothing: float = 0.0) -> Tensor:
+    """Mean loss of these records; scores: raw, of pairs all chosen replies before all rejected ones."""
+    if kind == "pairwise":
+        chosen, rejected = scores.chunk(2)
+        margin = torch.tensor([r.get("margin", 0.0) for r in records], device=scores.device)
+        return pairwise_loss(chosen, rejected, margin, label_smoothing)
+    if kind == "label":
+        return label_loss(scores, torch.tensor([r["label"] for r in records], device=scores.device))
+    return regression_loss(scores, torch.tensor([r["score"] for r in records], device=scores.device))
+
+
 @dataclasses.dataclass
 class RewardOptions(Learning):
     """`python train.py reward`"""
@@ -148,7 +164,7 @@ class RewardOptions(Learning):
     decay: float = option(0.9, "share of the steps, the last ones, over which it falls to 0")
     dropout: float = option(0.1, "the only place where dropout is on")
     lm_coef: float = option(0.1, "weight of the language-model loss on the same text, per token",
-                            source="MOSS-RLHF part II: keeps the trunk a language model")
+                            source="MOSS-RLHF part I, on the chosen reply: keeps the trunk a language model")
     prefix_share: float = option(0.3, "share of texts cut somewhere, without end token: unfinished replies")
     label_smoothing: float = option(0.0, "share of labels taken to be wrong (pairwise)", source="MOSS-RLHF part II")
     eval_every: int = option(100, "steps between measurements on validation", smoke=10)

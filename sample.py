@@ -303,7 +303,8 @@ def chat(speaker: Speaker) -> None:
 def best_of(speaker: Speaker, prompt: str, n: int) -> None:
     """Draw n replies, print them from worst to best by the reward model."""
     where = speaker.o.reward_from or str(pathlib.Path(speaker.o.checkpoint).parent / "reward")
-    reward_model, _, _ = load_checkpoint(where, speaker.device, RewardModel)
+    reward_model, tokenizer, _ = load_checkpoint(where, speaker.device, RewardModel)
+    tokenizer.require_same(speaker.tokenizer, f"{where} and {speaker.o.checkpoint}")
     ids = [speaker.ids(prompt)] * n
     texts, replies = speaker.texts(ids)
     scores = reward_scores(reward_model, ids, replies)

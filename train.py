@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import json
 import math
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,15 +27,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import evaluate
-from data.batches import (STAGES, PackedDocuments, dialogue_rows, eval_windows, judged_batch, judged_rows, pack_rows,
-                          prompt_ids, rows_at)
+from data.batches import (PackedDocuments, dialogue_rows, eval_windows, fitting, judged_batch, judged_rows, key,
+                          pack_rows, prompt_ids, rows_at)
 from data.prepare import open_data
 from data.prepared import Prepared
 from model import ModelConfig, Transformer, cross_entropy_sum, load_checkpoint, pick_device, precision
+from ngrams import ngram_classifier, plain_text
 from options import Common, Learning, UserError, option, parse, parse_all, run_main
 from ppo import (ActorCritic, KLController, PPOOptions, RunningMoments, collect_rollout, critic_from, rollout_metrics,
                  update)
-from reward import RewardConfig, RewardModel, RewardOptions, label_loss, pairwise_loss, regression_loss
+from reward import RewardConfig, RewardModel, RewardOptions, feedback_kind, feedback_loss
 from run import Interrupt, Interrupted, Run, keep_freed_memory, run_folder
 from sample import reply_texts, reply_to
 
@@ -74,8 +76,8 @@ class SFTOptions(Learning):
 def prepared(o: Common) -> Prepared:
     """The data set, made ready where it is not yet."""
     pick_device(o.device)  # one that is not there is better refused before the preparation than after it
-    if o.data != "reviews" and "limit" in o.explicit:
-        raise UserError(f"--limit has no effect on --data {o.data}: it is for reviews")
+    if o.data != "reviews":
+        o.refuse("limit", why=f"on --data {o.data}: it is for reviews")
     return open_data(o.data, source=o.source or None, vocab_size=o.vocab_size, limit=o.limit)
 
 
@@ -83,19 +85,16 @@ def parent(o: Common, data: Prepared, stage: str, given: str, cls: type = Transf
     """Load a parent checkpoint, the one given by flag or this run's own stage, and say what it fixes."""
     where = given or run_folder(o, stage)
     model, tokenizer, state = load_checkpoint(where, "cpu", cls)
-    c = model.config
+    record, c = pathlib.Path(where) / "config.json", model.config
+    if record.exists() and not json.loads(record.read_text(encoding="utf-8"))["finished"]:
+        raise UserError(f"{where}: its training is not finished (step {state['step']}): go on with `python train.py "
+                        f"{state['stage']} --resume`, or take it as it is by the path of its checkpoint.pt")
     print(f"from {where}: {c.n_layer} layers of width {c.d_model}, at most {c.max_len} tokens, vocabulary of "
           f"{c.vocab_size}")
     if "vocab_size" in o.explicit and data.tokenizer is not None and data.tokenizer.to_state() != tokenizer.to_state():
         raise UserError(f"--vocab_size {o.vocab_size} contradicts {where}, whose vocabulary of {c.vocab_size} tokens "
                         f"is used: leave it out, or pretrain anew")
     return model, tokenizer, state
-
-
-def same_tokenizer(a, b, names: str) -> None:
-    if a.to_state() != b.to_state():
-        raise UserError(f"{names} were made with different tokenizers, so their token ids mean different things: "
-                        "train both from the same pretrained model")
 
 
 # ---- the loop of maximum likelihood ----------------------------------------------------------------------------------
@@ -134,9 +133,9 @@ def restore(optimizers: list[torch.optim.Optimizer], state: dict) -> None:
         optimizer.load_state_dict(saved)
 
 
-def step_seed(seed: int, stage: str, step: int) -> int:
-    """A torch seed for the draws of one step (dropout): from (seed, stage, step) alone."""
-    return int(np.random.SeedSequence([seed, STAGES[stage], step]).generate_state(1)[0])
+def torch_seed(*words) -> int:
+    """A seed for torch's own generators from what `key` takes."""
+    return int(np.random.SeedSequence(key(*words)).generate_state(1)[0])
 
 
 def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterator[tuple[Tensor, int]]],
@@ -161,17 +160,18 @@ def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterat
         for step in range(done, n_steps):
             factor = learning_rate(step, n_steps, o.warmup, o.decay)
             set_learning_rate(optimizers, factor)
-            torch.manual_seed(step_seed(o.seed, run.stage, step))
+            torch.manual_seed(torch_seed(o.seed, run.stage, "dropout", step))
             model.train()
             total = 0.0
             for loss, n in losses(step):
                 loss.backward()
                 total += float(loss.detach())
                 tokens += n
-            if not math.isfinite(total):
-                raise UserError(f"{run.stage}: the loss is {total} at step {step + 1}; the last good checkpoint is "
-                                f"kept: lower --lr ({o.lr:g}) or --adam_lr, or look for damaged records")
-            norm = nn.utils.clip_grad_norm_(model.parameters(), o.clip)
+            norm = float(nn.utils.clip_grad_norm_(model.parameters(), o.clip))
+            if not math.isfinite(total + norm):
+                raise UserError(f"{run.stage}: the loss is {total}, its gradient's norm {norm} at step {step + 1}; the "
+                                f"last good checkpoint is kept: lower --lr ({o.lr:g}) or --adam_lr, or look for "
+                                "damaged records")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -179,7 +179,7 @@ def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterat
             measuring = (step + 1) % o.eval_every == 0 or step + 1 == n_steps
             if measuring or (step + 1) % o.log_every == 0:
                 now = time.perf_counter()
-                metrics = {"loss": total, "lr": factor * o.lr, "grad_norm": float(norm),
+                metrics = {"loss": total, "lr": factor * o.lr, "grad_norm": norm,
                            "tokens_per_s": tokens / (now - since), "seconds": run.seconds()}
                 if measuring:
                     model.eval()
@@ -211,7 +211,7 @@ def pretrain(o: PretrainOptions) -> Run:
                          **{k: getattr(o, k) for k in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "max_len")})
     model = run.model if run.state else Transformer(config)
     if not run.state:
-        model.initialise(step_seed(o.seed, "pretrain", 0))
+        model.initialise(torch_seed(o.seed, "pretrain", "weights"))
     model.to(run.device)
     train, val = data.documents("train"), data.documents("val")
     shares = {0: o.news_share, 1: 1 - o.news_share - o.dialogue_share, 2: o.dialogue_share} if train.parts > 1 else None
@@ -271,15 +271,18 @@ def sft(o: SFTOptions) -> Run:
         return run
     run.tokenizer = tokenizer
     model = (run.model if run.state else model).to(run.device)
-    rows, left_out = dialogue_rows(data.records("sft", "train"), tokenizer, data.template, o.max_len)
-    val_rows, _ = dialogue_rows(data.records("sft", "val"), tokenizer, data.template, o.max_len)
+    longest = min(o.max_len, model.config.max_len)
+    rows, left_out = dialogue_rows(data.records("sft", "train"), tokenizer, data.template, longest)
+    val_rows, _ = dialogue_rows(data.records("sft", "val"), tokenizer, data.template, longest)
+    if not rows or not val_rows:
+        raise UserError(f"sft: no dialogue fits {longest} tokens: raise --max_len, or pretrain with a larger one")
     n_steps = math.ceil(o.epochs * len(rows) / o.batch)
-    print(f"sft: {len(rows)} dialogues ({left_out} of over {o.max_len} tokens left out), {n_steps} steps of {o.batch}",
+    print(f"sft: {len(rows)} dialogues ({left_out} of over {longest} tokens left out), {n_steps} steps of {o.batch}",
           flush=True)
     examples = [r["prompt"] for r in data.records("ppo", "val")[:8]]
 
     def nats(batch) -> tuple[Tensor, int]:
-        tokens, flags, docs, _ = (x.to(run.device) for x in pack_rows(batch, o.max_len))
+        tokens, flags, docs, _ = (x.to(run.device) for x in pack_rows(batch, longest))
         with precision(run.dtype, run.device):
             hidden = model.hidden(tokens, docs=docs)
             return cross_entropy_sum(model, hidden[:, :-1][flags[:, 1:]], tokens[:, 1:][flags[:, 1:]]), int(flags.sum())
@@ -293,7 +296,7 @@ def sft(o: SFTOptions) -> Run:
     def measure(step: int) -> dict[str, float]:
         parts = [nats(val_rows[i:i + 128]) for i in range(0, len(val_rows), 128)]
         ids = [prompt_ids(tokenizer, p, data.template) for p in examples]
-        replies = reply_to(model, tokenizer, ids, min(64, o.max_len // 2), seed=o.seed)
+        replies = reply_to(model, tokenizer, ids, min(64, longest // 2), seed=o.seed)
         texts = reply_texts(tokenizer, replies.tokens, replies.mask)
         run.samples(step, [{"prompt": p, "reply": t} for p, t in zip(examples, texts, strict=True)])
         return {"val_loss": float(sum(x for x, _ in parts)) / sum(n for _, n in parts)}
@@ -304,22 +307,6 @@ def sft(o: SFTOptions) -> Run:
 
 
 # ---- stage 3: the reward model ---------------------------------------------------------------------------------------
-
-def feedback_kind(record: dict) -> str:
-    """Which of the three losses a record is for."""
-    return "pairwise" if "chosen" in record else "regression" if "score" in record else "label"
-
-
-def feedback_loss(kind: str, scores: Tensor, records: list[dict], label_smoothing: float) -> Tensor:
-    """Mean loss of these records; scores: raw, of a pair all chosen replies before all rejected ones."""
-    if kind == "pairwise":
-        chosen, rejected = scores.chunk(2)
-        margin = torch.tensor([r.get("margin", 0.0) for r in records], device=scores.device)
-        return pairwise_loss(chosen, rejected, margin, label_smoothing)
-    if kind == "label":
-        return label_loss(scores, torch.tensor([r["label"] for r in records], device=scores.device))
-    return regression_loss(scores, torch.tensor([r["score"] for r in records], device=scores.device))
-
 
 def train_reward(o: RewardOptions) -> Run:
     """Human feedback becomes a function: the SFT trunk learns to predict what people liked."""
@@ -336,25 +323,28 @@ def train_reward(o: RewardOptions) -> Run:
     else:
         model = RewardModel(RewardConfig(**{**dataclasses.asdict(trunk.config), "pool": o.pool, "dropout": o.dropout}))
         model.backbone.load_state_dict(trunk.state_dict())
-        model.initialise_head(step_seed(o.seed, "reward", 0))
+        model.initialise_head(torch_seed(o.seed, "reward", "weights"))
     model.to(run.device)
     policy = trunk.to(run.device)
-    records, val = data.records("reward", "train"), data.records("reward", "val")
+    render = dict(tokenizer=tokenizer, template=data.template, max_len=min(o.max_len, model.config.max_len))
+    records, val = (fitting(data.records("reward", split), tokenizer, data.template, render["max_len"] - 8)
+                    for split in ("train", "val"))
     kind = feedback_kind(records[0]) if o.loss == "auto" else o.loss
     if kind != feedback_kind(records[0]):
         raise UserError(f"--loss {o.loss} does not fit these records, which are for {feedback_kind(records[0])}: "
                         "use --loss auto")
+    if kind != "pairwise":
+        o.refuse("label_smoothing", why=f"on records for {kind}: it is for pairs")
     n_steps = math.ceil(o.epochs * len(records) / o.batch)
     print(f"reward: {len(records)} records ({kind}), {n_steps} steps of {o.batch}", flush=True)
-    render = dict(tokenizer=tokenizer, template=data.template, max_len=min(o.max_len, model.config.max_len))
 
     def losses(step: int):
-        rng = np.random.default_rng([o.seed, STAGES["reward"], step])
         batch = [records[i] for i in rows_at(len(records), o.batch, step, o.seed, "reward")]
         fields = ("chosen", "rejected") if kind == "pairwise" else ("response",)
-        sides = [judged_rows(batch, **render, field=field, rng=rng, prefix_share=o.prefix_share) for field in fields]
+        sides = [judged_rows(batch, **render, field=field, prefix_share=o.prefix_share,
+                             rng=np.random.default_rng(key(o.seed, "reward", "prefix", step))) for field in fields]
         rows = [row for side in sides for row in side]
-        tokens, flags, docs, where = (x.to(run.device) for x in pack_rows(rows, o.max_len))
+        tokens, flags, docs, where = (x.to(run.device) for x in pack_rows(rows, render["max_len"]))
         _, real, reply = judged_batch(rows, run.device)
         with precision(run.dtype, run.device):
             hidden = model.backbone.hidden(tokens, docs=docs)
@@ -370,13 +360,15 @@ def train_reward(o: RewardOptions) -> Run:
         return reward_measures(model, val[:subset], kind, render, run)
 
     last = fit(run, model, n_steps, losses, measure)
-    if kind == "label":
-        report_reward(model, data, render, run)
-    prompts = data.records("ppo" if data.has("ppo") else "reward", "train")
+    if kind == "label":  # on validation; the test texts are scored once, by the report
+        found = evaluate.score_reward_model(model, data, "val", tokenizer, render["max_len"])
+        print(evaluate.table(evaluate.reward_table(found), evaluate.REWARD_COLUMNS), flush=True)
+    prompts = fitting(data.records("ppo" if data.has("ppo") else "reward", "train"), tokenizer, data.template,
+                      policy.config.max_len - o.reply_len)
     chosen = rows_at(len(prompts), o.norm_replies, 0, o.seed, "reward")
     ids = [prompt_ids(tokenizer, prompts[i]["prompt"], data.template) for i in chosen]
-    replies = reply_to(policy, tokenizer, ids, o.reply_len, temperature=o.temperature, seed=(o.seed, STAGES["reward"]),
-                       batch_size=128)
+    replies = reply_to(policy, tokenizer, ids, o.reply_len, temperature=o.temperature, batch_size=128,
+                       seed=key(o.seed, "reward", "reply"))
     flags = [[False] * len(p) + [True] * int(m.sum()) for p, m in zip(ids, replies.mask, strict=True)]
     written = [t[m].tolist() for t, m in zip(replies.tokens, replies.mask, strict=True)]
     rows = [(p + w, f) for p, w, f in zip(ids, written, flags, strict=True)]
@@ -385,7 +377,8 @@ def train_reward(o: RewardOptions) -> Run:
     texts = reply_texts(tokenizer, replies.tokens, replies.mask)
     run.samples(n_steps, [{"prompt": prompts[i]["prompt"], "reply": texts[k], "raw_score": round(float(raw[k]), 3)}
                           for k, i in enumerate(chosen[:32])])
-    run.save(n_steps, model, measured=last, norm={"temperature": o.temperature, "reply_len": o.reply_len})
+    run.save(n_steps, model, measured=last, feedback=kind,
+             norm={"temperature": o.temperature, "reply_len": o.reply_len})
     run.finish(**last, mean=float(model.mean), std=float(model.std))
     return run
 
@@ -404,21 +397,6 @@ def reward_measures(model: RewardModel, records: list[dict], kind: str, render: 
     return {"val_auc": evaluate.auc(scores, labels), "val_accuracy": evaluate.accuracy(probs, labels)}
 
 
-def report_reward(model: RewardModel, data: Prepared, render: dict, run: Run) -> None:
-    """test_scores.json, for the report: the test texts, whole and first halves, scored by model and n-gram baseline."""
-    records = data.records("reward", "test")
-    baseline = evaluate.ngram_classifier(data, "reward")
-    texts = [evaluate.plain_text(r) for r in records]
-    first_halves = [evaluate.plain_text(r | {"response": r["response"][:len(r["response"]) // 2]}) for r in records]
-    half_rows = judged_rows(records, **render, half=True)
-    result = {"labels": [r["label"] for r in records],
-              "scores": model.score_rows(judged_rows(records, **render), run.dtype).tolist(),
-              "half_scores": model.score_rows(half_rows, run.dtype).tolist(),
-              "baseline": baseline.logits(texts).tolist(), "half_baseline": baseline.logits(first_halves).tolist()}
-    (run.folder / "test_scores.json").write_text(json.dumps(result))
-    print(evaluate.table(evaluate.reward_table(result), evaluate.REWARD_COLUMNS), flush=True)
-
-
 # ---- stage 4: PPO ----------------------------------------------------------------------------------------------------
 
 def train_ppo(o: PPOOptions) -> Run:
@@ -426,7 +404,13 @@ def train_ppo(o: PPOOptions) -> Run:
     data = prepared(o)
     policy, tokenizer, state = parent(o, data, "sft", o.init_from)
     reward_model, reward_tokenizer, reward_state = parent(o, data, "reward", o.reward_from, RewardModel)
-    same_tokenizer(tokenizer, reward_tokenizer, "the policy and the reward model")
+    tokenizer.require_same(reward_tokenizer, "the policy and the reward model")
+    log_odds = reward_state["feedback"] == "label"
+    if o.reward_norm == "auto":
+        o.reward_norm = "sigmoid" if log_odds else "fixed"
+    elif o.reward_norm == "sigmoid" and not log_odds:
+        raise UserError("--reward_norm sigmoid reads raw scores as log-odds, but this reward model learned from "
+                        f"feedback for {reward_state['feedback']}: use fixed or running")
     parents = {"data": data.fingerprint, "init": state["hash"], "reward": reward_state["hash"]}
     run = Run("ppo", o, parents, data, policy.config.d_model)
     if run.finished:
@@ -450,9 +434,11 @@ def train_ppo(o: PPOOptions) -> Run:
     if run.state:
         (critic or actor_critic.value_head).load_state_dict(run.state["critic"])
         optimizer.load_state_dict(run.state["optimizer"])
-    judge = evaluate.ngram_classifier(data, "judge") if data.has("judge") else None
-    prompts = [r["prompt"] for r in data.records("ppo", "train")]
-    held_out = [r["prompt"] for r in data.records("ppo", "val")][:o.eval_prompts]
+    judge = ngram_classifier(data, "judge") if data.has("judge") else None
+    prompts, held_out = ([r["prompt"] for r in fitting(data.records("ppo", split), tokenizer, data.template,
+                                                       policy.config.max_len - o.reply_len)]
+                         for split in ("train", "val"))
+    held_out = held_out[:o.eval_prompts]
     tolerance = 1e-4 if run.dtype == "float32" else 2e-2
     done = run.state.get("step", 0)
 
@@ -475,20 +461,21 @@ def train_ppo(o: PPOOptions) -> Run:
         if done == 0:
             run.log(0, **measure())
         for step in range(done, o.updates):
-            factor = learning_rate(step, o.updates, o.warmup, 1.0, o.final_lr)
+            train_policy, first = step >= o.critic_warmup, o.critic_warmup
+            factor = learning_rate(step - first, o.updates - first, o.warmup, 1.0, o.final_lr) if train_policy else 1.0
             set_learning_rate([optimizer], factor)
             chosen = rows_at(len(prompts), o.batch, step, o.seed, "ppo")
             ids = [prompt_ids(tokenizer, prompts[i], data.template) for i in chosen]
             rollout = collect_rollout(actor_critic, reference, reward_model, ids, o, end_id=tokenizer.eom_id, step=step,
                                       kl_coef=control.coef, moments=moments, dtype=run.dtype)
-            learned = update(actor_critic, optimizer, rollout, o, step, train_policy=step >= o.critic_warmup,
-                             dtype=run.dtype)
+            learned = update(actor_critic, optimizer, rollout, o, step, train_policy=train_policy, dtype=run.dtype)
             metrics = rollout_metrics(rollout) | learned
-            control.update(metrics["kl"], o.batch)
+            if train_policy:
+                control.update(metrics["kl"], o.batch)
             if judge is not None:
                 P = rollout.tokens.shape[1] - rollout.response_mask.shape[1]
                 texts = reply_texts(tokenizer, rollout.tokens[:, P:], rollout.response_mask)
-                probs = judge.probs([evaluate.plain_text({"prompt": prompts[i], "response": text})
+                probs = judge.probs([plain_text({"prompt": prompts[i], "response": text})
                                      for i, text in zip(chosen, texts, strict=True)])
                 metrics |= {"judge": float(probs.mean()), "judged_positive": float((probs > 0.5).mean())}
             for name in ("ratio_start", "sampler_gap"):

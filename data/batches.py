@@ -1,7 +1,8 @@
 """From texts in files to batches of tensors: packing, padding, and the order in which everything is seen.
 
-The order follows from (seed, stage, step or epoch) alone, through `numpy.random.default_rng([…])`. So a resumed run
-needs no random state: it asks for the batch of its next step and gets the one the uninterrupted run would have had.
+The order, like every other draw of a run, follows from (seed, stage, purpose, step or epoch …) alone, through
+`numpy.random.default_rng(key(…))`. So a resumed run needs no random state: it asks for the batch of its next step and
+gets the one the uninterrupted run would have had.
 """
 import functools
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,16 @@ from torch import Tensor
 
 from data.records import apply_template, as_messages
 from data.tokenizer import Tokenizer
+from options import UserError
 
 STAGES = {"pretrain": 1, "sft": 2, "reward": 3, "ppo": 4}
+PURPOSES = {"order": 1, "plan": 2, "window": 3, "weights": 4, "dropout": 5, "prefix": 6, "reply": 7, "minibatch": 8}
+
+
+def key(seed: int, stage: str, purpose: str, *index: int) -> list[int]:
+    """What a draw follows from. Purposes are told apart at a fixed place, so no two share a stream of numbers (numpy
+    ignores zeros at a key's end: [7] and [7, 0] are one stream)."""
+    return [seed, STAGES[stage], PURPOSES[purpose], *index]
 
 
 # ---- order -----------------------------------------------------------------------------------------------------------
@@ -21,7 +30,7 @@ STAGES = {"pretrain": 1, "sft": 2, "reward": 3, "ppo": 4}
 @functools.lru_cache(maxsize=4)
 def epoch_order(n: int, seed: int, stage: str, epoch: int) -> np.ndarray:
     """A permutation of 0…n−1, anew for each epoch."""
-    return np.random.default_rng([seed, STAGES[stage], epoch]).permutation(n)
+    return np.random.default_rng(key(seed, stage, "order", epoch)).permutation(n)
 
 
 def rows_at(n: int, batch: int, step: int, seed: int, stage: str) -> np.ndarray:
@@ -72,22 +81,35 @@ def prompt_ids(tokenizer: Tokenizer, prompt, template: str = "{prompt}", bare: b
     return tokenizer.render_chat(messages, reply=True)[0]
 
 
+def fitting(records: Sequence[dict], tokenizer: Tokenizer, template: str, room: int) -> list[dict]:
+    """The records whose prompt takes at most `room` tokens; how many are left out is said, before any training."""
+    kept = [r for r in records if len(prompt_ids(tokenizer, r["prompt"], template)) <= room]
+    if not kept:
+        raise UserError(f"none of {len(records)} prompts fits: each has over {room} tokens, which is what the model's "
+                        "max_len leaves beside a reply; bring shorter ones, or pretrain with a larger --max_len")
+    if len(kept) < len(records):
+        print(f"{len(records) - len(kept)} of {len(records)} records left out: their prompts have over {room} tokens")
+    return kept
+
+
 def judged_rows(records: list[dict], tokenizer: Tokenizer, template: str, max_len: int, *, field: str = "response",
                 half: bool = False, prefix_share: float = 0.0,
                 rng: np.random.Generator | None = None) -> list[tuple[list[int], list[bool]]]:
     """(ids, reply flags) of each record, as the reward model reads them: exactly the ids of a rollout.
 
     A finished reply ends in <eom>. One cut at max_len, to its first half, or (a share of them, drawn by rng) to a
-    random prefix carries none, like a rollout that ran out of room; its label stays.
+    random prefix carries none, like a rollout that ran out of room; its label stays. Two calls with equal rngs cut the
+    two replies of a pair alike: a finished one against an unfinished one would teach another lesson.
     """
     rows = []
-    for record in records:
+    draws = rng.random((len(records), 2)) if rng is not None else np.ones((len(records), 2))
+    for record, (cut, where) in zip(records, draws, strict=True):
         prompt = prompt_ids(tokenizer, record["prompt"], template)
         reply = tokenizer.encode(record[field]) + [tokenizer.eom_id]
         if half:
             reply = reply[:max(1, (len(reply) - 1) // 2)]
-        elif prefix_share and rng.random() < prefix_share and len(reply) > 2:
-            reply = reply[:rng.integers(1, len(reply) - 1)]
+        elif cut < prefix_share and len(reply) > 2:
+            reply = reply[:1 + int(where * (len(reply) - 2))]
         reply = reply[:max(1, max_len - len(prompt))]
         rows.append((prompt + reply, [False] * len(prompt) + [True] * len(reply)))
     return rows
@@ -144,7 +166,7 @@ class PackedDocuments:
         self.single = len(starts) == 2
         if self.single:
             return
-        lengths, rng = np.diff(starts), np.random.default_rng([seed, STAGES["pretrain"]])
+        lengths, rng = np.diff(starts), np.random.default_rng(key(seed, "pretrain", "plan"))
         present = [int(p) for p in np.unique(part)]
         shares = {p: (shares or {}).get(p, lengths[part == p].sum()) for p in present}
         chosen, places = [], []
@@ -165,7 +187,8 @@ class PackedDocuments:
         """(inputs, targets, docs), each (B, window) int64. docs numbers the documents: attention stays inside one."""
         B, W = self.batch_size, self.window
         if self.single:
-            first = np.random.default_rng([self.seed, STAGES["pretrain"], step]).integers(len(self.tokens) - W, size=B)
+            rng = np.random.default_rng(key(self.seed, "pretrain", "window", step))
+            first = rng.integers(len(self.tokens) - W, size=B)
             rows = torch.from_numpy(np.stack([self.tokens[i:i + W + 1] for i in first]).astype(np.int64))
             return rows[:, :-1], rows[:, 1:], torch.zeros(B, W, dtype=torch.int64)
         begin = step * B * W

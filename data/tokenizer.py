@@ -109,6 +109,12 @@ class Tokenizer:
             add([*newline, self.moss_id, *colon])
         return ids, mask
 
+    def require_same(self, other: "Tokenizer", names: str) -> None:
+        """Two networks that read the same ids must mean the same by them; `names` says whose tokenizers these are."""
+        if self.to_state() != other.to_state():
+            raise UserError(f"{names} were made with different tokenizers, so their token ids mean different things: "
+                            "train both from the same pretrained model")
+
     def to_state(self) -> dict[str, Any]:
         """Plain strings for a checkpoint or JSON file: bytes as latin-1, which is one character a byte."""
         return {"pattern": self.pattern, "ranks": [token.decode("latin-1") for token in self.ranks]}

@@ -15,13 +15,14 @@ QUOTED = "昨天刚刚收到货，包装完整无缺没有任何破损"  # 20 ch
 
 
 def made_up_reviews(liked: bool) -> list[str]:
-    """Some 400 different reviews, put together from phrases."""
+    """Some 400 different reviews, put together from phrases; each opens in its own way."""
     things = ["这本书", "这家酒店", "这台电脑", "房间", "屏幕", "服务员", "早餐", "故事", "键盘", "前台"]
     good, bad = "很好 不错 非常满意 让人喜欢 超出预期".split(), "太差了 很失望 不值这个价 让人生气 质量不行".split()
     good_ends = "，下次还会再来 ，推荐给大家 。值得！ ，性价比高 ，孩子也喜欢 ，物流快 ，五分 ，好评"
     bad_ends = "，不会再来了 ，大家别买 。退货！ ，浪费钱 ，孩子也不喜欢 ，客服不理人 ，一分 ，差评"
     ends = (good_ends if liked else bad_ends).split()
-    return [f"{t}{a}{e}。" for t, a, e in itertools.product(things, good if liked else bad, ends)]
+    phrases = itertools.product(things, good if liked else bad, ends)
+    return [f"{2 * i + liked}号买家：{t}{a}{e}。" for i, (t, a, e) in enumerate(phrases)]
 
 
 @pytest.fixture(scope="session")

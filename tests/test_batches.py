@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import (PackedDocuments, dialogue_rows, epoch_order, eval_windows, pack_rows, pad_left, pad_right,
-                          rows_at)
+from data.batches import (PURPOSES, STAGES, PackedDocuments, dialogue_rows, epoch_order, eval_windows, fitting,
+                          judged_rows, key, pack_rows, pad_left, pad_right, prompt_ids, rows_at)
 from data.tokenizer import train_bpe
+from options import UserError
 
 
 def test_an_epoch_is_a_permutation_of_its_own():
@@ -18,6 +19,13 @@ def test_steps_run_through_epochs_without_gap_or_repeat():
     seen = np.concatenate([rows_at(10, 4, step, 3, "reward") for step in range(5)])
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert list(rows_at(10, 4, 2, 3, "reward")) == list(seen[8:12])  # asked for alone, in any order
+
+
+def test_no_two_purposes_share_their_random_numbers():
+    keys = [key(seed, stage, purpose, *index) for seed in (0, 1) for stage in STAGES for purpose in PURPOSES
+            for index in ((), (3,), (3, 1))]
+    seen = {np.random.default_rng(k).random() for k in keys}
+    assert len(seen) == len(keys)
 
 
 def test_padding_stands_where_it_should():
@@ -119,3 +127,46 @@ def test_packed_rows_lose_nothing_and_are_found_again():
         assert len((docs == i).nonzero()[:, 0].unique()) == 1  # whole, in one window
     assert (docs < 0).float().mean() < .1 and not flags[docs < 0].any()
     assert pack_rows([([1] * 50, [True] * 50)], 32)[0].shape == (1, 50)
+
+
+# ---- what the reward model reads -------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(["好书好看的书"] * 3, 300)
+
+
+def judged(n=200):
+    return [{"prompt": "这", "response": "一二三四五六七八九十"[:2 + i % 9], "label": i % 2} for i in range(n)]
+
+
+def test_a_judged_row_is_prompt_and_reply_and_says_whether_it_was_finished(tokenizer):
+    record = judged()[8]
+    prompt, reply = prompt_ids(tokenizer, record["prompt"], "「{prompt}」"), tokenizer.encode(record["response"])
+
+    def row(**settings):
+        (ids, flags), = judged_rows([record], tokenizer, "「{prompt}」", **{"max_len": 99, **settings})
+        assert ids[:len(prompt)] == prompt and flags == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+        return ids[len(prompt):]
+
+    assert row() == [*reply, tokenizer.eom_id]
+    assert row(half=True) == reply[:len(reply) // 2]
+    assert row(max_len=len(prompt) + 7) == reply[:7]  # cut: no end token
+
+
+def test_a_share_of_the_replies_is_cut_and_the_two_sides_of_a_pair_alike(tokenizer):
+    pairs = [r | {"chosen": r["response"], "rejected": r["response"] + "差"} for r in judged()]
+    sides = [judged_rows(pairs, tokenizer, "{prompt}", 99, field=f, prefix_share=.3, rng=np.random.default_rng(4))
+             for f in ("chosen", "rejected")]
+    cut = [[ids[-1] != tokenizer.eom_id for ids, _ in side] for side in sides]
+    assert cut[0] == cut[1] and .2 < np.mean(cut[0]) < .4
+    assert not any(ids[-1] != tokenizer.eom_id for ids, _ in judged_rows(judged(), tokenizer, "{prompt}", 99))
+    assert min(sum(flags) for _, flags in sides[0]) >= 1
+
+
+def test_prompts_that_leave_no_room_are_left_out_and_counted(tokenizer, capsys):
+    records = [{"prompt": "书"}, {"prompt": "书" * 200}]
+    assert fitting(records, tokenizer, "{prompt}", 50) == records[:1]
+    assert "1 of 2 records left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match="none of 1 prompts fits"):
+        fitting(records[1:], tokenizer, "{prompt}", 50)

@@ -10,6 +10,8 @@ import time
 import pytest
 import torch
 
+from data.prepare import open_data
+from ppo import PPOOptions
 from tests.conftest import ROOT
 
 STAGES = ("pretrain", "sft", "reward", "ppo")
@@ -45,7 +47,7 @@ def root(reviews_source, tmp_path_factory):
     return root
 
 
-def test_one_command_walks_the_whole_road(root):
+def test_one_command_walks_the_whole_road(root, reviews_source):
     for stage in STAGES:
         assert {"checkpoint.pt", "config.json", "metrics.jsonl",
                 "samples.jsonl"} <= {p.name for p in (root / stage).iterdir()}
@@ -55,8 +57,11 @@ def test_one_command_walks_the_whole_road(root):
         assert steps == sorted(set(steps))
     report = json.loads((root / "report.json").read_text(encoding="utf-8"))
     assert [r["name"] for r in report["policies"]] == ["SFT", "PPO", "real liked reviews", "real disliked reviews"]
-    assert len(report["pairs"]) == 10 and (root / "report.md").read_text(encoding="utf-8").startswith("# reviews, "
-                                                                                                      "seed 0")
+    assert len(report["pairs"]) == 10
+    assert (root / "report.md").read_text(encoding="utf-8").startswith("# reviews, seed 0")
+    data = open_data("reviews", source=str(reviews_source), vocab_size=800, limit=800)
+    trained_on, test = ({r["prompt"] for r in data.records("ppo", split)} for split in ("train", "test"))
+    assert {p["prompt"] for p in report["pairs"]} <= test and not test & trained_on
     assert "KL in nats per reply" in (root / "said.txt").read_text(encoding="utf-8")
 
 
@@ -72,7 +77,6 @@ def test_the_policy_moved_and_the_reference_is_the_sft_model(root):
 
 def test_ppo_optimises_the_reward_model_that_was_trained(root, reviews_source):
     """A rival's shipped command optimised a random head. The scores that PPO logged are the trained checkpoint's."""
-    from data.prepare import open_data
     from evaluate import measure_policy
     from model import load_checkpoint
     from reward import RewardModel
@@ -111,7 +115,7 @@ def test_running_again_skips_what_is_done(root, reviews_source):
 
 def test_other_options_in_the_same_place_are_refused_with_the_difference(root, reviews_source):
     done = train("--ppo.kl_coef=.3", source=reviews_source, out=root.parent)
-    assert done.returncode == 2 and "kl_coef was 0.06, is 0.3" in done.stderr
+    assert done.returncode == 2 and f"kl_coef was {PPOOptions.kl_coef}, is 0.3" in done.stderr
     assert "--fresh" in done.stderr and "--out" in done.stderr
     done = train("sft", source=reviews_source, out=root.parent)
     assert done.returncode == 2 and "--resume" in done.stderr
@@ -124,12 +128,32 @@ def copy_parents(root, out, stage):
         (out / "reviews" / s).symlink_to(root / s)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_and_resumed_equals_uninterrupted(root, reviews_source, tmp_path, stage):
+def equal(a, b):
+    """Are two nests of dicts and lists the same, tensors bit by bit?"""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+MORE_STATE = ("--reward_norm=running", "--kl_control=adaptive", "--kl_horizon=50", "--critic=shared")
+
+
+@pytest.mark.parametrize("stage,options", [*((stage, ()) for stage in STAGES), ("ppo", MORE_STATE)])
+def test_killed_and_resumed_equals_uninterrupted(root, reviews_source, tmp_path, stage, options):
+    if options:  # moments, coefficient and value head must come back, too: an uninterrupted run of its own
+        copy_parents(root, tmp_path / "whole", stage)
+        assert train(stage, *options, source=reviews_source, out=tmp_path / "whole").returncode == 0
+        root = tmp_path / "whole" / "reviews"
+        coefficients = [line["kl_coef"] for line in lines(root / stage / "metrics.jsonl") if "kl_coef" in line]
+        assert len(set(coefficients)) > 2
     copy_parents(root, tmp_path, stage)
     folder = tmp_path / "reviews" / stage
-    process = subprocess.Popen([sys.executable, "train.py", stage, "--preset", "smoke", "--source", reviews_source,
-                                "--out", tmp_path],
+    process = subprocess.Popen([sys.executable, "train.py", stage, *options, "--preset", "smoke", "--source",
+                                reviews_source, "--out", tmp_path],
                                cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline and process.poll() is None:
@@ -139,10 +163,15 @@ def test_killed_and_resumed_equals_uninterrupted(root, reviews_source, tmp_path,
     killed_at = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]["step"]
     last = lines(root / stage / "metrics.jsonl")[-1]["step"]
     assert 0 < killed_at < last, "the kill came too late to prove anything"
-    done = train(stage, "--resume", source=reviews_source, out=tmp_path)
+    if stage == "sft":  # what comes next does not build on half a model without being told to
+        refused = train("reward", source=reviews_source, out=tmp_path)
+        assert refused.returncode == 2 and "not finished" in refused.stderr and "sft --resume" in refused.stderr
+    done = train(stage, *options, "--resume", source=reviews_source, out=tmp_path)
     assert done.returncode == 0, done.stderr
-    a, b = weights(root / stage), weights(folder)
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    whole, resumed = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (root / stage, folder))
+    for payload in (whole, resumed):  # the only thing that may differ
+        assert payload["state"].pop("seconds") > 0
+    assert equal(whole, resumed)
     timeless = lambda path: [{k: v for k, v in line.items() if "second" not in k and "per_s" not in k}
                              for line in lines(path)]
     assert timeless(root / stage / "metrics.jsonl") == timeless(folder / "metrics.jsonl")
@@ -194,6 +223,9 @@ def test_checkpoints_can_be_measured_and_plotted(root, reviews_source, tmp_path)
     (["train.py", "ppo", "--kl_coeff=1"], "did you mean --kl_coef"), (["train.py", "rewards"], "did you mean reward"),
     (["train.py", "--data", "review"], "did you mean reviews"), (["train.py", "ppo", "--top_p=.9"], "not on-policy"),
     (["train.py", "pretrain", "--init_from=x"], "no effect"),
+    (["train.py", "ppo", "--kl_target=3"], "no effect with --kl_control fixed"),
+    (["train.py", "ppo", "--updates=2"], "the policy would never learn"),
+    (["train.py", "sft", "--optimizer=adamw", "--adam_lr=.1"], "no effect with --optimizer adamw"),
     (["train.py", "sft", "--preset", "smoke"], "train.py pretrain"),
     (["train.py", "--source", "/nonexistent"], "no such file"),
     (["sample.py", "--from", "/nonexistent", "--prompt", "x"], "no checkpoint"),
@@ -234,9 +266,11 @@ def test_a_loss_that_explodes_stops_names_the_step_and_keeps_the_last_checkpoint
 
 def test_a_users_own_dialogues_and_pairs_train_on_a_pretrained_model(root, tmp_path):
     (tmp_path / "mine").mkdir()
-    write = lambda name, records: (tmp_path / "mine" / name).write_text("".join(json.dumps(r, ensure_ascii=False)
-                                                                                + "\n" for r in records),
-                                                                                encoding="utf-8")
+
+    def write(name: str, records: list[dict]) -> None:
+        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+        (tmp_path / "mine" / name).write_text(text, encoding="utf-8")
+
     write("sft.jsonl", [{"prompt": f"问题{i}", "response": f"回答{i}很好"} for i in range(120)])
     write("reward.jsonl", [{"prompt": f"问题{i}", "chosen": "很好很好", "rejected": f"不好{i}"} for i in range(120)])
     common = ["--preset", "smoke", "--data", tmp_path / "mine", "--out", tmp_path / "out"]
@@ -244,3 +278,7 @@ def test_a_users_own_dialogues_and_pairs_train_on_a_pretrained_model(root, tmp_p
     assert done.returncode == 0, done.stderr
     measured = [line for line in lines(tmp_path / "out/mine/reward/metrics.jsonl") if "val_accuracy" in line]
     assert measured and (tmp_path / "out/mine/report.md").exists()
+    ppo = json.loads((tmp_path / "out/mine/ppo/config.json").read_text(encoding="utf-8"))["options"]
+    assert ppo["reward_norm"] == "fixed"  # a preference's score is no log-odds
+    done = mosslet("train.py", "ppo", *common, "--fresh", "--reward_norm=sigmoid")
+    assert done.returncode == 2 and "log-odds" in done.stderr

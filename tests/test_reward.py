@@ -6,7 +6,8 @@ import torch
 
 from model import ModelConfig
 from options import UserError
-from reward import RewardConfig, RewardModel, label_loss, pairwise_loss, regression_loss
+from reward import (RewardConfig, RewardModel, feedback_kind, feedback_loss, label_loss, pairwise_loss,
+                    regression_loss)
 
 CONFIG = dict(vocab_size=60, n_layer=2, n_head=2, n_kv_head=2, d_model=16, d_ff=32, max_len=32)
 
@@ -55,6 +56,26 @@ def test_last_reads_the_last_real_token_and_mean_the_reply():
 def test_nan_in_a_pad_changes_no_score():
     values, mask = torch.tensor([[1.0, 2, math.nan]]), torch.tensor([[1, 1, 0]]).bool()
     assert reward_model("mean").pool(values, mask).tolist() == [1.5]
+
+
+def test_scores_of_rows_keep_their_order_and_do_not_depend_on_the_batch():
+    model, rng = reward_model("mean"), torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 50, (n,), generator=rng).tolist() for n in (9, 4, 12, 7, 5)]
+    scored = model.score_rows([(ids, [False] * 2 + [True] * (len(ids) - 2)) for ids in texts], batch=2)
+    for ids, score in zip(texts, scored, strict=True):
+        real = torch.ones(1, len(ids), dtype=torch.bool)
+        assert score == pytest.approx(float(model(torch.tensor([ids]), real, torch.arange(len(ids))[None] > 1)[0]),
+                                      abs=1e-5)
+
+
+@pytest.mark.parametrize("record", [{"label": 1}, {"score": 2.5}, {"chosen": "a", "rejected": "b", "margin": .5}])
+def test_each_kind_of_feedback_has_its_loss(record):
+    scores, kind = torch.tensor([.3, -.2]), feedback_kind(record)
+    expected = {"label": lambda: label_loss(scores, torch.tensor([1, 1])),
+                "regression": lambda: regression_loss(scores, torch.tensor([2.5, 2.5])),
+                "pairwise": lambda: pairwise_loss(scores[:1], scores[1:], margin=.5, label_smoothing=.1)}[kind]()
+    found = feedback_loss(kind, scores, [record] * (1 if kind == "pairwise" else 2), .1)
+    assert float(found) == pytest.approx(float(expected))
 
 
 def test_the_end_token_is_read():
