@@ -2,9 +2,9 @@
 
     python evaluate.py out/reviews/sft out/reviews/ppo        the report's table for any checkpoints
 
-From small to large: how well scores agree with labels; intervals by bootstrap; a plain n-gram classifier, as the reward
-model's baseline on one half of the labels and as independent judge on the other; what a set of replies looks like; the
-report. The judge is never trained against: nothing in ppo.py or reward.py knows it.
+From small to large: how well scores agree with labels; intervals by bootstrap; what a set of replies looks like; the
+report. The plain n-gram classifier of ngrams.py serves twice: on one half of the labels as the reward model's baseline,
+on the other half as independent judge. The judge is never trained against: nothing in ppo.py or reward.py knows it.
 """
 import dataclasses
 import json

@@ -25,7 +25,8 @@ from options import UserError
 
 @dataclasses.dataclass
 class ModelConfig:
-    """Shape of a Transformer. The defaults are the demo's: 2.6 million parameters, for two CPU cores."""
+    """Shape of a Transformer. The defaults are the demo's but for max_len: 2.6 million parameters, for two CPU
+    cores."""
 
     vocab_size: int = 4096
     n_layer: int = 4
@@ -84,7 +85,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped queries."""
+    """Causal self-attention with rotary positions and grouped queries: softmax(q kᵀ / √K) v, head by head."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -311,8 +312,9 @@ def pick_device(device: str) -> str:
 def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024, repeats: int = 60) -> tuple[str, str]:
     """(dtype, why). `auto` times one layer's matrix product in float32, and in bfloat16 as autocast would do it.
 
-    On CPUs flags do not tell which is faster (see speed.md: bfloat16 is worth 2.4x on one, and loses on another), and
-    the conversions that autocast adds eat the gain at small widths, so bfloat16 has to win by a clear margin.
+    On CPUs flags do not tell which is faster (of two that have bfloat16 instructions it was worth 2.4x on one and lost
+    on the other), and the conversions that autocast adds eat the gain at small widths, so bfloat16 has to win by a
+    clear margin.
     """
     if dtype != "auto":
         return dtype, "as asked"

@@ -53,6 +53,7 @@ class NgramClassifier:
         return values / length[rows]
 
     def fit(self, texts: Sequence[str], labels: Sequence[int]) -> "NgramClassifier":
+        """Learn from (n) texts and their labels (1 liked, 0 not) by L-BFGS."""
         rows, features, values = self._features(texts)
         documents = torch.bincount(features, minlength=self.n_features)
         self.idf = torch.log((1 + len(texts)) / (1 + documents)) + 1

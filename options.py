@@ -181,7 +181,7 @@ class Common:
     data: str = option("reviews", "data set by name (reviews, shakespeare), or your own .jsonl file or folder")
     source: str = option("", "folder or archive with the data set's raw files, instead of downloading them")
     vocab_size: int = option(4096, "tokens of the vocabulary that is trained on the data, six special ones included",
-                             smoke=800, base=32_000)
+                             smoke=800, base=50_304)
     limit: int = option(0, "use only so many distinct texts; 0: all", smoke=800)
     preset: str = option("demo", "demo: two CPU cores, ten minutes for all; smoke: seconds, for tests; base: one GPU",
                          choices=("smoke", "demo", "base"))

@@ -3,7 +3,9 @@
 One update: `collect_rollout` lets the policy reply to prompts and scores every token with policy, reference, critic and
 reward model; `token_rewards` spreads the score and the KL penalty over tokens; `gae` turns rewards and values into
 advantages; `update` takes several passes over these replies with `ppo_loss`. The loop around it stands in train.py
-(`python train.py ppo`). Papers: Schulman 2016 (GAE), Schulman 2017 (PPO), Ziegler 2019 and MOSS-RLHF (PPO on language).
+(`python train.py ppo`). Papers, by the names that --help uses: Schulman 2016 (GAE), Schulman 2017 (PPO), Schulman 2020
+(estimates of KL), Ziegler 2019 (PPO on language), MOSS (MOSS-RLHF parts I and II), N+ (Huang 2024, "The N+
+implementation details of RLHF with PPO"); TRL is a library. The README's last section says where to find them.
 
 Letters for shapes: B replies, P prompt length, R reply length, T = P + R, M rows of a minibatch, N real reply tokens.
 The home of all shapes is `Rollout`. One convention rules every array (B, R): column t belongs to reply token t; its
@@ -38,8 +40,8 @@ class PPOOptions(Common):
                         "which bfloat16 rounds", choices=("auto", "float32", "bfloat16"), base="auto")
     updates: int = option(30, "rollouts, each followed by the epochs below", smoke=6, base=200)
     batch: int = option(96, "replies per rollout", smoke=8, base=256)
-    reply_len: int = option(64, "longest reply in tokens; one cut there counts as ended, without bootstrap", smoke=16,
-                            base=128)
+    reply_len: int = option(64, "longest reply in tokens; one cut there counts as ended: nothing is added for what "
+                                "might have followed", smoke=16, base=128)
     temperature: float = option(1.0, "of sampling and of every log-probability alike",
                                 source="N+: else the ratio does not start at 1")
     top_k: int = option(0, "refused: PPO must score the distribution it drew from; for chatting only")
@@ -49,8 +51,8 @@ class PPOOptions(Common):
     minibatches: int = option(2, "optimizer steps per pass", source="1 in N+")
     micro_batch: int = option(24, "rows per forward and backward; changes memory and speed, nothing else", base=32)
     policy_lr: float = option(3e-4, "Adam's rate for the policy: small models need far more than the papers' 5e-7",
-                              base=1e-5, source="prototype; MOSS 5e-7 at 7B, lm-human-preferences 1e-5 at 124M")
-    critic_lr: float = option(5e-4, "Adam's rate for the critic", base=2e-5, source="prototype; MOSS 1.65e-6 at 7B")
+                              base=1e-5, source="measured here; MOSS 5e-7 at 7B, Ziegler 2019's code 1e-5 at 124M")
+    critic_lr: float = option(5e-4, "Adam's rate for the critic", base=2e-5, source="measured here; MOSS 1.65e-6 at 7B")
     adam_eps: float = option(1e-5, "Adam's epsilon", source="N+")
     warmup: float = option(0.1, "share of the policy's updates over which the rates rise", source="MOSS 0.1")
     final_lr: float = option(0.1, "rates fall linearly to this share of themselves", source="N+: to 0")
@@ -71,8 +73,8 @@ class PPOOptions(Common):
     whiten: bool = option(True, "advantages to mean 0, spread 1 over the rollout", source="N+")
     clip_range: float = option(0.2, "policy ratio clip", source="Schulman 2017, N+, MOSS")
     value_clip: float = option(0.2, "value clip around the rollout's values; 0: none", source="N+, MOSS")
-    value_coef: float = option(0.1, "weight of the value loss; without effect on a separate critic but for clipping",
-                               source="N+")
+    value_coef: float = option(0.1, "weight of the value loss; of a separate critic Adam divides it out again, unless "
+                                    "--max_grad_norm clips", source="N+")
     entropy_coef: float = option(0.0, "entropy bonus", source="MOSS: not recommended")
     max_grad_norm: float = option(1.0, "gradient norm at most, for policy and critic each")
     reward_norm: str = option("auto", "fixed: the checkpoint's mean and spread; running: divided by the running spread "
@@ -172,7 +174,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
 def shape_scores(raw: Tensor, ended: Tensor, o: PPOOptions, reward_model: RewardModel,
                  moments: RunningMoments) -> Tensor:
     """Raw scores (B,) -> what PPO is paid: normalised, clipped, and only then, so that it always counts, fined for a
-    missing end token. `moments` are updated before use (MOSS), and their mean is kept."""
+    missing end token. `moments` are updated before use (MOSS); only their spread is used, no mean taken off."""
     if o.reward_norm == "sigmoid":
         scores = 2 * torch.sigmoid(raw) - 1
     else:
@@ -218,14 +220,17 @@ class KLController:
 # ---- advantages ------------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=32)
-def _gae_tables(c: float, K: int, n: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Powers of c = γλ for `gae`, from float64: within a block (K, K), over blocks (n, n), from a block's end (K,)."""
-    k, b = torch.arange(K, dtype=torch.float64), torch.arange(n, dtype=torch.float64)
+def _gae_tables(c: float, size: int, n: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Powers of c = γλ for `gae`, from float64, where the exponent is not negative; else 0:
+
+    within[k, t] = c^(k − t), across[i, j] = (c^size)^(i − j − 1), decay[t] = c^(size − t).
+    """
+    k, b = torch.arange(size, dtype=torch.float64), torch.arange(n, dtype=torch.float64)
 
     def powers(base: float, exponent: Tensor) -> Tensor:
         return torch.where(exponent >= 0, base ** exponent.clamp(min=0), 0).float().to(device)
 
-    return powers(c, k[:, None] - k[None, :]), powers(c ** K, b[:, None] - b[None, :] - 1), powers(c, K - k)
+    return powers(c, k[:, None] - k[None, :]), powers(c ** size, b[:, None] - b[None, :] - 1), powers(c, size - k)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -234,25 +239,26 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
         δ_t = r_t + γ V_{t+1} − V_t        A_t = Σ_{k ≥ t} (γλ)^(k−t) δ_k        returns_t = A_t + V_t
 
     (Schulman 2016, eq. 16.) After a reply's last token V is 0: its end is the end, also where it was cut. The mask's
-    True entries are contiguous in each row. The sum is a matrix product with powers of γλ inside blocks of 64 columns,
-    and one more that carries each block's sum to the blocks before it: no loop over time.
+    True entries are contiguous in each row. Most codes walk from right to left, A_t = δ_t + γλ A_{t+1}; the same sums
+    come here without a loop over time: a matrix product with powers of γλ inside blocks of 64 columns, and one more
+    that carries each block's sum to the blocks before it.
 
     >>> r, V = torch.tensor([[-.1, .2, 1.]]), torch.tensor([[.5, .4, .3]])
     >>> [[round(x, 5) for x in t[0].tolist()] for t in gae(r, V, torch.ones(1, 3).bool())]
     [[0.52675, 0.765, 0.7], [1.02675, 1.165, 1.0]]
     """
     B, R = rewards.shape
-    K = 64
-    n = -(-R // K)
+    size = 64  # columns of a block
+    n = -(-R // size)
     values = torch.where(mask, values.float(), 0)
     delta = torch.where(mask, rewards.float(), 0) - values
     delta[:, :-1] += gamma * values[:, 1:]
     delta = torch.where(mask, delta, 0)  # the column before a row's first token looked ahead, too
-    within, across, decay = _gae_tables(gamma * lam, K, n, str(rewards.device))
-    blocks = nn.functional.pad(delta, (0, n * K - R)).view(B, n, K)
-    local = blocks @ within  # (B, n, K): sums that stop at their block's end
+    within, across, decay = _gae_tables(gamma * lam, size, n, str(rewards.device))
+    blocks = nn.functional.pad(delta, (0, n * size - R)).view(B, n, size)
+    local = blocks @ within  # (B, n, size): sums that stop at their block's end
     carry = local[:, :, 0] @ across  # (B, n): the discounted sum of everything after the block
-    advantages = (local + carry[:, :, None] * decay).view(B, n * K)[:, :R]
+    advantages = (local + carry[:, :, None] * decay).view(B, n * size)[:, :R]
     advantages = torch.where(mask, advantages, 0)
     return advantages, torch.where(mask, advantages + values, 0)
 
@@ -457,6 +463,11 @@ def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, values:
         ratio = π(token) / π_old(token)
         L = mean( max(−A · ratio, −A · clip(ratio, 1 ± ε)) )
             + c_v · mean( ½ max((V − G)², (V_clipped − G)²) ) − c_e · mean(H)
+
+    A: advantages, G: returns, V: values, H: entropy, ε: clip_range, c_v: value_coef, c_e: entropy_coef. The policy
+    gradient is ∇J = E[Σ A_t ∇ log π(token_t)], and at ratio 1 the gradient of −A · ratio is −A ∇ log π, its negative.
+    What the ratio adds: the same replies serve for several steps, and once a step has moved a token's ratio beyond
+    1 ± ε in the direction that A asks for, the maximum's gradient is 0 and nothing pulls it further.
 
     Every mean is a sum over the mask divided by n_tokens: the real reply tokens of the whole optimizer step (default:
     of this mask), so that the parts of a minibatch add up to it exactly. The metrics are such means, too.

@@ -166,11 +166,13 @@ class Run:
             file.writelines(json.dumps({"step": step, **r}, ensure_ascii=False) + "\n" for r in records)
 
     def save(self, step: int, model: nn.Module, **state) -> None:
+        """Write the checkpoint after `step` finished steps, with all that the stage needs to go on."""
         save_checkpoint(self.folder, model, self.tokenizer, stage=self.stage, step=step, dtype=self.dtype,
                         compile=self.compile, seconds=self.seconds(), options=self.settings, parents=self.parents,
                         template=self.data.template, **state)
 
     def stop_if_asked(self, step: int, save: Callable[[], None]) -> None:
+        """After Ctrl-C or SIGTERM: save, print the command that goes on, leave."""
         if Interrupt.number:
             save()
             words = [w for w in sys.argv[1:] if w not in ("--resume", "--fresh")]
@@ -180,6 +182,7 @@ class Run:
             raise Interrupted(Interrupt.number)
 
     def finish(self, **summary) -> None:
+        """Mark the run as finished, so that `all` skips it and later stages build on it; print its last figures."""
         self.write_config(finished=True)
         self.finished = True
         text = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
@@ -195,4 +198,5 @@ def data_name(o: Common) -> str:
 
 
 def run_folder(o: Common, stage: str) -> pathlib.Path:
+    """OUT/<data>/<stage>; of stage "" the folder that holds them all."""
     return pathlib.Path(o.out) / data_name(o) / stage

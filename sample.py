@@ -3,7 +3,7 @@
     python sample.py --from out/reviews/ppo --prompt "这本书"      complete one prompt, printed as it is written
     python sample.py --from out/reviews/ppo --chat                 talk: Ctrl-C stops an answer, Ctrl-D leaves
     python sample.py --from out/reviews/ppo --file prompts.jsonl   one JSON line per prompt, for other programs
-    python sample.py --from out/reviews/sft --prompt "这本书" --best_of 16      the reply its reward model likes best
+    python sample.py --from out/reviews/sft --prompt "这本书" --best_of 16      sixteen replies, the best one last
     python sample.py --compare out/reviews/sft out/reviews/ppo     same openings and random numbers, one below the other
 
 `generate` is also the rollout engine of PPO: there it draws from the whole softmax at one temperature, nothing else.
@@ -216,12 +216,14 @@ def reward_scores(reward_model: RewardModel, prompts: Sequence[list[int]], repli
 
 @dataclasses.dataclass
 class SampleOptions:
+    """`python sample.py`"""
+
     checkpoint: str = option("out/reviews/ppo", "checkpoint or folder of a run to sample from (also written --from)")
     prompt: str = option("", "text to reply to or go on from")
     chat: bool = option(False, "talk: each line is a turn; Ctrl-C stops the answer, Ctrl-D leaves")
     file: str = option("", 'JSON Lines with {"prompt"}: replies are printed as JSON Lines')
     compare: str = option("", "two run folders (as two words, or with a comma): same prompts, same random numbers")
-    best_of: int = option(1, "draw so many replies and print the one the reward model likes best")
+    best_of: int = option(1, "draw so many replies and print them from worst to best, by the reward model")
     reward_from: str = option("", "reward model for --best_of; empty: the folder `reward` beside the checkpoint's")
     raw: bool = option(False, "do not put the checkpoint's prompt template around the prompt")
     max_new_tokens: int = option(64, "longest reply, in tokens")
@@ -232,6 +234,7 @@ class SampleOptions:
     seed: int = option(0, "random numbers of the replies")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("float32", "precision of matrix products", choices=("auto", "float32", "bfloat16"))
+    traceback: bool = option(False, "show where in the code an error arose")
 
 
 class Speaker:

@@ -1,7 +1,7 @@
 """The road of RLHF, one command a stage. Without a word it walks the whole of it.
 
     python train.py                 all stages on the default data, then a report
-    python train.py --preset smoke  the same in seconds, to see that everything works
+    python train.py --preset smoke --out out-smoke      the same in seconds, to see that everything works
     python train.py pretrain        read: predict the next token of plain text
     python train.py sft             obey: predict the reply of dialogues
     python train.py reward          judge: predict what people liked
@@ -9,7 +9,8 @@
     python train.py ppo --help      a stage's options, with default, meaning and source
 
 Each stage is one function below. The first three share the loop `fit`; PPO has its own. A stage reads the checkpoint of
-its parents and leaves checkpoint.pt, config.json, metrics.jsonl and samples.jsonl in OUT/<data>/<stage>/.
+its parents and leaves checkpoint.pt, config.json, metrics.jsonl and samples.jsonl in OUT/<data>/<stage>/. Options that
+stages share stand in options.py (`Common`, `Learning`); the folder, its log and how a run goes on in run.py (`Run`).
 """
 import copy
 import dataclasses
@@ -30,7 +31,7 @@ import evaluate
 from data.batches import (PackedDocuments, dialogue_rows, eval_windows, fitting, judged_batch, judged_rows, key,
                           pack_rows, prompt_ids, rows_at)
 from data.prepare import open_data
-from data.prepared import Prepared
+from data.prepared import DIALOGUE, NEWS, REVIEW, Prepared
 from model import ModelConfig, Transformer, cross_entropy_sum, load_checkpoint, pick_device, precision
 from ngrams import ngram_classifier, plain_text
 from options import Common, Learning, UserError, option, parse, parse_all, run_main
@@ -129,6 +130,7 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
 
 
 def restore(optimizers: list[torch.optim.Optimizer], state: dict) -> None:
+    """Give the optimizers their momentum back, where a checkpoint's state has it."""
     for optimizer, saved in zip(optimizers, state.get("optimizers", []), strict=False):
         optimizer.load_state_dict(saved)
 
@@ -214,9 +216,10 @@ def pretrain(o: PretrainOptions) -> Run:
         model.initialise(torch_seed(o.seed, "pretrain", "weights"))
     model.to(run.device)
     train, val = data.documents("train"), data.documents("val")
-    shares = {0: o.news_share, 1: 1 - o.news_share - o.dialogue_share, 2: o.dialogue_share} if train.parts > 1 else None
+    shares = {NEWS: o.news_share, REVIEW: 1 - o.news_share - o.dialogue_share, DIALOGUE: o.dialogue_share}
     batches = PackedDocuments(train.tokens, train.starts, train.part, window=o.window, batch=o.batch * o.accumulate,
-                              total_tokens=o.tokens, seed=o.seed, shares=shares, early={0: 0.5})
+                              total_tokens=o.tokens, seed=o.seed, shares=shares if train.parts > 1 else None,
+                              early={NEWS: 0.5})
     print(f"pretrain: {model.n_parameters() / 1e6:.2f} M parameters, {model.flops_per_token(o.window) / 1e6:.1f} MFLOP "
           f"a token, {batches.n_steps} steps of {o.window * o.batch * o.accumulate} tokens", flush=True)
 
@@ -283,9 +286,10 @@ def sft(o: SFTOptions) -> Run:
 
     def nats(batch) -> tuple[Tensor, int]:
         tokens, flags, docs, _ = (x.to(run.device) for x in pack_rows(batch, longest))
+        learned = flags[:, 1:]  # the state at t predicts token t + 1, so states end one earlier than tokens
         with precision(run.dtype, run.device):
             hidden = model.hidden(tokens, docs=docs)
-            return cross_entropy_sum(model, hidden[:, :-1][flags[:, 1:]], tokens[:, 1:][flags[:, 1:]]), int(flags.sum())
+            return cross_entropy_sum(model, hidden[:, :-1][learned], tokens[:, 1:][learned]), int(flags.sum())
 
     def losses(step: int):
         batch = [rows[i] for i in rows_at(len(rows), o.batch, step, o.seed, "sft")]

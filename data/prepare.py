@@ -28,7 +28,7 @@ from collections.abc import Callable
 import numpy as np
 from tqdm import tqdm
 
-from data.prepared import Prepared
+from data.prepared import DIALOGUE, NEWS, REVIEW, Prepared
 from data.records import FIELDS, as_messages, kind_of, load_records, write_records
 from data.tokenizer import Tokenizer, train_bpe, train_chars
 from options import UserError, option, parse, run_main
@@ -215,7 +215,7 @@ def build_reviews(folder: pathlib.Path, files: dict[str, bytes], vocab_size: int
     records: dict[tuple[str, str], list] = {(stage, s): [] for stage in ("sft", "reward", "ppo")
                                             for s in SPLITS} | {("judge", "train"): []}
     for text in newspaper(news):
-        documents["train"].append((0, [tokenizer.eot_id, *tokenizer.encode(text)]))
+        documents["train"].append((NEWS, [tokenizer.eot_id, *tokenizer.encode(text)]))
     for (text, label), split, half in tqdm(list(zip(reviews, splits, halves, strict=True)), desc="reviews",
                                            unit="review", dynamic_ncols=True, disable=None):
         opening, rest = cut_opening(tokenizer, text)
@@ -223,9 +223,9 @@ def build_reviews(folder: pathlib.Path, files: dict[str, bytes], vocab_size: int
         as_dialogue = short and split == "train" and _stable("form " + text) % 2 == 0
         if as_dialogue:
             ids, _ = tokenizer.render_chat(as_messages({"prompt": opening, "response": rest}, REVIEW_TEMPLATE))
-            documents[split].append((2, [tokenizer.eot_id, *ids]))
+            documents[split].append((DIALOGUE, [tokenizer.eot_id, *ids]))
         else:
-            documents[split].append((1, [tokenizer.eot_id, *tokenizer.encode(text)]))
+            documents[split].append((REVIEW, [tokenizer.eot_id, *tokenizer.encode(text)]))
         n_bytes[split] += len(text.encode())
         if opening:
             judged = {"prompt": opening, "response": rest, "label": label}

@@ -9,10 +9,13 @@ from data.records import FIELDS, load_records
 from data.tokenizer import Tokenizer
 from options import UserError
 
+NEWS, REVIEW, DIALOGUE = 0, 1, 2  # parts of `reviews`: newspaper; plain reviews; reviews in the form of dialogues
+
 
 @dataclasses.dataclass
 class Documents:
-    """Tokens of one split for pretraining: `tokens[starts[i]:starts[i + 1]]` is document i, of part `part[i]`."""
+    """Tokens of one split for pretraining: `tokens[starts[i]:starts[i + 1]]` is document i, of part `part[i]`. In
+    `reviews` and in your own texts every document begins with <|endoftext|>."""
 
     tokens: np.ndarray
     starts: np.ndarray
@@ -53,6 +56,7 @@ class Prepared:
         return self.has(stage) and "label" in self.records(stage, "test")[0]
 
     def records(self, stage: str, split: str) -> list[dict]:
+        """A stage's records of a split (train, val, test); UserError where the data set has none for it."""
         path = self.folder / f"{stage}_{split}.jsonl"
         if not path.exists():
             raise UserError(f"data set {self.meta['data']} has nothing for the stage {stage}: it holds "

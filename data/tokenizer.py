@@ -25,7 +25,8 @@ SPECIAL_TOKENS = ("<|Human|>", "<eoh>", "<|MOSS|>", "<eom>", "<|endoftext|>", "<
 
 # Where merges may never reach across. Runs of Chinese characters; words with their leading space; numbers by three
 # digits; punctuation; white space. Every character belongs to one class (tiktoken silently drops what does not match),
-# and no run is longer than 32 (merging inside a piece takes time quadratic in its length).
+# and no run is longer than 32 (merging inside a piece takes time quadratic in its length). [^\P{L}\p{Han}] is a letter
+# that is not Chinese.
 PATTERN = r"\p{Han}{1,32}| ?[^\P{L}\p{Han}]{1,32}|\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,32}|\s{1,32}"
 CHARACTER_PATTERN = r"(?s:.)"
 
@@ -200,10 +201,10 @@ class _Corpus:
         if pair[0] == pair[1]:  # in a run of equal ids take every second place: aaa is (aa)a
             n = np.arange(len(at))
             at = at[(n - np.maximum.accumulate(np.where(np.diff(at, prepend=-2) != 1, n, 0))) % 2 == 0]
-        changed = self._count(np.unique(np.concatenate((at - 1, at, at + 1))), -1)
+        changed = self._count(np.unique(np.concatenate((at - 1, at, at + 1))), -1)  # pairs that touch a match go
         self.ids[at] = new
         keep = np.ones(len(self.ids), bool)
-        keep[at + 1] = False
+        keep[at + 1] = False  # its right half goes, and all that follows moves up
         self.ids, self.weights = self.ids[keep], self.weights[keep]
         at = at - np.arange(len(at))
         return changed | self._count(np.unique(np.concatenate((at - 1, at))), 1)
