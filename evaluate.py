@@ -22,6 +22,7 @@ import torch
 from data.batches import fitting, judged_rows, pad_left, prompt_ids
 from data.prepare import open_data
 from data.prepared import Prepared
+from data.records import replace_text
 from data.tokenizer import Tokenizer
 from model import Transformer, checkpoint_path, load_checkpoint, pick_device, precision
 from ngrams import NgramClassifier, ngram_classifier, plain_text
@@ -233,19 +234,20 @@ def describe(records: list[dict], rows: list[list[int]], judge: NgramClassifier 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
 
-COLUMNS = {"name": "", "judged": "judged positive", "raw_score": "raw score", "kl_interval": "KL, nats/reply",
-           "distinct2": "distinct-2", "length": "length, tokens", "end_rate": "ends", "identical": "identical",
-           "short": "under 8 tokens", "ref_perplexity": "reference perplexity"}
+COLUMNS = {"name": "", "replies": "replies", "judged": "judged positive", "raw_score": "raw score",
+           "kl_interval": "KL, nats/reply", "distinct2": "distinct-2", "length": "length, tokens", "end_rate": "ends",
+           "identical": "identical", "short": "under 8 tokens", "ref_perplexity": "reference perplexity"}
 REWARD_COLUMNS = {"name": "", "auc": "AUC", "accuracy": "accuracy", "calibration": "calibration error",
                   "half": "AUC on first halves"}
 
 
 def reference_lines(data: Prepared, tokenizer: Tokenizer, reply_len: int,
                     split: str = "test") -> list[tuple[str, list, list]]:
-    """What people wrote: liked and disliked reviews that fit the reply length, as (name, records, rows)."""
-    lines = []
+    """What people wrote: liked and disliked reviews that fit the reply length, and whose openings are among those held
+    out for policies, as (name, records, rows)."""
+    lines, openings = [], {r["prompt"] for r in data.records("ppo", split)}
     for name, label in (("real liked reviews", 1), ("real disliked reviews", 0)):
-        real = [r for r in data.records("reward", split) if r.get("label") == label]
+        real = [r for r in data.records("reward", split) if r.get("label") == label and r["prompt"] in openings]
         rows = [[*tokenizer.encode(r["response"]), tokenizer.eom_id] for r in real]
         kept = [(r, row) for r, row in zip(real, rows, strict=True) if len(row) <= reply_len]
         if kept:
@@ -337,8 +339,9 @@ def write_report(data: Prepared, root: pathlib.Path, *, reply_len: int, temperat
                                  temperature=temperature, dtype=dtype)
     report: dict[str, Any] = {"seconds": {}, "policies": rows, "seed": seed}
     parts = [f"# {root.name}, seed {seed}",
-             f"{rows[0]['replies']} held-out openings, one reply of up to {reply_len} tokens each at temperature "
-             f"{temperature:g}; distinct-2 over {rows[0]['bigrams']} bigrams each.", table(rows, COLUMNS)]
+             f"One reply of up to {reply_len} tokens to each of {rows[0]['replies']} held-out openings, at temperature "
+             f"{temperature:g}, beside what people wrote; distinct-2 over {rows[0]['bigrams']} bigrams each.",
+             table(rows, COLUMNS)]
     if data.has_labels("reward"):
         scores = score_reward_model(reward_model, data, "test", tokenizer, reward_max_len)
         (root / "reward_test_scores.json").write_text(json.dumps(scores), encoding="utf-8")
@@ -361,12 +364,11 @@ def write_report(data: Prepared, root: pathlib.Path, *, reply_len: int, temperat
     for stage in ("pretrain", "sft", "reward", "ppo"):
         if (path := root / stage / "config.json").exists():
             report["seconds"][stage] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
-    report["seconds"]["all"] = round(seconds, 1)
+    report["seconds"]["all"] = round(max(seconds, sum(report["seconds"].values())), 1)  # also after a resume
     parts += ["## Seconds", ", ".join(f"{k} {v:.0f}" for k, v in report["seconds"].items())]
     for name, text in (("report.json", json.dumps(report, indent=1, ensure_ascii=False)),
                        ("report.md", "\n\n".join(parts) + "\n")):
-        (root / name).with_suffix(".tmp").write_text(text, encoding="utf-8")
-        os.replace((root / name).with_suffix(".tmp"), root / name)
+        replace_text(root / name, text)
     print("\n" + "\n\n".join(parts))
     lines = [json.loads(line) for line in (root / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for key, title in (("score", "reward per reply, by update"), ("kl", "KL in nats per reply, by update")):
@@ -386,10 +388,10 @@ class EvaluateOptions:
     data: str = option("", "data set of the openings; empty: the checkpoint's")
     source: str = option("", "raw files of the data set, instead of downloading them")
     split: str = option("val", "which openings; look at test once, at the end", choices=("val", "test"))
-    prompts: int = option(500, "openings")
-    reply_len: int = option(0, "longest reply; 0: as in the PPO run among the folders, else 64")
-    temperature: float = option(0.0, "sampling temperature; 0: as in the PPO run among the folders, else 1")
-    seed: int = option(12345, "random numbers of the replies")
+    prompts: int = option(500, "openings", low=1)
+    reply_len: int = option(0, "longest reply; 0: as in the PPO run among the folders, else 64", low=0)
+    temperature: float = option(0.0, "sampling temperature; 0: as in the PPO run among the folders, else 1", low=0)
+    seed: int = option(12345, "random numbers of the replies", low=0)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     traceback: bool = option(False, "show where in the code an error arose")
 

@@ -292,8 +292,11 @@ def cross_entropy_sum(model: Transformer, hidden: Tensor, targets: Tensor, chunk
     """Maximum likelihood: Σ −log π(target | context) in nats; hidden (N, D) at the positions before targets (N,)."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    weight = model.output_weight
+    if not torch.is_grad_enabled():  # the function itself cannot see that no gradient is wanted
+        hidden, weight = hidden.detach(), weight.detach()
     with torch.autocast(device, enabled=False):
-        return ChunkedCrossEntropy.apply(hidden, model.output_weight, targets, chunk, dtype)
+        return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, dtype)
 
 
 # ---- devices and precision -------------------------------------------------------------------------------------------

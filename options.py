@@ -20,12 +20,13 @@ class UserError(Exception):
     """Something that the user can mend: one line that says what is wrong, where, and how to mend it."""
 
 
-def option(default: Any, help: str, *, source: str = "", choices: tuple | None = None, smoke: Any = None,
-           base: Any = None) -> Any:
-    """A dataclass field with what --help says of it, and its values under --preset smoke and base where they differ."""
+def option(default: Any, help: str, *, source: str = "", choices: tuple | None = None, low: float | None = None,
+           high: float | None = None, smoke: Any = None, base: Any = None) -> Any:
+    """A dataclass field with what --help says of it, the choices or the range (both ends allowed) that a flag's value
+    must come from, and its values under --preset smoke and base where they differ."""
     presets = {name: value for name, value in (("smoke", smoke), ("base", base)) if value is not None}
     return dataclasses.field(default=default, metadata={"help": help, "source": source, "choices": choices,
-                                                        "presets": presets})
+                                                        "low": low, "high": high, "presets": presets})
 
 
 def as_dict(options: Any) -> dict[str, Any]:
@@ -50,6 +51,10 @@ def _convert(field: dataclasses.Field, text: str | None, flag: str) -> Any:
         raise UserError(f"{flag}: {text!r} is not {wanted}") from None
     if choices and value not in choices:
         raise UserError(f"{flag}: {text!r} is not one of {', '.join(map(str, choices))}")
+    low, high = field.metadata.get("low"), field.metadata.get("high")
+    if not ((low is None or value >= low) and (high is None or value <= high)):  # so that nan is refused, too
+        wanted = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+        raise UserError(f"{flag}: {text} is out of range: {' and '.join(wanted)}")
     return value
 
 
@@ -105,6 +110,8 @@ def _help(classes: dict[str, type], prog: str) -> str:
             m = f.metadata
             values = ", ".join([f"default {f.default!r}", *(f"{k} {v!r}" for k, v in m.get("presets", {}).items())])
             choices = f" {{{','.join(map(str, m['choices']))}}}" if m.get("choices") else ""
+            low, high = m.get("low"), m.get("high")
+            values += f", from {low}" * (low is not None) + f" to {high}" * (high is not None)
             source = f" [{m['source']}]" if m.get("source") else ""
             lines.append(f"  --{prefix}{f.name}{choices} ({values})\n        {m.get('help', '')}{source}")
     return "\n".join(lines)
@@ -174,35 +181,42 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
 
 # ---- what every stage, and every stage of maximum likelihood, understands --------------------------------------------
 
+class Options:
+    """Base of the options' dataclasses. `explicit`: the names that were given as flags."""
+
+    explicit: frozenset[str] = frozenset()
+
+    def refuse(self, *names: str, why: str) -> None:
+        """What has no effect is an error: none of these may have been given as a flag."""
+        for name in names:
+            if name in self.explicit:
+                raise UserError(f"--{name} has no effect {why}")
+
+
 @dataclasses.dataclass
-class Common:
+class Common(Options):
     """Options of all stages."""
 
     data: str = option("reviews", "data set by name (reviews, shakespeare), or your own .jsonl file or folder")
     source: str = option("", "folder or archive with the data set's raw files, instead of downloading them")
     vocab_size: int = option(4096, "tokens of the vocabulary that is trained on the data, six special ones included",
-                             smoke=800, base=50_304)
-    limit: int = option(0, "use only so many distinct texts; 0: all", smoke=800)
+                             smoke=800, base=50_304, low=262)
+    limit: int = option(0, "use only so many distinct texts; 0: all", smoke=800, low=0)
     preset: str = option("demo", "demo: two CPU cores, ten minutes for all; smoke: seconds, for tests; base: one GPU",
                          choices=("smoke", "demo", "base"))
     out: str = option("out", "runs are kept in OUT/<data>/<stage>/")
     init_from: str = option("", "checkpoint to start from instead of this run's own parent stage; in PPO policy and "
                                 "reference")
     reward_from: str = option("", "reward model for PPO instead of this run's own")
-    seed: int = option(0, "decides every random draw")
+    seed: int = option(0, "decides every random draw", low=0)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "precision of matrix products; auto measures", choices=("auto", "float32", "bfloat16"))
-    compile: str = option("auto", "torch.compile for training; auto: off at present", choices=("auto", "on", "off"))
-    save_every: int = option(200, "steps (PPO: updates) between checkpoints", smoke=5)
+    compile: str = option("auto", "torch.compile for the first three stages; auto: off at present",
+                          choices=("auto", "on", "off"))
+    save_every: int = option(200, "steps (PPO: updates) between checkpoints", smoke=5, low=1)
     resume: bool = option(False, "go on where the run in this folder stopped")
     fresh: bool = option(False, "forget the run in this folder and start anew")
     traceback: bool = option(False, "show where in the code an error arose")
-
-    def refuse(self, *names: str, why: str) -> None:
-        """What has no effect is an error: none of these may have been given as a flag."""
-        for name in names:
-            if name in getattr(self, "explicit", ()):
-                raise UserError(f"--{name} has no effect {why}")
 
 
 @dataclasses.dataclass
@@ -211,14 +225,14 @@ class Learning(Common):
 
     optimizer: str = option("muon", "muon: block matrices by Muon, the rest by AdamW; adamw: all by AdamW",
                             choices=("muon", "adamw"), source="Jordan 2024; Loshchilov 2019")
-    muon_steps: int = option(3, "Newton-Schulz iterations of Muon", source="measured: 3 learn as well as 5 here")
-    lr: float = option(0.02, "learning rate of block matrices (Muon), or of all (AdamW)", base=0.01)
-    adam_lr: float = option(0.01, "learning rate of embeddings, norms and heads, by AdamW", base=0.003)
-    weight_decay: float = option(0.0, "decoupled weight decay of block matrices", source="Loshchilov 2019")
-    warmup: float = option(0.03, "share of the steps over which the learning rate rises")
-    decay: float = option(0.4, "share of the steps, the last ones, over which it falls to 0")
-    clip: float = option(1.0, "largest gradient norm")
-    log_every: int = option(10, "steps between lines of metrics.jsonl")
+    muon_steps: int = option(3, "Newton-Schulz iterations of Muon", source="measured: 3 learn as well as 5 here", low=1)
+    lr: float = option(0.02, "learning rate of block matrices (Muon), or of all (AdamW)", base=0.01, low=0)
+    adam_lr: float = option(0.01, "learning rate of embeddings, norms and heads, by AdamW", base=0.003, low=0)
+    weight_decay: float = option(0.0, "decoupled weight decay of block matrices", source="Loshchilov 2019", low=0)
+    warmup: float = option(0.03, "share of the steps over which the learning rate rises", low=0, high=1)
+    decay: float = option(0.4, "share of the steps, the last ones, over which it falls to 0", low=0, high=1)
+    clip: float = option(1.0, "largest gradient norm", low=0)
+    log_every: int = option(10, "steps between lines of metrics.jsonl", low=1)
 
     def check(self) -> None:
         if self.optimizer == "adamw":

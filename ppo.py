@@ -38,58 +38,65 @@ class PPOOptions(Common):
     dtype: str = option("float32",
                         "precision of matrix products; the ratio is a small difference of log-probabilities, "
                         "which bfloat16 rounds", choices=("auto", "float32", "bfloat16"), base="auto")
-    updates: int = option(30, "rollouts, each followed by the epochs below", smoke=6, base=200)
-    batch: int = option(96, "replies per rollout", smoke=8, base=256)
+    compile: str = option("auto", "PPO runs eagerly at present, because its shapes vary", choices=("auto", "off"))
+    updates: int = option(30, "rollouts, each followed by the epochs below", smoke=6, base=200, low=1)
+    batch: int = option(96, "replies per rollout", smoke=8, base=256, low=1)
     reply_len: int = option(64, "longest reply in tokens; one cut there counts as ended: nothing is added for what "
-                                "might have followed", smoke=16, base=128)
+                                "might have followed", smoke=16, base=128, low=1)
     temperature: float = option(1.0, "of sampling and of every log-probability alike",
                                 source="N+: else the ratio does not start at 1")
     top_k: int = option(0, "refused: PPO must score the distribution it drew from; for chatting only")
     top_p: float = option(1.0, "refused, as top_k")
     repetition_penalty: float = option(1.0, "refused, as top_k")
-    epochs: int = option(2, "passes over a rollout", source="4 in N+; MOSS 1")
-    minibatches: int = option(2, "optimizer steps per pass", source="1 in N+")
-    micro_batch: int = option(24, "rows per forward and backward; changes memory and speed, nothing else", base=32)
+    epochs: int = option(2, "passes over a rollout", source="4 in N+; MOSS 1", low=1)
+    minibatches: int = option(2, "optimizer steps per pass", source="1 in N+", low=1)
+    micro_batch: int = option(24, "rows per forward and backward; changes memory and speed, nothing else", base=32,
+                              low=1)
     policy_lr: float = option(3e-4, "Adam's rate for the policy: small models need far more than the papers' 5e-7",
-                              base=1e-5, source="measured here; MOSS 5e-7 at 7B, Ziegler 2019's code 1e-5 at 124M")
-    critic_lr: float = option(5e-4, "Adam's rate for the critic", base=2e-5, source="measured here; MOSS 1.65e-6 at 7B")
-    adam_eps: float = option(1e-5, "Adam's epsilon", source="N+")
-    warmup: float = option(0.1, "share of the policy's updates over which the rates rise", source="MOSS 0.1")
-    final_lr: float = option(0.1, "rates fall linearly to this share of themselves", source="N+: to 0")
+                              base=1e-5, source="measured here; MOSS 5e-7 at 7B, Ziegler 2019's code 1e-5 at 124M",
+                              low=0)
+    critic_lr: float = option(5e-4, "Adam's rate for the critic", base=2e-5, source="measured here; MOSS 1.65e-6 at 7B",
+                              low=0)
+    adam_eps: float = option(1e-5, "Adam's epsilon", source="N+", low=0)
+    warmup: float = option(0.1, "share of the policy's updates over which the rates rise", source="MOSS 0.1",
+                           low=0, high=1)
+    final_lr: float = option(0.1, "rates fall linearly to this share of themselves", source="N+: to 0", low=0, high=1)
     critic: str = option("separate", "separate: own network, a copy of the reward model; shared: a head on the policy",
                          choices=("separate", "shared"), source="separate in MOSS and N+")
-    critic_warmup: int = option(2, "first updates that train the critic alone", smoke=1, source="MOSS-RLHF part I")
+    critic_warmup: int = option(2, "first updates that train the critic alone", smoke=1, source="MOSS-RLHF part I",
+                                low=0)
     kl_coef: float = option(0.06, "price of one nat away from the reference",
-                            source="MOSS 0.05, swept .05 to .2; N+ 0.05")
+                            source="MOSS 0.05, swept .05 to .2; N+ 0.05", low=0)
     kl_estimator: str = option("k1", "estimate of KL in the reward", choices=("k1", "k2", "k3"),
                                source="Schulman 2020; k1 in MOSS, N+")
     kl_control: str = option("fixed", "adaptive steers the coefficient towards --kl_target",
                              choices=("fixed", "adaptive"), source="Ziegler 2019")
-    kl_target: float = option(6.0, "nats per reply that adaptive control aims at", source="Ziegler 2019")
-    kl_horizon: float = option(10_000, "replies over which adaptive control acts", source="Ziegler 2019")
-    gamma: float = option(1.0, "discount per token", source="N+, MOSS")
+    kl_target: float = option(6.0, "nats per reply that adaptive control aims at", source="Ziegler 2019", low=0.01)
+    kl_horizon: float = option(10_000, "replies over which adaptive control acts", source="Ziegler 2019", low=1)
+    gamma: float = option(1.0, "discount per token", source="N+, MOSS", low=0, high=1)
     lam: float = option(0.95, "GAE's trade of bias for variance",
-                        source="Schulman 2016; N+ and MOSS's code 0.95, its paper 0.9")
+                        source="Schulman 2016; N+ and MOSS's code 0.95, its paper 0.9", low=0, high=1)
     whiten: bool = option(True, "advantages to mean 0, spread 1 over the rollout", source="N+")
-    clip_range: float = option(0.2, "policy ratio clip", source="Schulman 2017, N+, MOSS")
-    value_clip: float = option(0.2, "value clip around the rollout's values; 0: none", source="N+, MOSS")
+    clip_range: float = option(0.2, "policy ratio clip", source="Schulman 2017, N+, MOSS", low=0)
+    value_clip: float = option(0.2, "value clip around the rollout's values; 0: none", source="N+, MOSS", low=0)
     value_coef: float = option(0.1, "weight of the value loss; of a separate critic Adam divides it out again, unless "
-                                    "--max_grad_norm clips", source="N+")
+                                    "--max_grad_norm clips", source="N+", low=0)
     entropy_coef: float = option(0.0, "entropy bonus", source="MOSS: not recommended")
-    max_grad_norm: float = option(1.0, "gradient norm at most, for policy and critic each")
+    max_grad_norm: float = option(1.0, "gradient norm at most, for policy and critic each", low=0)
     reward_norm: str = option("auto", "fixed: the checkpoint's mean and spread; running: divided by the running spread "
                               "too; sigmoid: 2σ(raw) − 1, for reward models trained on labels, whose raw scores are "
                               "log-odds; auto: sigmoid for these, else fixed",
                               choices=("auto", "fixed", "running", "sigmoid"), source="MOSS: running")
     reward_clip: float = option(10.0, "scores are clipped to ± this; those of sigmoid are within ± 1 anyway",
-                                source="MOSS 10")
-    end_penalty: float = option(0.5, "subtracted, after the clip, from a reply without end token", source="TRL: 1")
+                                source="MOSS 10", low=0)
+    end_penalty: float = option(0.5, "subtracted, after the clip, from a reply without end token", source="TRL: 1",
+                                low=0)
     max_approx_kl: float = option(0.0, "skip the policy's remaining minibatches of an update above this; 0: never",
-                                  source="Spinning Up: 0.015")
-    save_every: int = option(10, "updates between checkpoints", smoke=1)
-    eval_every: int = option(10, "updates between measurements on held-out prompts", smoke=2, base=20)
-    eval_prompts: int = option(128, "held-out prompts measured then", smoke=8, base=256)
-    report_prompts: int = option(500, "held-out test prompts of the report that `all` ends with", smoke=20)
+                                  source="Spinning Up: 0.015", low=0)
+    save_every: int = option(10, "updates between checkpoints", smoke=1, low=1)
+    eval_every: int = option(10, "updates between measurements on held-out prompts", smoke=2, base=20, low=1)
+    eval_prompts: int = option(128, "held-out prompts measured then", smoke=8, base=256, low=1)
+    report_prompts: int = option(500, "held-out test prompts of the report that `all` ends with", smoke=20, low=1)
 
     def __post_init__(self) -> None:
         if self.top_k != 0 or self.top_p != 1 or self.repetition_penalty != 1:
@@ -139,7 +146,8 @@ class RunningMoments:
         self.count, self.mean, self.var = count, mean, var
 
     def update(self, x: Tensor) -> None:
-        n, mean, var = x.numel(), float(x.double().mean()), float(x.double().var(correction=0))
+        x = x.cpu().double()  # MPS has no float64
+        n, mean, var = x.numel(), float(x.mean()), float(x.var(correction=0))
         total, delta = self.count + n, mean - self.mean
         self.var = (self.var * self.count + var * n + delta * delta * self.count * n / total) / total
         self.mean += delta * n / total
@@ -325,7 +333,8 @@ class ActorCritic(nn.Module):
         if self.critic is not None:
             values = self.critic.head_values(rows.before(self.critic.backbone.hidden(rows.tokens)))
         else:
-            values = self.value_head(hidden.float()).squeeze(-1)  # not divided by the temperature: it is no logit
+            with torch.autocast(hidden.device.type, enabled=False):  # not divided by the temperature: it is no logit
+                values = self.value_head(hidden.float()).squeeze(-1)
         return logprobs, entropy, values
 
 

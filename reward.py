@@ -154,20 +154,23 @@ class RewardOptions(Learning):
     pool: str = option("mean", "read the score as mean over the reply or at its last token", choices=("mean", "last"),
                        source="measured: mean is better on reviews; last is N+ and InstructGPT")
     loss: str = option("auto", "auto: by the records' fields", choices=("auto", "label", "pairwise", "regression"))
-    epochs: float = option(2.0, "passes over the training records", smoke=1.0, base=1.0)
-    batch: int = option(32, "records per step", smoke=16)
+    epochs: float = option(2.0, "passes over the training records", smoke=1.0, base=1.0, low=0.01)
+    batch: int = option(32, "records per step", smoke=16, low=1)
     max_len: int = option(128, "longest row in tokens; longer texts are cut, and then carry no end token", smoke=64,
-                          base=512)
-    lr: float = option(0.01, "learning rate of block matrices (Muon), or of all (AdamW)", base=0.003)
-    adam_lr: float = option(0.003, "learning rate of embeddings, norms and head, by AdamW", base=1e-4)
-    warmup: float = option(0.1, "share of the steps over which the learning rate rises")
-    decay: float = option(0.9, "share of the steps, the last ones, over which it falls to 0")
-    dropout: float = option(0.1, "the only place where dropout is on")
+                          base=512, low=16)
+    lr: float = option(0.01, "learning rate of block matrices (Muon), or of all (AdamW)", base=0.003, low=0)
+    adam_lr: float = option(0.003, "learning rate of embeddings, norms and head, by AdamW", base=1e-4, low=0)
+    warmup: float = option(0.1, "share of the steps over which the learning rate rises", low=0, high=1)
+    decay: float = option(0.9, "share of the steps, the last ones, over which it falls to 0", low=0, high=1)
+    dropout: float = option(0.1, "the only place where dropout is on", low=0, high=0.9)
     lm_coef: float = option(0.1, "weight of the language-model loss on the same text, per token",
-                            source="MOSS-RLHF part I, on the chosen reply: keeps the trunk a language model")
-    prefix_share: float = option(0.3, "share of texts cut somewhere, without end token: unfinished replies")
-    label_smoothing: float = option(0.0, "share of labels taken to be wrong (pairwise)", source="MOSS-RLHF part II")
-    eval_every: int = option(100, "steps between measurements on validation", smoke=10)
-    norm_replies: int = option(512, "replies of the SFT policy that give the score its mean and spread", smoke=64)
-    reply_len: int = option(64, "longest of those replies, as in PPO", smoke=16, base=128)
-    temperature: float = option(1.0, "their sampling temperature, as in PPO")
+                            source="MOSS-RLHF part I, on the chosen reply: keeps the trunk a language model", low=0)
+    prefix_share: float = option(0.3, "share of texts cut somewhere, without end token: unfinished replies",
+                                 low=0, high=1)
+    label_smoothing: float = option(0.0, "share of labels taken to be wrong (pairwise)", source="MOSS-RLHF part II",
+                                    low=0, high=0.5)
+    eval_every: int = option(100, "steps between measurements on validation", smoke=10, low=1)
+    norm_replies: int = option(512, "replies of the SFT policy that give the score its mean and spread", smoke=64,
+                               low=2)
+    reply_len: int = option(64, "longest of those replies, as in PPO", smoke=16, base=128, low=1)
+    temperature: float = option(1.0, "their sampling temperature, as in PPO", low=0.01)

@@ -5,7 +5,6 @@ object a logged step) and samples.jsonl (texts to read). train.py's stages open 
 """
 import ctypes
 import json
-import os
 import pathlib
 import platform
 import shlex
@@ -21,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data.prepared import Prepared
+from data.records import replace_text
 from model import Transformer, load_checkpoint, pick_device, pick_dtype, save_checkpoint
 from options import Common, UserError, as_dict, show
 from reward import RewardModel
@@ -138,7 +138,7 @@ class Run:
         path, step = self.folder / name, self.state.get("step", -1)
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        replace_text(path, "".join(kept))
 
     def seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
@@ -150,9 +150,7 @@ class Run:
                   "threads": torch.get_num_threads(), "seconds": round(self.seconds(), 1),
                   "versions": {"python": platform.python_version(), "torch": torch.__version__,
                                "numpy": np.__version__}}
-        temporary = self.folder / "config.tmp"
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, self.folder / "config.json")
+        replace_text(self.folder / "config.json", json.dumps(record, indent=1, ensure_ascii=False))
 
     def log(self, step: int, **metrics) -> None:
         """One line of metrics.jsonl. `step` counts finished steps."""

@@ -24,7 +24,7 @@ from data.records import apply_template, load_records
 from data.tokenizer import Tokenizer
 from model import (KVCache, Transformer, attention_allowed, load_checkpoint, log_softmax, pick_device, pick_dtype,
                    precision)
-from options import UserError, option, parse, run_main
+from options import Options, UserError, option, parse, run_main
 from reward import RewardModel
 
 # ---- choosing one token ----------------------------------------------------------------------------------------------
@@ -69,12 +69,12 @@ def draw(logprobs: Tensor, u: Tensor) -> Tensor:
 
 # ---- the two halves of decoding --------------------------------------------------------------------------------------
 
-def prefill(model: Transformer, tokens: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
-    """Read whole prompts (B, P), left-padded, into the cache; logits (B, V) of the token after each."""
-    padded = not bool(mask.all())
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0) if padded else None
+def prefill(model: Transformer, tokens: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
+    """Read whole prompts (B, P), left-padded, into the cache; logits (B, V) of the token after each. mask (B, P), None
+    where there is no padding."""
+    positions = None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)
     span = torch.arange(tokens.shape[1], device=tokens.device)
-    hidden = model.trunk(tokens, positions, attention_allowed(mask, None) if padded else None, cache, span)
+    hidden = model.trunk(tokens, positions, attention_allowed(mask, None), cache, span)
     return model.head(hidden[:, -1])  # only the last position needs the vocabulary
 
 
@@ -148,7 +148,7 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
     look_every = 1 if device.type == "cpu" else 8  # asking a GPU whether rows have ended makes it wait
 
     with precision(dtype or "float32", device.type):
-        logits = prefill(model, tokens, mask, cache)
+        logits = prefill(model, tokens, None if key_mask is None else mask, cache)
         for t in range(R):
             logits = logits.float()
             if suppress:
@@ -215,7 +215,7 @@ def reward_scores(reward_model: RewardModel, prompts: Sequence[list[int]], repli
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
-class SampleOptions:
+class SampleOptions(Options):
     """`python sample.py`"""
 
     checkpoint: str = option("out/reviews/ppo", "checkpoint or folder of a run to sample from (also written --from)")
@@ -223,15 +223,17 @@ class SampleOptions:
     chat: bool = option(False, "talk: each line is a turn; Ctrl-C stops the answer, Ctrl-D leaves")
     file: str = option("", 'JSON Lines with {"prompt"}: replies are printed as JSON Lines')
     compare: str = option("", "two run folders (as two words, or with a comma): same prompts, same random numbers")
-    best_of: int = option(1, "draw so many replies and print them from worst to best, by the reward model")
+    best_of: int = option(1, "draw so many replies and print them from worst to best, by the reward model", low=1)
     reward_from: str = option("", "reward model for --best_of; empty: the folder `reward` beside the checkpoint's")
     raw: bool = option(False, "do not put the checkpoint's prompt template around the prompt")
-    max_new_tokens: int = option(64, "longest reply, in tokens")
-    temperature: float = option(1.0, "below 1 sharper, above 1 flatter, 0 greedy")
-    top_k: int = option(0, "draw among the k likeliest tokens; 0: all", source="Fan 2018")
-    top_p: float = option(1.0, "draw among the likeliest tokens that hold this probability", source="Holtzman 2020")
-    repetition_penalty: float = option(1.0, "divide the logits of tokens already written", source="Keskar 2019")
-    seed: int = option(0, "random numbers of the replies")
+    max_new_tokens: int = option(64, "longest reply, in tokens", low=1)
+    temperature: float = option(1.0, "below 1 sharper, above 1 flatter, 0 greedy", low=0)
+    top_k: int = option(0, "draw among the k likeliest tokens; 0: all", source="Fan 2018", low=0)
+    top_p: float = option(1.0, "draw among the likeliest tokens that hold this probability", source="Holtzman 2020",
+                          low=0.001, high=1)
+    repetition_penalty: float = option(1.0, "divide the logits of tokens already written", source="Keskar 2019",
+                                       low=0.01)
+    seed: int = option(0, "random numbers of the replies", low=0)
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("float32", "precision of matrix products", choices=("auto", "float32", "bfloat16"))
     traceback: bool = option(False, "show where in the code an error arose")
@@ -336,9 +338,10 @@ def main(argv: list[str]) -> None:
         if word == "--compare" and len(folders) == 2 and not folders[1].startswith("--"):
             argv[i + 1:i + 3] = [",".join(folders)]
     o = parse(SampleOptions, argv, "sample.py")
-    if not 0 <= o.temperature or not 0 < o.top_p <= 1 or o.top_k < 0 or o.max_new_tokens < 1 or o.best_of < 1:
-        raise UserError("temperature and top_k must be at least 0, top_p in (0, 1], max_new_tokens and best_of at "
-                        "least 1")
+    if o.chat or o.file or o.compare:
+        o.refuse("best_of", why="with --chat, --file or --compare: it is for one --prompt")
+    if o.best_of == 1:
+        o.refuse("reward_from", why="without --best_of: nothing is scored")
     if o.compare:
         prompts = [r["prompt"] for r in load_records(o.file, "ppo")] if o.file else [o.prompt] if o.prompt else None
         folders = o.compare.split(",")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import evaluate
 from data.batches import (PackedDocuments, dialogue_rows, eval_windows, fitting, judged_batch, judged_rows, key,
                           pack_rows, prompt_ids, rows_at)
-from data.prepare import open_data
+from data.prepare import DATA_SETS, open_data
 from data.prepared import DIALOGUE, NEWS, REVIEW, Prepared
 from model import ModelConfig, Transformer, cross_entropy_sum, load_checkpoint, pick_device, precision
 from ngrams import ngram_classifier, plain_text
@@ -46,32 +46,35 @@ from sample import reply_texts, reply_to
 class PretrainOptions(Learning):
     """`python train.py pretrain`"""
 
-    n_layer: int = option(4, "number of blocks", smoke=2, base=12)
-    n_head: int = option(4, "heads of queries", smoke=2, base=12)
-    n_kv_head: int = option(4, "heads of keys and values, shared by groups of query heads", smoke=1, base=12)
-    d_model: int = option(192, "width of the residual stream", smoke=32, base=768)
-    d_ff: int = option(512, "width inside the MLP", smoke=64, base=2048)
-    max_len: int = option(256, "longest row the model is made for, in tokens", smoke=128, base=1024)
-    tokens: int = option(1_500_000, "tokens to train on", smoke=20_000, base=2_000_000_000)
-    window: int = option(128, "tokens in a row", smoke=64, base=1024)
-    batch: int = option(16, "rows per forward and backward", smoke=8, base=32)
-    accumulate: int = option(1, "batches per optimizer step", base=8)
-    news_share: float = option(0.15, "share of tokens from newspaper text, placed in the first half of training")
-    dialogue_share: float = option(0.3, "share of tokens from reviews in dialogue form; else SFT learns it badly")
-    eval_every: int = option(250, "steps between full passes over validation", smoke=30, base=1000)
+    n_layer: int = option(4, "number of blocks", smoke=2, base=12, low=1)
+    n_head: int = option(4, "heads of queries", smoke=2, base=12, low=1)
+    n_kv_head: int = option(4, "heads of keys and values, shared by groups of query heads", smoke=1, base=12, low=1)
+    d_model: int = option(192, "width of the residual stream", smoke=32, base=768, low=2)
+    d_ff: int = option(512, "width inside the MLP", smoke=64, base=2048, low=1)
+    max_len: int = option(256, "longest row the model is made for, in tokens", smoke=128, base=1024, low=16)
+    tokens: int = option(1_500_000, "tokens to train on", smoke=20_000, base=2_000_000_000, low=1)
+    window: int = option(128, "tokens in a row", smoke=64, base=1024, low=2)
+    batch: int = option(16, "rows per forward and backward", smoke=8, base=32, low=1)
+    accumulate: int = option(1, "batches per optimizer step", base=8, low=1)
+    news_share: float = option(0.15, "share of tokens from newspaper text, placed in the first half of training",
+                               low=0, high=1)
+    dialogue_share: float = option(0.3, "share of tokens from reviews in dialogue form; else SFT learns it badly",
+                                   low=0, high=1)
+    eval_every: int = option(250, "steps between full passes over validation", smoke=30, base=1000, low=1)
 
 
 @dataclasses.dataclass
 class SFTOptions(Learning):
     """`python train.py sft`"""
 
-    epochs: float = option(1.0, "passes over the dialogues", smoke=1.0)
-    batch: int = option(32, "dialogues per step", smoke=16)
-    max_len: int = option(128, "longest dialogue in tokens; longer ones are left out, never cut", smoke=64, base=512)
-    lr: float = option(0.005, "learning rate of block matrices (Muon), or of all (AdamW)", base=0.001)
-    adam_lr: float = option(0.002, "learning rate of embeddings and norms, by AdamW", base=3e-5)
-    decay: float = option(0.9, "share of the steps, the last ones, over which it falls to 0")
-    eval_every: int = option(150, "steps between measurements on validation", smoke=20)
+    epochs: float = option(1.0, "passes over the dialogues", smoke=1.0, low=0.01)
+    batch: int = option(32, "dialogues per step", smoke=16, low=1)
+    max_len: int = option(128, "longest dialogue in tokens; longer ones are left out, never cut", smoke=64, base=512,
+                          low=16)
+    lr: float = option(0.005, "learning rate of block matrices (Muon), or of all (AdamW)", base=0.001, low=0)
+    adam_lr: float = option(0.002, "learning rate of embeddings and norms, by AdamW", base=3e-5, low=0)
+    decay: float = option(0.9, "share of the steps, the last ones, over which it falls to 0", low=0, high=1)
+    eval_every: int = option(150, "steps between measurements on validation", smoke=20, low=1)
 
 
 def prepared(o: Common) -> Prepared:
@@ -79,7 +82,12 @@ def prepared(o: Common) -> Prepared:
     pick_device(o.device)  # one that is not there is better refused before the preparation than after it
     if o.data != "reviews":
         o.refuse("limit", why=f"on --data {o.data}: it is for reviews")
-    return open_data(o.data, source=o.source or None, vocab_size=o.vocab_size, limit=o.limit)
+    if o.data not in DATA_SETS and pathlib.Path(o.data).exists():
+        o.refuse("source", why=f"on your own --data {o.data}: it names the raw files of {' and '.join(DATA_SETS)}")
+    data = open_data(o.data, source=o.source or None, vocab_size=o.vocab_size, limit=o.limit)
+    if not data.trains_vocabulary:
+        o.refuse("vocab_size", why=f"on --data {o.data}: no vocabulary of tokens is trained on it")
+    return data
 
 
 def parent(o: Common, data: Prepared, stage: str, given: str, cls: type = Transformer):
@@ -96,6 +104,14 @@ def parent(o: Common, data: Prepared, stage: str, given: str, cls: type = Transf
         raise UserError(f"--vocab_size {o.vocab_size} contradicts {where}, whose vocabulary of {c.vocab_size} tokens "
                         f"is used: leave it out, or pretrain anew")
     return model, tokenizer, state
+
+
+def limit_length(o: Learning, model: Transformer) -> None:
+    """No row is longer than the model was made for."""
+    if o.max_len > model.config.max_len and "max_len" in o.explicit:
+        raise UserError(f"--max_len {o.max_len} contradicts the parent model, which was made for rows of at most "
+                        f"{model.config.max_len} tokens: lower it, or pretrain with a larger --max_len")
+    o.max_len = min(o.max_len, model.config.max_len)
 
 
 # ---- the loop of maximum likelihood ----------------------------------------------------------------------------------
@@ -216,10 +232,16 @@ def pretrain(o: PretrainOptions) -> Run:
         model.initialise(torch_seed(o.seed, "pretrain", "weights"))
     model.to(run.device)
     train, val = data.documents("train"), data.documents("val")
+    has_parts = train.parts > 1
     shares = {NEWS: o.news_share, REVIEW: 1 - o.news_share - o.dialogue_share, DIALOGUE: o.dialogue_share}
     batches = PackedDocuments(train.tokens, train.starts, train.part, window=o.window, batch=o.batch * o.accumulate,
-                              total_tokens=o.tokens, seed=o.seed, shares=shares if train.parts > 1 else None,
+                              total_tokens=o.tokens, seed=o.seed, shares=shares if has_parts else None,
                               early={NEWS: 0.5})
+    if not has_parts:
+        o.refuse("news_share", "dialogue_share", why=f"on --data {o.data}, which is of one kind: they are for reviews")
+    if batches.passes > 20:
+        print(f"pretrain: warning: {o.tokens} tokens are up to {batches.passes} passes over a part of this data, which "
+              "will be learned by heart: bring more text, or lower --tokens", file=sys.stderr)
     print(f"pretrain: {model.n_parameters() / 1e6:.2f} M parameters, {model.flops_per_token(o.window) / 1e6:.1f} MFLOP "
           f"a token, {batches.n_steps} steps of {o.window * o.batch * o.accumulate} tokens", flush=True)
 
@@ -269,12 +291,13 @@ def sft(o: SFTOptions) -> Run:
         raise UserError("sft reads no reward model: --reward_from has no effect on it")
     data = prepared(o)
     model, tokenizer, state = parent(o, data, "pretrain", o.init_from)
+    limit_length(o, model)
     run = Run("sft", o, {"data": data.fingerprint, "init": state["hash"]}, data, model.config.d_model)
     if run.finished:
         return run
     run.tokenizer = tokenizer
     model = (run.model if run.state else model).to(run.device)
-    longest = min(o.max_len, model.config.max_len)
+    longest = o.max_len
     rows, left_out = dialogue_rows(data.records("sft", "train"), tokenizer, data.template, longest)
     val_rows, _ = dialogue_rows(data.records("sft", "val"), tokenizer, data.template, longest)
     if not rows or not val_rows:
@@ -318,6 +341,7 @@ def train_reward(o: RewardOptions) -> Run:
         raise UserError("reward makes the reward model: --reward_from has no effect on it; --init_from names the trunk")
     data = prepared(o)
     trunk, tokenizer, state = parent(o, data, "sft", o.init_from)
+    limit_length(o, trunk)
     run = Run("reward", o, {"data": data.fingerprint, "init": state["hash"]}, data, trunk.config.d_model)
     if run.finished:
         return run
@@ -330,7 +354,7 @@ def train_reward(o: RewardOptions) -> Run:
         model.initialise_head(torch_seed(o.seed, "reward", "weights"))
     model.to(run.device)
     policy = trunk.to(run.device)
-    render = dict(tokenizer=tokenizer, template=data.template, max_len=min(o.max_len, model.config.max_len))
+    render = dict(tokenizer=tokenizer, template=data.template, max_len=o.max_len)
     records, val = (fitting(data.records("reward", split), tokenizer, data.template, render["max_len"] - 8)
                     for split in ("train", "val"))
     kind = feedback_kind(records[0]) if o.loss == "auto" else o.loss
@@ -379,8 +403,8 @@ def train_reward(o: RewardOptions) -> Run:
     raw = torch.from_numpy(model.score_rows(rows, run.dtype))
     model.set_normalisation(raw)
     texts = reply_texts(tokenizer, replies.tokens, replies.mask)
-    run.samples(n_steps, [{"prompt": prompts[i]["prompt"], "reply": texts[k], "raw_score": round(float(raw[k]), 3)}
-                          for k, i in enumerate(chosen[:32])])
+    run.samples(n_steps + 1, [{"prompt": prompts[i]["prompt"], "reply": texts[k], "raw_score": round(float(raw[k]), 3)}
+                              for k, i in enumerate(chosen[:32])])  # a resumed run drops these and writes them again
     run.save(n_steps, model, measured=last, feedback=kind,
              norm={"temperature": o.temperature, "reply_len": o.reply_len})
     run.finish(**last, mean=float(model.mean), std=float(model.std))
@@ -409,6 +433,9 @@ def train_ppo(o: PPOOptions) -> Run:
     policy, tokenizer, state = parent(o, data, "sft", o.init_from)
     reward_model, reward_tokenizer, reward_state = parent(o, data, "reward", o.reward_from, RewardModel)
     tokenizer.require_same(reward_tokenizer, "the policy and the reward model")
+    if "feedback" not in reward_state:
+        raise UserError(f"{o.reward_from}: a reward model without its scores' mean and spread, which are measured when "
+                        "its training ends: go on with `python train.py reward --resume`")
     log_odds = reward_state["feedback"] == "label"
     if o.reward_norm == "auto":
         o.reward_norm = "sigmoid" if log_odds else "fixed"
@@ -490,7 +517,8 @@ def train_ppo(o: PPOOptions) -> Run:
             if step % o.eval_every == 0 or step == o.updates:
                 metrics |= measure()
             seconds = {"seconds_generate": rollout.seconds["generate"], "seconds_score": rollout.seconds["score"]}
-            run.log(step, **metrics, **seconds, lr=factor * o.policy_lr, seconds=run.seconds(),
+            run.log(step, **metrics, **seconds, lr=factor * o.policy_lr * train_policy,
+                    critic_lr=factor * o.critic_lr, seconds=run.seconds(),
                     generate_tokens_per_s=metrics["reply_tokens"] / seconds["seconds_generate"],
                     train_tokens_per_s=metrics["trained_tokens"] / metrics["seconds_train"])
             bar.update()

@@ -164,6 +164,7 @@ class PackedDocuments:
         self.tokens, self.starts, self.window, self.batch_size, self.seed = tokens, starts, window, batch, seed
         self.n_steps = max(1, total_tokens // (window * batch))
         self.single = len(starts) == 2
+        self.passes = 1 + self.n_steps * window * batch // len(tokens)  # over the part that is seen most often
         if self.single:
             return
         lengths, rng = np.diff(starts), np.random.default_rng(key(seed, "pretrain", "plan"))
@@ -175,6 +176,7 @@ class PackedDocuments:
             mine = np.flatnonzero(part == p)
             want = needed * shares[p] / sum(shares.values()) + lengths[mine].max()  # a document more: it must suffice
             passes = int(np.ceil(want / lengths[mine].sum()))
+            self.passes = max(self.passes, passes)
             order = np.concatenate([rng.permutation(mine) for _ in range(passes)])
             order = order[:int(np.searchsorted(lengths[order].cumsum(), want)) + 1]
             place = (np.arange(len(order)) + rng.random(len(order))) / len(order)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from data.records import FIELDS, load_records
-from data.tokenizer import Tokenizer
+from data.tokenizer import CHARACTER_PATTERN, Tokenizer
 from options import UserError
 
 NEWS, REVIEW, DIALOGUE = 0, 1, 2  # parts of `reviews`: newspaper; plain reviews; reviews in the form of dialogues
@@ -47,6 +47,11 @@ class Prepared:
     @property
     def fingerprint(self) -> str:
         return self.meta["fingerprint"]
+
+    @property
+    def trains_vocabulary(self) -> bool:
+        """Was a BPE vocabulary of --vocab_size tokens trained on it, rather than characters taken, or none?"""
+        return self.tokenizer is not None and self.tokenizer.pattern != CHARACTER_PATTERN
 
     def has(self, stage: str) -> bool:
         return (self.folder / f"{stage}_train.jsonl").exists()

@@ -112,6 +112,13 @@ def load_records(path: str | os.PathLike, kind: str) -> list[dict]:
     return records
 
 
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Write a file whole or not at all: under a temporary name, then renamed."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def write_records(path: pathlib.Path, records: Iterable[dict]) -> None:
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
 

@@ -20,7 +20,8 @@ class Stage(Shared):
     """One stage."""
 
     kl_coef: float = option(0.05, "price of KL", source="MOSS", smoke=0.5)
-    updates: int = option(36, "updates", smoke=2, base=200)
+    updates: int = option(36, "updates", smoke=2, base=200, low=1)
+    lam: float = option(0.95, "trade", low=0, high=1)
     critic: str = option("separate", "whose trunk", choices=("separate", "shared"))
 
 
@@ -47,7 +48,8 @@ def test_a_switch_does_not_swallow_what_follows():
 
 @pytest.mark.parametrize("words,message", [
     (["--kl_coeff=1"], "did you mean --kl_coef"), (["--updates=two"], "--updates: 'two' is not a whole number"),
-    (["--updates=1.5"], "whole number"),
+    (["--updates=1.5"], "whole number"), (["--updates=0"], "--updates: 0 is out of range: at least 1$"),
+    (["--lam=2"], "at least 0 and at most 1"), (["--lam=nan"], "out of range"),
     (["--critic=both"], "not one of separate, shared"), (["--updates"], "value is missing"),
     (["updates=3"], "no option"), (["--resume=maybe"], "true or false"),
     (["--preset=huge"], "smoke, demo, base")])

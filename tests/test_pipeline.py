@@ -210,6 +210,10 @@ def test_samples_can_be_drawn_in_every_way_the_readme_shows(root, tmp_path):
 def test_checkpoints_can_be_measured_and_plotted(root, reviews_source, tmp_path):
     done = mosslet("evaluate.py", root / "sft", root / "ppo", "--prompts", "12", "--source", reviews_source)
     assert done.returncode == 0 and "judged positive" in done.stdout, done.stderr
+    done = mosslet("-m", "tools.seeds", root, root)  # twice the same run: its mean is itself
+    report = json.loads((root / "report.json").read_text(encoding="utf-8"))
+    kl = next(r["kl"] for r in report["policies"] if r["name"] == "PPO")
+    assert f"{kl:.3f} [{kl:.3f}, {kl:.3f}]" in done.stdout and "(paired)" in done.stdout, done.stderr
     done = mosslet("-m", "tools.plot", root, "--out", tmp_path / "p.png")
     assert done.returncode == 0, done.stderr
     if (tmp_path / "p.png").exists():  # matplotlib is an extra
@@ -225,18 +229,27 @@ def test_checkpoints_can_be_measured_and_plotted(root, reviews_source, tmp_path)
     (["train.py", "pretrain", "--init_from=x"], "no effect"),
     (["train.py", "ppo", "--kl_target=3"], "no effect with --kl_control fixed"),
     (["train.py", "ppo", "--updates=2"], "the policy would never learn"),
+    (["train.py", "ppo", "--minibatches=0"], "out of range"), (["train.py", "ppo", "--compile=on"], "not one of auto"),
+    (["train.py", "pretrain", "--data=shakespeare", "--news_share=.5"], "no effect on --data shakespeare"),
+    (["train.py", "pretrain", "--data=shakespeare", "--vocab_size=500"], "no effect on --data shakespeare"),
+    (["sample.py", "--chat", "--best_of=4"], "no effect with --chat"),
+    (["sample.py", "--prompt=x", "--reward_from=y"], "no effect without --best_of"),
     (["train.py", "sft", "--optimizer=adamw", "--adam_lr=.1"], "no effect with --optimizer adamw"),
     (["train.py", "sft", "--preset", "smoke"], "train.py pretrain"),
     (["train.py", "--source", "/nonexistent"], "no such file"),
     (["sample.py", "--from", "/nonexistent", "--prompt", "x"], "no checkpoint"),
     (["sample.py"], "no checkpoint|nothing to do"), (["evaluate.py"], "which checkpoints"),
-    (["-m", "tools.plot", "/nonexistent"], "nothing to draw"), (["train.py", "--device=cuda"], "no such device")])
+    (["-m", "tools.plot", "/nonexistent"], "nothing to draw"), (["-m", "tools.seeds", "/nonexistent"], "makes it when"), (["train.py", "--device=cuda"], "no such device")])
 def test_what_a_user_can_mend_is_one_clear_line(words, message, reviews_source, tmp_path):
     import re
     if "--device=cuda" in words and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     if words[0] == "train.py" and "--source" not in words:
-        words = [*words, "--source", str(reviews_source)]
+        source = reviews_source
+        if "--data=shakespeare" in words:
+            source = tmp_path / "text.txt"
+            source.write_text("To be, or not to be: that is the question.\n" * 50, encoding="utf-8")
+        words = [*words, "--source", str(source)]
     if words[0] == "train.py" and "--out" not in words:
         words = [*words, "--out", str(tmp_path)]
     done = mosslet(*words)
@@ -254,6 +267,14 @@ def test_checkpoints_that_do_not_fit_each_other_are_refused(root, reviews_source
     torch.save(payload, tmp_path / "other.pt")
     done = train("ppo", "--reward_from", tmp_path / "other.pt", source=reviews_source, out=tmp_path)
     assert done.returncode == 2 and "different tokenizers" in done.stderr
+    payload = torch.load(root / "reward" / "checkpoint.pt", weights_only=True)
+    del payload["state"]["feedback"]  # as saved while it still trains
+    torch.save(payload, tmp_path / "unfinished.pt")
+    done = train("ppo", "--reward_from", tmp_path / "unfinished.pt", source=reviews_source, out=tmp_path)
+    assert done.returncode == 2 and "without its scores' mean and spread" in done.stderr
+    copy_parents(root, tmp_path / "new", "sft")
+    done = train("sft", "--max_len=500", source=reviews_source, out=tmp_path / "new")
+    assert done.returncode == 2 and "made for rows of at most 128 tokens" in done.stderr
 
 
 def test_a_loss_that_explodes_stops_names_the_step_and_keeps_the_last_checkpoint(root, reviews_source, tmp_path):

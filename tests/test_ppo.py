@@ -353,6 +353,17 @@ def test_every_option_of_the_update_has_an_effect(change):
     assert not torch.allclose(*ends, atol=1e-7)
 
 
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_what_is_computed_from_a_bfloat16_trunk_is_float32(critic):
+    nets = networks(critic=critic)
+    rollout = rollout_of(nets, options())
+    if critic == "shared":
+        torch.nn.init.normal_(nets[0].value_head.weight)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for x in nets[0](rollout.rows(torch.arange(8)), 1.0):
+            assert x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float())
+
+
 def test_the_critic_does_not_see_the_token_whose_value_it_gives():
     actor_critic = networks()[0]
     tokens = torch.randint(6, 40, (1, 8), generator=torch.Generator().manual_seed(0))

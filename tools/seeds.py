@@ -1,0 +1,90 @@
+"""Several runs as one table: does a result hold over seeds, and is the reward model really better than its baseline?
+
+    python -m tools.seeds seed0/reviews seed1/reviews seed2/reviews
+
+Reads what `train.py all` left in each folder: report.json (policies on held-out openings) and reward_test_scores.json
+(scores of the same test texts). Prints every run, then mean and range. The reward model's advantage over the n-gram
+baseline is that of the mean AUC over the runs, with a bootstrap interval over the texts, which all runs share (paired).
+"""
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+from evaluate import accuracy, auc, calibration_error, paired_auc_difference, table
+from options import UserError, run_main
+
+POLICY = {"name": "", "judged_positive": "judged positive", "raw_score": "raw score", "kl": "KL, nats/reply",
+          "distinct2": "distinct-2", "distinct2_ratio": "… / SFT's", "length": "length, tokens",
+          "length_ratio": "… / SFT's", "end_rate": "ends", "identical": "identical", "short": "under 8 tokens",
+          "ref_perplexity": "reference perplexity"}
+REWARD = {"name": "", "auc": "AUC", "accuracy": "accuracy", "calibration": "calibration error",
+          "half": "AUC on first halves"}
+
+
+def read(folder: pathlib.Path, name: str) -> dict:
+    """One JSON file of a run; UserError where it is not there."""
+    path = folder / name
+    if not path.exists():
+        raise UserError(f"{path}: not there; `python train.py --out {folder.parent}` makes it when all stages are done")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def mean_and_range(rows: list[dict], name: str) -> dict:
+    """Each column's mean with [lowest, highest]."""
+    found = {"name": name}
+    for key in rows[0]:
+        values = [r[key] for r in rows]
+        if all(isinstance(v, float) for v in values):
+            digits = 3 if max(values) < 10 else 1
+            found[key] = f"{np.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+    return found
+
+
+def policy_rows(folders: list[pathlib.Path]) -> list[dict]:
+    """SFT, PPO and what people wrote, for each run; ratios are to the run's own SFT policy."""
+    by_name: dict[str, list[dict]] = {}
+    for folder in folders:
+        rows = read(folder, "report.json")["policies"]
+        sft = next(r for r in rows if r["name"] == "SFT")
+        for row in rows:
+            row = {k: v for k, v in row.items() if k in POLICY}
+            row |= {f"{k}_ratio": row[k] / sft[k] for k in ("distinct2", "length")}
+            by_name.setdefault(row["name"], []).append({**row, "name": f"{row['name']}, {folder}"})
+    return [row for name, rows in by_name.items()
+            for row in [*(rows if "kl" in rows[0] else []), mean_and_range(rows, f"**{name}**, mean [range]")]]
+
+
+def reward_rows(folders: list[pathlib.Path]) -> tuple[list[dict], str]:
+    """The reward models and the baseline, and a sentence on their difference."""
+    scores = [read(folder, "reward_test_scores.json") for folder in folders]
+    labels, baseline = scores[0]["labels"], scores[0]["baseline"]
+    if any(s["labels"] != labels or s["baseline"] != baseline for s in scores):
+        raise UserError("these runs were measured on different texts: give runs on the same data set")
+
+    def row(name: str, s: dict, key: str, half: str) -> dict:
+        probs = 1 / (1 + np.exp(-np.array(s[key])))
+        return {"name": name, "auc": auc(s[key], labels), "accuracy": accuracy(probs, labels),
+                "calibration": calibration_error(probs, labels), "half": auc(s[half], labels)}
+
+    rows = [row(f"reward model, {folder}", s, "scores", "half_scores")
+            for folder, s in zip(folders, scores, strict=True)]
+    value, low, high = paired_auc_difference([s["scores"] for s in scores], baseline, labels)
+    rows += [mean_and_range(rows, "**reward model**, mean [range]"),
+             row("n-gram regression, same labels", scores[0], "baseline", "half_baseline")]
+    return rows, (f"Mean AUC of {len(folders)} reward models − the baseline's, on {len(labels)} texts (paired): "
+                  f"{value:+.4f} [{low:+.4f}, {high:+.4f}]")
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0].startswith("-"):
+        raise UserError("which runs? python -m tools.seeds seed0/reviews seed1/reviews seed2/reviews")
+    folders = [pathlib.Path(word) for word in argv]
+    print(table(policy_rows(folders), POLICY))
+    rows, difference = reward_rows(folders)
+    print(f"\n{table(rows, REWARD)}\n\n{difference}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, sys.argv[1:]))
