@@ -239,7 +239,9 @@ def test_checkpoints_can_be_measured_and_plotted(root, reviews_source, tmp_path)
     (["train.py", "--source", "/nonexistent"], "no such file"),
     (["sample.py", "--from", "/nonexistent", "--prompt", "x"], "no checkpoint"),
     (["sample.py"], "no checkpoint|nothing to do"), (["evaluate.py"], "which checkpoints"),
-    (["-m", "tools.plot", "/nonexistent"], "nothing to draw"), (["-m", "tools.seeds", "/nonexistent"], "makes it when"), (["train.py", "--device=cuda"], "no such device")])
+    (["-m", "tools.plot", "/nonexistent"], "nothing to draw"),
+    (["-m", "tools.seeds", "/nonexistent"], "makes it when"),
+    (["train.py", "--device=cuda"], "no such device")])
 def test_what_a_user_can_mend_is_one_clear_line(words, message, reviews_source, tmp_path):
     import re
     if "--device=cuda" in words and torch.cuda.is_available():
