@@ -361,16 +361,10 @@ def checkpoint_path(path: str | os.PathLike) -> pathlib.Path:
     return path if path.suffix == ".pt" else path / "checkpoint.pt"
 
 
-def save_checkpoint(path: str | os.PathLike, model: nn.Module, tokenizer: Tokenizer, **state: Any) -> None:
-    """Write everything needed to go on, whole or not at all.
-
-    The file is written under a temporary name, synced to the disk and then renamed, so that a kill or a full disk at
-    any moment leaves the previous checkpoint as it was. `state` may hold tensors, numbers, strings, lists and dicts.
-    """
-    path = checkpoint_path(path)
+def save_whole(path: pathlib.Path, payload: Any) -> None:
+    """torch.save, whole or not at all: written under a temporary name, synced to the disk and then renamed, so that a
+    kill or a full disk at any moment leaves the previous file as it was."""
     temporary = path.with_suffix(".tmp")
-    payload = {"kind": type(model).__name__, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
-               "tokenizer": tokenizer.to_state(), "state": {**state, "hash": weights_hash(model)}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -380,8 +374,15 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, tokenizer: Tokeni
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        kept = " (the previous checkpoint is kept)" if path.exists() else ""
+        kept = " (the previous one is kept)" if path.exists() else ""
         raise UserError(f"{path}: cannot be written: {error}{kept}; free some space or choose another --out") from error
+
+
+def save_checkpoint(path: str | os.PathLike, model: nn.Module, tokenizer: Tokenizer, **state: Any) -> None:
+    """Write everything needed to go on. `state` may hold tensors, numbers, strings, lists and dicts."""
+    save_whole(checkpoint_path(path), {
+        "kind": type(model).__name__, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
+        "tokenizer": tokenizer.to_state(), "state": {**state, "hash": weights_hash(model)}})
 
 
 def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
@@ -404,9 +405,12 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
     if kind != cls.__name__:
         raise UserError(f"{path}: holds a {kind}, but a {cls.__name__} is needed here; point to the stage that makes "
                         f"one")
-    model = cls(cls.config_class(**payload["config"]))
     try:
+        model = cls(cls.config_class(**payload["config"]))
         model.load_state_dict(payload["model"])
-    except RuntimeError as error:  # strict: a head that is not there must not be optimised against as noise
-        raise UserError(f"{path}: its weights do not fit its own configuration: {error}") from error
-    return model.to(device).eval(), Tokenizer.from_state(payload["tokenizer"]), payload["state"]
+        tokenizer, state = Tokenizer.from_state(payload["tokenizer"]), payload["state"]
+    except (RuntimeError, TypeError, KeyError) as error:  # strict: a head that is not there must not be scored as noise
+        raise UserError(f"{path}: its parts do not fit this version of Mosslet, or each other: "
+                        f"{' '.join(str(error).split())[:200]}; use the version that wrote it, or train it again"
+                        ) from error
+    return model.to(device).eval(), tokenizer, state

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.prepared import Prepared
+from model import save_whole
 
 
 class NgramClassifier:
@@ -121,7 +122,5 @@ def ngram_classifier(data: Prepared, half: str) -> NgramClassifier:
             return kept
     records = data.records(half, "train")
     classifier.fit([plain_text(r) for r in records], [r["label"] for r in records])
-    temporary = path.with_suffix(".tmp")
-    torch.save(classifier.state_dict(), temporary)
-    temporary.replace(path)
+    save_whole(path, classifier.state_dict())
     return classifier

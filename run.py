@@ -92,16 +92,20 @@ class Run:
         self.finished = False
         config = self.folder / "config.json"
         if o.fresh:
-            for name in ("checkpoint.pt", "config.json", "metrics.jsonl", "samples.jsonl"):
+            for name in ("config.json", "checkpoint.pt", "metrics.jsonl", "samples.jsonl"):  # config.json says finished
                 (self.folder / name).unlink(missing_ok=True)
-        old = json.loads(config.read_text(encoding="utf-8")) if config.exists() else None
+        try:
+            old = json.loads(config.read_text(encoding="utf-8")) if config.exists() else None
+        except ValueError:
+            raise UserError(f"{config}: damaged; start anew with --fresh, or choose another --out") from None
         self.settings = {k: v for k, v in as_dict(o).items() if k not in self.NOT_COMPARED}
         if old is not None:
             self._compare(old)
-            self.finished = old["finished"]
-        if self.finished:
+        has_checkpoint = old is not None and (self.folder / "checkpoint.pt").exists()
+        if has_checkpoint and old["finished"]:
+            self.finished = True
             return
-        if old is not None and (self.folder / "checkpoint.pt").exists():
+        if has_checkpoint:
             cls = RewardModel if stage == "reward" else Transformer
             self.model, self.tokenizer, self.state = load_checkpoint(self.folder, "cpu", cls)
             self.seconds_before = self.state["seconds"]

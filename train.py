@@ -569,7 +569,9 @@ def main(argv: list[str]) -> int:
         if stage == "all":
             run_all(parse_all(Common, STAGE_OPTIONS, rest, "train.py"))
         else:
-            run = STAGE_FUNCTIONS[stage](parse(STAGE_OPTIONS[stage], rest, f"train.py {stage}"))
+            o = parse(STAGE_OPTIONS[stage], rest, f"train.py {stage}")
+            o.refuse("report_prompts", why=f"on {stage} alone: it is for the report of `train.py all`")
+            run = STAGE_FUNCTIONS[stage](o)
             if run.finished and run.seconds_before == 0 and not hasattr(run, "tokenizer"):
                 print(f"{stage}: finished already in {run.folder}; --fresh trains it anew")
     except Interrupted as stop:

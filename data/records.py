@@ -10,6 +10,7 @@
 A prompt is a text or a list of messages {"role", "content"}. Every line is checked before anything is trained.
 """
 import json
+import math
 import os
 import pathlib
 import re
@@ -34,6 +35,22 @@ def as_messages(record: dict, template: str) -> list[dict[str, str]]:
     prompt = record["prompt"]
     asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": apply_template(template, prompt)}]
     return [*asked, {"role": "assistant", "content": record["response"]}]
+
+
+def check_dialogue(messages: list, reply: bool) -> None:
+    """ValueError unless these are one optional system message, then user and assistant in turn, each with a text; with
+    `reply` the user speaks last, without it the assistant."""
+    if not messages:
+        raise ValueError("a dialogue without messages: give at least one from the user")
+    if any(not isinstance(m, dict) or not isinstance(m.get("content"), str) for m in messages):
+        raise ValueError('each message needs a "role" and a text as "content"')
+    roles = [m.get("role") for m in messages]
+    turns = roles[roles[0] == "system":]
+    if not turns or turns != (["user", "assistant"] * len(turns))[:len(turns)]:
+        raise ValueError(f"roles {roles}: a dialogue is one optional system message, then user and assistant in turn")
+    if (turns[-1] == "user") != reply:
+        raise ValueError("to be continued, a dialogue must end with the user's message" if reply else
+                         "a finished dialogue must end with the assistant's message")
 
 
 def _transcript(text: str) -> list[dict[str, str]]:
@@ -74,18 +91,20 @@ def _check(record: Any, kind: str) -> dict:
         if kind == "reward" and "chosen" in record:
             need("chosen", (str,), "a text")
             need("rejected", (str,), "a text")
+            if "margin" in record:
+                need("margin", (int, float), "a number")
         elif kind in ("sft", "reward"):
             need("response", (str,), "a text")
         if kind == "reward" and "chosen" not in record:
             if "score" in record:
                 need("score", (int, float), "a number")
+                if not math.isfinite(record["score"]):
+                    raise ValueError('"score" must be finite')
             elif record.get("label") not in (0, 1):
                 raise ValueError('needs "label" (0 or 1), "score" (a number), or "chosen" and "rejected"')
     for name in ("messages", "prompt"):
-        for m in record[name] if isinstance(record.get(name), list) else []:
-            roles = ("system", "user", "assistant")
-            if not isinstance(m, dict) or m.get("role") not in roles or not isinstance(m.get("content"), str):
-                raise ValueError(f'in "{name}", each message needs "role" ({", ".join(roles)}) and a text as "content"')
+        if isinstance(record.get(name), list):
+            check_dialogue(record[name], reply=name == "prompt")
     json.dumps(record, ensure_ascii=False).encode()  # a lone surrogate raises here, too
     return record
 

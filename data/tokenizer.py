@@ -19,6 +19,7 @@ import regex  # tiktoken's own dependency: the same classes of characters as in 
 import tiktoken
 from tqdm import tqdm
 
+from data.records import as_messages, check_dialogue, load_records
 from options import UserError
 
 SPECIAL_TOKENS = ("<|Human|>", "<eoh>", "<|MOSS|>", "<eom>", "<|endoftext|>", "<|pad|>")
@@ -77,8 +78,10 @@ class Tokenizer:
         is True on what the assistant writes: its content and <eom>. With reply=True the ids end where the next answer
         begins.
         """
-        if not messages:
-            raise UserError("a dialogue without messages: give at least one from the user")
+        try:
+            check_dialogue(messages, reply)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         ids, mask = [], []
         colon, newline = self.encode(": "), self.encode("\n")
 
@@ -86,15 +89,6 @@ class Tokenizer:
             ids.extend(piece)
             mask.extend([learn] * len(piece))
 
-        roles = [m.get("role") for m in messages]
-        turns = roles[roles[0] == "system":]
-        expected = ["user", "assistant"] * len(turns)
-        if turns != expected[:len(turns)] or not turns or any(not isinstance(m.get("content"), str) for m in messages):
-            raise UserError(f"roles {roles}: a dialogue is one optional system message, then user and assistant in "
-                            'turn, each with a text as "content"')
-        if (turns[-1] == "user") != reply:
-            raise UserError("to be continued, a dialogue must end with the user's message" if reply else
-                            "a finished dialogue must end with the assistant's message")
         for i, message in enumerate(messages):
             if i:
                 add(newline)
@@ -219,7 +213,6 @@ def train_chars(text: str) -> Tokenizer:
 
 def show(path: str, tokenizer: Tokenizer, template: str = "{prompt}", n: int = 5) -> None:
     """Print dialogues of a JSON Lines file: learned tokens green, the rest grey, token borders marked."""
-    from data.records import as_messages, load_records
     for record in load_records(path, "sft")[:n]:
         ids, mask = tokenizer.render_chat(as_messages(record, template))
         pending = b""  # a character may take several tokens

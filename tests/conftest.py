@@ -1,17 +1,35 @@
 """Shared by all tests: the repository on the path, and a small made-up source of the default data set's layout."""
+import dataclasses
 import itertools
 import pathlib
 import random
 import sys
+import types
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data.prepare import open_data  # noqa: E402
+from model import ModelConfig, Transformer, save_checkpoint  # noqa: E402
+from reward import RewardConfig, RewardModel  # noqa: E402
+
 REPEATED = "这本书真的很好看，内容充实，我非常喜欢，推荐大家购买。"
 CONTRADICTED = "酒店位置不错，离地铁站很近，就是房间有点小。"
 QUOTED = "昨天刚刚收到货，包装完整无缺没有任何破损"  # 20 characters: reviews that share them must stay together
+
+
+def equal(a, b):
+    """Are two nests of dicts and lists the same, tensors bit by bit?"""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
 
 
 def made_up_reviews(liked: bool) -> list[str]:
@@ -46,3 +64,37 @@ def reviews_source(tmp_path_factory) -> pathlib.Path:
             f"今年/t 经济/n 增长/v 第{i}/m 次/q 。/w" for i in range(120)]
     (folder / "tag" / "199801.txt").write_text("\n".join(news) + "\n", encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def world(reviews_source, tmp_path_factory):
+    """A prepared data set, and tiny untrained parents for every stage."""
+    data = open_data("reviews", source=str(reviews_source), vocab_size=500, cache=tmp_path_factory.mktemp("cache"))
+    root = tmp_path_factory.mktemp("parents")
+    lm = Transformer(ModelConfig(vocab_size=500, n_layer=1, n_head=2, n_kv_head=1, d_model=32, d_ff=32, max_len=128))
+    judge = RewardModel(RewardConfig(**dataclasses.asdict(lm.config)))
+    with torch.no_grad():
+        for p in [*lm.parameters(), *judge.backbone.parameters()]:
+            if p.dim() == 2:
+                p.mul_(8)
+        judge.mean.fill_(.3)
+        judge.std.fill_(.7)
+    for stage, net in (("pretrain", lm), ("sft", lm), ("reward", judge)):
+        save_checkpoint(root / stage, net, data.tokenizer, stage=stage, step=1, feedback="label",
+                        template=data.template)
+    return types.SimpleNamespace(data=data, root=root)
+
+
+@pytest.fixture
+def command(world, tmp_path, monkeypatch):
+    """command(stage, *words) parses the options of a stage on the small world."""
+    import train
+    from options import parse
+    monkeypatch.setattr(train, "prepared", lambda o: world.data)
+
+    def parsed(stage, *words):
+        given = {"sft": ["--init_from", world.root / "pretrain"], "reward": ["--init_from", world.root / "sft"],
+                 "ppo": ["--init_from", world.root / "sft", "--reward_from", world.root / "reward"]}.get(stage, [])
+        return parse(train.STAGE_OPTIONS[stage], [*map(str, ["--preset=smoke", "--dtype=float32", "--out", tmp_path,
+                                                             *given, *words])], "x")
+    return parsed

@@ -170,3 +170,14 @@ def test_prompts_that_leave_no_room_are_left_out_and_counted(tokenizer, capsys):
     assert "1 of 2 records left out" in capsys.readouterr().out
     with pytest.raises(UserError, match="none of 1 prompts fits"):
         fitting(records[1:], tokenizer, "{prompt}", 50)
+
+
+def test_a_bare_prompt_begins_a_document(tokenizer):
+    assert prompt_ids(tokenizer, "书", "x{prompt}", bare=True) == [tokenizer.eot_id, *tokenizer.encode("书")]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_a_first_half_is_half_of_the_replys_tokens_without_its_end(tokenizer, n):
+    reply = tokenizer.encode("x" * n)
+    (ids, flags), = judged_rows([{"prompt": "书", "response": "x" * n}], tokenizer, "{prompt}", 99, half=True)
+    assert [i for i, f in zip(ids, flags, strict=True) if f] == reply[:max(1, len(reply) // 2)]

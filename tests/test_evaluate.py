@@ -1,16 +1,23 @@
 """Measures: textbook values, paired intervals, and a judge that learns what is there to learn."""
+import copy
+import json
+import types
+
 import numpy as np
 import pytest
 import torch
 
+import evaluate
+import train
 from data.batches import prompt_ids
 from data.prepare import open_data
 from data.tokenizer import train_bpe
 from evaluate import (accuracy, auc, best_of_n_kl, bootstrap, calibration_error, distinct_n, measure_policy,
                       paired_auc_difference, reply_statistics, table, text_plot, win_rate)
-from model import ModelConfig, Transformer, token_logprobs
+from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint, token_logprobs
 from ngrams import NgramClassifier, ngram_classifier, plain_text
-from options import UserError
+from options import UserError, run_main
+from reward import RewardModel
 from tests.conftest import made_up_reviews
 
 
@@ -196,3 +203,79 @@ def test_tables_and_plots_of_text():
     plot = text_plot([0, 1, 2, 3], "rise").splitlines()
     assert plot[0] == "rise" and plot[1].endswith("•") and plot[-1].split("|")[1].startswith("•")
     assert "no values" in text_plot([], "empty")
+
+
+def test_an_empty_list_of_prompts_is_an_error(world):
+    lm = Transformer(ModelConfig(vocab_size=270, n_layer=1, n_head=2, n_kv_head=2, d_model=16, d_ff=32, max_len=64))
+    with pytest.raises(UserError, match="nothing to evaluate"):
+        measure_policy(lm, lm, world.data.tokenizer, [], "{prompt}")
+
+
+@pytest.mark.parametrize("temperature", [1.0, .6])
+def test_a_policys_scores_and_kl_are_those_of_its_ids_at_the_sampling_temperature(world, temperature):
+    (sft, tokenizer, _), data = load_checkpoint(world.root / "sft"), world.data
+    judge, other = load_checkpoint(world.root / "reward", cls=RewardModel)[0], copy.deepcopy(sft)
+    with torch.no_grad():
+        other.embedding.weight.mul_(1.1)
+    asked = [r["prompt"] for r in data.records("ppo", "val")[:6]]
+    found, records, rows = measure_policy(sft, other, tokenizer, asked, data.template, reward_model=judge, reply_len=10,
+                                          temperature=temperature)
+    ids = [prompt_ids(tokenizer, p, data.template) for p in asked]
+    for p, row, record in zip(ids, rows, records, strict=True):
+        a, b = (token_logprobs(m(torch.tensor([p + row]))[0, len(p) - 1:-1], torch.tensor(row), temperature).sum()
+                for m in (sft, other))
+        assert record["kl"] == pytest.approx(float(a - b), abs=.01)
+        score, = judge.score_rows([(p + row, [False] * len(p) + [True] * len(row))])
+        assert record["raw_score"] == pytest.approx(score, abs=2e-3)
+    assert found["raw_score"] == pytest.approx(np.mean([r["raw_score"] for r in records]), abs=2e-3)
+
+
+def test_the_tables_lines_are_measured_alike_and_by_the_judge(world):
+    (sft, tokenizer, _), data = load_checkpoint(world.root / "sft"), world.data
+    table_rows, replies = evaluate.policy_table({"A": sft, "B": sft}, sft, tokenizer, data, reward_model=None,
+                                                n_prompts=20, reply_len=10, split="val")
+    assert replies["A"] == replies["B"] and table_rows[0]["kl"] == 0  # the same openings and random numbers
+    real = evaluate.reference_lines(data, tokenizer, 10, "val")
+    counts = [sum(max(0, len(row) - 1) for row in rows) for _, _, rows in real]
+    counts.append(sum(r["tokens"] - 1 for r in replies["A"]))
+    assert [r["name"] for r in table_rows] == ["A", "B", *(name for name, _, _ in real)]
+    assert {r["bigrams"] for r in table_rows} == {min(counts)} and len(set(counts)) > 1
+    probs = ngram_classifier(data, "judge").probs([r["prompt"] + r["reply"] for r in replies["A"]])
+    assert [r["judge"] for r in replies["A"]] == pytest.approx(probs.tolist(), abs=1e-5)
+    assert table_rows[0]["judged"].startswith(f"{(probs > .5).mean():.3f} [")
+
+
+def test_reward_model_and_baseline_read_the_same_halves_and_learned_from_the_same_labels(world):
+    judge, tokenizer, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
+    found = evaluate.score_reward_model(judge, world.data, "val", tokenizer, 128)
+    records, baseline = world.data.records("reward", "val"), ngram_classifier(world.data, "reward")
+    halves = [r["prompt"] + tokenizer.decode(i[:max(1, len(i) // 2)])
+              for r in records for i in [tokenizer.encode(r["response"])]]
+    assert found["labels"] == [r["label"] for r in records]
+    assert np.allclose(found["baseline"], baseline.logits([r["prompt"] + r["response"] for r in records]), atol=1e-5)
+    assert np.allclose(found["half_baseline"], baseline.logits(halves), atol=1e-5)
+
+
+def test_the_report_says_which_reply_the_judge_prefers(command, world, tmp_path):
+    train.train_ppo(command("ppo", "--updates=3", "--policy_lr=.03", "--report_prompts=20"))
+    root, sizes = tmp_path / "reviews", dict(n_prompts=20, reply_len=16, temperature=1.0)
+    save_checkpoint(root / "reward", load_checkpoint(world.root / "reward", cls=RewardModel)[0], world.data.tokenizer,
+                    options={"max_len": 128})
+    config = json.loads((root / "ppo/config.json").read_text())
+    config["options"]["reward_from"] = ""
+    (root / "ppo/config.json").write_text(json.dumps(config))
+    evaluate.write_report(world.data, root, seed=0, **sizes)
+    report = json.loads((root / "report.json").read_text())
+    sft, ppo = (load_checkpoint(f)[0] for f in (world.root / "sft", root / "ppo"))
+    _, replies = evaluate.policy_table({"SFT": sft, "PPO": ppo}, sft, world.data.tokenizer, world.data,
+                                       reward_model=None, **sizes)
+    after, before = (np.array([r["judge"] for r in replies[k]]) for k in ("PPO", "SFT"))
+    share = float((after > before).mean() + (after == before).mean() / 2)
+    assert report["win_rate"][0] == pytest.approx(share) and share != .5
+    assert {p["after"]["reply"] for p in report["pairs"]} <= {r["reply"] for r in replies["PPO"]}
+
+
+def test_a_full_disk_while_the_judge_is_kept_is_one_clear_line(world, tmp_path):
+    (tmp_path / "ngrams_judge.tmp").symlink_to("/dev/full")
+    data = types.SimpleNamespace(folder=tmp_path, records=world.data.records)
+    assert run_main(lambda argv: ngram_classifier(data, "judge") and 0, []) == 2

@@ -2,14 +2,16 @@
 (nothing)."""
 import dataclasses
 import math
+import pathlib
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import model as model_module
 from data.tokenizer import train_bpe
-from model import (KVCache, ModelConfig, Transformer, cross_entropy_sum, load_checkpoint, pick_dtype, save_checkpoint,
-                   token_logprobs, weights_hash)
+from model import (KVCache, ModelConfig, Transformer, attention_allowed, cross_entropy_sum, load_checkpoint, pick_dtype,
+                   precision, save_checkpoint, token_logprobs, weights_hash)
 from options import UserError
 from reward import RewardModel
 
@@ -187,7 +189,7 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, model, tokenizer, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="No space left.*previous checkpoint is kept"):
+    with pytest.raises(UserError, match="No space left.*previous one is kept"):
         save_checkpoint(tmp_path, model, tokenizer, step=2)
     assert load_checkpoint(tmp_path)[2]["step"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt"]
@@ -201,3 +203,81 @@ def test_a_shape_that_does_not_divide_is_refused():
 def test_a_row_longer_than_the_model_is_refused(model):
     with pytest.raises(UserError, match="65 tokens.*64"):
         model(tokens_of((1, 65)))
+
+
+def test_every_query_sees_a_key_and_no_real_one_sees_a_pad():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]).bool()
+    allowed = attention_allowed(mask, None)[:, 0]
+    assert allowed.any(-1).all()  # a softmax over nothing is NaN
+    assert not (allowed & mask[:, :, None] & ~mask[:, None, :]).any()
+
+
+def test_half_precision_logits_are_normalised_in_float32():
+    logits = (5 * torch.randn(64, 900, generator=torch.Generator().manual_seed(0))).bfloat16()
+    targets = torch.arange(64)
+    exact = logits.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert torch.allclose(token_logprobs(logits, targets).double(), exact, atol=1e-5)
+    lm = Transformer(CONFIG)
+    hidden, targets = torch.randn(256, 32, generator=torch.Generator().manual_seed(1)) * 30, torch.arange(256) % 40
+    with precision("bfloat16", "cpu"):
+        loss = cross_entropy_sum(lm, hidden, targets)
+    products = (hidden.bfloat16() @ lm.embedding.weight.bfloat16().T).double()
+    expected = -float(products.log_softmax(-1).gather(1, targets[:, None]).sum())
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_precision_lowers_matrix_products_and_nothing_else():
+    w = torch.randn(8, 8)
+    with precision("bfloat16", "cpu"):
+        assert (w @ w).dtype == torch.bfloat16
+    with precision("float32", "cpu"):
+        assert (w @ w).dtype == torch.float32
+
+
+def test_a_stop_before_the_renaming_keeps_the_old_checkpoint(tmp_path, tokenizer, monkeypatch):
+    lm = Transformer(CONFIG)
+    save_checkpoint(tmp_path, lm, tokenizer, step=1)
+    order, fsync = [], model_module.os.fsync
+    monkeypatch.setattr(model_module.os, "fsync", lambda f: order.append("synced") or fsync(f))
+
+    def killed(*_):
+        order.append("renamed")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(model_module.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, lm, tokenizer, step=2)
+    assert order == ["synced", "renamed"] and load_checkpoint(tmp_path)[2]["step"] == 1
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="Linux only")
+def test_a_disk_that_is_really_full_keeps_the_old_checkpoint(tmp_path, tokenizer):
+    lm = Transformer(CONFIG)
+    save_checkpoint(tmp_path, lm, tokenizer, step=1)
+    (tmp_path / "checkpoint.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="No space left.*previous one is kept"):
+        save_checkpoint(tmp_path, lm, tokenizer, step=2)
+    assert load_checkpoint(tmp_path)[2]["step"] == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_checkpoint_from_a_stranger_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+    torch.save({"kind": "Transformer", "x": Evil()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="not a readable"):
+        load_checkpoint(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_parameters_of_the_demo_counted_by_hand():
+    block = 192 * 3 * 192 + 192 * 192 + 192 * 2 * 512 + 512 * 192 + 2 * 192 + 2 * 48
+    assert Transformer(ModelConfig()).n_parameters() == 4096 * 192 + 4 * block + 192 == 2_558_016
+
+
+@pytest.mark.parametrize("change", [lambda p: p["config"].update(new=1), lambda p: p.pop("tokenizer")])
+def test_a_checkpoint_of_another_version_is_one_clear_line(world, tmp_path, change):
+    payload = torch.load(world.root / "sft/checkpoint.pt", weights_only=True)
+    change(payload)
+    torch.save(payload, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="other.pt"):
+        load_checkpoint(tmp_path / "other.pt")

@@ -12,7 +12,7 @@ import torch
 
 from data.prepare import open_data
 from ppo import PPOOptions
-from tests.conftest import ROOT
+from tests.conftest import ROOT, equal
 
 STAGES = ("pretrain", "sft", "reward", "ppo")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CI": "true"}
@@ -128,17 +128,6 @@ def copy_parents(root, out, stage):
         (out / "reviews" / s).symlink_to(root / s)
 
 
-def equal(a, b):
-    """Are two nests of dicts and lists the same, tensors bit by bit?"""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
 MORE_STATE = ("--reward_norm=running", "--kl_control=adaptive", "--kl_horizon=50", "--critic=shared")
 
 
@@ -229,6 +218,7 @@ def test_checkpoints_can_be_measured_and_plotted(root, reviews_source, tmp_path)
     (["train.py", "pretrain", "--init_from=x"], "no effect"),
     (["train.py", "ppo", "--kl_target=3"], "no effect with --kl_control fixed"),
     (["train.py", "ppo", "--updates=2"], "the policy would never learn"),
+    (["train.py", "ppo", "--report_prompts=9"], "no effect on ppo alone"),
     (["train.py", "ppo", "--minibatches=0"], "out of range"), (["train.py", "ppo", "--compile=on"], "not one of auto"),
     (["train.py", "pretrain", "--data=shakespeare", "--news_share=.5"], "no effect on --data shakespeare"),
     (["train.py", "pretrain", "--data=shakespeare", "--vocab_size=500"], "no effect on --data shakespeare"),

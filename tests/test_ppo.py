@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from model import ModelConfig, Transformer, log_softmax
-from options import UserError
+from model import ModelConfig, Transformer, log_softmax, precision
+from options import UserError, parse
 from ppo import (ActorCritic, KLController, PPOOptions, Rollout, RunningMoments, collect_rollout, critic_from, gae,
                  kl_estimate, make_rows, masked_mean, ppo_loss, rollout_metrics, shape_scores, spread, token_rewards,
                  update, whiten)
@@ -512,3 +512,110 @@ def test_what_is_trained_against_knows_no_judge():
             todo += [node.module] if isinstance(node, ast.ImportFrom) else []
     assert {"ppo", "reward", "model", "sample", "data.batches"} <= seen
     assert not seen & {"evaluate", "ngrams", "train", "run", "tools.plot"}
+
+
+def test_half_precision_inputs_give_float32_as_exact_as_float32():
+    x, mask = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.ones(4, 300).bool()
+    zero = torch.zeros(4)
+    for f in (lambda x: masked_mean(x, mask), lambda x: whiten(x, mask), lambda x: token_rewards(zero, x, -x, mask, .1),
+              lambda x: torch.stack(gae(x, x, mask))):
+        assert f(x).dtype == torch.float32 and torch.equal(f(x), f(x.float()))
+
+
+def test_bfloat16_leaves_weights_scores_and_ratio_in_float32():
+    nets, o = networks(), options()
+    optimizer = optimizer_of(nets[0])
+    rollout = collect_rollout(*nets, prompts(8), o, end_id=END, step=0, kl_coef=.1, dtype="bfloat16",
+                              moments=RunningMoments())
+    plain = rollout_of(networks(), o)
+    assert not torch.equal(rollout.logprobs, plain.logprobs)  # it was bfloat16
+    floats = [v for v in vars(rollout).values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    assert {x.dtype for x in floats} == {torch.float32} and torch.equal(rollout.logprobs, rollout.ref_logprobs)
+    found = update(nets[0], optimizer, rollout, o, 0, dtype="bfloat16")
+    assert found["ratio_start"] < 2e-2
+    assert {p.dtype for p in nets[0].parameters()} == {torch.float32}
+    assert {v.dtype for s in optimizer.state.values() for v in s.values()} == {torch.float32}
+
+
+def test_logits_and_values_are_float32_under_autocast():
+    nets = networks()
+    rows = make_rows(torch.arange(6, 14)[None], torch.ones(1, 8).bool(), torch.arange(8)[None] > 2)
+    with precision("bfloat16", "cpu"):
+        logprobs, _, values = nets[0](rows, 1.0)
+        hidden = rows.before(nets[0].policy.hidden(rows.tokens)).float()
+        critic = rows.before(nets[0].critic.backbone.hidden(rows.tokens)).float()
+    expected = log_softmax(hidden @ nets[0].policy.embedding.weight.T).gather(1, rows.targets[:, None])[:, 0]
+    head = nets[0].critic.score_head
+    assert torch.allclose(logprobs, expected, atol=1e-5)
+    assert torch.allclose(values, (critic @ head.weight.T + head.bias)[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_values_do_not_depend_on_the_temperature(critic):
+    actor_critic = networks(critic=critic)[0]
+    if critic == "shared":
+        torch.nn.init.ones_(actor_critic.value_head.weight)
+    rows = make_rows(torch.arange(6, 14)[None], torch.ones(1, 8).bool(), torch.arange(8)[None] > 2)
+    cold, warm = (actor_critic(rows, t) for t in (.5, 1.0))
+    assert torch.equal(cold[2], warm[2]) and not torch.allclose(cold[0], warm[0])
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_the_metrics_of_an_update_do_not_depend_on_micro_batches(critic):
+    found = []
+    for size in (8, 3, 1):
+        nets, o = networks(critic=critic), options(micro_batch=size, epochs=1, minibatches=1, entropy_coef=.01)
+        rollout = rollout_of(nets, o)
+        rollout.logprobs = torch.where(rollout.response_mask, rollout.logprobs - .3, 0)  # so that nothing is just 0
+        found.append(update(nets[0], torch.optim.SGD(nets[0].parameters(), lr=.1), rollout, o, 0))
+    keys = ("policy_loss", "value_loss", "approx_kl", "clip_frac", "value_clip_frac", "ratio_start", "policy_grad_norm",
+            "critic_grad_norm", "trained_tokens")
+    for other in found[1:]:
+        assert {k: other[k] for k in keys} == pytest.approx({k: found[0][k] for k in keys}, rel=1e-3, abs=1e-6)
+    assert found[0]["approx_kl"] > 0 and found[0]["ratio_start"] == pytest.approx(.3, abs=1e-3)
+
+
+def test_the_metrics_of_an_update_are_means_over_all_its_tokens():
+    nets, o = networks(), options(epochs=1, minibatches=4)
+    rollout = rollout_of(nets, o)
+    rollout.logprobs = torch.where(rollout.response_mask, rollout.logprobs - .1 * torch.arange(8.)[:, None], 0)
+    still = torch.optim.SGD(nets[0].parameters(), lr=0.0)
+    parts = update(nets[0], still, rollout, o, 0)
+    whole = update(nets[0], still, rollout, options(epochs=1, minibatches=1), 0)
+    for name in ("policy_loss", "value_loss", "approx_kl", "clip_frac", "value_clip_frac"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-7), name
+    assert whole["approx_kl"] > .01
+
+
+def test_the_loss_by_its_formula():
+    x, mask = arrays(seed=2)
+    loss, _ = ppo_loss(**x, mask=mask, clip_range=.2, value_clip=.3, value_coef=.7, entropy_coef=.4)
+    r = {k: v[mask].double() for k, v in x.items()}
+    ratio, A, G = (r["logprobs"] - r["old_logprobs"]).exp(), r["advantages"], r["returns"]
+    clipped = r["old_values"] + (r["values"] - r["old_values"]).clamp(-.3, .3)
+    expected = torch.maximum(-A * ratio, -A * ratio.clamp(.8, 1.2)).mean() - .4 * r["entropy"].mean() \
+        + .7 * .5 * torch.maximum((r["values"] - G)**2, (clipped - G)**2).mean()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("kl,factor", [(9, 1 + .2 * 256 / 1e4), (0, 1 - .2 * 256 / 1e4), (6.6, 1 + .1 * 256 / 1e4)])
+def test_adaptive_kl_is_clipped_on_both_sides(kl, factor):
+    control = KLController(.2, target=6)
+    control.update(kl, 256)
+    assert control.coef == pytest.approx(.2 * factor, abs=1e-9)
+
+
+def test_each_epoch_has_its_own_minibatches(monkeypatch):
+    seen, nets, o = [], networks(), options(epochs=3, minibatches=2)
+    rollout, real = rollout_of(nets, o), type(rollout_of(nets, o)).by_length
+    monkeypatch.setattr(type(rollout), "by_length",
+                        lambda self, i, n: seen.append(tuple(sorted(i.tolist()))) or real(self, i, n))
+    update(nets[0], optimizer_of(nets[0]), rollout, o, 0)
+    assert len(seen) == 6 and len(set(seen)) > 2
+    assert all(sorted(seen[k] + seen[k + 1]) == list(range(8)) for k in (0, 2, 4))  # every row once an epoch
+
+
+def test_clips_can_act_under_every_preset():
+    for preset in ("smoke", "demo", "base"):
+        o = parse(PPOOptions, [f"--preset={preset}"], "x")
+        assert o.epochs * o.minibatches > 1  # with one step a rollout the ratio is always 1

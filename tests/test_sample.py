@@ -1,12 +1,16 @@
 """Sampling: what is drawn follows the stated distribution, from the stated random numbers, whatever shares the
 batch."""
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
+import sample as sample_module
 from model import ModelConfig, Transformer, log_softmax
-from options import UserError
-from sample import draw, filter_logits, generate, penalise_repetition, uniform_numbers
+from options import UserError, run_main
+from reward import RewardConfig, RewardModel
+from sample import draw, filter_logits, generate, penalise_repetition, reward_scores, uniform_numbers
 
 CONFIG = ModelConfig(vocab_size=50, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=32, max_len=40)
 
@@ -151,3 +155,81 @@ def test_rows_that_end_do_not_disturb_the_others(model):
         row = free.tokens[i].tolist()
         n = row.index(end) + 1 if end in row else 20
         assert out.tokens[i, :n].tolist() == row[:n] and int(out.mask[i].sum()) == n
+
+
+@pytest.mark.parametrize("settings", [{"temperature": .7}, {"temperature": 1.3, "top_k": 6}, {"top_p": .6},
+                                      {"repetition_penalty": 3.0}])
+def test_every_token_is_drawn_from_the_stated_distribution_by_the_rows_own_numbers(model, settings):
+    tokens, mask = prompts([3, 6, 2])
+    out, u = generate(model, tokens, mask, 10, seed=3, **settings), uniform_numbers(3, range(3), 10)
+    s = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0} | settings
+    for i in range(3):
+        ids = tokens[i, mask[i]].tolist()
+        for t in range(10):
+            seen = torch.zeros(1, 50, dtype=torch.bool)
+            seen[0, ids] = True
+            logits = penalise_repetition(model(torch.tensor([ids]))[:, -1], seen, s["repetition_penalty"])
+            logps = log_softmax(filter_logits(logits / s["temperature"], s["top_k"], s["top_p"]))
+            assert int(out.tokens[i, t]) == int(draw(logps, u[i, t:t + 1]))
+            assert float(out.logprobs[i, t]) == pytest.approx(float(logps[0, out.tokens[i, t]]), abs=1e-4)
+            ids.append(int(out.tokens[i, t]))
+
+
+def test_tokens_are_announced_as_they_are_written(model):
+    tokens, mask = prompts([4] * 6, seed=9)
+    said = {i: [] for i in range(6)}
+    end = int(generate(model, tokens, mask, 20, seed=2).tokens.flatten().bincount().argmax())
+    out = generate(model, tokens, mask, 20, seed=2, end_id=end,
+                   on_token=lambda rows, new: [said[r].append(n) for r, n in zip(rows.tolist(), new.tolist(),
+                                                                                  strict=True)])
+    assert all(said[i] == out.tokens[i, out.mask[i]].tolist() for i in range(6))
+
+
+def test_dropout_is_refused_while_sampling():
+    noisy = Transformer(dataclasses.replace(CONFIG, dropout=.1)).train()
+    with pytest.raises(ValueError, match="dropout"):
+        generate(noisy, *prompts([3]), 4)
+
+
+def test_bfloat16_is_used_where_asked_for_and_stays_near(model, monkeypatch):
+    tokens, mask = prompts([5, 3])
+    seen, real = [], sample_module.prefill
+    monkeypatch.setattr(sample_module, "prefill", lambda *a: seen.append(torch.is_autocast_enabled("cpu")) or real(*a))
+    exact, half = (generate(model, tokens, mask, 1, seed=0, dtype=d) for d in ("float32", "bfloat16"))
+    assert 0 < float((exact.logprobs - half.logprobs).abs().max()) < .1 and half.logprobs.dtype == torch.float32
+    assert seen == [False, True]
+
+
+END, PATTERN = 49, ["FTT", "TTF", "TFT", "FFF", "TFF", "FFT"]
+
+
+def test_the_mask_ends_at_the_first_end_token(model, monkeypatch):
+    """anchors.md: first end index per row [1, 0, 0, 3, 0, 2]."""
+    def logits(token):  # token 8 r + t says: row r, step t
+        after = [END if PATTERN[int(x) // 8][int(x) % 8] == "T" else int(x) + 1 for x in token]
+        return torch.nn.functional.one_hot(torch.tensor(after), 50).float() * 100
+    monkeypatch.setattr(sample_module, "prefill", lambda m, tokens, mask, cache: logits(tokens[:, -1]))
+    monkeypatch.setattr(sample_module, "decode_step", lambda m, token, *_: logits(token))
+    tokens = torch.arange(0, 48, 8)[:, None]
+    out = generate(model, tokens, torch.ones_like(tokens).bool(), 3, end_id=END)
+    ended = (out.tokens == END) & out.mask
+    assert [int(row.int().argmax()) if row.any() else 3 for row in ended] == [1, 0, 0, 3, 0, 2]
+    assert out.mask.sum(1).tolist() == [2, 1, 1, 3, 1, 3] and (out.tokens[~out.mask] == 0).all()
+
+
+def test_best_of_scores_the_very_ids_that_were_sampled(model):
+    judge = RewardModel(RewardConfig(**dataclasses.asdict(CONFIG))).eval()
+    tokens, mask = prompts([4, 2, 3])
+    out = generate(model, tokens, mask, 8, end_id=7, seed=1)
+    ids = [t[m].tolist() for t, m in zip(tokens, mask, strict=True)]
+    for i, score in enumerate(reward_scores(judge, ids, out)):
+        row = torch.tensor([ids[i] + out.tokens[i, out.mask[i]].tolist()])
+        reply = torch.arange(row.shape[1])[None] >= len(ids[i])
+        assert score == pytest.approx(float(judge(row, torch.ones_like(reply), reply)[0]), abs=1e-5)
+
+
+def test_a_prompt_that_is_too_long_is_one_clear_line(world, capsys):
+    words = ["--from", str(world.root / "sft"), "--prompt", "好" * 400]
+    assert run_main(sample_module.main, words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: a prompt of") and "exceed the model's 128" in said and said.count("\n") == 1
