@@ -39,7 +39,7 @@ class PPOOptions(Common):
                         "precision of matrix products; the ratio is a small difference of log-probabilities, "
                         "which bfloat16 rounds", choices=("auto", "float32", "bfloat16"), base="auto")
     compile: str = option("auto", "PPO runs eagerly at present, because its shapes vary", choices=("auto", "off"))
-    updates: int = option(30, "rollouts, each followed by the epochs below", smoke=6, base=200, low=1)
+    updates: int = option(40, "rollouts, each followed by the epochs below", smoke=6, base=200, low=1)
     batch: int = option(96, "replies per rollout", smoke=8, base=256, low=1)
     reply_len: int = option(64, "longest reply in tokens; one cut there counts as ended: nothing is added for what "
                                 "might have followed", smoke=16, base=128, low=1)
@@ -52,12 +52,13 @@ class PPOOptions(Common):
     minibatches: int = option(2, "optimizer steps per pass", source="1 in N+", low=1)
     micro_batch: int = option(24, "rows per forward and backward; changes memory and speed, nothing else", base=32,
                               low=1)
-    policy_lr: float = option(3e-4, "Adam's rate for the policy: small models need far more than the papers' 5e-7",
+    policy_lr: float = option(5e-4, "Adam's rate for the policy: small models need far more than the papers' 5e-7",
                               base=1e-5, source="measured here; MOSS 5e-7 at 7B, Ziegler 2019's code 1e-5 at 124M",
                               low=0)
     critic_lr: float = option(5e-4, "Adam's rate for the critic", base=2e-5, source="measured here; MOSS 1.65e-6 at 7B",
                               low=0)
-    adam_eps: float = option(1e-5, "Adam's epsilon", source="N+", low=0)
+    adam_eps: float = option(1e-8, "Adam's epsilon; it must be small beside a gradient's size, which for a separate "
+                             "critic is 1e-6 in the demo", source="N+: 1e-5", low=0)
     warmup: float = option(0.1, "share of the policy's updates over which the rates rise", source="MOSS 0.1",
                            low=0, high=1)
     final_lr: float = option(0.1, "rates fall linearly to this share of themselves", source="N+: to 0", low=0, high=1)
@@ -65,7 +66,7 @@ class PPOOptions(Common):
                          choices=("separate", "shared"), source="separate in MOSS and N+")
     critic_warmup: int = option(2, "first updates that train the critic alone", smoke=1, source="MOSS-RLHF part I",
                                 low=0)
-    kl_coef: float = option(0.06, "price of one nat away from the reference",
+    kl_coef: float = option(0.05, "price of one nat away from the reference",
                             source="MOSS 0.05, swept .05 to .2; N+ 0.05", low=0)
     kl_estimator: str = option("k1", "estimate of KL in the reward", choices=("k1", "k2", "k3"),
                                source="Schulman 2020; k1 in MOSS, N+")
@@ -79,17 +80,18 @@ class PPOOptions(Common):
     whiten: bool = option(True, "advantages to mean 0, spread 1 over the rollout", source="N+")
     clip_range: float = option(0.2, "policy ratio clip", source="Schulman 2017, N+, MOSS", low=0)
     value_clip: float = option(0.2, "value clip around the rollout's values; 0: none", source="N+, MOSS", low=0)
-    value_coef: float = option(0.1, "weight of the value loss; of a separate critic Adam divides it out again, unless "
-                                    "--max_grad_norm clips", source="N+", low=0)
+    value_coef: float = option(0.1, "weight of the value loss beside the policy's, where they share a trunk; of a "
+                                    "separate critic Adam divides it out again", source="N+", low=0)
     entropy_coef: float = option(0.0, "entropy bonus", source="MOSS: not recommended")
     max_grad_norm: float = option(1.0, "gradient norm at most, for policy and critic each", low=0)
     reward_norm: str = option("auto", "fixed: the checkpoint's mean and spread; running: divided by the running spread "
-                              "too; sigmoid: 2σ(raw) − 1, for reward models trained on labels, whose raw scores are "
-                              "log-odds; auto: sigmoid for these, else fixed",
-                              choices=("auto", "fixed", "running", "sigmoid"), source="MOSS: running")
+                              "too; for reward models trained on labels, whose raw scores are log-odds, also "
+                              "logsigmoid: log P(liked), and sigmoid: 2 P(liked) − 1; auto: logsigmoid for these, "
+                              "else fixed", choices=("auto", "fixed", "running", "sigmoid", "logsigmoid"),
+                              source="MOSS: running")
     reward_clip: float = option(10.0, "scores are clipped to ± this; those of sigmoid are within ± 1 anyway",
                                 source="MOSS 10", low=0)
-    end_penalty: float = option(0.5, "subtracted, after the clip, from a reply without end token", source="TRL: 1",
+    end_penalty: float = option(1.0, "subtracted, after the clip, from a reply without end token", source="TRL: 1",
                                 low=0)
     max_approx_kl: float = option(0.0, "skip the policy's remaining minibatches of an update above this; 0: never",
                                   source="Spinning Up: 0.015", low=0)
@@ -185,6 +187,8 @@ def shape_scores(raw: Tensor, ended: Tensor, o: PPOOptions, reward_model: Reward
     missing end token. `moments` are updated before use (MOSS); only their spread is used, no mean taken off."""
     if o.reward_norm == "sigmoid":
         scores = 2 * torch.sigmoid(raw) - 1
+    elif o.reward_norm == "logsigmoid":
+        scores = nn.functional.logsigmoid(raw)
     else:
         scores = reward_model.normalise(raw)
         if o.reward_norm == "running":
@@ -352,7 +356,7 @@ def score_tokens(model: Transformer, hidden: Tensor, targets: Tensor, temperatur
 def critic_from(reward_model: RewardModel) -> RewardModel:
     """A copy of the reward model with its constants folded into the head, w/σ and (b − μ)/σ, so that its first values
     are on the scale of normalised scores; its own constants become 0 and 1, so that they are not applied twice. That is
-    exact under --reward_norm fixed; 2σ(raw) − 1 bends the same scale into ± 1, which the critic learns in its warm-up.
+    exact under --reward_norm fixed; log σ(raw) and 2σ(raw) − 1 bend that scale, which the critic learns in its warm-up.
     """
     critic = copy.deepcopy(reward_model).requires_grad_(True)
     with torch.no_grad():

@@ -52,7 +52,7 @@ class PretrainOptions(Learning):
     d_model: int = option(192, "width of the residual stream", smoke=32, base=768, low=2)
     d_ff: int = option(512, "width inside the MLP", smoke=64, base=2048, low=1)
     max_len: int = option(256, "longest row the model is made for, in tokens", smoke=128, base=1024, low=16)
-    tokens: int = option(1_500_000, "tokens to train on", smoke=20_000, base=2_000_000_000, low=1)
+    tokens: int = option(2_000_000, "tokens to train on", smoke=20_000, base=2_000_000_000, low=1)
     window: int = option(128, "tokens in a row", smoke=64, base=1024, low=2)
     batch: int = option(16, "rows per forward and backward", smoke=8, base=32, low=1)
     accumulate: int = option(1, "batches per optimizer step", base=8, low=1)
@@ -438,16 +438,16 @@ def train_ppo(o: PPOOptions) -> Run:
                         "its training ends: go on with `python train.py reward --resume`")
     log_odds = reward_state["feedback"] == "label"
     if o.reward_norm == "auto":
-        o.reward_norm = "sigmoid" if log_odds else "fixed"
-    elif o.reward_norm == "sigmoid" and not log_odds:
-        raise UserError("--reward_norm sigmoid reads raw scores as log-odds, but this reward model learned from "
-                        f"feedback for {reward_state['feedback']}: use fixed or running")
+        o.reward_norm = "logsigmoid" if log_odds else "fixed"
+    elif "sigmoid" in o.reward_norm and not log_odds:
+        raise UserError(f"--reward_norm {o.reward_norm} reads raw scores as log-odds, but this reward model learned "
+                        f"from feedback for {reward_state['feedback']}: use fixed or running")
     parents = {"data": data.fingerprint, "init": state["hash"], "reward": reward_state["hash"]}
     run = Run("ppo", o, parents, data, policy.config.d_model)
     if run.finished:
         return run
     for name, value in reward_state.get("norm", {}).items():
-        if o.reward_norm != "sigmoid" and getattr(o, name) != value:
+        if "sigmoid" not in o.reward_norm and getattr(o, name) != value:
             print(f"ppo: warning: the reward model's mean and spread were taken at {name} {value}, not "
                   f"{getattr(o, name)}", file=sys.stderr)
     run.tokenizer = tokenizer

@@ -208,6 +208,8 @@ def test_scores_are_normalised_then_clipped_then_fined():
     assert fixed.tolist() == [-1, 0, 4]
     sigmoid = shape_scores(raw, ended, options(reward_norm="sigmoid", end_penalty=.5), model, RunningMoments())
     assert torch.allclose(sigmoid, torch.tensor([0, 2 / (1 + math.exp(-4)) - 1.5, .5]))
+    log_p = shape_scores(raw, ended, options(reward_norm="logsigmoid", end_penalty=.5), model, RunningMoments())
+    assert torch.allclose(log_p, torch.tensor([-math.log(2), -math.log1p(math.exp(-4)) - .5, -.5]))
     moments = RunningMoments()
     running = shape_scores(raw, bools([1, 1, 1]), options(reward_norm="running", reward_clip=50), model, moments)
     assert moments.count == 4 and torch.allclose(running, torch.tensor([-1, 1, 49]) / moments.std)
