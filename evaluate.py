@@ -354,8 +354,7 @@ def write_report(data: Prepared, root: pathlib.Path, *, reply_len: int, temperat
                   f"{interval(accuracy, probs, labels)}."]
     before, after = replies["SFT"], replies["PPO"]
     if "judge" in after[0]:
-        report["win_rate"] = win_rate([r["judge"] for r in after], [r["judge"] for r in before])
-        value, low, high = report["win_rate"]
+        value, low, high = report["win_rate"] = win_rate([r["judge"] for r in after], [r["judge"] for r in before])
         parts += [f"The judge prefers the reply after PPO on {value:.1%} of the openings [{low:.1%}, {high:.1%}]."]
     chosen = np.random.default_rng([seed, 77]).permutation(len(before))[:10]
     report["pairs"] = [{"prompt": before[i]["prompt"], "before": before[i], "after": after[i]} for i in chosen]

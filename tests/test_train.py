@@ -10,6 +10,7 @@ from tqdm import tqdm
 import train
 from data.batches import PackedDocuments, dialogue_rows, judged_batch, judged_rows, key, rows_at
 from model import ModelConfig, Transformer, load_checkpoint, token_logprobs, weights_hash
+from optimizers import learning_rate, make_optimizers
 from options import UserError, parse, run_main
 from reward import RewardConfig, RewardModel, label_loss
 from run import Interrupted, Run
@@ -122,9 +123,9 @@ def test_a_loss_that_is_not_finite_names_the_step_and_is_never_stepped_on():
 
 
 def test_learning_rates_rise_stay_and_fall():
-    found = [train.learning_rate(s, 10, warmup=.2, decay=.5) for s in range(10)]
+    found = [learning_rate(s, 10, warmup=.2, decay=.5) for s in range(10)]
     assert found == pytest.approx([.5, 1, 1, 1, 1, 1, .8, .6, .4, .2])
-    assert train.learning_rate(9, 10, 0, 1.0, final=.1) == pytest.approx(.1 + .9 * .1)
+    assert learning_rate(9, 10, 0, 1.0, final=.1) == pytest.approx(.1 + .9 * .1)
 
 
 def test_the_loop_logs_the_rate_it_uses_and_clips_the_gradient():
@@ -145,7 +146,7 @@ def test_the_loop_logs_the_rate_it_uses_and_clips_the_gradient():
 
 def test_muon_trains_the_blocks_matrices_and_adamw_the_rest():
     model = RewardModel(RewardConfig(**SHAPE))
-    muon, adamw = train.make_optimizers(model, parse(train.RewardOptions, [], "x"))
+    muon, adamw = make_optimizers(model, parse(train.RewardOptions, [], "x"))
     name = {id(p): n for n, p in model.named_parameters()}
     of = lambda x: {name[id(p)] for g in x.param_groups for p in g["params"]}  # noqa: E731
     matrices = ("qkv.weight", "out.weight", "gate_up.weight", "down.weight")
