@@ -340,6 +340,8 @@ def main(argv: list[str]) -> None:
     o = parse(SampleOptions, argv, "sample.py")
     if o.chat or o.file or o.compare:
         o.refuse("best_of", why="with --chat, --file or --compare: it is for one --prompt")
+    if o.temperature == 0:
+        o.refuse("top_k", "top_p", why="with --temperature 0, which takes the likeliest token")
     if o.best_of == 1:
         o.refuse("reward_from", why="without --best_of: nothing is scored")
     if o.compare:

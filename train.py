@@ -30,7 +30,7 @@ from tqdm import tqdm
 import evaluate
 from data.batches import (PackedDocuments, dialogue_rows, eval_windows, fitting, judged_batch, judged_rows, key,
                           pack_rows, prompt_ids, rows_at)
-from data.prepare import DATA_SETS, open_data
+from data.prepare import open_for
 from data.prepared import DIALOGUE, NEWS, REVIEW, Prepared
 from model import ModelConfig, Transformer, cross_entropy_sum, load_checkpoint, pick_device, precision
 from ngrams import ngram_classifier, plain_text
@@ -81,14 +81,7 @@ class SFTOptions(Learning):
 def prepared(o: Common) -> Prepared:
     """The data set, made ready where it is not yet."""
     pick_device(o.device)  # one that is not there is better refused before the preparation than after it
-    if o.data != "reviews":
-        o.refuse("limit", why=f"on --data {o.data}: it is for reviews")
-    if o.data not in DATA_SETS and pathlib.Path(o.data).exists():
-        o.refuse("source", why=f"on your own --data {o.data}: it names the raw files of {' and '.join(DATA_SETS)}")
-    data = open_data(o.data, source=o.source or None, vocab_size=o.vocab_size, limit=o.limit)
-    if not data.trains_vocabulary:
-        o.refuse("vocab_size", why=f"on --data {o.data}: no vocabulary of tokens is trained on it")
-    return data
+    return open_for(o, o.data)
 
 
 def parent(o: Common, data: Prepared, stage: str, given: str, cls: type = Transformer):
@@ -153,9 +146,10 @@ def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterat
                 tokens += n
             norm = float(nn.utils.clip_grad_norm_(model.parameters(), o.clip))
             if not math.isfinite(total + norm):
-                raise UserError(f"{run.stage}: the loss is {total}, its gradient's norm {norm} at step {step + 1}; the "
-                                f"last good checkpoint is kept: lower --lr ({o.lr:g}) or --adam_lr, or look for "
-                                "damaged records")
+                saved = step >= o.save_every or run.state
+                kept = "the last good checkpoint is kept" if saved else "nothing was saved yet"
+                raise UserError(f"{run.stage}: the loss is {total}, its gradient's norm {norm} at step {step + 1}; "
+                                f"{kept}: lower --lr ({o.lr:g}) or --adam_lr, or look for damaged records")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -204,7 +198,7 @@ def pretrain(o: PretrainOptions) -> Run:
                               total_tokens=o.tokens, seed=o.seed, shares=shares if has_parts else None,
                               early={NEWS: 0.5})
     if not has_parts:
-        o.refuse("news_share", "dialogue_share", why=f"on --data {o.data}, which is of one kind: they are for reviews")
+        o.refuse("news_share", "dialogue_share", why=f"on {o.data}, which is of one kind: it is for reviews")
     if batches.passes > 20:
         print(f"pretrain: warning: {o.tokens} tokens are up to {batches.passes} passes over a part of this data, which "
               "will be learned by heart: bring more text, or lower --tokens", file=sys.stderr)
@@ -432,8 +426,8 @@ def train_ppo(o: PPOOptions) -> Run:
         (critic or actor_critic.value_head).load_state_dict(run.state["critic"])
         optimizer.load_state_dict(run.state["optimizer"])
     judge = ngram_classifier(data, "judge") if data.has("judge") else None
-    prompts, held_out = ([r["prompt"] for r in fitting(data.records("ppo", split), tokenizer, data.template,
-                                                       policy.config.max_len - o.reply_len)]
+    room = min(policy.config.max_len, reward_model.config.max_len) - o.reply_len
+    prompts, held_out = ([r["prompt"] for r in fitting(data.records("ppo", split), tokenizer, data.template, room)]
                          for split in ("train", "val"))
     held_out = held_out[:o.eval_prompts]
     tolerance = 1e-4 if run.dtype == "float32" else 2e-2

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from data.prepared import DIALOGUE, NEWS, REVIEW, Prepared
 from data.records import FIELDS, as_messages, kind_of, load_records, write_records
 from data.tokenizer import Tokenizer, train_bpe, train_chars
-from options import UserError, option, parse, run_main
+from options import Options, UserError, option, parse, run_main
 
 VERSION = 2  # of what is written; a change makes old prepared folders unused
 CACHE = pathlib.Path(__file__).parent / "cache"
@@ -391,8 +391,21 @@ def open_data(data: str, **options) -> Prepared:
     return Prepared(folder, meta, Tokenizer.from_state(state) if state else None)
 
 
+def open_for(o: Options, data: str) -> Prepared:
+    """`open_data` by a command's options --source, --vocab_size and --limit; what has no effect on this data set is
+    refused."""
+    if data != "reviews":
+        o.refuse("limit", why=f"on {data}: it is for reviews")
+    if data not in DATA_SETS and pathlib.Path(data).exists():
+        o.refuse("source", why=f"on your own {data}: it names the raw files of {' and '.join(DATA_SETS)}")
+    prepared = open_data(data, source=o.source or None, vocab_size=o.vocab_size, limit=o.limit)
+    if not prepared.trains_vocabulary:
+        o.refuse("vocab_size", why=f"on {data}: no vocabulary of tokens is trained on it")
+    return prepared
+
+
 @dataclasses.dataclass
-class PrepareOptions:
+class PrepareOptions(Options):
     """`python -m data.prepare NAME`"""
 
     source: str = option("", "folder or archive with the raw files, instead of downloading them")
@@ -406,7 +419,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"usage: python -m data.prepare {'|'.join(DATA_SETS)}|FILE.jsonl|FOLDER [--source …] "
                         f"[--vocab_size …]")
     o = parse(PrepareOptions, argv[1:], "data.prepare")
-    data = open_data(argv[0], source=o.source or None, vocab_size=o.vocab_size, limit=o.limit)
+    data = open_for(o, argv[0])
     print(data.folder)
     for name, count in data.meta["counts"].items():
         print(f"  {name}: {count}")

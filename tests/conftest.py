@@ -16,6 +16,8 @@ from data.prepare import open_data  # noqa: E402
 from model import ModelConfig, Transformer, save_checkpoint  # noqa: E402
 from reward import RewardConfig, RewardModel  # noqa: E402
 
+torch.set_num_threads(1)  # tensors are small here: more threads only wait for one another
+
 REPEATED = "这本书真的很好看，内容充实，我非常喜欢，推荐大家购买。"
 CONTRADICTED = "酒店位置不错，离地铁站很近，就是房间有点小。"
 QUOTED = "昨天刚刚收到货，包装完整无缺没有任何破损"  # 20 characters: reviews that share them must stay together

@@ -279,3 +279,10 @@ def test_a_full_disk_while_the_judge_is_kept_is_one_clear_line(world, tmp_path):
     (tmp_path / "ngrams_judge.tmp").symlink_to("/dev/full")
     data = types.SimpleNamespace(folder=tmp_path, records=world.data.records)
     assert run_main(lambda argv: ngram_classifier(data, "judge") and 0, []) == 2
+
+
+def test_real_lines_answer_held_out_openings(world):
+    held = {r["prompt"] for r in world.data.records("ppo", "val")}
+    assert any(r["prompt"] not in held for r in world.data.records("reward", "val"))
+    lines = evaluate.reference_lines(world.data, world.data.tokenizer, 64, "val")
+    assert lines and all(r["prompt"] in held for _, records, _ in lines for r in records)

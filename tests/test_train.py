@@ -1,6 +1,7 @@
 """The stages and their loop: what each step learns from, what is logged, and how a run goes on."""
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import torch
 from tqdm import tqdm
 
 import train
-from data.batches import PackedDocuments, dialogue_rows, judged_batch, judged_rows, key, rows_at
+from data.batches import PackedDocuments, dialogue_rows, eval_windows, judged_batch, judged_rows, key, rows_at
 from model import ModelConfig, Transformer, load_checkpoint, token_logprobs, weights_hash
+from ngrams import ngram_classifier
 from optimizers import learning_rate, make_optimizers
 from options import UserError, parse, run_main
 from reward import RewardConfig, RewardModel, label_loss
@@ -69,13 +71,13 @@ def test_sft_learns_replies_alone_by_their_tokens(first_step, world):
 
 
 def test_the_reward_loss_is_that_of_rows_alone_plus_the_language_models(first_step, world):
-    model, losses, _ = first_step("reward")
+    model, losses, _ = first_step("reward", "--max_len=128")  # so that several rows share a window
     model.eval()
     with torch.no_grad():
         model.score_head.weight.mul_(20)
     records = world.data.records("reward", "train")
     batch = [records[i] for i in rows_at(len(records), 16, 0, 0, "reward")]
-    rows = judged_rows(batch, world.data.tokenizer, world.data.template, 64, prefix_share=.3,
+    rows = judged_rows(batch, world.data.tokenizer, world.data.template, 128, prefix_share=.3,
                        rng=np.random.default_rng(key(0, "reward", "prefix", 0)))
     tokens, real, reply = judged_batch(rows, "cpu")
     scores = model(tokens, real, reply)
@@ -86,6 +88,63 @@ def test_the_reward_loss_is_that_of_rows_alone_plus_the_language_models(first_st
     model.train()
     noisy = [float(next(losses(0))[0].detach()) for _ in range(2)]
     assert noisy[0] != noisy[1] and model.config.dropout == .1  # dropout is on here, and only here
+
+
+@torch.no_grad()
+def test_sft_validation_is_a_mean_over_reply_tokens(first_step, world):
+    model, _, measure = first_step("sft")
+    rows, _ = dialogue_rows(world.data.records("sft", "val"), world.data.tokenizer, world.data.template, 64)
+    nats = sum(-float(token_logprobs(model(torch.tensor([ids]))[0, :-1], torch.tensor(ids[1:]))
+                      [torch.tensor(learn[1:])].sum()) for ids, learn in rows)
+    assert measure(1)["val_loss"] == pytest.approx(nats / sum(sum(learn) for _, learn in rows), rel=1e-4)
+
+
+@torch.no_grad()
+def test_pretraining_validation_counts_real_targets_and_bits(first_step, world):
+    model, _, measure = first_step("pretrain")
+    val, nats, n = world.data.documents("val"), 0.0, 0
+    for batch in eval_windows(val.tokens, val.starts, 64, 32):
+        for x, y, docs, real in zip(*batch, strict=True):
+            for d in docs[real].unique():
+                at = real & (docs == d)
+                nats -= float(token_logprobs(model(x[at][None])[0], y[at]).sum())
+                n += int(at.sum())
+    found, expected = measure(1), (nats / n, nats / math.log(2) / val.n_bytes)
+    assert (found["val_loss"], found["val_bpb"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_reward_validation_reads_probabilities_and_the_order_of_pairs(world, monkeypatch):
+    model = load_checkpoint(world.root / "reward", cls=RewardModel)[0]
+    render = dict(tokenizer=world.data.tokenizer, template="{prompt}", max_len=99)
+    given = iter([np.array([.2, -.1]), np.array([2., 1, 0]), np.array([1., 0, 3])])
+    monkeypatch.setattr(RewardModel, "score_rows", lambda *a, **k: next(given))
+    run = types.SimpleNamespace(dtype="float32")
+    rated = [{"prompt": "a", "response": "b", "label": y} for y in (1, 0)]
+    assert train.reward_measures(model, rated, "label", render, run)["val_accuracy"] == 1  # no score is above one half
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3
+    assert train.reward_measures(model, pairs, "pairwise", render, run)["val_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_the_judge_reads_opening_and_reply_of_every_rollout(command, world, monkeypatch, tmp_path):
+    seen, real = [], train.collect_rollout
+    monkeypatch.setattr(train, "collect_rollout", lambda *a, **k: seen.append((a[3], real(*a, **k))) or seen[-1][1])
+    train.train_ppo(command("ppo", "--updates=2"))
+    (_, rollout), tokenizer = seen[0], world.data.tokenizer
+    asked = world.data.records("ppo", "train")
+    openings = [asked[i]["prompt"] for i in rows_at(len(asked), 8, 0, 0, "ppo")]
+    P = rollout.tokens.shape[1] - rollout.response_mask.shape[1]
+    replies = [tokenizer.decode(i for i in row[mask].tolist() if i != tokenizer.eom_id)
+               for row, mask in zip(rollout.tokens[:, P:], rollout.response_mask, strict=True)]
+    probs = ngram_classifier(world.data, "judge").probs([a + b for a, b in zip(openings, replies, strict=True)])
+    line = [json.loads(x) for x in (tmp_path / "reviews/ppo/metrics.jsonl").read_text().splitlines()][1]
+    assert line["judge"] == pytest.approx(float(probs.mean()), abs=1e-4)
+
+
+def test_rows_are_capped_at_what_the_parent_was_made_for(command, world):
+    o = command("sft")
+    o.max_len = 500
+    train.limit_length(o, load_checkpoint(world.root / "pretrain")[0])
+    assert o.max_len == 128
 
 
 def test_no_stage_trains_on_the_judges_half_or_on_test(first_step, world, monkeypatch):
