@@ -96,17 +96,22 @@ def _build(cls: type[T], given: dict[str, Any]) -> T:
     return options
 
 
+def _same(a: dataclasses.Field, b: dataclasses.Field | None) -> bool:
+    """Is a stage's field the one that all stages share, or has it a default or meaning of its own?"""
+    return b is not None and (a.default, a.metadata) == (b.default, b.metadata)
+
+
 def _help(classes: dict[str, type], prog: str) -> str:
     """One paragraph an option: name, default, presets, meaning, source. Fields that all share are listed once."""
-    lines, seen = [f"usage: python {prog} [--name=value …]"], set()
+    lines, seen = [f"usage: python {prog} [--name=value …]"], {}
     for prefix, cls in classes.items():
         title = (cls.__doc__ or "").strip().splitlines()
         lines += ["", *title[:1]]
         for f in dataclasses.fields(cls):
-            if f.name in seen and prefix:
+            if prefix and _same(f, seen.get(f.name)):
                 continue
             if not prefix:
-                seen.add(f.name)
+                seen[f.name] = f
             m = f.metadata
             values = ", ".join([f"default {f.default!r}", *(f"{k} {v!r}" for k, v in m.get("presets", {}).items())])
             choices = f" {{{','.join(map(str, m['choices']))}}}" if m.get("choices") else ""
@@ -138,7 +143,7 @@ def parse_all(common: type, stages: dict[str, type], argv: list[str], prog: str)
         raise SystemExit(0)
     fields = {f.name: f for f in dataclasses.fields(common)}
     fields |= {f"{stage}.{f.name}": f for stage, cls in stages.items() for f in dataclasses.fields(cls)
-               if f.name not in fields}
+               if not _same(f, fields.get(f.name))}
     given: dict[str, dict[str, Any]] = {stage: {} for stage in stages}
     for name, flag, text in _flags(argv, fields.get):
         if name not in fields:

@@ -58,7 +58,7 @@ class PPOOptions(Common):
     critic_lr: float = option(5e-4, "Adam's rate for the critic", base=2e-5, source="measured here; MOSS 1.65e-6 at 7B",
                               low=0)
     adam_eps: float = option(1e-8, "Adam's epsilon; it must be small beside a gradient's size, which for a separate "
-                             "critic is 1e-6 in the demo", source="N+: 1e-5", low=0)
+                             "critic is 1e-6 to 1e-5 in the demo", source="N+: 1e-5", low=0)
     warmup: float = option(0.1, "share of the policy's updates over which the rates rise", source="MOSS 0.1",
                            low=0, high=1)
     final_lr: float = option(0.1, "rates fall linearly to this share of themselves", source="N+: to 0", low=0, high=1)
@@ -184,7 +184,11 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
 def shape_scores(raw: Tensor, ended: Tensor, o: PPOOptions, reward_model: RewardModel,
                  moments: RunningMoments) -> Tensor:
     """Raw scores (B,) -> what PPO is paid: normalised, clipped, and only then, so that it always counts, fined for a
-    missing end token. `moments` are updated before use (MOSS); only their spread is used, no mean taken off."""
+    missing end token. `moments` are updated before use (MOSS); only their spread is used, no mean taken off.
+
+    Paid log P(liked), γ = 1 and fines apart, the best policy is π_ref · P(liked)^(1/β), made to sum to 1: Bayes' rule
+    at β = 1, and the more demanding the smaller β is.
+    """
     if o.reward_norm == "sigmoid":
         scores = 2 * torch.sigmoid(raw) - 1
     elif o.reward_norm == "logsigmoid":

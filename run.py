@@ -5,6 +5,7 @@ object a logged step) and samples.jsonl (texts to read). train.py's stages open 
 """
 import ctypes
 import json
+import os
 import pathlib
 import platform
 import shlex
@@ -83,21 +84,20 @@ def processor() -> str:
 class Run:
     """One stage's folder, open for logging and saving."""
 
-    NOT_COMPARED = ("resume", "fresh", "traceback", "preset", "out")  # how a run is started, not what it computes
+    # how a run is started and reported, not what it computes
+    NOT_COMPARED = ("resume", "fresh", "traceback", "preset", "out", "report_prompts")
 
     def __init__(self, stage: str, o: Common, parents: dict[str, str], data: Prepared, width: int):
         self.stage, self.o, self.parents, self.data = stage, o, parents, data
         self.folder = run_folder(o, stage)
         self.started, self.seconds_before, self.state = time.perf_counter(), 0.0, {}
         self.finished = False
-        config = self.folder / "config.json"
+        if o.fresh and {"fresh", "resume"} <= o.explicit:
+            raise UserError("--fresh and --resume contradict each other: give one of them")
         if o.fresh:
             for name in ("config.json", "checkpoint.pt", "metrics.jsonl", "samples.jsonl"):  # config.json says finished
                 (self.folder / name).unlink(missing_ok=True)
-        try:
-            old = json.loads(config.read_text(encoding="utf-8")) if config.exists() else None
-        except ValueError:
-            raise UserError(f"{config}: damaged; start anew with --fresh, or choose another --out") from None
+        old = read_config(self.folder)
         self.settings = {k: v for k, v in as_dict(o).items() if k not in self.NOT_COMPARED}
         if old is not None:
             self._compare(old)
@@ -129,7 +129,8 @@ class Run:
         if not self.o.resume:
             raise UserError(f"{self.folder}: a run is there already: go on with `{command} --resume`, start anew with "
                             f"--fresh, or choose another --out")
-        now, before = {**self.settings, **self.parents}, {**old["options"], **old["parents"]}
+        now = {**self.settings, **self.parents}
+        before = {k: v for k, v in {**old["options"], **old["parents"]}.items() if k not in self.NOT_COMPARED}
         differing = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted({*now, *before})
                      if now.get(k) != before.get(k)]
         if differing:
@@ -177,7 +178,7 @@ class Run:
         """After Ctrl-C or SIGTERM: save, print the command that goes on, leave."""
         if Interrupt.number:
             save()
-            words = [w for w in sys.argv[1:] if w not in ("--resume", "--fresh")]
+            words = [w for w in sys.argv[1:] if not w.startswith(("--resume", "--fresh"))]
             more = "" if words[:1] in ([], ["all"]) else " --resume"
             command = " ".join(["python train.py", *map(shlex.quote, words)]) + more
             print(f"\n{self.stage}: saved after step {step}; go on with `{command}`", file=sys.stderr)
@@ -193,6 +194,15 @@ class Run:
     def progress(self, start: int, total: int) -> tqdm:
         return tqdm(total=total, initial=start, desc=self.stage, unit="step", dynamic_ncols=True, mininterval=0.5,
                     disable=None, smoothing=0.05)
+
+
+def read_config(folder: str | os.PathLike) -> dict | None:
+    """config.json of a run's folder, or None where there is none; UserError where it is damaged."""
+    path = pathlib.Path(folder) / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError:
+        raise UserError(f"{path}: damaged; train this stage anew with --fresh, or choose another --out") from None
 
 
 def data_name(o: Common) -> str:

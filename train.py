@@ -15,9 +15,7 @@ stages share stand in options.py (`Common`, `Learning`); the folder, its log and
 import copy
 import dataclasses
 import difflib
-import json
 import math
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +37,7 @@ from options import Common, Learning, UserError, option, parse, parse_all, run_m
 from ppo import (ActorCritic, KLController, PPOOptions, RunningMoments, collect_rollout, critic_from, rollout_metrics,
                  update)
 from reward import RewardConfig, RewardModel, RewardOptions, feedback_kind, feedback_loss
-from run import Interrupt, Interrupted, Run, keep_freed_memory, run_folder
+from run import Interrupt, Interrupted, Run, keep_freed_memory, read_config, run_folder
 from sample import reply_texts, reply_to
 
 
@@ -62,6 +60,12 @@ class PretrainOptions(Learning):
     dialogue_share: float = option(0.3, "share of tokens from reviews in dialogue form; else SFT learns it badly",
                                    low=0, high=1)
     eval_every: int = option(250, "steps between full passes over validation", smoke=30, base=1000, low=1)
+
+    def check(self) -> None:
+        super().check()
+        if self.news_share + self.dialogue_share > 1:
+            raise UserError(f"pretrain: --news_share {self.news_share} and --dialogue_share {self.dialogue_share} are "
+                            "more than 1 together: lower one; what they leave is for plain reviews")
 
 
 @dataclasses.dataclass
@@ -88,8 +92,8 @@ def parent(o: Common, data: Prepared, stage: str, given: str, cls: type = Transf
     """Load a parent checkpoint, the one given by flag or this run's own stage, and say what it fixes."""
     where = given or run_folder(o, stage)
     model, tokenizer, state = load_checkpoint(where, "cpu", cls)
-    record, c = pathlib.Path(where) / "config.json", model.config
-    if record.exists() and not json.loads(record.read_text(encoding="utf-8"))["finished"]:
+    record, c = read_config(where), model.config
+    if record is not None and not record["finished"]:
         raise UserError(f"{where}: its training is not finished (step {state['step']}): go on with `python train.py "
                         f"{state['stage']} --resume`, or take it as it is by the path of its checkpoint.pt")
     print(f"from {where}: {c.n_layer} layers of width {c.d_model}, at most {c.max_len} tokens, vocabulary of "
@@ -265,7 +269,9 @@ def sft(o: SFTOptions) -> Run:
     n_steps = math.ceil(o.epochs * len(rows) / o.batch)
     print(f"sft: {len(rows)} dialogues ({left_out} of over {longest} tokens left out), {n_steps} steps of {o.batch}",
           flush=True)
-    examples = [r["prompt"] for r in data.records("ppo", "val")[:8]]
+    written = min(64, longest // 2)
+    prompts = fitting(data.records("ppo", "val"), tokenizer, data.template, model.config.max_len - written)
+    examples = [r["prompt"] for r in prompts[:8]]
 
     def nats(batch) -> tuple[Tensor, int]:
         tokens, flags, docs, _ = (x.to(run.device) for x in pack_rows(batch, longest))
@@ -283,7 +289,7 @@ def sft(o: SFTOptions) -> Run:
     def measure(step: int) -> dict[str, float]:
         parts = [nats(val_rows[i:i + 128]) for i in range(0, len(val_rows), 128)]
         ids = [prompt_ids(tokenizer, p, data.template) for p in examples]
-        replies = reply_to(model, tokenizer, ids, min(64, longest // 2), seed=o.seed)
+        replies = reply_to(model, tokenizer, ids, written, seed=o.seed)
         texts = reply_texts(tokenizer, replies.tokens, replies.mask)
         run.samples(step, [{"prompt": p, "reply": t} for p, t in zip(examples, texts, strict=True)])
         return {"val_loss": float(sum(x for x, _ in parts)) / sum(n for _, n in parts)}
@@ -321,6 +327,9 @@ def train_reward(o: RewardOptions) -> Run:
     if kind != feedback_kind(records[0]):
         raise UserError(f"--loss {o.loss} does not fit these records, which are for {feedback_kind(records[0])}: "
                         "use --loss auto")
+    if kind == "label" and not data.has_labels("reward", "val"):
+        raise UserError("reward: all labels set aside for validation are the same, so that nothing can be measured: "
+                        "bring more records, or a file reward_val.jsonl with both")
     if kind != "pairwise":
         o.refuse("label_smoothing", why=f"on records for {kind}: it is for pairs")
     n_steps = math.ceil(o.epochs * len(records) / o.batch)

@@ -56,9 +56,9 @@ class Prepared:
     def has(self, stage: str) -> bool:
         return (self.folder / f"{stage}_train.jsonl").exists()
 
-    def has_labels(self, stage: str) -> bool:
-        """Does this stage's feedback say of each text: liked, or not?"""
-        return self.has(stage) and "label" in self.records(stage, "test")[0]
+    def has_labels(self, stage: str, split: str = "test") -> bool:
+        """Does this stage's feedback say of each text: liked, or not? And are there both in this split?"""
+        return self.has(stage) and {r.get("label") for r in self.records(stage, split)} == {0, 1}
 
     def records(self, stage: str, split: str) -> list[dict]:
         """A stage's records of a split (train, val, test); UserError where the data set has none for it."""

@@ -69,6 +69,24 @@ def test_several_stages_share_a_command_line():
         parse_all(Shared, {"a": Stage}, ["--kl_coef=1"], "x")
 
 
+@dataclasses.dataclass
+class Own(Shared):
+    """A stage whose seed has a default of its own."""
+
+    seed: int = option(7, "draws")
+
+
+def test_what_a_stage_redefines_can_be_set_and_is_shown_for_it_alone(capsys):
+    o = parse_all(Shared, {"a": Own, "b": Stage}, ["--a.seed=4"], "x")
+    assert (o["a"].seed, o["b"].seed) == (4, 0)
+    with pytest.raises(UserError, match="unknown option --b.seed"):
+        parse_all(Shared, {"a": Own, "b": Stage}, ["--b.seed=4"], "x")
+    with pytest.raises(SystemExit):
+        parse_all(Shared, {"a": Own, "b": Stage}, ["--help"], "x")
+    said = capsys.readouterr().out
+    assert "--seed (default 0)" in said and "--a.seed (default 7)" in said and "--b.seed" not in said
+
+
 def test_help_tells_default_presets_meaning_and_source(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(Stage, ["--help"], "train.py ppo")

@@ -14,7 +14,7 @@ from model import ModelConfig, Transformer, load_checkpoint, token_logprobs, wei
 from ngrams import ngram_classifier
 from optimizers import learning_rate, make_optimizers
 from options import UserError, parse, run_main
-from reward import RewardConfig, RewardModel, label_loss
+from reward import RewardConfig, RewardModel, label_loss, pairwise_loss
 from run import Interrupted, Run
 from sample import reward_scores
 from tests.conftest import equal
@@ -90,6 +90,25 @@ def test_the_reward_loss_is_that_of_rows_alone_plus_the_language_models(first_st
     assert noisy[0] != noisy[1] and model.config.dropout == .1  # dropout is on here, and only here
 
 
+def test_pairs_are_cut_alike_and_only_the_chosen_reply_is_imitated(first_step, world, monkeypatch):
+    texts = [r["response"] for r in world.data.records("reward", "train")[:40]]
+    pairs = [{"prompt": "书", "chosen": a, "rejected": b} for a, b in zip(texts, texts[1:], strict=False)]
+    monkeypatch.setattr(type(world.data), "records", lambda *_: pairs)
+    model, losses, _ = first_step("reward", "--max_len=128", "--dropout=0", "--label_smoothing=.2")
+    with torch.no_grad():
+        model.score_head.weight.mul_(20)
+    batch = [pairs[i] for i in rows_at(len(pairs), 16, 0, 0, "reward")]
+    sides = [judged_rows(batch, world.data.tokenizer, world.data.template, 128, field=field, prefix_share=.3,
+                         rng=np.random.default_rng(key(0, "reward", "prefix", 0))) for field in ("chosen", "rejected")]
+    finished = [[ids[-1] == world.data.tokenizer.eom_id for ids, _ in side] for side in sides]
+    assert finished[0] == finished[1] and 0 < sum(finished[0]) < 16
+    chosen, rejected = (judged_batch(side, "cpu") for side in sides)
+    tokens, real, reply = chosen
+    nats = -token_logprobs(model.backbone(tokens, real)[:, :-1], tokens[:, 1:])[reply[:, 1:]]
+    expected = pairwise_loss(model(*chosen), model(*rejected), label_smoothing=.2) + .1 * nats.mean()
+    assert float(next(losses(0))[0].detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+
+
 @torch.no_grad()
 def test_sft_validation_is_a_mean_over_reply_tokens(first_step, world):
     model, _, measure = first_step("sft")
@@ -138,6 +157,32 @@ def test_the_judge_reads_opening_and_reply_of_every_rollout(command, world, monk
     probs = ngram_classifier(world.data, "judge").probs([a + b for a, b in zip(openings, replies, strict=True)])
     line = [json.loads(x) for x in (tmp_path / "reviews/ppo/metrics.jsonl").read_text().splitlines()][1]
     assert line["judge"] == pytest.approx(float(probs.mean()), abs=1e-4)
+
+
+def test_the_critic_warms_up_alone_and_held_out_measures_repeat(command, monkeypatch, tmp_path):
+    trained, real = [], train.update
+    monkeypatch.setattr(train, "update", lambda *a, **k: trained.append(k["train_policy"]) or real(*a, **k))
+    train.train_ppo(command("ppo", "--updates=4", "--critic_warmup=2", "--policy_lr=0", "--eval_every=1"))
+    assert trained == [False, False, True, True]
+    measured = [{k: v for k, v in json.loads(x).items() if k.startswith("eval_")}
+                for x in (tmp_path / "reviews/ppo/metrics.jsonl").read_text().splitlines()]
+    assert len(measured) == 5 and all(m == measured[0] for m in measured)  # a policy that stands still
+
+
+def test_labels_that_are_all_the_same_are_refused_before_training(command, world, monkeypatch):
+    real = type(world.data).records
+    monkeypatch.setattr(type(world.data), "records", lambda self, stage, split: [
+        r | {"label": 1} if split == "val" and "label" in r else r for r in real(self, stage, split)])
+    with pytest.raises(UserError, match="set aside for validation are the same"):
+        train.train_reward(command("reward"))
+
+
+def test_another_parent_is_another_run(command, world):
+    run = Run("sft", command("sft"), {"init": "one"}, world.data, 32)
+    run.tokenizer = world.data.tokenizer
+    run.save(1, small())
+    with pytest.raises(UserError, match="init was 'one', is 'two'"):
+        Run("sft", command("sft", "--resume"), {"init": "two"}, world.data, 32)
 
 
 def test_rows_are_capped_at_what_the_parent_was_made_for(command, world):
