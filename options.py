@@ -223,6 +223,11 @@ class Common(Options):
     fresh: bool = option(False, "forget the run in this folder and start anew")
     traceback: bool = option(False, "show where in the code an error arose")
 
+    def check(self) -> None:
+        """Refuse, before anything is done, what does not go together."""
+        if self.fresh and self.resume:
+            raise UserError("--fresh and --resume contradict each other: give one of them")
+
 
 @dataclasses.dataclass
 class Learning(Common):
@@ -240,5 +245,6 @@ class Learning(Common):
     log_every: int = option(10, "steps between lines of metrics.jsonl", low=1)
 
     def check(self) -> None:
+        super().check()
         if self.optimizer == "adamw":
             self.refuse("adam_lr", "muon_steps", why="with --optimizer adamw, which trains everything at --lr")

@@ -111,6 +111,7 @@ class PPOOptions(Common):
             raise UserError(f"ppo: --batch {self.batch} does not divide into --minibatches {self.minibatches}")
 
     def check(self) -> None:
+        super().check()
         if self.kl_control == "fixed":
             self.refuse("kl_target", "kl_horizon", why="with --kl_control fixed")
         if self.critic_warmup >= self.updates:

@@ -92,8 +92,6 @@ class Run:
         self.folder = run_folder(o, stage)
         self.started, self.seconds_before, self.state = time.perf_counter(), 0.0, {}
         self.finished = False
-        if o.fresh and {"fresh", "resume"} <= o.explicit:
-            raise UserError("--fresh and --resume contradict each other: give one of them")
         if o.fresh:
             for name in ("config.json", "checkpoint.pt", "metrics.jsonl", "samples.jsonl"):  # config.json says finished
                 (self.folder / name).unlink(missing_ok=True)
