@@ -70,7 +70,12 @@ class NgramClassifier:
             loss.backward()
             return loss
 
-        optimizer.step(closure)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # several add up gradients in any order, and the last digits would differ every time
+        try:
+            optimizer.step(closure)
+        finally:
+            torch.set_num_threads(threads)
         self.weight = torch.zeros(self.n_features)
         self.weight[used] = w.detach()
         self.bias = b.detach()

@@ -286,3 +286,15 @@ def test_real_lines_answer_held_out_openings(world):
     assert any(r["prompt"] not in held for r in world.data.records("reward", "val"))
     lines = evaluate.reference_lines(world.data, world.data.tokenizer, 64, "val")
     assert lines and all(r["prompt"] in held for _, records, _ in lines for r in records)
+
+
+def test_the_judge_is_the_same_whenever_it_is_fitted():
+    rng, threads = np.random.default_rng(0), torch.get_num_threads()
+    texts = ["".join(map(chr, row)) for row in rng.integers(0x4E00, 0x4E80, (800, 50))]  # enough for several threads
+    labels = rng.integers(0, 2, 800)
+    torch.set_num_threads(4)
+    try:
+        a, b = (NgramClassifier().fit(texts, labels) for _ in range(2))
+        assert torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias) and torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(threads)

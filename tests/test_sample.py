@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import sample as sample_module
+from data.records import apply_template
 from model import ModelConfig, Transformer, log_softmax
 from options import UserError, run_main
 from reward import RewardConfig, RewardModel
-from sample import draw, filter_logits, generate, penalise_repetition, reward_scores, uniform_numbers
+from sample import (SampleOptions, Speaker, chat, draw, filter_logits, generate, penalise_repetition, reward_scores,
+                    uniform_numbers)
 
 CONFIG = ModelConfig(vocab_size=50, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=32, max_len=40)
 
@@ -233,3 +235,29 @@ def test_a_prompt_that_is_too_long_is_one_clear_line(world, capsys):
     assert run_main(sample_module.main, words) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: a prompt of") and "exceed the model's 128" in said and said.count("\n") == 1
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+def test_control_tokens_other_than_the_end_are_never_written(world, monkeypatch):
+    speaker, asked, real = Speaker(str(world.root / "sft"), SampleOptions(device="cpu")), [], sample_module.reply_to
+    monkeypatch.setattr(sample_module, "reply_to", lambda *a, **k: asked.append(k["suppress"]) or real(*a, **k))
+    _, replies = speaker.texts([speaker.ids("好")] * 3)
+    special = set(speaker.tokenizer.special_ids)
+    assert set(asked[0]) == special - {speaker.tokenizer.eom_id}
+    assert not set(replies.tokens[replies.mask].tolist()) & set(asked[0])
+
+
+def test_a_chat_puts_the_template_around_its_first_line_alone(world, monkeypatch):
+    speaker, lines, asked = Speaker(str(world.root / "sft"), SampleOptions(device="cpu")), ["书", "好"], []
+
+    def typed(_) -> str:
+        if not lines:
+            raise EOFError  # Ctrl-D
+        return lines.pop(0)
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(speaker, "stream", lambda ids, rows: asked.append(ids) or "答")
+    chat(speaker)
+    turns = [{"role": "user", "content": apply_template(world.data.template, "书")},
+             {"role": "assistant", "content": "答"}, {"role": "user", "content": "好"}]
+    assert asked == [speaker.tokenizer.render_chat(turns[:n], reply=True)[0] for n in (1, 3)]
