@@ -152,8 +152,8 @@ class RewardOptions(Learning):
     """`python train.py reward`"""
 
     pool: str = option("mean", "read the score as mean over the reply or at its last token", choices=("mean", "last"),
-                       source="last is N+ and InstructGPT; measured on reviews, AUC on validation, mean of three seeds: "
-                              "mean .925 on whole texts, .896 on first halves; last .929 and .887")
+                       source="last is N+ and InstructGPT; AUC on reviews' validation, three seeds: mean .925 on whole "
+                              "texts, .896 on first halves; last .929 and .887")
     loss: str = option("auto", "auto: by the records' fields", choices=("auto", "label", "pairwise", "regression"))
     epochs: float = option(2.0, "passes over the training records", smoke=1.0, base=1.0, low=0.01)
     batch: int = option(32, "records per step", smoke=16, low=1)
