@@ -29,6 +29,7 @@ def learning_rate(step: int, n_steps: int, warmup: float, decay: float, final: f
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Each group's rate becomes `factor` times the one it was made with."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group.setdefault("initial_lr", group["lr"])

@@ -261,20 +261,19 @@ def sft(o: SFTOptions) -> Run:
         return run
     run.tokenizer = tokenizer
     model = (run.model if run.state else model).to(run.device)
-    longest = o.max_len
-    rows, left_out = dialogue_rows(data.records("sft", "train"), tokenizer, data.template, longest)
-    val_rows, _ = dialogue_rows(data.records("sft", "val"), tokenizer, data.template, longest)
+    rows, left_out = dialogue_rows(data.records("sft", "train"), tokenizer, data.template, o.max_len)
+    val_rows, _ = dialogue_rows(data.records("sft", "val"), tokenizer, data.template, o.max_len)
     if not rows or not val_rows:
-        raise UserError(f"sft: no dialogue fits {longest} tokens: raise --max_len, or pretrain with a larger one")
+        raise UserError(f"sft: no dialogue fits {o.max_len} tokens: raise --max_len, or pretrain with a larger one")
     n_steps = math.ceil(o.epochs * len(rows) / o.batch)
-    print(f"sft: {len(rows)} dialogues ({left_out} of over {longest} tokens left out), {n_steps} steps of {o.batch}",
+    print(f"sft: {len(rows)} dialogues ({left_out} of over {o.max_len} tokens left out), {n_steps} steps of {o.batch}",
           flush=True)
-    written = min(64, longest // 2)
+    written = min(64, o.max_len // 2)
     prompts = fitting(data.records("ppo", "val"), tokenizer, data.template, model.config.max_len - written)
     examples = [r["prompt"] for r in prompts[:8]]
 
     def nats(batch) -> tuple[Tensor, int]:
-        tokens, flags, docs, _ = (x.to(run.device) for x in pack_rows(batch, longest))
+        tokens, flags, docs, _ = (x.to(run.device) for x in pack_rows(batch, o.max_len))
         learned = flags[:, 1:]  # the state at t predicts token t + 1, so states end one earlier than tokens
         with precision(run.dtype, run.device):
             hidden = model.hidden(tokens, docs=docs)

@@ -1,5 +1,6 @@
 """Measures: textbook values, paired intervals, and a judge that learns what is there to learn."""
 import copy
+import dataclasses
 import json
 import types
 
@@ -298,3 +299,12 @@ def test_the_judge_is_the_same_whenever_it_is_fitted():
         assert torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias) and torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(threads)
+
+
+def test_openings_leave_room_in_the_reward_model_too(world):
+    (sft, tokenizer, _), data = load_checkpoint(world.root / "sft"), world.data
+    longest = max(len(prompt_ids(tokenizer, r["prompt"], data.template)) for r in data.records("ppo", "val"))
+    short = RewardModel(dataclasses.replace(sft.config, max_len=longest + 9))
+    rows, _ = evaluate.policy_table({"A": sft}, sft, tokenizer, data, reward_model=short, n_prompts=500, reply_len=10,
+                                    split="val")
+    assert 0 < rows[0]["replies"] < len(data.records("ppo", "val"))

@@ -177,6 +177,15 @@ def test_labels_that_are_all_the_same_are_refused_before_training(command, world
         train.train_reward(command("reward"))
 
 
+def test_ppo_steps_by_adam_as_the_options_say(command, monkeypatch):
+    made, real = [], torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
+    train.train_ppo(command("ppo", "--updates=2", "--adam_eps=.003", "--policy_lr=.001", "--critic_lr=.002"))
+    policy, critic = made[0].param_groups
+    assert (policy["eps"], critic["eps"]) == (.003, .003)
+    assert (policy["initial_lr"], critic["initial_lr"]) == (.001, .002)
+
+
 def test_another_parent_is_another_run(command, world):
     run = Run("sft", command("sft"), {"init": "one"}, world.data, 32)
     run.tokenizer = world.data.tokenizer
