@@ -7,6 +7,7 @@ Letters for shapes: B rows, T positions, D width, H query heads, G key/value hea
 L cached positions, N selected positions. Nothing here knows about text: a tokenizer is only stored beside the weights.
 """
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import math
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.tokenizer import Tokenizer
+from kernels import Linear, linear
 from options import UserError
 
 
@@ -79,43 +81,92 @@ class KVCache:
         self.layers = [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
                        for _ in range(config.n_layer)]
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these (indices): finished replies need no further steps."""
-        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
+    def keep(self, rows: Tensor) -> "KVCache":
+        """A cache of these rows (indices) alone: finished replies need no further steps."""
+        kept = copy.copy(self)
+        kept.layers = [(k[rows], v[rows]) for k, v in self.layers]
+        return kept
+
+    def put(self, rows: Tensor, other: "KVCache", length: int) -> None:
+        """Copy the first `length` places of another cache's rows into these rows (indices)."""
+        for mine, new in zip(self.layers, other.layers, strict=True):
+            for to, source in zip(mine, new, strict=True):
+                to[rows, :, :length] = source[:, :, :length]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / √K) v: q (B, H, T, K), k and v (B, G, T, K), allowed (B or 1, 1, T, T) bool or None for plain
+    causal attention -> (B, H, T, K).
+
+    PyTorch's fused attention, but for short rows in bfloat16 on a CPU: there its backward is slow, and products one
+    after another, with the softmax in float32 between them, take half of the time (measured).
+    """
+    if v.dtype == torch.bfloat16 and v.device.type == "cpu" and v.shape[2] <= 512:
+        repeats, T = q.shape[1] // k.shape[1], q.shape[2]
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        if allowed is None:
+            allowed = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+        scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float()
+        return torch.where(allowed, scores, -torch.inf).softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None,
+                                          enable_gqa=q.shape[1] != k.shape[1])
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped queries: softmax(q kᵀ / √K) v, head by head."""
+    """Causal self-attention with rotary positions and grouped queries, head by head."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.qkv = nn.Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=False)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.qkv = Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * config.head_dim)
+        self.out = Linear(config.d_model, config.d_model)
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None,
-                cached: tuple[Tensor, Tensor] | None = None, span: Tensor | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D). allowed: (B, 1, T, keys) bool, or None for plain causal attention.
-
-        With a cache, `span` is arange(number of keys up to and including these tokens): its length is how many cached
-        keys are read, its last T entries are where these tokens' keys and values are written.
-        """
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> queries (B, H, T, K), keys and values (B, G, T, K), normalised and turned to their places."""
         B, T, _ = x.shape
         q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2).split(
-            (self.n_head, self.n_kv_head, self.n_kv_head), dim=1)  # (B, H, T, K), (B, G, T, K), (B, G, T, K)
-        dtype = v.dtype if v.is_cuda else torch.float32  # CPUs' bfloat16 attention has a slow backward
-        q, k = rotate(self.q_norm(q.float()), cos, sin).to(dtype), rotate(self.k_norm(k.float()), cos, sin).to(dtype)
-        v = v.to(dtype)
+            (self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        return rotate(self.q_norm(q.float()), cos, sin), rotate(self.k_norm(k.float()), cos, sin), v
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None,
+                cached: tuple[Tensor, Tensor] | None = None, where: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D), or (N, D) of the positions `where`. allowed: (B or 1, 1, T, T) bool, or None for
+        plain causal attention. `cached`, if given, receives keys and values in its first T places."""
+        B, T, D = x.shape
+        q, k, v = self.heads(x, cos, sin)
         if cached is not None:
-            keys, values = cached
-            keys.index_copy_(2, span[-T:], k.to(keys.dtype))
-            values.index_copy_(2, span[-T:], v.to(values.dtype))
-            k, v = keys[:, :, :span.shape[0]].to(q.dtype), values[:, :, :span.shape[0]].to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None and T > 1,
-                                           enable_gqa=self.n_head != self.n_kv_head)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1).to(self.out.weight.dtype))
+            for cache, new in zip(cached, (k, v), strict=True):
+                cache[:, :, :T] = new
+        y = attend(q.to(v.dtype), k.to(v.dtype), v, allowed).transpose(1, 2).reshape(B, T, D)
+        return self.out(y if where is None else y.flatten(0, 1)[where])
+
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, allowed: Tensor,
+             cached: tuple[Tensor, Tensor]) -> Tensor:
+        """One token per row: x (B, 1, D) -> (B, 1, D). It is written at place `slot` (B,) of the cache and sees the
+        cached places that `allowed` (B, L) names.
+
+        As multiplications and sums, which the compiler fuses into one pass over the cache; run eagerly those would
+        write down every product, so there PyTorch's attention does it.
+        """
+        q, k, v = self.heads(x, cos, sin)
+        row, L = torch.arange(len(x), device=x.device), allowed.shape[1]
+        keys, values = cached
+        keys[row, :, slot] = k[:, :, 0].to(keys.dtype)
+        values[row, :, slot] = v[:, :, 0].to(values.dtype)
+        keys, values = keys[:, :, :L], values[:, :, :L]
+        if not torch.compiler.is_compiling():
+            y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=allowed[:, None, None],
+                                               enable_gqa=self.n_head != self.n_kv_head)
+        else:
+            q = (q * self.head_dim ** -0.5).view(len(x), self.n_kv_head, -1, 1, self.head_dim)  # (B, G, H/G, 1, K)
+            scores = (q * keys[:, :, None].float()).sum(-1)  # (B, G, H/G, L)
+            scores = torch.where(allowed[:, None, None], scores, -torch.inf)
+            weights = (scores - scores.amax(-1, keepdim=True)).exp()
+            y = (weights[..., None] * values[:, :, None].float()).sum(3) / weights.sum(-1, keepdim=True)
+        return self.out(y.reshape(len(x), 1, -1).to(v.dtype))
 
 
 class MLP(nn.Module):
@@ -123,8 +174,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate_up = Linear(config.d_model, 2 * config.d_ff)
+        self.down = Linear(config.d_ff, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -142,9 +193,15 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None, cached=None, span=None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, allowed, cached, span))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None, cached=None,
+                where: Tensor | None = None) -> Tensor:
+        a = self.attention(self.attention_norm(x), cos, sin, allowed, cached, where)
+        x = (x if where is None else x.flatten(0, 1)[where]) + self.dropout(a)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, allowed: Tensor, cached) -> Tensor:
+        x = x + self.attention.step(self.attention_norm(x), cos, sin, slot, allowed, cached)
+        return x + self.mlp(self.mlp_norm(x))
 
 
 def attention_allowed(mask: Tensor | None, docs: Tensor | None) -> Tensor | None:
@@ -177,7 +234,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
-        self.output = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.output = None if config.tied else Linear(config.d_model, config.vocab_size)
         cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -198,33 +255,49 @@ class Transformer(nn.Module):
         """(V, D): the rows that hidden states are compared with."""
         return self.embedding.weight if self.output is None else self.output.weight
 
-    def trunk(self, tokens: Tensor, positions: Tensor | None, allowed: Tensor | None,
-              cache: KVCache | None = None, span: Tensor | None = None) -> Tensor:
-        """tokens (B, T), positions (B, T) or None for 0…T−1 -> (B, T, D). The part that training and decoding share."""
+    def trunk(self, tokens: Tensor, positions: Tensor | None, allowed: Tensor | None, cache: KVCache | None = None,
+              where: Tensor | None = None) -> Tensor:
+        """tokens (B, T), positions (B, T) or None for 0…T−1 -> (B, T, D), or (N, D) of the positions `where` (N,), as
+        numbered in a flattened (B, T): the last layer, but for its keys and values, is then computed only there."""
         T = tokens.shape[1]
-        if span is None and T > self.config.max_len:  # with a cache, `generate` has checked the length
-            raise UserError(f"{T} tokens in a row, but this model was made for {self.config.max_len} (max_len): "
-                            "shorten the text, or train with a larger --max_len")
         at = slice(0, T) if positions is None else positions
         cos, sin = self.cos[at], self.sin[at]  # (T, K/2) or (B, T, K/2)
         cos, sin = (t.reshape(-1, 1, T, t.shape[-1]) for t in (cos, sin))
-        x = self.embedding(tokens)
+        x, last = self.embedding(tokens), len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, allowed, None if cache is None else cache.layers[i], span)
+            x = block(x, cos, sin, allowed, None if cache is None else cache.layers[i], where if i == last else None)
         return self.norm(x)
 
-    def hidden(self, tokens: Tensor, mask: Tensor | None = None, docs: Tensor | None = None) -> Tensor:
-        """Final hidden states (B, T, D).
+    def hidden(self, tokens: Tensor, mask: Tensor | None = None, docs: Tensor | None = None,
+               where: Tensor | None = None) -> Tensor:
+        """Final hidden states (B, T, D), or (N, D) of the positions `where` (N,) alone.
 
         mask (B, T) bool: True at real tokens; padding may stand left or right. Positions count real tokens, so a padded
         row equals the row alone. docs (B, T) int: attention only between equal numbers (packed documents).
         """
+        if tokens.shape[1] > self.config.max_len:
+            raise UserError(f"{tokens.shape[1]} tokens in a row, but this model was made for {self.config.max_len} "
+                            "(max_len): shorten the text, or train with a larger --max_len")
         positions = None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)
-        return self.trunk(tokens, positions, attention_allowed(mask, docs))
+        return self.trunk(tokens, positions, attention_allowed(mask, docs), where=where)
+
+    def step(self, token: Tensor, slot: Tensor, start: Tensor, span: Tensor, cache: KVCache) -> Tensor:
+        """One token per row: token (B,) -> final hidden states (B, D).
+
+        A row's text stands in the cache from place `start` (B,) on, and this token at `slot` (B,); span is arange(L),
+        where L is at least the largest slot + 1: places beyond L are not read.
+        """
+        position = slot - start
+        cos, sin = self.cos[position][:, None, None], self.sin[position][:, None, None]  # (B, 1, 1, K/2)
+        allowed = (span >= start[:, None]) & (span <= slot[:, None])
+        x = self.embedding(token)[:, None]
+        for block, cached in zip(self.blocks, cache.layers, strict=True):
+            x = block.step(x, cos, sin, slot, allowed, cached)
+        return self.norm(x)[:, 0]
 
     def head(self, hidden: Tensor) -> Tensor:
         """(…, D) -> logits (…, V)."""
-        return F.linear(hidden, self.output_weight)
+        return linear(hidden, self.embedding.weight) if self.output is None else self.output(hidden)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, docs: Tensor | None = None) -> Tensor:
         return self.head(self.hidden(tokens, mask, docs))

@@ -13,17 +13,19 @@ import dataclasses
 import json
 import pathlib
 import sys
+import types
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.batches import pad_left, prompt_ids
 from data.records import apply_template, load_records
 from data.tokenizer import Tokenizer
-from model import (KVCache, Transformer, attention_allowed, load_checkpoint, log_softmax, pick_device, pick_dtype,
-                   precision)
+from kernels import activate, decoding_copy, packed_layers, products
+from model import KVCache, Transformer, attention_allowed, load_checkpoint, pick_device, pick_dtype
 from options import Options, UserError, option, parse, run_main
 from reward import RewardModel
 
@@ -53,40 +55,113 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     return logits
 
 
-def draw(logprobs: Tensor, u: Tensor) -> Tensor:
+def draw(weights: Tensor, u: Tensor) -> Tensor:
     """Inverse transform sampling: the first token whose cumulated probability exceeds u.
 
-    logprobs (B, V), u (B,) in [0, 1) -> (B,).
+    weights (B, V) ≥ 0, probabilities up to a factor, u (B,) in [0, 1) -> (B,).
 
-    The last cumulated value is only nearly 1, so u is scaled by it and kept below it; a token of probability 0 is never
-    picked, not even by u = 0, because its cumulated value does not exceed its predecessor's.
+    In two steps, which read the vocabulary once: sums of blocks of 64 tokens say in which block the token lies, and
+    only that block is cumulated. A threshold is u times the last sum and kept below it, so that a token of weight 0 is
+    never picked: not by u = 0, because its cumulated value does not exceed its predecessor's, nor by rounding.
     """
-    cumulated = logprobs.exp().cumsum(-1)
-    total = cumulated[:, -1:]
-    threshold = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return (cumulated <= threshold).sum(-1)
+    def first_above(cumulated: Tensor, threshold: Tensor) -> Tensor:
+        total = cumulated[:, -1:]
+        threshold = torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
+        return (cumulated <= threshold).sum(1, keepdim=True)
+
+    B, V = weights.shape
+    blocks = F.pad(weights, (0, -V % 64)).view(B, -1, 64)
+    sums = blocks.sum(2).cumsum(1)
+    threshold = u[:, None] * sums[:, -1:]
+    block = first_above(sums, threshold)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0)
+    inside = blocks.gather(1, block[:, :, None].expand(B, 1, 64))[:, 0].cumsum(1)
+    return (64 * block + first_above(inside, threshold - before))[:, 0]
+
+
+def choose(logits: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(token, its log-probability), each (B,), from logits (B, V) at their temperature; u None: the likeliest."""
+    logits = logits - logits.amax(1, keepdim=True)
+    weights = logits.exp()
+    token = logits.argmax(1) if u is None else draw(weights, u)
+    return token, logits.gather(1, token[:, None])[:, 0] - weights.sum(1).log()
 
 
 # ---- the two halves of decoding --------------------------------------------------------------------------------------
 
-def prefill(model: Transformer, tokens: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-    """Read whole prompts (B, P), left-padded, into the cache; logits (B, V) of the token after each. mask (B, P), None
-    where there is no padding."""
-    positions = None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)
-    span = torch.arange(tokens.shape[1], device=tokens.device)
-    hidden = model.trunk(tokens, positions, attention_allowed(mask, None), cache, span)
-    return model.head(hidden[:, -1])  # only the last position needs the vocabulary
+def prefill(model: Transformer, tokens: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+    """Read whole prompts (B, P), left-padded, into the cache; logits (B, V) of the token after each."""
+    hidden = model.trunk(tokens, (mask.long().cumsum(1) - 1).clamp(min=0),
+                         None if bool(mask.all()) else attention_allowed(mask, None), cache,
+                         torch.arange(1, len(tokens) + 1, device=tokens.device) * tokens.shape[1] - 1)
+    return model.head(hidden)  # only the last position needs the vocabulary
 
 
-def decode_step(model: Transformer, token: Tensor, position: Tensor, key_mask: Tensor | None, cache: KVCache,
-                span: Tensor) -> Tensor:
-    """One token per row (B,) at position (B,) -> logits (B, V).
+def decode_step(model: Transformer, token: Tensor, slot: Tensor, start: Tensor, cache: KVCache, span: Tensor) -> Tensor:
+    """One token per row (B,), at place `slot` (B,) of the cache, its text from place `start` (B,) on -> logits (B, V).
+    span: arange of the places to read."""
+    return model.head(model.step(token, slot, start, span, cache))
 
-    span: arange(keys so far, this one included); key_mask (B, keys) bool hides the prompts' padding, None where there
-    is none.
+
+def sample_step(model: Transformer, token: Tensor, slot: Tensor, start: Tensor, cache: KVCache, span: Tensor, u: Tensor,
+                temperature: float) -> tuple[Tensor, Tensor]:
+    """A step and the choice of its token, as one function to compile: (token, log-probability), each (B,)."""
+    return choose(decode_step(model, token, slot, start, cache, span).float() / temperature, u)
+
+
+class Decoder:
+    """A model made ready to write: weights packed, room for keys and values, steps compiled.
+
+    `generate` makes one where it is given none. Who writes many times keeps one, and calls `refresh` after the weights
+    have changed; that compiles nothing anew.
     """
-    allowed = None if key_mask is None else key_mask[:, None, None, :]
-    return model.head(model.trunk(token[:, None], position[:, None], allowed, cache, span)[:, 0])
+
+    compiled: dict[tuple, Callable] = {}  # steps of all decoders: models of one shape share them
+
+    def __init__(self, model: Transformer, dtype: str | None = None, compile: bool = False):
+        self.model, self.compile = model, compile
+        self.dtype = torch.bfloat16 if dtype == "bfloat16" else model.embedding.weight.dtype
+        self.copies: dict[int, Transformer] = {}
+        self.room: KVCache | None = None
+
+    def refresh(self) -> None:
+        """Take the model's weights as they are now."""
+        for ready in self.copies.values():
+            for layer in packed_layers(ready):
+                layer.refresh()
+
+    def model_for(self, rows: int) -> Transformer:
+        """The model with its weights packed for steps of so many rows."""
+        if rows not in self.copies:
+            self.copies[rows] = decoding_copy(self.model, self.dtype, rows)
+        activate(self.copies[rows])
+        return self.copies[rows]
+
+    def cache(self, rows: int, length: int) -> KVCache:
+        """Room for keys and values; that of the last call where it fits."""
+        config, device = self.model.config, self.model.embedding.weight.device
+        shape = (rows, config.n_kv_head, length, config.head_dim)
+        if self.room is None or self.room.layers[0][0].shape != shape:
+            self.room = KVCache(config, rows, length, device, self.dtype)
+        return self.room
+
+    def step(self, rows: int, temperature: float) -> Callable:
+        """`sample_step`, compiled once for each number of rows, whatever the length.
+
+        Each has a code object of its own, so that none of torch.compile's guards need be checked at every token: what
+        they would guard is the key below. Calls go through C++, not Python, where the processor is the CPU.
+        """
+        if not self.compile:
+            return sample_step
+        config, device = self.model.config, self.model.embedding.weight.device.type
+        key = (dataclasses.astuple(config), self.dtype, device, rows, temperature, products())
+        if key not in self.compiled:
+            code = sample_step.__code__.replace(co_name=f"sample_step_{len(self.compiled)}")
+            options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+            if device == "cpu":
+                options["cpp_wrapper"] = True
+            self.compiled[key] = torch.compile(types.FunctionType(code, sample_step.__globals__), options=options)
+        return self.compiled[key]
 
 
 @dataclasses.dataclass
@@ -103,17 +178,19 @@ class Generation:
 def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: int, *, temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0, end_id: int | None = None,
              seed: int | Sequence[int] = 0, rows: Sequence[int] | None = None, batch_size: int | None = None,
-             dtype: str | None = None, suppress: Sequence[int] = (),
+             dtype: str | None = None, suppress: Sequence[int] = (), decoder: Decoder | None = None,
              on_token: Callable[[Tensor, Tensor], None] | None = None) -> Generation:
     """Continue each prompt by up to max_new_tokens tokens.
 
     tokens (B, P) int64 and mask (B, P) bool: left-padded prompts. temperature 0 is greedy. logprobs belong to the
     distribution drawn from (greedy: the unfiltered one). rows (B,): global row numbers, by default 0…B−1; reply b uses
-    the uniform numbers of (seed, rows[b]) only. batch_size: at most so many prompts at a time. dtype "bfloat16" decodes
-    under autocast. suppress: ids never to be written. on_token(rows, tokens) is called after each step with the indices
-    of the rows still being written. Raises UserError where prompt and reply exceed the model's max_len.
+    the uniform numbers of (seed, rows[b]) only. batch_size: at most so many replies are written at a time; where one
+    ends, the next prompt takes its place (continuous batching). dtype "bfloat16": matrix products and the cache in
+    bfloat16. suppress: ids never to be written. decoder: one kept from an earlier call, which then decides the dtype.
+    on_token(rows, tokens) is called after each step with the indices of the rows still being written. Raises UserError
+    where prompt and reply exceed the model's max_len.
     """
-    B, P = tokens.shape
+    n, P = tokens.shape
     R, device = max_new_tokens, tokens.device
     if P + R > model.config.max_len:
         raise UserError(f"a prompt of {P} tokens and a reply of up to {R} exceed the model's {model.config.max_len} "
@@ -122,71 +199,102 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
         raise UserError("an empty prompt: give at least one token to go on from")
     if model.training and model.config.dropout:
         raise ValueError("generate: dropout is on; call model.eval() first")
-    rows = range(B) if rows is None else rows
-    if batch_size is not None and B > batch_size:
-        parts = [generate(model, tokens[i:i + batch_size], mask[i:i + batch_size], R, temperature=temperature,
-                          top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, end_id=end_id, seed=seed,
-                          rows=rows[i:i + batch_size], dtype=dtype, suppress=suppress)
-                 for i in range(0, B, batch_size)]
-        return Generation(*(torch.cat([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Generation)))
+    decoder = decoder or Decoder(model, dtype)
     first = int(mask.any(0).int().argmax())  # columns that are padding in every row
     tokens, mask, P = tokens[:, first:], mask[:, first:], P - first
+    u = uniform_numbers(seed, range(n) if rows is None else rows, R).to(device) if temperature > 0 else None
+    out = Generation(torch.zeros(n, R, dtype=torch.int64, device=device),
+                     torch.zeros(n, R, dtype=torch.bool, device=device), torch.zeros(n, R, device=device))
+    plain = temperature > 0 and top_k == 0 and top_p == 1 and repetition_penalty == 1 and not suppress
+    look_every = 1 if on_token else 8  # tokens between looking which rows have ended; a GPU waits for each look
+    spans = [torch.arange(length, device=device) for length in range(P + R + 1)]
+    if decoder.compile:
+        for span in spans[2:]:
+            torch._dynamo.mark_dynamic(span, 0)
 
-    u = uniform_numbers(seed, rows, R).to(device) if temperature > 0 else None
-    out = Generation(torch.zeros(B, R, dtype=torch.int64, device=device),
-                     torch.zeros(B, R, dtype=torch.bool, device=device),
-                     torch.zeros(B, R, device=device))
-    half = dtype == "bfloat16"
-    cache = KVCache(model.config, B, P + R, device, torch.bfloat16 if half else model.embedding.weight.dtype)
-    key_mask = None if bool(mask.all()) else torch.cat((mask, mask.new_ones(B, R)), 1)
-    position, span = mask.sum(1), torch.arange(P + R, device=device)
-    alive, running = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
-    seen = None
+    # The rows being written: which prompt each answers, how many tokens it has, the last of them, what it has seen.
+    B = min(n, batch_size or n)
+    ready, cache, step = decoder.model_for(B), decoder.cache(B, P + R), decoder.step(B, temperature)
+    index, written = torch.zeros(B, dtype=torch.int64, device=device), torch.zeros(B, dtype=torch.int64, device=device)
+    token, start, seen = torch.zeros_like(index), torch.zeros_like(index), None
     if repetition_penalty != 1:
         seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
-        seen.scatter_(1, torch.where(mask, tokens, tokens[:, -1:]), True)
-    look_every = 1 if device.type == "cpu" else 8  # asking a GPU whether rows have ended makes it wait
+    running, free, following = torch.zeros(B, dtype=torch.bool, device=device), list(range(B)), 0
 
-    with precision(dtype or "float32", device.type):
-        logits = prefill(model, tokens, None if key_mask is None else mask, cache)
-        for t in range(R):
-            logits = logits.float()
-            if suppress:
-                logits[:, list(suppress)] = -torch.inf
+    def pick(logits: Tensor, seen: Tensor | None, u: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Change the distribution as asked, and choose from it."""
+        logits = logits.float()
+        if suppress:
+            logits[:, list(suppress)] = -torch.inf
+        if seen is not None:
+            logits = penalise_repetition(logits, seen, repetition_penalty)
+        if temperature > 0:
+            logits = filter_logits(logits / temperature, top_k, top_p)
+        return choose(logits, u)
+
+    def record(at: Tensor, columns: Tensor, logprobs: Tensor) -> None:
+        """Write down what rows `at` have drawn, each (len(at), k), and find out which have ended."""
+        k = columns.shape[1]
+        place = written[at, None] + torch.arange(k, device=device)
+        is_end = columns.eq(-1 if end_id is None else end_id)
+        real = running[at, None] & (place < R) & (is_end.cumsum(1) - is_end.long() == 0)
+        where = (index[at, None].expand(-1, k)[real], place[real])
+        out.tokens[where], out.mask[where], out.logprobs[where] = columns[real], True, logprobs[real]
+        if on_token is not None:
+            on_token(index[at][real[:, 0]], columns[:, 0][real[:, 0]])
+        written[at] += k
+        running[at] &= ~(is_end & real).any(1) & (written[at] < R)
+
+    while True:
+        taken = free[:n - following]
+        if taken:  # prompts take the free rows
+            at = torch.tensor(taken, device=device)
+            index[at] = torch.arange(following, following + len(taken), device=device)
+            following += len(taken)
+            prompts, prompt_mask = tokens[index[at]], mask[index[at]]
+            fresh = cache if len(taken) == B else KVCache(model.config, len(taken), P, device, decoder.dtype)
+            logits = prefill(ready, prompts, prompt_mask, fresh)
+            if fresh is not cache:
+                cache.put(at, fresh, P)
+            running[at], written[at], start[at] = True, 0, P - prompt_mask.sum(1)
             if seen is not None:
-                logits = penalise_repetition(logits, seen, repetition_penalty)
-            if temperature > 0:
-                logprobs = log_softmax(filter_logits(logits / temperature, top_k, top_p))
-                token = draw(logprobs, u[alive, t])
+                seen[at] = torch.zeros_like(seen[at]).scatter_(
+                    1, torch.where(prompt_mask, prompts, prompts[:, -1:]), True)
+            token[at], logprob = pick(logits, None if seen is None else seen[at], None if u is None else u[index[at], 0])
+            record(at, token[at, None], logprob[:, None])
+        if int(running.sum()) == 0 and following == n:
+            return out
+        free = (~running).nonzero()[:, 0].tolist()
+        if following < n and free:
+            continue
+        keep = len(free) > 0.1 * B if not decoder.compile else B >= 32 and B - len(free) <= B // 4
+        if keep:  # copying the cache costs about one step's reading of it, a new number of rows may have to be compiled
+            rest = running.nonzero()[:, 0]
+            if decoder.compile:
+                rest = torch.cat((rest, (~running).nonzero()[:, 0]))[:B // 4]
+            cache = cache.keep(rest)
+            index, written, token, start, running = (x[rest] for x in (index, written, token, start, running))
+            seen, B = None if seen is None else seen[rest], len(rest)
+            ready, step = decoder.model_for(B), decoder.step(B, temperature)
+        longest = int(written[running].max())
+        k = min(look_every, R - int(written[running].min()))
+        slot = (P - 1 + written[:, None] + torch.arange(k, device=device)).clamp(max=P + R - 1).T.contiguous()
+        numbers = None if u is None else u[index, (written[:, None] + torch.arange(k, device=device)
+                                                  ).clamp(max=R - 1).T].contiguous()
+        columns, logprobs = [], []
+        for j in range(k):
+            span = spans[min(P + longest + j, P + R)]
+            if plain:
+                token, logprob = step(ready, token, slot[j], start, cache, span, numbers[j], temperature)
             else:
-                logprobs, token = log_softmax(logits), logits.argmax(-1)
-            logprob = logprobs.gather(1, token[:, None])[:, 0]
-            out.tokens[alive, t] = torch.where(running, token, 0)
-            out.mask[alive, t] = running
-            out.logprobs[alive, t] = torch.where(running, logprob, 0)
-            if on_token is not None:
-                on_token(alive[running], token[running])
-            if end_id is not None:
-                running = running & (token != end_id)
-                if t % look_every == look_every - 1:
-                    n = int(running.sum())
-                    if n == 0:
-                        break
-                    if n <= 0.9 * len(running):  # copying the cache costs about one step's reading of it
-                        cache.keep(running)
-                        alive, token, position = alive[running], token[running], position[running]
-                        key_mask = None if key_mask is None else key_mask[running]
-                        seen = None if seen is None else seen[running]
-                        running = running[running]
-            if t + 1 == R:
-                break
-            if seen is not None:
-                seen.scatter_(1, token[:, None], True)
-            keys = P + t + 1
-            logits = decode_step(model, token, position, None if key_mask is None else key_mask[:, :keys], cache,
-                                 span[:keys])
-            position = position + 1
-    return out
+                if seen is not None:
+                    seen.scatter_(1, token[:, None], True)
+                logits = decode_step(ready, token, slot[j], start, cache, span)
+                token, logprob = pick(logits, seen, None if numbers is None else numbers[j])
+            columns.append(token)
+            logprobs.append(logprob)
+        record(torch.arange(B, device=device), torch.stack(columns, 1), torch.stack(logprobs, 1))
+        free = (~running).nonzero()[:, 0].tolist()
 
 
 # ---- from texts to texts ---------------------------------------------------------------------------------------------

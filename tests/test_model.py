@@ -69,11 +69,38 @@ def test_a_packed_document_equals_the_document_alone(model):
 
 def test_cached_decoding_equals_the_full_forward(model):
     tokens = tokens_of((3, 10))
-    cache, span = KVCache(CONFIG, 3, 10), torch.arange(10)
-    steps = [model.trunk(tokens[:, :4], None, None, cache, span[:4])]
-    for t in range(4, 10):
-        steps.append(model.trunk(tokens[:, t:t + 1], torch.full((3, 1), t), None, cache, span[:t + 1]))
+    cache, start = KVCache(CONFIG, 3, 12), torch.zeros(3, dtype=torch.int64)
+    with torch.no_grad():
+        steps = [model.trunk(tokens[:, :4], None, None, cache)]
+        for t in range(4, 10):
+            span = torch.arange(t + 1 + t % 3)  # places beyond a row's own are not seen
+            steps.append(model.step(tokens[:, t], torch.full((3,), t), start, span, cache)[:, None])
     assert torch.allclose(torch.cat(steps, 1), model.hidden(tokens), atol=1e-5)
+
+
+def test_rows_may_stand_at_different_places_of_the_cache(model):
+    tokens, lengths = tokens_of((2, 9)), torch.tensor([9, 6])
+    cache = KVCache(CONFIG, 2, 12)
+    start = torch.tensor([0, 2])
+    with torch.no_grad():
+        for t in range(9):  # the second row's token t stands at place t + 2; after its end it goes on with pads
+            hidden = model.step(tokens[:, t], start + t, start, torch.arange(12), cache)
+            for row in range(2):
+                if t < lengths[row]:
+                    assert torch.allclose(hidden[row], model.hidden(tokens[row:row + 1, :t + 1])[0, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_chosen_positions_equal_those_of_the_whole_and_so_do_the_gradients(padded):
+    model, tokens = Transformer(dataclasses.replace(CONFIG, n_layer=2)), tokens_of((3, 8))
+    mask = torch.arange(8) < torch.tensor([[8], [5], [6]]) if padded else None
+    where = torch.tensor([1, 7, 8, 12, 20])
+    found = []
+    for hidden in (model.hidden(tokens, mask).flatten(0, 1)[where], model.hidden(tokens, mask, where=where)):
+        model.zero_grad()
+        (hidden * torch.arange(1., 6)[:, None]).pow(2).sum().backward()
+        found.append([hidden.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(*found, strict=True))
 
 
 def test_grouped_queries_equal_repeated_keys_and_values(model):

@@ -89,19 +89,27 @@ def test_a_reply_depends_on_seed_and_row_only(model):
 
 
 def test_draws_follow_the_distribution():
-    logprobs = torch.tensor([0.5, 0.2, 0.0, 0.3]).log().expand(20_000, 4)
     u = torch.from_numpy(np.random.default_rng(0).random(20_000, np.float32))
-    counts = torch.bincount(draw(logprobs, u), minlength=4) / 20_000
-    assert torch.allclose(counts, torch.tensor([0.5, 0.2, 0.0, 0.3]), atol=0.012)
-    assert counts[2] == 0
+    probs = torch.zeros(150)  # three blocks; the first and the last tokens of blocks, and a block without any weight
+    probs[[0, 63, 128, 149]] = torch.tensor([0.5, 0.2, 0.1, 0.2])
+    counts = torch.bincount(draw(3 * probs.expand(20_000, 150), u), minlength=150) / 20_000
+    assert torch.allclose(counts, probs, atol=0.012)
+    assert (counts[probs == 0] == 0).all()
+
+
+def test_the_two_steps_of_a_draw_equal_one_search_through_the_cumulated_weights():
+    weights = torch.rand(200, 300, generator=torch.Generator().manual_seed(1), dtype=torch.float64) ** 8
+    u = torch.rand(200, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    expected = torch.searchsorted(weights.cumsum(1), u[:, None] * weights.sum(1, keepdim=True), right=True)[:, 0]
+    assert torch.equal(draw(weights, u), expected)
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
 def test_the_ends_of_the_unit_interval_pick_possible_tokens(u):
     for probs in ([0.0, 0.0, 1.0, 0.0], [0.0, 0.4, 0.6, 0.0]):
-        token = int(draw(torch.tensor([probs]).log(), torch.tensor([u])))
+        token = int(draw(torch.tensor([probs]), torch.tensor([u])))
         assert probs[token] > 0
-    wide = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    wide = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0)).softmax(-1)
     assert draw(wide, torch.full((64,), u)).max() < 5000
 
 
@@ -172,7 +180,7 @@ def test_every_token_is_drawn_from_the_stated_distribution_by_the_rows_own_numbe
             seen[0, ids] = True
             logits = penalise_repetition(model(torch.tensor([ids]))[:, -1], seen, s["repetition_penalty"])
             logps = log_softmax(filter_logits(logits / s["temperature"], s["top_k"], s["top_p"]))
-            assert int(out.tokens[i, t]) == int(draw(logps, u[i, t:t + 1]))
+            assert int(out.tokens[i, t]) == int(draw(logps.exp(), u[i, t:t + 1]))
             assert float(out.logprobs[i, t]) == pytest.approx(float(logps[0, out.tokens[i, t]]), abs=1e-4)
             ids.append(int(out.tokens[i, t]))
 
@@ -196,10 +204,10 @@ def test_dropout_is_refused_while_sampling():
 def test_bfloat16_is_used_where_asked_for_and_stays_near(model, monkeypatch):
     tokens, mask = prompts([5, 3])
     seen, real = [], sample_module.prefill
-    monkeypatch.setattr(sample_module, "prefill", lambda *a: seen.append(torch.is_autocast_enabled("cpu")) or real(*a))
+    monkeypatch.setattr(sample_module, "prefill", lambda *a: seen.append(a[3].layers[0][0].dtype) or real(*a))
     exact, half = (generate(model, tokens, mask, 1, seed=0, dtype=d) for d in ("float32", "bfloat16"))
     assert 0 < float((exact.logprobs - half.logprobs).abs().max()) < .1 and half.logprobs.dtype == torch.float32
-    assert seen == [False, True]
+    assert seen == [torch.float32, torch.bfloat16]
 
 
 END, PATTERN = 49, ["FTT", "TTF", "TFT", "FFF", "TFF", "FFT"]
@@ -208,7 +216,8 @@ END, PATTERN = 49, ["FTT", "TTF", "TFT", "FFF", "TFF", "FFT"]
 def test_the_mask_ends_at_the_first_end_token(model, monkeypatch):
     """anchors.md: first end index per row [1, 0, 0, 3, 0, 2]."""
     def logits(token):  # token 8 r + t says: row r, step t
-        after = [END if PATTERN[int(x) // 8][int(x) % 8] == "T" else int(x) + 1 for x in token]
+        after = [END if x != END and (PATTERN[x // 8] + "FFFFF")[x % 8] == "T" else min(x + 1, END - 1)
+                 for x in token.tolist()]  # rows that have ended are computed on
         return torch.nn.functional.one_hot(torch.tensor(after), 50).float() * 100
     monkeypatch.setattr(sample_module, "prefill", lambda m, tokens, mask, cache: logits(tokens[:, -1]))
     monkeypatch.setattr(sample_module, "decode_step", lambda m, token, *_: logits(token))

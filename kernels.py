@@ -1,0 +1,163 @@
+"""Matrix products as this processor does them best, and whether torch.compile pays: the one place for such knowledge.
+
+Everything here has a plain fall-back that computes the same. On some processors (AMD's, for example) the float32
+products behind `F.linear` reach less than half of what oneDNN's reach, which PyTorch ships, too; so training asks, by
+measuring, which is faster (`pick_products`), and decoding packs its weights once per rollout (`pack`). Names of oneDNN
+operators are private to PyTorch: where one is missing, `F.linear` is used.
+"""
+import copy
+import functools
+import itertools
+import math
+import os
+import shutil
+import sysconfig
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if _onednn is not None else None
+
+
+# ---- float32 products of training ------------------------------------------------------------------------------------
+
+@torch.library.custom_op("mosslet::product", mutates_args=())
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a (…, K) @ b (N, K)ᵀ -> (…, N) by oneDNN, whatever their strides; opaque to the compiler."""
+    return _onednn(a, b, None, "none", [], "")
+
+
+@_product.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(*a.shape[:-1], b.shape[0])
+
+
+class _Linear(torch.autograd.Function):
+    """x (…, K), w (N, K) -> x wᵀ (…, N), with both gradients by the same kernels."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return _product(x, w)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, w = ctx.saved_tensors
+        g = g.contiguous()
+        grad_x = _product(g, w.t()) if ctx.needs_input_grad[0] else None
+        grad_w = None
+        if ctx.needs_input_grad[1]:
+            grad_w = _product(x.reshape(-1, x.shape[-1]).t(), g.reshape(-1, g.shape[-1]).t()).t()
+        return grad_x, grad_w
+
+
+class _Choice:
+    """What `linear` uses for float32 on CPU: "aten" (F.linear) or "onednn". Set once, before a run's first product."""
+
+    products = "aten"
+
+
+def use_products(name: str) -> None:
+    _Choice.products = name if _onednn is not None else "aten"
+
+
+def products() -> str:
+    return _Choice.products
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (…, K), weight (N, K) -> (…, N), as F.linear."""
+    if (_Choice.products == "onednn" and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")):
+        return _Linear.apply(x, weight)
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    """nn.Linear without bias, by `linear`."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+# ---- products of decoding --------------------------------------------------------------------------------------------
+# One step multiplies a few rows with every weight once, so what counts is how fast weights are read. Packed ones are
+# blocked for that. They are found through a list and a number, outside the compiled graph: packing anew after an update
+# therefore compiles nothing.
+
+_packed: list[Callable[[Tensor], Tensor]] = []
+_library = torch.library.Library("mosslet", "FRAGMENT")
+_library.define("packed_linear(Tensor x, int number, int n_out) -> Tensor")
+_library.impl("packed_linear", lambda x, number, n_out: _packed[number](x), "CPU")
+
+
+@torch.library.register_fake("mosslet::packed_linear")
+def _(x: Tensor, number: int, n_out: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n_out)
+
+
+def _pack(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor] | None:
+    """A function x (rows, K) -> (rows, N) on a packed copy of weight (N, K); None: nothing beats F.linear here."""
+    weight, onednn = weight.detach(), _reorder is not None
+    if weight.device.type != "cpu":
+        return None
+    if onednn and (weight.dtype == torch.bfloat16 or _Choice.products == "onednn"):
+        packed = _reorder(weight, rows)
+        return lambda x: _onednn(x, packed, None, "none", [], "")
+    if torch.backends.mkl.is_available() and weight.dtype == torch.float32 and rows >= 8:
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+        return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, None, rows)
+    return None
+
+
+class PackedLinear(nn.Module):
+    """What stands in a decoder for a Linear layer: the same product in `dtype`, for steps of `rows` rows."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int, number: int):
+        super().__init__()
+        self.source, self.dtype, self.rows, self.number, self.n_out = [weight], dtype, rows, number, weight.shape[0]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the weight as it is now."""
+        self.weight = self.source[0].detach().to(self.dtype)
+        self.packed = _pack(self.weight, self.rows)
+        self.opaque = self.packed is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
+        if self.rows == 1 and x.device.type == "cpu" and torch.compiler.is_compiling():
+            return (x[..., None, :].float() * self.weight.float()).sum(-1).to(self.dtype)  # fused: reads weights once
+        if self.opaque:
+            return torch.ops.mosslet.packed_linear(x, self.number, self.n_out)
+        return F.linear(x, self.weight)
+
+
+def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int) -> nn.Module:
+    """The model with its tensors shared, but each Linear replaced by a PackedLinear for steps of `rows` rows."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    with_linears = copy.deepcopy(model, shared)
+    numbers = itertools.count()
+    for parent in list(with_linears.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Linear):
+                setattr(parent, name, PackedLinear(child.weight, dtype, rows, next(numbers)))
+    if with_linears.output is None:
+        with_linears.output = PackedLinear(model.output_weight, dtype, rows, next(numbers))
+    return with_linears
+
+
+def packed_layers(model: nn.Module) -> list[PackedLinear]:
+    return [m for m in model.modules() if isinstance(m, PackedLinear)]
+
+
+def activate(model: nn.Module) -> None:
+    """From now on packed products are those of this decoding copy."""
+    _packed[:] = [layer.packed for layer in packed_layers(model)]
