@@ -200,7 +200,7 @@ def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Token
         rows = make_rows(torch.cat((prompt, replies.tokens[i:i + batch_size]), 1), torch.cat((prompt_mask, mask), 1),
                          torch.cat((torch.zeros_like(prompt_mask), mask), 1))
         with precision(dtype, device.type):
-            logprobs, ref_logprobs = (spread(score_tokens(m, rows.before(m.hidden(rows.tokens)), rows.targets,
+            logprobs, ref_logprobs = (spread(score_tokens(m, m.hidden(rows.tokens, where=rows.before), rows.targets,
                                                           temperature)[0], mask)
                                       for m in (policy, reference))
             if reward_model is not None:

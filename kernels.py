@@ -51,7 +51,7 @@ class _Linear(torch.autograd.Function):
         grad_x = _product(g, w.t()) if ctx.needs_input_grad[0] else None
         grad_w = None
         if ctx.needs_input_grad[1]:
-            grad_w = _product(x.reshape(-1, x.shape[-1]).t(), g.reshape(-1, g.shape[-1]).t()).t()
+            grad_w = _product(g.reshape(-1, g.shape[-1]).t(), x.reshape(-1, x.shape[-1]).t())
         return grad_x, grad_w
 
 
@@ -67,6 +67,23 @@ def use_products(name: str) -> None:
 
 def products() -> str:
     return _Choice.products
+
+
+def pick_products(device: str, width: int, rows: int = 1024, repeats: int = 7) -> tuple[str, str]:
+    """("aten" or "onednn", why): whose float32 products are faster here, by measuring rows x width x 4·width."""
+    if device != "cpu" or _onednn is None or width < 128:
+        return "aten", "nothing to choose at this width or on this device"
+    x, w = torch.randn(rows, width), torch.randn(4 * width, width)
+    best = {F.linear: math.inf, _product: math.inf}
+    for _ in range(repeats):  # in turns, and the best of each, so that what else the machine does favours neither
+        for multiply in best:
+            start = time.perf_counter()
+            multiply(x, w)
+            best[multiply] = min(best[multiply], time.perf_counter() - start)
+    aten, onednn = best.values()
+    return ("onednn" if onednn < 0.9 * aten else "aten"), (f"a {rows}x{width}x{4 * width} product takes "
+                                                           f"{1e3 * aten:.2f} ms by F.linear, {1e3 * onednn:.2f} by "
+                                                           "oneDNN")
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -161,3 +178,46 @@ def packed_layers(model: nn.Module) -> list[PackedLinear]:
 def activate(model: nn.Module) -> None:
     """From now on packed products are those of this decoding copy."""
     _packed[:] = [layer.packed for layer in packed_layers(model)]
+
+
+# ---- whether to compile ----------------------------------------------------------------------------------------------
+
+COMPILE_FROM = {"cpu": 300.0, "cuda": 120.0}  # seconds of work ahead; it saves some 15 % on a CPU and takes 15 to 40 s
+
+
+@functools.lru_cache(maxsize=2)
+def compiler_fault(device: str = "cpu") -> str:
+    """What keeps torch.compile from working here, in one line; empty where it works. Tries it on a small function."""
+    compiler, headers = os.environ.get("CXX", "g++"), sysconfig.get_paths()["include"]
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler ({compiler}): install g++, or name yours in the variable CXX"
+    if not os.path.exists(os.path.join(headers, "Python.h")):
+        return f"Python's headers are not in {headers}: install them (Debian: python3-dev)"
+    try:
+        x = torch.arange(4096.0, device=device)
+        fine = torch.equal(torch.compile(lambda x: 2 * x + 1)(x), 2 * x + 1)
+        return "" if fine else "torch.compile computes something else than was asked for"
+    except Exception as error:  # whatever the compiler, the linker or triton say
+        said = str(error)
+        if "omp.h" in said or "gomp" in said or "fopenmp" in said:
+            return "OpenMP is missing: install libgomp (with clang: libomp-dev)"
+        lines = [line for line in said.splitlines() if line.strip()]
+        return f"it fails with {type(error).__name__}: {lines[0][:150] if lines else ''}"
+
+
+def compile_pays(asked: str, device: str, seconds_ahead: float) -> tuple[bool, str]:
+    """(compile?, why) for `--compile on` or `auto`, when about so many seconds of work lie ahead."""
+    least = COMPILE_FROM.get(device, math.inf)
+    if asked == "auto" and seconds_ahead < least:
+        return False, f"about {seconds_ahead:.0f} s lie ahead; compiling pays from {least:.0f} on"
+    if fault := compiler_fault(device):
+        return False, f"torch.compile does not work here, so everything runs eagerly: {fault}"
+    return True, "as asked" if asked == "on" else f"about {seconds_ahead:.0f} s lie ahead"
+
+
+def compile_trunks(*models: nn.Module) -> None:
+    """Compile the part that all stages share. Models of one shape share its graphs, whatever their weights; the number
+    of rows, their length and the number of chosen positions may change freely."""
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    for model in models:
+        model.trunk = torch.compile(model.trunk, dynamic=True)

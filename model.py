@@ -319,7 +319,7 @@ class Transformer(nn.Module):
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log π(· | context) at a sampling temperature, in float32 whatever the logits are; computed nowhere else."""
-    return F.log_softmax(logits.float() / temperature, dim=-1)
+    return F.log_softmax(logits if temperature == 1 else logits.float() / temperature, dim=-1, dtype=torch.float32)
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -343,15 +343,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         w = weight.to(dtype)
         for i in range(0, len(hidden), chunk):
             h, t = hidden[i:i + chunk].to(dtype), targets[i:i + chunk, None]
-            logits = (h @ w.T).float()
-            logz = logits.logsumexp(1, keepdim=True)
-            total += (logz - logits.gather(1, t)).sum()
+            logps = log_softmax(linear(h, w))
+            total -= logps.gather(1, t).sum()
             if training:
-                error = logits.sub_(logz).exp_()
+                error = logps.exp_()
                 error.scatter_add_(1, t, error.new_full(t.shape, -1.0))
                 error = error.to(dtype)
-                grad_hidden[i:i + chunk] = error @ w
-                grad_weight += error.T @ h
+                grad_hidden[i:i + chunk] = linear(error, w.T)
+                grad_weight += linear(error.T, h.T)
         ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
         return total
 

@@ -216,8 +216,8 @@ class Common(Options):
     seed: int = option(0, "decides every random draw", low=0)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "precision of matrix products; auto measures", choices=("auto", "float32", "bfloat16"))
-    compile: str = option("auto", "torch.compile for the first three stages; auto: off at present",
-                          choices=("auto", "on", "off"))
+    compile: str = option("auto", "torch.compile; auto: where it works and enough work lies ahead to pay for it, as "
+                                  "the first steps tell", choices=("auto", "on", "off"))
     save_every: int = option(200, "steps (PPO: updates) between checkpoints", smoke=5, low=1)
     resume: bool = option(False, "go on where the run in this folder stopped")
     fresh: bool = option(False, "forget the run in this folder and start anew")

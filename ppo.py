@@ -28,7 +28,7 @@ from data.batches import key, pad_left
 from model import Transformer, log_softmax, precision
 from options import Common, UserError, option
 from reward import RewardModel
-from sample import Generation, generate
+from sample import Decoder, Generation, generate
 
 
 @dataclasses.dataclass
@@ -38,9 +38,10 @@ class PPOOptions(Common):
     dtype: str = option("float32",
                         "precision of matrix products; the ratio is a small difference of log-probabilities, "
                         "which bfloat16 rounds", choices=("auto", "float32", "bfloat16"), base="auto")
-    compile: str = option("auto", "PPO runs eagerly at present, because its shapes vary", choices=("auto", "off"))
     updates: int = option(40, "rollouts, each followed by the epochs below", smoke=6, base=200, low=1)
     batch: int = option(96, "replies per rollout", smoke=8, base=256, low=1)
+    rollout_rows: int = option(64, "replies written at a time; where one ends, the next prompt takes its place",
+                               smoke=4, base=128, low=1)
     reply_len: int = option(64, "longest reply in tokens; one cut there counts as ended: nothing is added for what "
                                 "might have followed", smoke=16, base=128, low=1)
     temperature: float = option(1.0, "of sampling and of every log-probability alike",
@@ -280,6 +281,16 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     return advantages, torch.where(mask, advantages + values, 0)
 
 
+def advantages_of(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, kl_coef: float,
+                  kl_estimator: str, gamma: float, lam: float,
+                  whitened: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(rewards, advantages, returns), each (B, R), of scores (B,): all of the above in a row, small enough to run
+    eagerly and without a loop, so that torch.compile makes a few passes over memory of it in seconds."""
+    rewards = token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, kl_estimator)
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    return rewards, whiten(advantages, mask) if whitened else advantages, returns
+
+
 # ---- rows as the networks read them ----------------------------------------------------------------------------------
 
 class Rows(NamedTuple):
@@ -293,9 +304,10 @@ class Rows(NamedTuple):
     real: Tensor
     reply: Tensor
 
-    def before(self, hidden: Tensor) -> Tensor:
-        """(M, L, D) -> (N, D): the hidden state just before each reply token, row by row."""
-        return hidden[:, :-1][self.reply[:, 1:]]
+    @property
+    def before(self) -> Tensor:
+        """(N,): the position just before each reply token, as numbered in a flattened (M, L), row by row."""
+        return self.reply.flatten().nonzero()[:, 0] - 1
 
     @property
     def targets(self) -> Tensor:
@@ -337,10 +349,10 @@ class ActorCritic(nn.Module):
     def forward(self, rows: Rows, temperature: float, train_policy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """(logprobs, entropy, values), each (N,) float32. Without train_policy no gradient reaches the policy."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_policy):
-            hidden = rows.before(self.policy.hidden(rows.tokens))
+            hidden = self.policy.hidden(rows.tokens, where=rows.before)
             logprobs, entropy = score_tokens(self.policy, hidden, rows.targets, temperature)
         if self.critic is not None:
-            values = self.critic.head_values(rows.before(self.critic.backbone.hidden(rows.tokens)))
+            values = self.critic.head_values(self.critic.backbone.hidden(rows.tokens, where=rows.before))
         else:
             with torch.autocast(hidden.device.type, enabled=False):  # not divided by the temperature: it is no logit
                 values = self.value_head(hidden.float()).squeeze(-1)
@@ -420,7 +432,7 @@ class Rollout:
 @torch.no_grad()
 def collect_rollout(actor_critic: ActorCritic, reference: Transformer, reward_model: RewardModel,
                     prompts: Sequence[Sequence[int]], o: PPOOptions, *, end_id: int, step: int, kl_coef: float,
-                    moments: RunningMoments, dtype: str = "float32") -> Rollout:
+                    moments: RunningMoments, dtype: str = "float32", decoder: Decoder | None = None) -> Rollout:
     """Reply to prompts (lists of ids) with the policy, and score the replies.
 
     All draws follow from (seed, stage, step, row). Every network reads the very ids that were sampled.
@@ -429,25 +441,23 @@ def collect_rollout(actor_critic: ActorCritic, reference: Transformer, reward_mo
     prompt, prompt_mask = (t.to(device) for t in pad_left(prompts, 0))
     start = time.perf_counter()
     reply = generate(actor_critic.policy, prompt, prompt_mask, o.reply_len, temperature=o.temperature, end_id=end_id,
-                     seed=key(o.seed, "ppo", "reply", step))
+                     seed=key(o.seed, "ppo", "reply", step), dtype=dtype, decoder=decoder, batch_size=o.rollout_rows)
     generated = time.perf_counter()
     rollout = Rollout.of(prompt, prompt_mask, reply, end_id, kl_coef)
     for index in rollout.by_length(torch.arange(len(prompts), device=device), o.micro_batch):
         rows, response = rollout.rows(index), reply.mask[index]
         with precision(dtype, device.type):
             logprobs, entropy, values = actor_critic(rows, o.temperature)
-            ref_logprobs, _ = score_tokens(reference, rows.before(reference.hidden(rows.tokens)), rows.targets,
+            ref_logprobs, _ = score_tokens(reference, reference.hidden(rows.tokens, where=rows.before), rows.targets,
                                            o.temperature)
             rollout.raw_scores[index] = reward_model(rows.tokens, rows.real, rows.reply)
         for name, flat in (("logprobs", logprobs), ("ref_logprobs", ref_logprobs), ("entropy", entropy),
                            ("values", values)):
             getattr(rollout, name)[index] = spread(flat, response)
     rollout.scores = shape_scores(rollout.raw_scores, rollout.ended, o, reward_model, moments)
-    rollout.rewards = token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, reply.mask, kl_coef,
-                                    o.kl_estimator)
-    rollout.advantages, rollout.returns = gae(rollout.rewards, rollout.values, reply.mask, o.gamma, o.lam)
-    if o.whiten:
-        rollout.advantages = whiten(rollout.advantages, reply.mask)
+    rollout.rewards, rollout.advantages, rollout.returns = advantages_of(
+        rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.values, reply.mask, kl_coef, o.kl_estimator,
+        o.gamma, o.lam, o.whiten)
     rollout.seconds = {"generate": generated - start, "score": time.perf_counter() - generated}
     return rollout
 

@@ -58,20 +58,29 @@ class RewardModel(nn.Module):
         """The head at every token: (B, T) -> (B, T). What the critic starts from."""
         return self.head_values(self.backbone.hidden(tokens, mask))
 
-    def pool(self, values: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
-        """Per-token values (B, T) -> one score per row (B,). mask: real tokens; reply_mask: the part that `mean`
-        averages, default all real tokens. Pads change nothing, on whichever side they stand."""
+    def pooled(self, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
+        """Which tokens (B, T) a row's score is the mean of: of its real ones (mask) those of the reply, or the last."""
         mask = mask if reply_mask is None else mask & reply_mask
         if not bool(mask.any(1).all()):
             raise ValueError("a row without any token to score")
         if self.config.pool == "mean":
-            return torch.where(mask, values, 0).sum(1) / mask.sum(1)
-        last = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).amax(1)
-        return values.gather(1, last[:, None])[:, 0]
+            return mask
+        column = torch.arange(mask.shape[1], device=mask.device)
+        return column == torch.where(mask, column, -1).amax(1, keepdim=True)
+
+    def pool(self, values: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
+        """Per-token values (B, T) -> one score per row (B,). mask: real tokens; reply_mask: the part that `mean`
+        averages, default all real tokens. Pads change nothing, on whichever side they stand."""
+        chosen = self.pooled(mask, reply_mask)
+        return torch.where(chosen, values, 0).sum(1) / chosen.sum(1)
 
     def forward(self, tokens: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
         """Raw score of each row: tokens, mask and reply_mask (B, T) -> (B,) float32. Train and measure on these."""
-        return self.pool(self.values(tokens, mask), mask, reply_mask)
+        chosen = self.pooled(mask, reply_mask)
+        to_the_right = bool((mask[:, :-1] | ~mask[:, 1:]).all())  # such padding is hidden by causality
+        values = self.head_values(self.backbone.hidden(tokens, None if to_the_right else mask,
+                                                       where=chosen.flatten().nonzero()[:, 0]))
+        return values.new_zeros(mask.shape).masked_scatter(chosen, values).sum(1) / chosen.sum(1)
 
     def normalise(self, raw: Tensor) -> Tensor:
         return (raw - self.mean) / self.std

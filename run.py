@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data.prepared import Prepared
 from data.records import replace_text
+from kernels import compile_pays, pick_products, use_products
 from model import Transformer, load_checkpoint, pick_device, pick_dtype, save_checkpoint
 from options import Common, UserError, as_dict, show
 from reward import RewardModel
@@ -111,15 +112,28 @@ class Run:
         self.dtype, why = self.state.get("dtype"), "as in the checkpoint"
         if self.dtype is None:
             self.dtype, why = pick_dtype(o.dtype, self.device, width)
-        self.compile = "on" if o.compile == "on" and stage != "ppo" else "off"  # PPO's shapes vary: not yet worth it
+        self.products, by = self.state.get("products"), "as in the checkpoint"
+        if self.products is None:
+            self.products, by = pick_products(self.device, width)
+        use_products(self.products)
         if not self.state:
             show(o, f"{stage}: options")
-        print(f"{stage}: {self.device}, {self.dtype} ({why}), compile {self.compile}, "
+        print(f"{stage}: {self.device}, {self.dtype} ({why}), float32 products by {self.products} ({by}), "
               f"{torch.get_num_threads()} threads", flush=True)
+        self.compile = self.state.get("compile", o.compile)  # `auto` until the first steps tell how long it will take
+        if self.compile == "on":
+            self.decide_compile(0)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._trim("metrics.jsonl")
         self._trim("samples.jsonl")
         self.write_config()
+
+    def decide_compile(self, seconds_ahead: float) -> bool:
+        """Is what lies ahead worth compiling? Says what it chose."""
+        pays, why = compile_pays(self.compile, self.device, seconds_ahead)
+        self.compile = "on" if pays else "off"
+        tqdm.write(f"{self.stage}: compile {self.compile} ({why})", file=sys.stdout)
+        return pays
 
     def _compare(self, old: dict) -> None:
         """Refuse to mix two different runs in one folder, and say what differs."""
@@ -149,7 +163,8 @@ class Run:
     def write_config(self, finished: bool = False) -> None:
         """What ran, where, and for how long."""
         record = {"stage": self.stage, "finished": finished, "options": self.settings, "parents": self.parents,
-                  "dtype": self.dtype, "compile": self.compile, "commit": git_commit(), "processor": processor(),
+                  "dtype": self.dtype, "products": self.products, "compile": self.compile,
+                  "commit": git_commit(), "processor": processor(),
                   "threads": torch.get_num_threads(), "seconds": round(self.seconds(), 1),
                   "versions": {"python": platform.python_version(), "torch": torch.__version__,
                                "numpy": np.__version__}}
@@ -169,8 +184,8 @@ class Run:
     def save(self, step: int, model: nn.Module, **state) -> None:
         """Write the checkpoint after `step` finished steps, with all that the stage needs to go on."""
         save_checkpoint(self.folder, model, self.tokenizer, stage=self.stage, step=step, dtype=self.dtype,
-                        compile=self.compile, seconds=self.seconds(), options=self.settings, parents=self.parents,
-                        template=self.data.template, **state)
+                        products=self.products, compile=self.compile, seconds=self.seconds(), options=self.settings,
+                        parents=self.parents, template=self.data.template, **state)
 
     def stop_if_asked(self, step: int, save: Callable[[], None]) -> None:
         """After Ctrl-C or SIGTERM: save, print the command that goes on, leave."""

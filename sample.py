@@ -260,7 +260,8 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
             if seen is not None:
                 seen[at] = torch.zeros_like(seen[at]).scatter_(
                     1, torch.where(prompt_mask, prompts, prompts[:, -1:]), True)
-            token[at], logprob = pick(logits, None if seen is None else seen[at], None if u is None else u[index[at], 0])
+            token[at], logprob = pick(logits, None if seen is None else seen[at],
+                                      None if u is None else u[index[at], 0])
             record(at, token[at, None], logprob[:, None])
         if int(running.sum()) == 0 and following == n:
             return out

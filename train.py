@@ -30,6 +30,7 @@ from data.batches import (PackedDocuments, dialogue_rows, eval_windows, fitting,
                           pack_rows, prompt_ids, rows_at)
 from data.prepare import open_for
 from data.prepared import DIALOGUE, NEWS, REVIEW, Prepared
+from kernels import compile_trunks
 from model import ModelConfig, Transformer, cross_entropy_sum, load_checkpoint, pick_device, precision
 from ngrams import ngram_classifier, plain_text
 from optimizers import learning_rate, make_optimizers, restore, set_learning_rate
@@ -38,7 +39,7 @@ from ppo import (ActorCritic, KLController, PPOOptions, RunningMoments, collect_
                  update)
 from reward import RewardConfig, RewardModel, RewardOptions, feedback_kind, feedback_loss
 from run import Interrupt, Interrupted, Run, keep_freed_memory, read_config, run_folder
-from sample import reply_texts, reply_to
+from sample import Decoder, reply_texts, reply_to
 
 
 @dataclasses.dataclass
@@ -130,15 +131,16 @@ def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterat
     optimizers = make_optimizers(model, o)
     restore(optimizers, run.state)
     done, tokens, since, last = run.state.get("step", 0), 0, time.perf_counter(), run.state.get("measured", {})
+    trunk, fastest = getattr(model, "backbone", model), math.inf
     if run.compile == "on":
-        trunk = getattr(model, "backbone", model)
-        trunk.trunk = torch.compile(trunk.trunk)
+        compile_trunks(trunk)
 
     def save() -> None:
         run.save(step + 1, model, optimizers=[x.state_dict() for x in optimizers], measured=last, **state)
 
     with run.progress(done, n_steps) as bar:
         for step in range(done, n_steps):
+            begun = time.perf_counter()
             factor = learning_rate(step, n_steps, o.warmup, o.decay)
             set_learning_rate(optimizers, factor)
             torch.manual_seed(torch_seed(o.seed, run.stage, "dropout", step))
@@ -157,6 +159,9 @@ def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterat
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            fastest = min(fastest, time.perf_counter() - begun)
+            if run.compile == "auto" and step + 1 == 5 and run.decide_compile(fastest * (n_steps - 5)):
+                compile_trunks(trunk)
             bar.update()
             measuring = (step + 1) % o.eval_every == 0 or step + 1 == n_steps
             if measuring or (step + 1) % o.log_every == 0:
@@ -274,10 +279,11 @@ def sft(o: SFTOptions) -> Run:
 
     def nats(batch) -> tuple[Tensor, int]:
         tokens, flags, docs, _ = (x.to(run.device) for x in pack_rows(batch, o.max_len))
-        learned = flags[:, 1:]  # the state at t predicts token t + 1, so states end one earlier than tokens
+        where = flags[:, 1:].nonzero()  # the state at t predicts token t + 1
+        where = where[:, 0] * tokens.shape[1] + where[:, 1]
         with precision(run.dtype, run.device):
-            hidden = model.hidden(tokens, docs=docs)
-            return cross_entropy_sum(model, hidden[:, :-1][learned], tokens[:, 1:][learned]), int(flags.sum())
+            hidden = model.hidden(tokens, docs=docs, where=where)
+            return cross_entropy_sum(model, hidden, tokens.flatten()[where + 1]), int(flags.sum())
 
     def losses(step: int):
         batch = [rows[i] for i in rows_at(len(rows), o.batch, step, o.seed, "sft")]
@@ -425,8 +431,9 @@ def train_ppo(o: PPOOptions) -> Run:
         policy = run.model
     critic = critic_from(reward_model) if o.critic == "separate" else None
     actor_critic = ActorCritic(policy, critic).to(run.device)
-    optimizer = torch.optim.Adam([{"params": list(policy.parameters()), "lr": o.policy_lr},
-                                  {"params": actor_critic.critic_parameters(), "lr": o.critic_lr}], eps=o.adam_eps)
+    groups = [{"params": list(policy.parameters()), "lr": o.policy_lr},
+              {"params": actor_critic.critic_parameters(), "lr": o.critic_lr}]
+    optimizer = torch.optim.Adam(groups, eps=o.adam_eps, fused=True)
     moments = RunningMoments(**run.state.get("moments", {}))
     control = KLController(run.state.get("kl_coef", o.kl_coef), o.kl_target if o.kl_control == "adaptive" else None,
                            o.kl_horizon)
@@ -440,11 +447,20 @@ def train_ppo(o: PPOOptions) -> Run:
     held_out = held_out[:o.eval_prompts]
     tolerance = 1e-4 if run.dtype == "float32" else 2e-2
     done = run.state.get("step", 0)
+    decoder_dtype, fastest = run.state.get("decoder_dtype", run.dtype), math.inf
+
+    def made_ready() -> Decoder:
+        """The policy ready to write; when compiling pays, the networks' shared trunk is compiled, too."""
+        if run.compile == "on":
+            compile_trunks(policy, reference, reward_model.backbone, *([critic.backbone] if critic else []))
+        return Decoder(policy, decoder_dtype, compile=run.compile == "on")
+
+    decoder = made_ready()
 
     def save() -> None:
         run.save(step, policy, critic=(critic or actor_critic.value_head).state_dict(),
                  optimizer=optimizer.state_dict(), moments=moments.state(), kl_coef=control.coef,
-                 example_prompts=held_out[:8])
+                 decoder_dtype=decoder_dtype, example_prompts=held_out[:8])
 
     def measure() -> dict[str, float]:
         """On the same held-out prompts, with the same random numbers, each time."""
@@ -460,13 +476,15 @@ def train_ppo(o: PPOOptions) -> Run:
         if done == 0:
             run.log(0, **measure())
         for step in range(done, o.updates):
+            begun = time.perf_counter()
+            decoder.refresh()
             train_policy, first = step >= o.critic_warmup, o.critic_warmup
             factor = learning_rate(step - first, o.updates - first, o.warmup, 1.0, o.final_lr) if train_policy else 1.0
             set_learning_rate([optimizer], factor)
             chosen = rows_at(len(prompts), o.batch, step, o.seed, "ppo")
             ids = [prompt_ids(tokenizer, prompts[i], data.template) for i in chosen]
             rollout = collect_rollout(actor_critic, reference, reward_model, ids, o, end_id=tokenizer.eom_id, step=step,
-                                      kl_coef=control.coef, moments=moments, dtype=run.dtype)
+                                      kl_coef=control.coef, moments=moments, dtype=run.dtype, decoder=decoder)
             learned = update(actor_critic, optimizer, rollout, o, step, train_policy=train_policy, dtype=run.dtype)
             metrics = rollout_metrics(rollout) | learned
             if train_policy:
@@ -481,7 +499,15 @@ def train_ppo(o: PPOOptions) -> Run:
                 if metrics.get(name, 0) > tolerance:
                     tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {tolerance:g}, at update "
                                f"{step + 1}: what is scored is not what was sampled", file=sys.stderr)
+            if metrics["sampler_gap"] > 5e-2 and decoder_dtype != "float32":
+                tqdm.write("ppo: from now on replies are written in float32", file=sys.stderr)
+                decoder_dtype = "float32"
+                decoder = Decoder(policy, decoder_dtype, compile=run.compile == "on")
             step += 1
+            if train_policy:
+                fastest = min(fastest, time.perf_counter() - begun)
+            if run.compile == "auto" and step == first + 2 and run.decide_compile(fastest * (o.updates - step)):
+                decoder = made_ready()
             if step % o.eval_every == 0 or step == o.updates:
                 metrics |= measure()
             seconds = {"seconds_generate": rollout.seconds["generate"], "seconds_score": rollout.seconds["score"]}

@@ -462,8 +462,7 @@ def test_rows_lose_their_padding_and_find_their_columns_again():
     rows = make_rows(tokens, mask, reply)
     assert rows.tokens[0, :3].tolist() == [1, 2, 3] and rows.real.sum(1).tolist() == [3, 6]
     assert rows.targets.tolist() == [2, 3, 7, 8, 9]
-    before = rows.before(rows.tokens[..., None].float())[:, 0].tolist()
-    assert before == [1, 2, 6, 7, 8]  # the token before each
+    assert rows.tokens.flatten()[rows.before].tolist() == [1, 2, 6, 7, 8]  # the token before each
     assert spread(rows.targets, reply[:, 3:]).tolist() == [[2, 3, 0], [7, 8, 9]]
 
 
@@ -544,8 +543,8 @@ def test_logits_and_values_are_float32_under_autocast():
     rows = make_rows(torch.arange(6, 14)[None], torch.ones(1, 8).bool(), torch.arange(8)[None] > 2)
     with precision("bfloat16", "cpu"):
         logprobs, _, values = nets[0](rows, 1.0)
-        hidden = rows.before(nets[0].policy.hidden(rows.tokens)).float()
-        critic = rows.before(nets[0].critic.backbone.hidden(rows.tokens)).float()
+        hidden = nets[0].policy.hidden(rows.tokens).flatten(0, 1)[rows.before].float()
+        critic = nets[0].critic.backbone.hidden(rows.tokens).flatten(0, 1)[rows.before].float()
     expected = log_softmax(hidden @ nets[0].policy.embedding.weight.T).gather(1, rows.targets[:, None])[:, 0]
     head = nets[0].critic.score_head
     assert torch.allclose(logprobs, expected, atol=1e-5)
