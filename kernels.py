@@ -25,13 +25,13 @@ _reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if _onednn 
 
 # ---- float32 products of training ------------------------------------------------------------------------------------
 
-@torch.library.custom_op("mosslet::product", mutates_args=())
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a (…, K) @ b (N, K)ᵀ -> (…, N) by oneDNN, whatever their strides; opaque to the compiler."""
-    return _onednn(a, b, None, "none", [], "")
+_library = torch.library.Library("mosslet", "FRAGMENT")
+_library.define("product(Tensor a, Tensor b) -> Tensor")
+_library.impl("product", lambda a, b: _onednn(a, b, None, "none", [], ""), "CPU")
+_product = torch.ops.mosslet.product  # a (…, K) @ b (N, K)ᵀ by oneDNN, whatever their strides; opaque to the compiler
 
 
-@_product.register_fake
+@torch.library.register_fake("mosslet::product")
 def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(*a.shape[:-1], b.shape[0])
 
@@ -90,7 +90,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (…, K), weight (N, K) -> (…, N), as F.linear."""
     if (_Choice.products == "onednn" and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")):
-        return _Linear.apply(x, weight)
+        learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        return _Linear.apply(x, weight) if learning else _product(x, weight)
     return F.linear(x, weight)
 
 
@@ -110,7 +111,6 @@ class Linear(nn.Linear):
 # therefore compiles nothing.
 
 _packed: list[Callable[[Tensor], Tensor]] = []
-_library = torch.library.Library("mosslet", "FRAGMENT")
 _library.define("packed_linear(Tensor x, int number, int n_out) -> Tensor")
 _library.impl("packed_linear", lambda x, number, n_out: _packed[number](x), "CPU")
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batches import key, pad_left
+from kernels import linear
 from model import Transformer, log_softmax, precision
 from options import Common, UserError, option
 from reward import RewardModel
@@ -210,10 +211,10 @@ def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: 
     A new tensor, without gradient: the logged KL is never changed in place.
     """
     rewards = -kl_coef * kl_estimate(logprobs.detach(), ref_logprobs.detach(), kl_estimator)
-    column = torch.arange(mask.shape[1], device=mask.device)
+    column = torch.arange(mask.shape[1], device=mask.device, dtype=torch.int32)
     last = torch.where(mask, column, -1).amax(1, keepdim=True)  # −1: an empty row, which receives nothing
-    rewards = rewards + torch.where(column == last, scores.detach().float()[:, None], 0)
-    return torch.where(mask, rewards, 0)
+    rewards = torch.where(mask, rewards, 0)
+    return torch.where(column == last, rewards + scores.detach().float()[:, None], rewards)
 
 
 class KLController:
@@ -237,28 +238,33 @@ class KLController:
 
 # ---- advantages ------------------------------------------------------------------------------------------------------
 
-@functools.lru_cache(maxsize=32)
-def _gae_tables(c: float, size: int, n: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Powers of c = γλ for `gae`, from float64, where the exponent is not negative; else 0:
+GAE_BLOCK = 32  # columns
 
-    within[k, t] = c^(k − t), across[i, j] = (c^size)^(i − j − 1), decay[t] = c^(size − t).
+
+@functools.lru_cache(maxsize=32)
+def gae_tables(c: float, R: int, device: str, size: int = GAE_BLOCK) -> tuple[Tensor, Tensor, Tensor]:
+    """Powers of c = γλ for `gae` of R columns, from float64, where the exponent is not negative; else 0:
+
+    within[t, k] = c^(k − t), across[i, j] = (c^size)^(i − j − 1), decay[t] = c^(size − t).
     """
+    n = -(-R // size)
     k, b = torch.arange(size, dtype=torch.float64), torch.arange(n, dtype=torch.float64)
 
     def powers(base: float, exponent: Tensor) -> Tensor:
         return torch.where(exponent >= 0, base ** exponent.clamp(min=0), 0).float().to(device)
 
-    return powers(c, k[:, None] - k[None, :]), powers(c ** size, b[:, None] - b[None, :] - 1), powers(c, size - k)
+    return powers(c, k[None, :] - k[:, None]), powers(c ** size, b[:, None] - b[None, :] - 1), powers(c, size - k)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95,
+        tables: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation: (advantages, returns), each (B, R) float32, 0 where the mask is False.
 
         δ_t = r_t + γ V_{t+1} − V_t        A_t = Σ_{k ≥ t} (γλ)^(k−t) δ_k        returns_t = A_t + V_t
 
     (Schulman 2016, eq. 16.) After a reply's last token V is 0: its end is the end, also where it was cut. The mask's
     True entries are contiguous in each row. Most codes walk from right to left, A_t = δ_t + γλ A_{t+1}; the same sums
-    come here without a loop over time: a matrix product with powers of γλ inside blocks of 64 columns, and one more
+    come here without a loop over time: a matrix product with powers of γλ inside blocks of 32 columns, and one more
     that carries each block's sum to the blocks before it.
 
     >>> r, V = torch.tensor([[-.1, .2, 1.]]), torch.tensor([[.5, .4, .3]])
@@ -266,28 +272,33 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     [[0.52675, 0.765, 0.7], [1.02675, 1.165, 1.0]]
     """
     B, R = rewards.shape
-    size = 64  # columns of a block
-    n = -(-R // size)
-    values = torch.where(mask, values.float(), 0)
-    delta = torch.where(mask, rewards.float(), 0) - values
-    delta[:, :-1] += gamma * values[:, 1:]
-    delta = torch.where(mask, delta, 0)  # the column before a row's first token looked ahead, too
-    within, across, decay = _gae_tables(gamma * lam, size, n, str(rewards.device))
-    blocks = nn.functional.pad(delta, (0, n * size - R)).view(B, n, size)
-    local = blocks @ within  # (B, n, size): sums that stop at their block's end
-    carry = local[:, :, 0] @ across  # (B, n): the discounted sum of everything after the block
-    advantages = (local + carry[:, :, None] * decay).view(B, n * size)[:, :R]
-    advantages = torch.where(mask, advantages, 0)
-    return advantages, torch.where(mask, advantages + values, 0)
+    size, n = GAE_BLOCK, -(-R // GAE_BLOCK)
+    within, across, decay = tables or gae_tables(gamma * lam, R, str(rewards.device))
+    # Masking costs as much as all the rest, so where nothing is to be masked, which a CPU sees at once, it is left out.
+    whole = not torch.compiler.is_compiling() and mask.device.type == "cpu" and bool(mask.numpy().all())
+    rewards, values = (x.float() if whole else torch.where(mask, x.float(), 0) for x in (rewards, values))
+    delta = rewards - values
+    delta[:, :-1].add_(values[:, 1:], alpha=gamma)
+    if R % size:
+        delta = nn.functional.pad(delta, (0, n * size - R))
+    sums = linear(delta.view(B, n, size), within)  # (B, n, size): those that stop at their block's end
+    if n > 1:
+        carry = sums[:, :, 0] @ across  # (B, n): the discounted sum of everything after the block
+        sums.addcmul_(carry[:, :, None], decay)
+    advantages = sums.view(B, n * size)[:, :R]
+    returns = advantages + values
+    if whole:
+        return advantages, returns
+    return torch.where(mask, advantages, 0), torch.where(mask, returns, 0)
 
 
 def advantages_of(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, kl_coef: float,
-                  kl_estimator: str, gamma: float, lam: float,
-                  whitened: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(rewards, advantages, returns), each (B, R), of scores (B,): all of the above in a row, small enough to run
-    eagerly and without a loop, so that torch.compile makes a few passes over memory of it in seconds."""
+                  kl_estimator: str, gamma: float, lam: float, whitened: bool,
+                  tables: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(rewards, advantages, returns), each (B, R), of scores (B,): all of the above in a row. Without a loop it is a
+    small graph, of which torch.compile makes a few passes over memory in seconds."""
     rewards = token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, kl_estimator)
-    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    advantages, returns = gae(rewards, values, mask, gamma, lam, tables)
     return rewards, whiten(advantages, mask) if whitened else advantages, returns
 
 

@@ -10,6 +10,7 @@
 """
 import codecs
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
@@ -142,8 +143,15 @@ class Decoder:
         config, device = self.model.config, self.model.embedding.weight.device
         shape = (rows, config.n_kv_head, length, config.head_dim)
         if self.room is None or self.room.layers[0][0].shape != shape:
-            self.room = KVCache(config, rows, length, device, self.dtype)
+            self.room = self.of_any_length(KVCache(config, rows, length, device, self.dtype))
         return self.room
+
+    def of_any_length(self, cache: KVCache) -> KVCache:
+        """Tell the compiler that its length may change, so that one graph serves all."""
+        if self.compile:
+            for tensor in itertools.chain(*cache.layers):
+                torch._dynamo.mark_dynamic(tensor, 2)
+        return cache
 
     def step(self, rows: int, temperature: float) -> Callable:
         """`sample_step`, compiled once for each number of rows, whatever the length.
@@ -273,7 +281,7 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
             rest = running.nonzero()[:, 0]
             if decoder.compile:
                 rest = torch.cat((rest, (~running).nonzero()[:, 0]))[:B // 4]
-            cache = cache.keep(rest)
+            cache = decoder.of_any_length(cache.keep(rest))
             index, written, token, start, running = (x[rest] for x in (index, written, token, start, running))
             seen, B = None if seen is None else seen[rest], len(rest)
             ready, step = decoder.model_for(B), decoder.step(B, temperature)

@@ -31,7 +31,8 @@ from torch import Tensor
 import kernels
 from model import ModelConfig, Transformer, log_softmax
 from options import Options, UserError, option, parse, run_main
-from ppo import ActorCritic, PPOOptions, RunningMoments, advantages_of, collect_rollout, critic_from, gae, update
+from ppo import (ActorCritic, PPOOptions, RunningMoments, advantages_of, collect_rollout, critic_from, gae, gae_tables,
+                 update)
 from reward import RewardModel
 from run import keep_freed_memory, processor
 from sample import Decoder, generate
@@ -170,8 +171,13 @@ def step_products(config: ModelConfig) -> list[tuple[int, int]]:
 
 
 def bare_step(config: ModelConfig, batch: int, dtype: torch.dtype) -> Callable[[], float]:
-    """A function that loops the bare products of one decoding step in each form there is, and returns the seconds of
-    the fastest form."""
+    """A function that loops the bare products of one decoding step, each form that there is, and returns the seconds of
+    the fastest form: the limit of a step.
+
+    Between two rounds as many bytes are copied as the step's keys and values have on average, so that the working set,
+    and with it what is still in the processor's cache, is the step's own: what the copies take is their part of the
+    limit.
+    """
     weights = [torch.randn(n_out, n_in).to(dtype) for n_in, n_out in step_products(config)]
     xs = [torch.randn(batch, w.shape[1]).to(dtype) for w in weights]
     forms = [lambda: [F.linear(x, w) for x, w in zip(xs, weights, strict=True)]]
@@ -182,9 +188,17 @@ def bare_step(config: ModelConfig, batch: int, dtype: torch.dtype) -> Callable[[
         fused = torch.compile(lambda xs, ws: [(x.float() * w.float()).sum(-1).to(dtype)
                                               for x, w in zip(xs, ws, strict=True)])
         forms.append(lambda: fused(xs, weights))
+    numbers = config.n_layer * batch * int(PROMPT + NEW / 2) * config.n_kv_head * config.head_dim
+    keys, values = torch.zeros(numbers, dtype=dtype), torch.zeros(numbers, dtype=dtype)
+
+    def once(form: Callable) -> None:
+        form()
+        keys.copy_(values)  # reads half of the bytes and writes the other half
+
     for form in forms:
         form()
-    return torch.inference_mode()(lambda: min(seconds(several, form, 20) / 20 for form in forms))
+    return torch.inference_mode()(lambda: min(seconds(several, lambda: once(form), 20) / 20  # noqa: B023
+                                              for form in forms))
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
@@ -211,7 +225,7 @@ def sampler_gap(model: Transformer, tokens: Tensor, reply, dtype: str) -> float:
 
 def decode(o: BenchOptions) -> list[dict]:
     """Replies of equal length: tokens a second, the decoding step against its limit, and transformers' generate."""
-    found, compiles, memory = [], not kernels.compiler_fault(), bandwidth()
+    found, compiles = [], not kernels.compiler_fault()
     for shape, config, batch in (("small", SMALL, 1), ("small", SMALL, 32), ("small", SMALL, 128), ("base", BASE, 1),
                                  ("base", BASE, 32)):
         if o.only and o.only != f"{shape}:{batch}":
@@ -225,12 +239,10 @@ def decode(o: BenchOptions) -> list[dict]:
         reply = generate(model, tokens, mask, NEW, decoder=decoder)
         first = time.perf_counter() - start
         gap = sampler_gap(model, tokens, reply, name)
-        size = torch.finfo(TYPES[name]).bits // 8
-        cache_bytes = 2 * config.n_layer * batch * (PROMPT + NEW / 2) * config.n_kv_head * config.head_dim * size
         rows: dict[str, list[float]] = {"limit": [], "step": [], "whole": [], "peer": []}
         peer_type = "bf16" if name == "bfloat16" else "fp32"
         for _ in range(o.repeats):
-            rows["limit"].append(bare[name]() + cache_bytes / memory)
+            rows["limit"].append(bare[name]())
             whole = seconds(generate, model, tokens, mask, NEW, decoder=decoder)
             prompt_alone = seconds(generate, model, tokens, mask, 1, decoder=decoder)
             rows["whole"].append(batch * NEW / whole)
@@ -311,14 +323,15 @@ def advantages(o: BenchOptions) -> list[dict]:
         exact = gae_by_columns(rewards.double(), values.double(), gamma, lam)
         error = float((gae(rewards, values, mask, gamma, lam)[0] - exact).abs().max() / exact.abs().max())
         works = {"loop": lambda r=rewards, v=values: gae_by_columns(r, v, gamma, lam),
-                 "ours": lambda r=rewards, v=values, m=mask: [gae(r, v, m, gamma, lam) for _ in range(10)],
-                 "add": lambda r=rewards, v=values: [r + v for _ in range(10)]}
-        chain = (scores, logprobs, references, values, mask, 0.05, "k1", gamma, lam, True)
-        works["chain"] = lambda chain=chain: [advantages_of(*chain) for _ in range(10)]
+                 "ours": lambda r=rewards, v=values, m=mask: several(lambda: gae(r, v, m, gamma, lam), 10),
+                 "add": lambda r=rewards, v=values: several(lambda: r + v, 10)}
+        chain = (scores, logprobs, references, values, mask, 0.05, "k1", gamma, lam, True,
+                 gae_tables(gamma * lam, shape[1], "cpu"))
+        works["chain"] = lambda chain=chain: several(lambda: advantages_of(*chain), 10)
         first = 0.0
         if compiled:
             first = seconds(compiled, *chain)
-            works["compiled"] = lambda chain=chain: [compiled(*chain) for _ in range(10)]
+            works["compiled"] = lambda chain=chain: several(lambda: compiled(*chain), 10)
         times = in_turns(works, max(o.repeats, 5))
         ms = {name: [1e3 * t / (1 if name == "loop" else 10) for t in ts] for name, ts in times.items()}
         found.append({"shape": f"{shape[0]} x {shape[1]}", "loop_ms": spread(ms["loop"]),
