@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data.tokenizer import Tokenizer
 from kernels import Linear, linear
@@ -238,6 +239,7 @@ class Transformer(nn.Module):
         cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        self.recompute = False  # gradient checkpointing: keep each block's input alone, and go through it once more
         self.initialise()
 
     @torch.no_grad()
@@ -265,7 +267,9 @@ class Transformer(nn.Module):
         cos, sin = (t.reshape(-1, 1, T, t.shape[-1]) for t in (cos, sin))
         x, last = self.embedding(tokens), len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, allowed, None if cache is None else cache.layers[i], where if i == last else None)
+            rest = (cos, sin, allowed, None if cache is None else cache.layers[i], where if i == last else None)
+            again = self.recompute and torch.is_grad_enabled()
+            x = checkpoint(block, x, *rest, use_reentrant=False) if again else block(x, *rest)
         return self.norm(x)
 
     def hidden(self, tokens: Tensor, mask: Tensor | None = None, docs: Tensor | None = None,

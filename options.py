@@ -218,6 +218,8 @@ class Common(Options):
     dtype: str = option("auto", "precision of matrix products; auto measures", choices=("auto", "float32", "bfloat16"))
     compile: str = option("auto", "torch.compile; auto: where it works and enough work lies ahead to pay for it, as "
                                   "the first steps tell", choices=("auto", "on", "off"))
+    recompute: bool = option(False, "gradient checkpointing: keep the inputs of blocks alone, compute the rest again "
+                                    "for the gradient: less memory, a third more time", source="Chen 2016")
     save_every: int = option(200, "steps (PPO: updates) between checkpoints", smoke=5, low=1)
     resume: bool = option(False, "go on where the run in this folder stopped")
     fresh: bool = option(False, "forget the run in this folder and start anew")

@@ -165,7 +165,8 @@ class Decoder:
         key = (dataclasses.astuple(config), self.dtype, device, rows, temperature, products())
         if key not in self.compiled:
             code = sample_step.__code__.replace(co_name=f"sample_step_{len(self.compiled)}")
-            options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+            skip = getattr(torch.compiler, "skip_all_guards_unsafe", None)
+            options = {"guard_filter_fn": skip} if skip else {}
             if device == "cpu":
                 options["cpp_wrapper"] = True
             self.compiled[key] = torch.compile(types.FunctionType(code, sample_step.__globals__), options=options)

@@ -132,6 +132,7 @@ def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterat
     restore(optimizers, run.state)
     done, tokens, since, last = run.state.get("step", 0), 0, time.perf_counter(), run.state.get("measured", {})
     trunk, fastest = getattr(model, "backbone", model), math.inf
+    trunk.recompute = o.recompute
     if run.compile == "on":
         compile_trunks(trunk)
 
@@ -431,6 +432,8 @@ def train_ppo(o: PPOOptions) -> Run:
         policy = run.model
     critic = critic_from(reward_model) if o.critic == "separate" else None
     actor_critic = ActorCritic(policy, critic).to(run.device)
+    for trained in (policy, *([critic.backbone] if critic else [])):
+        trained.recompute = o.recompute
     groups = [{"params": list(policy.parameters()), "lr": o.policy_lr},
               {"params": actor_critic.critic_parameters(), "lr": o.critic_lr}]
     optimizer = torch.optim.Adam(groups, eps=o.adam_eps, fused=True)

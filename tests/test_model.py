@@ -103,6 +103,16 @@ def test_chosen_positions_equal_those_of_the_whole_and_so_do_the_gradients(padde
     assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(*found, strict=True))
 
 
+def test_computing_blocks_again_changes_no_gradient():
+    model, tokens, found = Transformer(dataclasses.replace(CONFIG, n_layer=2)), tokens_of((2, 8)), []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        hidden = model.hidden(tokens, where=torch.tensor([3, 9]))
+        hidden.pow(3).sum().backward()
+        found.append([hidden.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_grouped_queries_equal_repeated_keys_and_values(model):
     full = Transformer(dataclasses.replace(CONFIG, n_kv_head=4)).eval()
     state = model.state_dict()
