@@ -220,4 +220,5 @@ def compile_trunks(*models: nn.Module) -> None:
     of rows, their length and the number of chosen positions may change freely."""
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     for model in models:
-        model.trunk = torch.compile(model.trunk, dynamic=True)
+        if "trunk" not in vars(model):  # else it is compiled already
+            model.trunk = torch.compile(model.trunk, dynamic=True)

@@ -12,7 +12,6 @@ The home of all shapes is `Rollout`. One convention rules every array (B, R): co
 log-probability and value are computed from what precedes that token; False in `response_mask` means the column does not
 exist, and whatever stands there changes nothing.
 """
-import copy
 import dataclasses
 import functools
 import time
@@ -379,20 +378,6 @@ def score_tokens(model: Transformer, hidden: Tensor, targets: Tensor, temperatur
     with torch.autocast(hidden.device.type, enabled=False):
         logps = log_softmax(model.head(hidden.float()), temperature)  # (N, V)
     return logps.gather(1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(1)
-
-
-def critic_from(reward_model: RewardModel) -> RewardModel:
-    """A copy of the reward model with its constants folded into the head, w/σ and (b − μ)/σ, so that its first values
-    are on the scale of normalised scores; its own constants become 0 and 1, so that they are not applied twice. That is
-    exact under --reward_norm fixed; log σ(raw) and 2σ(raw) − 1 bend that scale, which the critic learns in its warm-up.
-    """
-    critic = copy.deepcopy(reward_model).requires_grad_(True)
-    with torch.no_grad():
-        critic.score_head.weight.div_(critic.std)
-        critic.score_head.bias.sub_(critic.mean).div_(critic.std)
-        critic.mean.zero_()
-        critic.std.fill_(1)
-    return critic
 
 
 # ---- the buffer ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ A reward model is the language model's trunk with one output: a scalar. Three ki
 which of two replies is better (`pairwise_loss`, Bradley–Terry), how good one is (`regression_loss`), liked or not
 (`label_loss`). Train one with `python train.py reward`; the loop stands in train.py, the arithmetic here.
 """
+import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -112,6 +113,20 @@ class RewardModel(nn.Module):
                             f"labels")
         self.mean.copy_(raw.float().mean())
         self.std.copy_(std)
+
+
+def critic_from(reward_model: RewardModel) -> RewardModel:
+    """A copy of the reward model with its constants folded into the head, w/σ and (b − μ)/σ, so that its first values
+    are on the scale of normalised scores; its own constants become 0 and 1, so that they are not applied twice. That is
+    exact under --reward_norm fixed; log σ(raw) and 2σ(raw) − 1 bend that scale, which the critic learns in its warm-up.
+    """
+    critic = copy.deepcopy(reward_model).requires_grad_(True)
+    with torch.no_grad():
+        critic.score_head.weight.div_(critic.std)
+        critic.score_head.bias.sub_(critic.mean).div_(critic.std)
+        critic.mean.zero_()
+        critic.std.fill_(1)
+    return critic
 
 
 # ---- losses: scores here are raw -------------------------------------------------------------------------------------

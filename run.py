@@ -24,7 +24,7 @@ from data.prepared import Prepared
 from data.records import replace_text
 from kernels import compile_pays, pick_products, use_products
 from model import Transformer, load_checkpoint, pick_device, pick_dtype, save_checkpoint
-from options import Common, UserError, as_dict, show
+from options import Common, Learning, UserError, as_dict, show
 from reward import RewardModel
 
 
@@ -92,6 +92,7 @@ class Run:
         self.stage, self.o, self.parents, self.data = stage, o, parents, data
         self.folder = run_folder(o, stage)
         self.started, self.seconds_before, self.state = time.perf_counter(), 0.0, {}
+        self.last_step = self.started
         self.finished = False
         if o.fresh:
             for name in ("config.json", "checkpoint.pt", "metrics.jsonl", "samples.jsonl"):  # config.json says finished
@@ -127,6 +128,13 @@ class Run:
         self._trim("metrics.jsonl")
         self._trim("samples.jsonl")
         self.write_config()
+
+    def compile_now(self, step: int, n_steps: int, decide_at: int) -> bool:
+        """Called when `step` steps are done: with --compile auto, does the last one before `decide_at` tell that enough
+        work lies ahead? Always at the same step, so that a resumed run changes over where the uninterrupted one did."""
+        now = time.perf_counter()
+        took, self.last_step = now - self.last_step, now
+        return self.compile == "auto" and step == decide_at and self.decide_compile(took * (n_steps - step))
 
     def decide_compile(self, seconds_ahead: float) -> bool:
         """Is what lies ahead worth compiling? Says what it chose."""
@@ -225,3 +233,27 @@ def data_name(o: Common) -> str:
 def run_folder(o: Common, stage: str) -> pathlib.Path:
     """OUT/<data>/<stage>; of stage "" the folder that holds them all."""
     return pathlib.Path(o.out) / data_name(o) / stage
+
+
+def parent(o: Common, data: Prepared, stage: str, given: str, cls: type = Transformer):
+    """Load a parent checkpoint, the one given by flag or this run's own stage, and say what it fixes."""
+    where = given or run_folder(o, stage)
+    model, tokenizer, state = load_checkpoint(where, "cpu", cls)
+    record, c = read_config(where), model.config
+    if record is not None and not record["finished"]:
+        raise UserError(f"{where}: its training is not finished (step {state['step']}): go on with `python train.py "
+                        f"{state['stage']} --resume`, or take it as it is by the path of its checkpoint.pt")
+    print(f"from {where}: {c.n_layer} layers of width {c.d_model}, at most {c.max_len} tokens, vocabulary of "
+          f"{c.vocab_size}")
+    if "vocab_size" in o.explicit and data.tokenizer is not None and data.tokenizer.to_state() != tokenizer.to_state():
+        raise UserError(f"--vocab_size {o.vocab_size} contradicts {where}, whose vocabulary of {c.vocab_size} tokens "
+                        f"is used: leave it out, or pretrain anew")
+    return model, tokenizer, state
+
+
+def limit_length(o: Learning, model: Transformer) -> None:
+    """No row is longer than the model was made for."""
+    if o.max_len > model.config.max_len and "max_len" in o.explicit:
+        raise UserError(f"--max_len {o.max_len} contradicts the parent model, which was made for rows of at most "
+                        f"{model.config.max_len} tokens: lower it, or pretrain with a larger --max_len")
+    o.max_len = min(o.max_len, model.config.max_len)

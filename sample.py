@@ -132,7 +132,8 @@ class Decoder:
                 layer.refresh()
 
     def model_for(self, rows: int) -> Transformer:
-        """The model with its weights packed for steps of so many rows."""
+        """The model with its weights packed for steps of so many rows; run eagerly, one copy serves any number."""
+        rows = rows if self.compile else next(iter(self.copies), rows)
         if rows not in self.copies:
             self.copies[rows] = decoding_copy(self.model, self.dtype, rows)
         activate(self.copies[rows])
@@ -224,8 +225,8 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
     # The rows being written: which prompt each answers, how many tokens it has, the last of them, what it has seen.
     B = min(n, batch_size or n)
     ready, cache, step = decoder.model_for(B), decoder.cache(B, P + R), decoder.step(B, temperature)
-    index, written = torch.zeros(B, dtype=torch.int64, device=device), torch.zeros(B, dtype=torch.int64, device=device)
-    token, start, seen = torch.zeros_like(index), torch.zeros_like(index), None
+    index, written, token, start = torch.zeros(4, B, dtype=torch.int64, device=device)
+    seen = None
     if repetition_penalty != 1:
         seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
     running, free, following = torch.zeros(B, dtype=torch.bool, device=device), list(range(B)), 0
@@ -288,9 +289,8 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
             ready, step = decoder.model_for(B), decoder.step(B, temperature)
         longest = int(written[running].max())
         k = min(look_every, R - int(written[running].min()))
-        slot = (P - 1 + written[:, None] + torch.arange(k, device=device)).clamp(max=P + R - 1).T.contiguous()
-        numbers = None if u is None else u[index, (written[:, None] + torch.arange(k, device=device)
-                                                  ).clamp(max=R - 1).T].contiguous()
+        ahead = written + torch.arange(k, device=device)[:, None]  # (k, B); full rows stay at R
+        slot, numbers = P - 1 + ahead.clamp(max=R), None if u is None else u[index, ahead.clamp(max=R - 1)]
         columns, logprobs = [], []
         for j in range(k):
             span = spans[min(P + longest + j, P + R)]

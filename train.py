@@ -31,14 +31,13 @@ from data.batches import (PackedDocuments, dialogue_rows, eval_windows, fitting,
 from data.prepare import open_for
 from data.prepared import DIALOGUE, NEWS, REVIEW, Prepared
 from kernels import compile_trunks
-from model import ModelConfig, Transformer, cross_entropy_sum, load_checkpoint, pick_device, precision
+from model import ModelConfig, Transformer, cross_entropy_sum, pick_device, precision
 from ngrams import ngram_classifier, plain_text
 from optimizers import learning_rate, make_optimizers, restore, set_learning_rate
 from options import Common, Learning, UserError, option, parse, parse_all, run_main
-from ppo import (ActorCritic, KLController, PPOOptions, RunningMoments, collect_rollout, critic_from, rollout_metrics,
-                 update)
-from reward import RewardConfig, RewardModel, RewardOptions, feedback_kind, feedback_loss
-from run import Interrupt, Interrupted, Run, keep_freed_memory, read_config, run_folder
+from ppo import ActorCritic, KLController, PPOOptions, RunningMoments, collect_rollout, rollout_metrics, update
+from reward import RewardConfig, RewardModel, RewardOptions, critic_from, feedback_kind, feedback_loss
+from run import Interrupt, Interrupted, Run, keep_freed_memory, limit_length, parent, run_folder
 from sample import Decoder, reply_texts, reply_to
 
 
@@ -89,30 +88,6 @@ def prepared(o: Common) -> Prepared:
     return open_for(o, o.data)
 
 
-def parent(o: Common, data: Prepared, stage: str, given: str, cls: type = Transformer):
-    """Load a parent checkpoint, the one given by flag or this run's own stage, and say what it fixes."""
-    where = given or run_folder(o, stage)
-    model, tokenizer, state = load_checkpoint(where, "cpu", cls)
-    record, c = read_config(where), model.config
-    if record is not None and not record["finished"]:
-        raise UserError(f"{where}: its training is not finished (step {state['step']}): go on with `python train.py "
-                        f"{state['stage']} --resume`, or take it as it is by the path of its checkpoint.pt")
-    print(f"from {where}: {c.n_layer} layers of width {c.d_model}, at most {c.max_len} tokens, vocabulary of "
-          f"{c.vocab_size}")
-    if "vocab_size" in o.explicit and data.tokenizer is not None and data.tokenizer.to_state() != tokenizer.to_state():
-        raise UserError(f"--vocab_size {o.vocab_size} contradicts {where}, whose vocabulary of {c.vocab_size} tokens "
-                        f"is used: leave it out, or pretrain anew")
-    return model, tokenizer, state
-
-
-def limit_length(o: Learning, model: Transformer) -> None:
-    """No row is longer than the model was made for."""
-    if o.max_len > model.config.max_len and "max_len" in o.explicit:
-        raise UserError(f"--max_len {o.max_len} contradicts the parent model, which was made for rows of at most "
-                        f"{model.config.max_len} tokens: lower it, or pretrain with a larger --max_len")
-    o.max_len = min(o.max_len, model.config.max_len)
-
-
 # ---- the loop of maximum likelihood ----------------------------------------------------------------------------------
 
 def torch_seed(*words) -> int:
@@ -131,7 +106,7 @@ def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterat
     optimizers = make_optimizers(model, o)
     restore(optimizers, run.state)
     done, tokens, since, last = run.state.get("step", 0), 0, time.perf_counter(), run.state.get("measured", {})
-    trunk, fastest = getattr(model, "backbone", model), math.inf
+    trunk = getattr(model, "backbone", model)
     trunk.recompute = o.recompute
     if run.compile == "on":
         compile_trunks(trunk)
@@ -141,7 +116,6 @@ def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterat
 
     with run.progress(done, n_steps) as bar:
         for step in range(done, n_steps):
-            begun = time.perf_counter()
             factor = learning_rate(step, n_steps, o.warmup, o.decay)
             set_learning_rate(optimizers, factor)
             torch.manual_seed(torch_seed(o.seed, run.stage, "dropout", step))
@@ -160,8 +134,7 @@ def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterat
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            fastest = min(fastest, time.perf_counter() - begun)
-            if run.compile == "auto" and step + 1 == 5 and run.decide_compile(fastest * (n_steps - 5)):
+            if run.compile_now(step + 1, n_steps, decide_at=5):
                 compile_trunks(trunk)
             bar.update()
             measuring = (step + 1) % o.eval_every == 0 or step + 1 == n_steps
@@ -202,12 +175,11 @@ def pretrain(o: PretrainOptions) -> Run:
         model.initialise(torch_seed(o.seed, "pretrain", "weights"))
     model.to(run.device)
     train, val = data.documents("train"), data.documents("val")
-    has_parts = train.parts > 1
     shares = {NEWS: o.news_share, REVIEW: 1 - o.news_share - o.dialogue_share, DIALOGUE: o.dialogue_share}
     batches = PackedDocuments(train.tokens, train.starts, train.part, window=o.window, batch=o.batch * o.accumulate,
-                              total_tokens=o.tokens, seed=o.seed, shares=shares if has_parts else None,
+                              total_tokens=o.tokens, seed=o.seed, shares=shares if train.parts > 1 else None,
                               early={NEWS: 0.5})
-    if not has_parts:
+    if train.parts < 2:
         o.refuse("news_share", "dialogue_share", why=f"on {o.data}, which is of one kind: it is for reviews")
     if batches.passes > 20:
         print(f"pretrain: warning: {o.tokens} tokens are up to {batches.passes} passes over a part of this data, which "
@@ -450,7 +422,7 @@ def train_ppo(o: PPOOptions) -> Run:
     held_out = held_out[:o.eval_prompts]
     tolerance = 1e-4 if run.dtype == "float32" else 2e-2
     done = run.state.get("step", 0)
-    decoder_dtype, fastest = run.state.get("decoder_dtype", run.dtype), math.inf
+    decoder_dtype = run.state.get("decoder_dtype", run.dtype)
 
     def made_ready() -> Decoder:
         """The policy ready to write; when compiling pays, the networks' shared trunk is compiled, too."""
@@ -479,7 +451,6 @@ def train_ppo(o: PPOOptions) -> Run:
         if done == 0:
             run.log(0, **measure())
         for step in range(done, o.updates):
-            begun = time.perf_counter()
             decoder.refresh()
             train_policy, first = step >= o.critic_warmup, o.critic_warmup
             factor = learning_rate(step - first, o.updates - first, o.warmup, 1.0, o.final_lr) if train_policy else 1.0
@@ -505,11 +476,9 @@ def train_ppo(o: PPOOptions) -> Run:
             if metrics["sampler_gap"] > 5e-2 and decoder_dtype != "float32":
                 tqdm.write("ppo: from now on replies are written in float32", file=sys.stderr)
                 decoder_dtype = "float32"
-                decoder = Decoder(policy, decoder_dtype, compile=run.compile == "on")
+                decoder = made_ready()
             step += 1
-            if train_policy:
-                fastest = min(fastest, time.perf_counter() - begun)
-            if run.compile == "auto" and step == first + 2 and run.decide_compile(fastest * (o.updates - step)):
+            if run.compile_now(step, o.updates, decide_at=first + 2):
                 decoder = made_ready()
             if step % o.eval_every == 0 or step == o.updates:
                 metrics |= measure()

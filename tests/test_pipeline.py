@@ -223,7 +223,7 @@ def test_checkpoints_can_be_measured_and_plotted(root, reviews_source, tmp_path)
     (["train.py", "ppo", "--kl_target=3"], "no effect with --kl_control fixed"),
     (["train.py", "ppo", "--updates=2"], "the policy would never learn"),
     (["train.py", "ppo", "--report_prompts=9"], "no effect on ppo alone"),
-    (["train.py", "ppo", "--minibatches=0"], "out of range"), (["train.py", "ppo", "--compile=often"], "not one of auto"),
+    (["train.py", "ppo", "--minibatches=0"], "out of range"), (["train.py", "ppo", "--compile=no"], "not one of auto"),
     (["train.py", "pretrain", "--data=shakespeare", "--news_share=.5"], "no effect on shakespeare"),
     (["train.py", "pretrain", "--data=shakespeare", "--vocab_size=500"], "no effect on shakespeare"),
     (["-m", "data.prepare", "shakespeare", "--limit=9"], "no effect on shakespeare"),

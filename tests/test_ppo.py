@@ -9,10 +9,10 @@ import torch
 
 from model import ModelConfig, Transformer, log_softmax, precision
 from options import UserError, parse
-from ppo import (ActorCritic, KLController, PPOOptions, Rollout, RunningMoments, collect_rollout, critic_from, gae,
+from ppo import (ActorCritic, KLController, PPOOptions, Rollout, RunningMoments, collect_rollout, gae,
                  kl_estimate, make_rows, masked_mean, ppo_loss, rollout_metrics, shape_scores, spread, token_rewards,
                  update, whiten)
-from reward import RewardConfig, RewardModel
+from reward import RewardConfig, RewardModel, critic_from
 
 SHAPE = dict(vocab_size=40, n_layer=2, n_head=2, n_kv_head=2, d_model=16, d_ff=32, max_len=48)
 END = 5

@@ -15,7 +15,7 @@ from ngrams import ngram_classifier
 from optimizers import learning_rate, make_optimizers
 from options import UserError, parse, run_main
 from reward import RewardConfig, RewardModel, label_loss, pairwise_loss
-from run import Interrupted, Run
+from run import Interrupted, Run, limit_length
 from sample import reward_scores
 from tests.conftest import equal
 from tests.test_ppo import SHAPE
@@ -197,7 +197,7 @@ def test_another_parent_is_another_run(command, world):
 def test_rows_are_capped_at_what_the_parent_was_made_for(command, world):
     o = command("sft")
     o.max_len = 500
-    train.limit_length(o, load_checkpoint(world.root / "pretrain")[0])
+    limit_length(o, load_checkpoint(world.root / "pretrain")[0])
     assert o.max_len == 128
 
 

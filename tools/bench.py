@@ -31,9 +31,9 @@ from torch import Tensor
 import kernels
 from model import ModelConfig, Transformer, log_softmax
 from options import Options, UserError, option, parse, run_main
-from ppo import (ActorCritic, PPOOptions, RunningMoments, advantages_of, collect_rollout, critic_from, gae, gae_tables,
+from ppo import (ActorCritic, PPOOptions, RunningMoments, advantages_of, collect_rollout, gae, gae_tables,
                  update)
-from reward import RewardModel
+from reward import RewardModel, critic_from
 from run import keep_freed_memory, processor
 from sample import Decoder, generate
 
