@@ -226,9 +226,8 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
     B = min(n, batch_size or n)
     ready, cache, step = decoder.model_for(B), decoder.cache(B, P + R), decoder.step(B, temperature)
     index, written, token, start = torch.zeros(4, B, dtype=torch.int64, device=device)
-    seen = None
-    if repetition_penalty != 1:
-        seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
+    V = model.config.vocab_size
+    seen = torch.zeros(B, V, dtype=torch.bool, device=device) if repetition_penalty != 1 else None
     running, free, following = torch.zeros(B, dtype=torch.bool, device=device), list(range(B)), 0
 
     def pick(logits: Tensor, seen: Tensor | None, u: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -248,7 +248,7 @@ def decode(o: BenchOptions) -> list[dict]:
             rows["whole"].append(batch * NEW / whole)
             rows["step"].append((whole - prompt_alone) / (NEW - 1))
             theirs = peer(o, "hf_generate.py", "--shape", "tiny" if shape == "small" else "124M", "--batch", str(batch),
-                          "--dtype", peer_type, "--runs", "3")
+                          "--dtype", peer_type, "--runs", "1")
             if theirs:
                 rows["peer"].append(theirs["tokens_per_s"])
         with profiled(o):
@@ -416,8 +416,9 @@ def ppo(o: BenchOptions, learning_only: bool = False) -> list[dict]:
     """Updates in both precisions, eager and compiled, with a critic of its own and with a shared trunk."""
     found, compiles = [], not kernels.compiler_fault()
     theirs: dict[str, list[float]] = {"": [], "--bf16": []}
-    settings = [(critic, dtype, compiled) for critic in ("separate", "shared")[:1 if learning_only else 2]
-                for dtype in TYPES for compiled in (False, True)[:1 + compiles]]
+    settings = [("separate", dtype, compiled) for dtype in TYPES for compiled in (False, True)[:1 + compiles]]
+    if not learning_only:
+        settings += [("shared", dtype, compiles) for dtype in TYPES]
     updates, first = {}, {}
     for setting in settings:
         updates[setting] = Update(setting[1], setting[2], setting[0])
@@ -427,7 +428,7 @@ def ppo(o: BenchOptions, learning_only: bool = False) -> list[dict]:
         for setting, work in updates.items():
             results[setting].append(work())
         for flag in theirs if not learning_only else ():
-            if line := peer(o, "trl_ppo.py", "2", *flag.split()):
+            if line := peer(o, "trl_ppo.py", "1", *flag.split()):
                 theirs[flag].append(line["s_per_update"])
     for (critic, dtype, compiled), rows in results.items():
         bare, flop = bare_update(SMALL, critic, TYPES[dtype], updates[critic, dtype, compiled].o, 64)
