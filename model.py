@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.tokenizer import Tokenizer
-from kernels import Linear, linear
+from kernels import Linear, linear, use_products
 from options import UserError
 
 
@@ -489,4 +489,5 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
         raise UserError(f"{path}: its parts do not fit this version of Mosslet, or each other: "
                         f"{' '.join(str(error).split())[:200]}; use the version that wrote it, or train it again"
                         ) from error
+    use_products(state.get("products", "aten"))  # those that its numbers were made with
     return model.to(device).eval(), tokenizer, state

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -203,8 +203,8 @@ def shape_scores(raw: Tensor, ended: Tensor, o: PPOOptions, reward_model: Reward
     return scores.clamp(-o.reward_clip, o.reward_clip) - o.end_penalty * (~ended).float()
 
 
-def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float,
-                  kl_estimator: str = "k1") -> Tensor:
+def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor,
+                  kl_coef: float | Tensor, kl_estimator: str = "k1") -> Tensor:
     """r_t = −kl_coef · KL_t, plus the reply's score on its last real token. scores (B,), the others (B, R) -> (B, R).
 
     A new tensor, without gradient: the logged KL is never changed in place.
@@ -291,14 +291,19 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     return torch.where(mask, advantages, 0), torch.where(mask, returns, 0)
 
 
-def advantages_of(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, kl_coef: float,
-                  kl_estimator: str, gamma: float, lam: float, whitened: bool,
+def advantages_of(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor,
+                  kl_coef: float | Tensor, kl_estimator: str, gamma: float, lam: float, whitened: bool,
                   tables: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(rewards, advantages, returns), each (B, R), of scores (B,): all of the above in a row. Without a loop it is a
     small graph, of which torch.compile makes a few passes over memory in seconds."""
     rewards = token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, kl_estimator)
     advantages, returns = gae(rewards, values, mask, gamma, lam, tables)
     return rewards, whiten(advantages, mask) if whitened else advantages, returns
+
+
+@functools.lru_cache(maxsize=1)
+def compiled_advantages() -> Callable:
+    return torch.compile(advantages_of)
 
 
 # ---- rows as the networks read them ----------------------------------------------------------------------------------
@@ -333,8 +338,7 @@ def make_rows(tokens: Tensor, real: Tensor, reply: Tensor) -> Rows:
 
 def spread(flat: Tensor, response_mask: Tensor) -> Tensor:
     """(N,) back to (M, R): each value to its reply token's column, 0 elsewhere."""
-    out = flat.new_zeros(response_mask.shape)
-    return out.masked_scatter(response_mask, flat)
+    return flat.new_zeros(response_mask.shape).masked_scatter(response_mask, flat)
 
 
 class ActorCritic(nn.Module):
@@ -451,9 +455,11 @@ def collect_rollout(actor_critic: ActorCritic, reference: Transformer, reward_mo
                            ("values", values)):
             getattr(rollout, name)[index] = spread(flat, response)
     rollout.scores = shape_scores(rollout.raw_scores, rollout.ended, o, reward_model, moments)
-    rollout.rewards, rollout.advantages, rollout.returns = advantages_of(
-        rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.values, reply.mask, kl_coef, o.kl_estimator,
-        o.gamma, o.lam, o.whiten)
+    chain = compiled_advantages() if decoder is not None and decoder.compile else advantages_of
+    rollout.rewards, rollout.advantages, rollout.returns = chain(
+        rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.values, reply.mask,
+        torch.tensor(kl_coef),  # a number would be compiled in, and adaptive control changes it
+        o.kl_estimator, o.gamma, o.lam, o.whiten, gae_tables(o.gamma * o.lam, o.reply_len, str(device)))
     rollout.seconds = {"generate": generated - start, "score": time.perf_counter() - generated}
     return rollout
 

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+import kernels
 from model import ModelConfig, Transformer, log_softmax, precision
 from options import UserError, parse
 from ppo import (ActorCritic, KLController, PPOOptions, Rollout, RunningMoments, collect_rollout, gae,
                  kl_estimate, make_rows, masked_mean, ppo_loss, rollout_metrics, shape_scores, spread, token_rewards,
                  update, whiten)
 from reward import RewardConfig, RewardModel, critic_from
+from sample import Decoder
 
 SHAPE = dict(vocab_size=40, n_layer=2, n_head=2, n_kv_head=2, d_model=16, d_ff=32, max_len=48)
 END = 5
@@ -262,6 +264,25 @@ def test_what_is_scored_is_what_was_sampled(temperature):
     assert metrics["sampler_gap"] < 1e-4
     assert metrics["kl"] == 0 and torch.equal(rollout.logprobs, rollout.ref_logprobs)  # the first update's, exactly
     assert rollout.ended.any() and not rollout.ended.all()  # the case is not trivial
+
+
+@pytest.mark.skipif(bool(kernels.compiler_fault()), reason=kernels.compiler_fault())
+def test_a_compiled_update_equals_the_eager_one_but_for_rounding():
+    found, o = [], options(epochs=1, minibatches=1)
+    for compiled in (False, True):
+        nets = networks()
+        if compiled:
+            kernels.compile_trunks(nets[0].policy, nets[0].critic.backbone, nets[1], nets[2].backbone)
+        rollout = collect_rollout(*nets, prompts(o.batch), o, end_id=END, step=0, kl_coef=.1, moments=RunningMoments(),
+                                  decoder=Decoder(nets[0].policy, compile=compiled))
+        learned = update(nets[0], optimizer_of(nets[0]), rollout, o, 0)
+        found.append((rollout, learned, list(nets[0].parameters())))
+    (a, x, p), (b, y, q) = found
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(b.logprobs, b.ref_logprobs) and y["ratio_start"] < 1e-5
+    for name in ("logprobs", "values", "rewards", "advantages", "returns", "sampled_logprobs"):
+        assert torch.allclose(getattr(a, name), getattr(b, name), atol=1e-3), name
+    assert y["policy_loss"] == pytest.approx(x["policy_loss"], abs=1e-3)
+    assert all(torch.allclose(u, v, atol=2e-2) for u, v in zip(p, q, strict=True))
 
 
 @pytest.mark.parametrize("temperature", [1.0, .7])
