@@ -161,6 +161,7 @@ def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int) -> nn.Module:
     """The model with its tensors shared, but each Linear replaced by a PackedLinear for steps of `rows` rows."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     with_linears = copy.deepcopy(model, shared)
+    vars(with_linears).pop("trunk", None)  # a compiled one would be the model's own
     numbers = itertools.count()
     for parent in list(with_linears.modules()):
         for name, child in parent.named_children():
