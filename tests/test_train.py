@@ -221,10 +221,24 @@ class Recorder:
         self.log = lambda step, **m: self.logged.append((step, m))
         self.save = lambda step, model, **_: self.saved.append((step, weights_hash(model)))
         self.seconds, self.stop_if_asked = (lambda: 0.0), (lambda *_: None)
+        self.compile_now = lambda *_, **__: False
 
 
 def small():
     return Transformer(ModelConfig(**SHAPE))
+
+
+def test_auto_decides_once_by_the_step_before_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("kernels.compiler_fault", lambda device="cpu": "")
+    for took, chosen in ((10.0, "on"), (0.5, "off")):
+        run = Run.__new__(Run)
+        run.stage, run.device, run.compile = "sft", "cpu", "auto"
+        run.last_step = 0.0
+        assert not run.compile_now(4, 100, decide_at=5) and run.compile == "auto"
+        run.last_step -= took
+        assert run.compile_now(5, 100, decide_at=5) == (chosen == "on") and run.compile == chosen
+        assert f"sft: compile {chosen} (about " in capsys.readouterr().out
+        assert not run.compile_now(6, 100, decide_at=6)  # decided is decided
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_is_never_stepped_on():

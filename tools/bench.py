@@ -468,6 +468,26 @@ def growth(o: BenchOptions) -> dict:
     """Tables in which nothing may grow faster than it must."""
     dtype = "bfloat16" if fastest(product_forms(2048, 384, 1024, torch.bfloat16)) < fastest(
         product_forms(2048, 384, 1024, torch.float32)) else "float32"
+    # Memory first: what is freed is kept, so that later one would see the largest of all that came before.
+    work = Update(dtype, False, epochs=1)
+    prompts = np.random.default_rng(0).integers(3, 4096, (64, 64)).tolist()
+    weights = sum(p.numel() * 4 for m in (work.networks, work.reference, work.reward_model) for p in m.parameters())
+    trained = sum(p.numel() * 4 for p in work.networks.parameters())
+    half = 2 if dtype == "bfloat16" else 4
+    held = {"weights": weights, "KV": 2 * 6 * 64 * 128 * 384 * half, "packed": 12.2e6 * half}
+    collect = lambda: collect_rollout(work.networks, work.reference, work.reward_model, prompts, work.o,  # noqa: E731
+                                      end_id=-2, step=0, kl_coef=.05, moments=RunningMoments(), dtype=dtype,
+                                      decoder=work.decoder)
+    memory = []
+    before, peak = peak_bytes(lambda: setattr(work, "rollout", collect()))
+    memory.append(("rollout", before, peak, held["KV"] + held["packed"]))
+    before, peak = peak_bytes(lambda: update(work.networks, work.optimizer, work.rollout, work.o, 0, dtype=dtype))
+    activations = 2048 * (6 * (12 * 384 + 3 * 1024)) * 4 + 1024 * 4096 * 4 * 2
+    memory.append(("update", before, peak, 3 * trained + activations))
+    say(f"Peak memory in MB (weights of the four networks: {weights / 1e6:.0f}); needed: a rollout's keys, values and "
+        "packed weights; an update's gradients, Adam's moments and one micro-batch's activations of one network",
+        [(name, *(round(x / 1e6) for x in (b, p, p - b, need))) for name, b, p, need in memory],
+        ("phase", "before", "peak", "more", "needed"))
     compiles = not kernels.compiler_fault()
     config = dataclasses.replace(SMALL, max_len=2176)
     model, rows = random_model(config), []
@@ -494,25 +514,6 @@ def growth(o: BenchOptions) -> dict:
         times.append((episodes, prompt + reply, spread(found), spread([1e6 * t / episodes / (prompt + reply)
                                                                        for t in found], 0)))
     say(f"One epoch's update, eager, {dtype}", times, ("episodes", "tokens each", "seconds", "µs a token"))
-    work = Update(dtype, False, epochs=1)
-    prompts = np.random.default_rng(0).integers(3, 4096, (64, 64)).tolist()
-    weights = sum(p.numel() * 4 for m in (work.networks, work.reference, work.reward_model) for p in m.parameters())
-    trained = sum(p.numel() * 4 for p in work.networks.parameters())
-    half = 2 if dtype == "bfloat16" else 4
-    held = {"weights": weights, "KV": 2 * 6 * 64 * 128 * 384 * half, "packed": 12.2e6 * half}
-    collect = lambda: collect_rollout(work.networks, work.reference, work.reward_model, prompts, work.o,  # noqa: E731
-                                      end_id=-2, step=0, kl_coef=.05, moments=RunningMoments(), dtype=dtype,
-                                      decoder=work.decoder)
-    memory = []
-    before, peak = peak_bytes(lambda: setattr(work, "rollout", collect()))
-    memory.append(("rollout", before, peak, held["KV"] + held["packed"]))
-    before, peak = peak_bytes(lambda: update(work.networks, work.optimizer, work.rollout, work.o, 0, dtype=dtype))
-    activations = 2048 * (6 * (12 * 384 + 3 * 1024)) * 4 + 1024 * 4096 * 4 * 2
-    memory.append(("update", before, peak, 3 * trained + activations))
-    say(f"Peak memory in MB (weights of the four networks: {weights / 1e6:.0f}); needed: a rollout's keys, values and "
-        "packed weights; an update's gradients, Adam's moments and one micro-batch's activations of one network",
-        [(name, *(round(x / 1e6) for x in (b, p, p - b, need))) for name, b, p, need in memory],
-        ("phase", "before", "peak", "more", "needed"))
     return {"decode": rows, "update": times, "memory": memory}
 
 
