@@ -482,10 +482,10 @@ def growth(o: BenchOptions) -> dict:
     before, peak = peak_bytes(lambda: setattr(work, "rollout", collect()))
     memory.append(("rollout", before, peak, held["KV"] + held["packed"]))
     before, peak = peak_bytes(lambda: update(work.networks, work.optimizer, work.rollout, work.o, 0, dtype=dtype))
-    activations = 2048 * (6 * (12 * 384 + 3 * 1024)) * 4 + 1024 * 4096 * 4 * 2
+    activations = 2 * 2048 * (6 * (12 * 384 + 3 * 1024)) * 4 + 1024 * 4096 * 4 * 2
     memory.append(("update", before, peak, 3 * trained + activations))
     say(f"Peak memory in MB (weights of the four networks: {weights / 1e6:.0f}); needed: a rollout's keys, values and "
-        "packed weights; an update's gradients, Adam's moments and one micro-batch's activations of one network",
+        "packed weights; an update's gradients, Adam's moments and one micro-batch's activations of policy and critic",
         [(name, *(round(x / 1e6) for x in (b, p, p - b, need))) for name, b, p, need in memory],
         ("phase", "before", "peak", "more", "needed"))
     compiles = not kernels.compiler_fault()
