@@ -2,8 +2,8 @@
 
 Everything here has a plain fall-back that computes the same. On some processors (AMD's, for example) the float32
 products behind `F.linear` reach less than half of what oneDNN's reach, which PyTorch ships, too; so training asks, by
-measuring, which is faster (`pick_products`), and decoding packs its weights once per rollout (`pack`). Names of oneDNN
-operators are private to PyTorch: where one is missing, `F.linear` is used.
+measuring, which is faster (`pick_products`), and decoding packs its weights once per rollout (`PackedLinear`). Names of
+oneDNN operators are private to PyTorch: where one is missing, `F.linear` is used.
 """
 import copy
 import functools

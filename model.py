@@ -322,7 +322,8 @@ class Transformer(nn.Module):
 # ---- from logits to losses -------------------------------------------------------------------------------------------
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log π(· | context) at a sampling temperature, in float32 whatever the logits are; computed nowhere else."""
+    """log π(· | context) at a sampling temperature, in float32 whatever the logits are. A decoder
+    has its own, `sample.choose`."""
     return F.log_softmax(logits if temperature == 1 else logits.float() / temperature, dim=-1, dtype=torch.float32)
 
 

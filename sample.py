@@ -217,9 +217,9 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
                      torch.zeros(n, R, dtype=torch.bool, device=device), torch.zeros(n, R, device=device))
     plain = temperature > 0 and top_k == 0 and top_p == 1 and repetition_penalty == 1 and not suppress
     look_every = 1 if on_token else 8  # tokens between looking which rows have ended; a GPU waits for each look
-    spans = [torch.arange(length, device=device) for length in range(P + R + 1)]
+    spans = {length: torch.arange(length, device=device) for length in range(P + 1, P + R + 1)}
     if decoder.compile:
-        for span in spans[2:]:
+        for span in spans.values():
             torch._dynamo.mark_dynamic(span, 0)
 
     # The rows being written: which prompt each answers, how many tokens it has, the last of them, what it has seen.
