@@ -72,15 +72,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of all tokens so far: per layer one pair of tensors (B, G, L, K), written in place.
+    """Keys and values of all tokens so far: per layer one pair of tensors (B, n, G, S, K), n blocks of S places each,
+    written in place.
 
-    One tensor a layer rather than one for all: a compiled step would copy a single large one at every write.
+    Eagerly there is one block for all places. A compiled step reads blocks of 32, as many as the present length needs:
+    what it reads of a row then lies in memory without gaps, as processors fetch it best, and no two lengths in a block
+    differ for it. One tensor a layer rather than one for all: a compiled step would copy a single large one at every
+    write.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, length: int, device: Any = "cpu", dtype: Any = torch.float32):
-        shape = (batch, config.n_kv_head, length, config.head_dim)
-        self.layers = [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
-                       for _ in range(config.n_layer)]
+    BLOCK = 32
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, device: Any = "cpu", dtype: Any = torch.float32,
+                 blocks: bool = False):
+        # At least two blocks: the compiler would take a dimension of 1 for one that never changes.
+        self.size = self.BLOCK if blocks else length
+        self.shape = (batch, max(2, -(-length // self.size)) if blocks else 1, config.n_kv_head, self.size,
+                      config.head_dim)
+        self.layers = [(torch.zeros(self.shape, device=device, dtype=dtype),
+                        torch.zeros(self.shape, device=device, dtype=dtype)) for _ in range(config.n_layer)]
+
+    def span(self, length: int) -> Tensor:
+        """(n, S) int64: the places to read when the longest row has `length` tokens."""
+        places = torch.arange(self.shape[1] * self.size, device=self.layers[0][0].device).view(-1, self.size)
+        return places[:, :length] if self.shape[1] == 1 else places[:max(2, -(-length // self.size))]
 
     def keep(self, rows: Tensor) -> "KVCache":
         """A cache of these rows (indices) alone: finished replies need no further steps."""
@@ -90,9 +105,10 @@ class KVCache:
 
     def put(self, rows: Tensor, other: "KVCache", length: int) -> None:
         """Copy the first `length` places of another cache's rows into these rows (indices)."""
+        n = -(-length // self.size)
         for mine, new in zip(self.layers, other.layers, strict=True):
             for to, source in zip(mine, new, strict=True):
-                to[rows, :, :length] = source[:, :, :length]
+                to[rows, :n, :, :length] = source[:, :n, :, :length]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
@@ -140,34 +156,40 @@ class Attention(nn.Module):
         q, k, v = self.heads(x, cos, sin)
         if cached is not None:
             for cache, new in zip(cached, (k, v), strict=True):
-                cache[:, :, :T] = new
+                size = cache.shape[3]
+                full, rest = divmod(T, size)
+                cache[:, :full] = new[:, :, :full * size].unflatten(2, (full, size)).transpose(1, 2)
+                if rest:
+                    cache[:, full, :, :rest] = new[:, :, full * size:]
         y = attend(q.to(v.dtype), k.to(v.dtype), v, allowed).transpose(1, 2).reshape(B, T, D)
         return self.out(y if where is None else y.flatten(0, 1)[where])
 
     def step(self, x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, allowed: Tensor,
              cached: tuple[Tensor, Tensor]) -> Tensor:
         """One token per row: x (B, 1, D) -> (B, 1, D). It is written at place `slot` (B,) of the cache and sees the
-        cached places that `allowed` (B, L) names.
+        cached places that `allowed` (B, n, S) names.
 
         As multiplications and sums, which the compiler fuses into one pass over the cache; run eagerly those would
         write down every product, so there PyTorch's attention does it.
         """
         q, k, v = self.heads(x, cos, sin)
-        row, L = torch.arange(len(x), device=x.device), allowed.shape[1]
+        row, (B, n, S) = torch.arange(len(x), device=x.device), allowed.shape
         keys, values = cached
-        keys[row, :, slot] = k[:, :, 0].to(keys.dtype)
-        values[row, :, slot] = v[:, :, 0].to(values.dtype)
-        keys, values = keys[:, :, :L], values[:, :, :L]
+        block, place = slot // keys.shape[3], slot % keys.shape[3]
+        keys[row, block, :, place] = k[:, :, 0].to(keys.dtype)
+        values[row, block, :, place] = v[:, :, 0].to(values.dtype)
+        keys, values = keys[:, :n, :, :S], values[:, :n, :, :S]  # (B, n, G, S, K)
         if not torch.compiler.is_compiling():
-            y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=allowed[:, None, None],
+            keys, values = (t.transpose(1, 2).flatten(2, 3) for t in (keys, values))  # (B, G, n * S, K)
+            y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=allowed.view(B, 1, 1, n * S),
                                                enable_gqa=self.n_head != self.n_kv_head)
         else:
-            q = (q * self.head_dim ** -0.5).view(len(x), self.n_kv_head, -1, 1, self.head_dim)  # (B, G, H/G, 1, K)
-            scores = (q * keys[:, :, None].float()).sum(-1)  # (B, G, H/G, L)
-            scores = torch.where(allowed[:, None, None], scores, -torch.inf)
-            weights = (scores - scores.amax(-1, keepdim=True)).exp()
-            y = (weights[..., None] * values[:, :, None].float()).sum(3) / weights.sum(-1, keepdim=True)
-        return self.out(y.reshape(len(x), 1, -1).to(v.dtype))
+            q = q.view(B, 1, self.n_kv_head, -1, 1, self.head_dim)  # (B, 1, G, H/G, 1, K)
+            scores = self.head_dim ** -0.5 * (q * keys[:, :, :, None].float()).sum(-1)  # (B, n, G, H/G, S)
+            scores = torch.where(allowed[:, :, None, None], scores, -torch.inf)
+            weights = (scores - scores.amax((1, 4), keepdim=True)).exp()
+            y = (weights[..., None] * values[:, :, :, None].float()).sum(4).sum(1) / weights.sum((1, 4))[..., None]
+        return self.out(y.reshape(B, 1, -1).to(v.dtype))
 
 
 class MLP(nn.Module):
@@ -288,12 +310,12 @@ class Transformer(nn.Module):
     def step(self, token: Tensor, slot: Tensor, start: Tensor, span: Tensor, cache: KVCache) -> Tensor:
         """One token per row: token (B,) -> final hidden states (B, D).
 
-        A row's text stands in the cache from place `start` (B,) on, and this token at `slot` (B,); span is arange(L),
-        where L is at least the largest slot + 1: places beyond L are not read.
+        A row's text stands in the cache from place `start` (B,) on, and this token at `slot` (B,); span (n, S) is
+        cache.span(L), where L is at least the largest slot + 1: places that it leaves out are not read.
         """
         position = slot - start
         cos, sin = self.cos[position][:, None, None], self.sin[position][:, None, None]  # (B, 1, 1, K/2)
-        allowed = (span >= start[:, None]) & (span <= slot[:, None])
+        allowed = (span >= start[:, None, None]) & (span <= slot[:, None, None])  # (B, n, S)
         x = self.embedding(token)[:, None]
         for block, cached in zip(self.blocks, cache.layers, strict=True):
             x = block.step(x, cos, sin, slot, allowed, cached)

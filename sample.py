@@ -100,7 +100,7 @@ def prefill(model: Transformer, tokens: Tensor, mask: Tensor, cache: KVCache) ->
 
 def decode_step(model: Transformer, token: Tensor, slot: Tensor, start: Tensor, cache: KVCache, span: Tensor) -> Tensor:
     """One token per row (B,), at place `slot` (B,) of the cache, its text from place `start` (B,) on -> logits (B, V).
-    span: arange of the places to read."""
+    span: the places to read (KVCache.span)."""
     return model.head(model.step(token, slot, start, span, cache))
 
 
@@ -123,7 +123,7 @@ class Decoder:
         self.model, self.compile = model, compile
         self.dtype = torch.bfloat16 if dtype == "bfloat16" else model.embedding.weight.dtype
         self.copies: dict[int, Transformer] = {}
-        self.room: KVCache | None = None
+        self.room_for: tuple[int, int] | None = None  # rows and length that `room` was made for
 
     def refresh(self) -> None:
         """Take the model's weights as they are now."""
@@ -141,17 +141,19 @@ class Decoder:
 
     def cache(self, rows: int, length: int) -> KVCache:
         """Room for keys and values; that of the last call where it fits."""
-        config, device = self.model.config, self.model.embedding.weight.device
-        shape = (rows, config.n_kv_head, length, config.head_dim)
-        if self.room is None or self.room.layers[0][0].shape != shape:
-            self.room = self.of_any_length(KVCache(config, rows, length, device, self.dtype))
+        if self.room_for != (rows, length):
+            self.room_for, self.room = (rows, length), self.of_any_length(self.new_cache(rows, length))
         return self.room
 
+    def new_cache(self, rows: int, length: int) -> KVCache:
+        device = self.model.embedding.weight.device
+        return KVCache(self.model.config, rows, length, device, self.dtype, blocks=self.compile)
+
     def of_any_length(self, cache: KVCache) -> KVCache:
-        """Tell the compiler that its length may change, so that one graph serves all."""
+        """Tell the compiler that the number of blocks may change, so that one graph serves all."""
         if self.compile:
             for tensor in itertools.chain(*cache.layers):
-                torch._dynamo.mark_dynamic(tensor, 2)
+                torch._dynamo.mark_dynamic(tensor, 1)
         return cache
 
     def step(self, rows: int, temperature: float) -> Callable:
@@ -217,14 +219,13 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
                      torch.zeros(n, R, dtype=torch.bool, device=device), torch.zeros(n, R, device=device))
     plain = temperature > 0 and top_k == 0 and top_p == 1 and repetition_penalty == 1 and not suppress
     look_every = 1 if on_token else 8  # tokens between looking which rows have ended; a GPU waits for each look
-    spans = {length: torch.arange(length, device=device) for length in range(P + 1, P + R + 1)}
-    if decoder.compile:
-        for span in spans.values():
-            torch._dynamo.mark_dynamic(span, 0)
-
     # The rows being written: which prompt each answers, how many tokens it has, the last of them, what it has seen.
     B = min(n, batch_size or n)
     ready, cache, step = decoder.model_for(B), decoder.cache(B, P + R), decoder.step(B, temperature)
+    spans = {length: cache.span(length) for length in range(P + 1, P + R + 1)}
+    if decoder.compile:
+        for span in spans.values():
+            torch._dynamo.mark_dynamic(span, 0)
     index, written, token, start = torch.zeros(4, B, dtype=torch.int64, device=device)
     V = model.config.vocab_size
     seen = torch.zeros(B, V, dtype=torch.bool, device=device) if repetition_penalty != 1 else None
@@ -261,7 +262,7 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
             index[at] = torch.arange(following, following + len(taken), device=device)
             following += len(taken)
             prompts, prompt_mask = tokens[index[at]], mask[index[at]]
-            fresh = cache if len(taken) == B else KVCache(model.config, len(taken), P, device, decoder.dtype)
+            fresh = cache if len(taken) == B else decoder.new_cache(len(taken), P)
             logits = prefill(ready, prompts, prompt_mask, fresh)
             if fresh is not cache:
                 cache.put(at, fresh, P)

@@ -67,13 +67,15 @@ def test_a_packed_document_equals_the_document_alone(model):
     assert torch.allclose(packed[0, 5:], model(b)[0], atol=1e-5)  # rotary attention knows differences of positions only
 
 
-def test_cached_decoding_equals_the_full_forward(model):
+@pytest.mark.parametrize("block", [0, 3, 4])
+def test_cached_decoding_equals_the_full_forward(model, monkeypatch, block):
+    monkeypatch.setattr(KVCache, "BLOCK", block)
     tokens = tokens_of((3, 10))
-    cache, start = KVCache(CONFIG, 3, 12), torch.zeros(3, dtype=torch.int64)
+    cache, start = KVCache(CONFIG, 3, 12, blocks=block > 0), torch.zeros(3, dtype=torch.int64)
     with torch.no_grad():
         steps = [model.trunk(tokens[:, :4], None, None, cache)]
         for t in range(4, 10):
-            span = torch.arange(t + 1 + t % 3)  # places beyond a row's own are not seen
+            span = cache.span(t + 1 + t % 3)  # places beyond a row's own are not seen
             steps.append(model.step(tokens[:, t], torch.full((3,), t), start, span, cache)[:, None])
     assert torch.allclose(torch.cat(steps, 1), model.hidden(tokens), atol=1e-5)
 
@@ -84,7 +86,7 @@ def test_rows_may_stand_at_different_places_of_the_cache(model):
     start = torch.tensor([0, 2])
     with torch.no_grad():
         for t in range(9):  # the second row's token t stands at place t + 2; after its end it goes on with pads
-            hidden = model.step(tokens[:, t], start + t, start, torch.arange(12), cache)
+            hidden = model.step(tokens[:, t], start + t, start, cache.span(12), cache)
             for row in range(2):
                 if t < lengths[row]:
                     assert torch.allclose(hidden[row], model.hidden(tokens[row:row + 1, :t + 1])[0, -1], atol=1e-5)
