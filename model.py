@@ -85,10 +85,11 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, batch: int, length: int, device: Any = "cpu", dtype: Any = torch.float32,
                  blocks: bool = False):
-        # At least two blocks: the compiler would take a dimension of 1 for one that never changes.
+        # A step reads two blocks or more, and there is one that it never reads: the compiler takes a dimension of 1, and
+        # one that equals another, for things that stay so.
         self.size = self.BLOCK if blocks else length
-        self.shape = (batch, max(2, -(-length // self.size)) if blocks else 1, config.n_kv_head, self.size,
-                      config.head_dim)
+        n = max(2, -(-length // self.size)) + 1 if blocks else 1
+        self.shape = (batch, n, config.n_kv_head, self.size, config.head_dim)
         self.layers = [(torch.zeros(self.shape, device=device, dtype=dtype),
                         torch.zeros(self.shape, device=device, dtype=dtype)) for _ in range(config.n_layer)]
 
