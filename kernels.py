@@ -152,8 +152,8 @@ class PackedLinear(nn.Module):
         x = x.to(self.dtype)
         if self.rows == 1 and x.device.type == "cpu" and torch.compiler.is_compiling():
             return (x[..., None, :].float() * self.weight.float()).sum(-1).to(self.dtype)  # fused: reads weights once
-        if self.opaque:
-            return torch.ops.mosslet.packed_linear(x, self.number, self.n_out)
+        if self.opaque:  # as a matrix: oneDNN would reshape it at a higher price
+            return torch.ops.mosslet.packed_linear(x.flatten(0, -2), self.number, self.n_out).unflatten(0, x.shape[:-1])
         return F.linear(x, self.weight)
 
 
