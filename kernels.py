@@ -49,10 +49,13 @@ class _Linear(torch.autograd.Function):
         x, w = ctx.saved_tensors
         g = g.contiguous()
         grad_x = _product(g, w.t()) if ctx.needs_input_grad[0] else None
-        grad_w = None
-        if ctx.needs_input_grad[1]:
-            grad_w = _product(g.reshape(-1, g.shape[-1]).t(), x.reshape(-1, x.shape[-1]).t())
-        return grad_x, grad_w
+        return grad_x, _weight_gradient(g.flatten(0, -2), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+
+
+def _weight_gradient(g: Tensor, x: Tensor) -> Tensor:
+    """gᵀ x of g (M, N), x (M, K) -> (N, K). What stands first in a product is copied when it is transposed, so that
+    should be the narrower one."""
+    return _product(g.t(), x.t()) if g.shape[1] <= x.shape[1] else _product(x.t(), g.t()).t()
 
 
 class _Choice:

@@ -85,8 +85,8 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, batch: int, length: int, device: Any = "cpu", dtype: Any = torch.float32,
                  blocks: bool = False):
-        # A step reads two blocks or more, and there is one that it never reads: the compiler takes a dimension of 1, and
-        # one that equals another, for things that stay so.
+        # A step reads two blocks or more, and there is one that it never reads: the compiler takes a dimension of 1,
+        # and one that equals another, for things that stay so.
         self.size = self.BLOCK if blocks else length
         n = max(2, -(-length // self.size)) + 1 if blocks else 1
         self.shape = (batch, n, config.n_kv_head, self.size, config.head_dim)

@@ -241,10 +241,10 @@ GAE_BLOCK = 32  # columns
 
 
 @functools.lru_cache(maxsize=32)
-def gae_tables(c: float, R: int, device: str, size: int = GAE_BLOCK) -> tuple[Tensor, Tensor, Tensor]:
+def gae_tables(c: float, R: int, device: str, size: int = GAE_BLOCK) -> tuple[Tensor, Tensor]:
     """Powers of c = γλ for `gae` of R columns, from float64, where the exponent is not negative; else 0:
 
-    within[t, k] = c^(k − t), across[i, j] = (c^size)^(i − j − 1), decay[t] = c^(size − t).
+    within[t, k] = c^(k − t), across[i, j] = c · (c^size)^(i − j − 1).
     """
     n = -(-R // size)
     k, b = torch.arange(size, dtype=torch.float64), torch.arange(n, dtype=torch.float64)
@@ -252,19 +252,19 @@ def gae_tables(c: float, R: int, device: str, size: int = GAE_BLOCK) -> tuple[Te
     def powers(base: float, exponent: Tensor) -> Tensor:
         return torch.where(exponent >= 0, base ** exponent.clamp(min=0), 0).float().to(device)
 
-    return powers(c, k[None, :] - k[:, None]), powers(c ** size, b[:, None] - b[None, :] - 1), powers(c, size - k)
+    return powers(c, k[None, :] - k[:, None]), c * powers(c ** size, b[:, None] - b[None, :] - 1)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95,
-        tables: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        tables: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation: (advantages, returns), each (B, R) float32, 0 where the mask is False.
 
         δ_t = r_t + γ V_{t+1} − V_t        A_t = Σ_{k ≥ t} (γλ)^(k−t) δ_k        returns_t = A_t + V_t
 
     (Schulman 2016, eq. 16.) After a reply's last token V is 0: its end is the end, also where it was cut. The mask's
     True entries are contiguous in each row. Most codes walk from right to left, A_t = δ_t + γλ A_{t+1}; the same sums
-    come here without a loop over time: a matrix product with powers of γλ inside blocks of 32 columns, and one more
-    that carries each block's sum to the blocks before it.
+    come here without a loop over time, in blocks of 32 columns: what all later blocks add up to enters a block with its
+    last δ, and then a matrix product with powers of γλ does the rest.
 
     >>> r, V = torch.tensor([[-.1, .2, 1.]]), torch.tensor([[.5, .4, .3]])
     >>> [[round(x, 5) for x in t[0].tolist()] for t in gae(r, V, torch.ones(1, 3).bool())]
@@ -272,7 +272,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     """
     B, R = rewards.shape
     size, n = GAE_BLOCK, -(-R // GAE_BLOCK)
-    within, across, decay = tables or gae_tables(gamma * lam, R, str(rewards.device))
+    within, across = tables or gae_tables(gamma * lam, R, str(rewards.device))
     # Masking costs as much as all the rest, so where nothing is to be masked, which a CPU sees at once, it is left out.
     whole = not torch.compiler.is_compiling() and mask.device.type == "cpu" and bool(mask.numpy().all())
     rewards, values = (x.float() if whole else torch.where(mask, x.float(), 0) for x in (rewards, values))
@@ -280,11 +280,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     delta[:, :-1].add_(values[:, 1:], alpha=gamma)
     if R % size:
         delta = nn.functional.pad(delta, (0, n * size - R))
-    sums = linear(delta.view(B, n, size), within)  # (B, n, size): those that stop at their block's end
+    blocks = delta.view(B * n, size)
     if n > 1:
-        carry = sums[:, :, 0] @ across  # (B, n): the discounted sum of everything after the block
-        sums.addcmul_(carry[:, :, None], decay)
-    advantages = sums.view(B, n * size)[:, :R]
+        sums = (blocks @ within[0]).view(B, n)  # each block's own A at its first column
+        blocks[:, -1].add_((sums @ across).flatten())  # γλ times the A that follows the block
+    multiply = linear if B * R >= 2**16 else nn.functional.linear  # what takes less time to begin, where that counts
+    advantages = multiply(blocks, within).view(B, n * size)[:, :R]
     returns = advantages + values
     if whole:
         return advantages, returns
@@ -293,7 +294,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
 
 def advantages_of(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor,
                   kl_coef: float | Tensor, kl_estimator: str, gamma: float, lam: float, whitened: bool,
-                  tables: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                  tables: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(rewards, advantages, returns), each (B, R), of scores (B,): all of the above in a row. Without a loop it is a
     small graph, of which torch.compile makes a few passes over memory in seconds."""
     rewards = token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, kl_estimator)
@@ -360,11 +361,13 @@ class ActorCritic(nn.Module):
         """Those trained for values alone."""
         return list((self.critic if self.critic is not None else self.value_head).parameters())
 
-    def forward(self, rows: Rows, temperature: float, train_policy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """(logprobs, entropy, values), each (N,) float32. Without train_policy no gradient reaches the policy."""
+    def forward(self, rows: Rows, temperature: float, train_policy: bool = True,
+                train_entropy: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """(logprobs, entropy, values), each (N,) float32. Without train_policy no gradient reaches the policy; without
+        train_entropy none from the entropy, whose bonus has no weight then."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_policy):
             hidden = self.policy.hidden(rows.tokens, where=rows.before)
-            logprobs, entropy = score_tokens(self.policy, hidden, rows.targets, temperature)
+            logprobs, entropy = score_tokens(self.policy, hidden, rows.targets, temperature, train_entropy)
         if self.critic is not None:
             values = self.critic.head_values(self.critic.backbone.hidden(rows.tokens, where=rows.before))
         else:
@@ -373,7 +376,8 @@ class ActorCritic(nn.Module):
         return logprobs, entropy, values
 
 
-def score_tokens(model: Transformer, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def score_tokens(model: Transformer, hidden: Tensor, targets: Tensor, temperature: float,
+                 train_entropy: bool = False) -> tuple[Tensor, Tensor]:
     """hidden (N, D), targets (N,) -> log-probability of each target and entropy of each distribution, (N,) in nats.
 
     The logits are computed in float32 whatever the trunk's precision: a bfloat16 logit of 10 is rounded by up to 0.03,
@@ -381,7 +385,9 @@ def score_tokens(model: Transformer, hidden: Tensor, targets: Tensor, temperatur
     """
     with torch.autocast(hidden.device.type, enabled=False):
         logps = log_softmax(model.head(hidden.float()), temperature)  # (N, V)
-    return logps.gather(1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(1)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and train_entropy):
+        entropy = -(logps.exp() * logps).sum(1)
+    return logps.gather(1, targets[:, None])[:, 0], entropy
 
 
 # ---- the buffer ------------------------------------------------------------------------------------------------------
@@ -553,7 +559,7 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
     def losses(index: Tensor, n: Tensor, policy: bool):
         rows, mask = rollout.rows(index), rollout.response_mask[index]
         with precision(dtype, device.type):
-            flat = actor_critic(rows, o.temperature, policy)
+            flat = actor_critic(rows, o.temperature, policy, o.entropy_coef > 0)
         logprobs, entropy, values = (spread(x, mask) for x in flat)
         return ppo_loss(logprobs, rollout.logprobs[index], rollout.advantages[index], values, rollout.values[index],
                         rollout.returns[index], entropy, mask, n_tokens=n, **weights)

@@ -322,18 +322,20 @@ def advantages(o: BenchOptions) -> list[dict]:
         mask, scores = torch.ones(shape, dtype=torch.bool), torch.randn(shape[0], generator=g)
         exact = gae_by_columns(rewards.double(), values.double(), gamma, lam)
         error = float((gae(rewards, values, mask, gamma, lam)[0] - exact).abs().max() / exact.abs().max())
+        calls = max(10, 2**22 // rewards.numel())  # of ours, which together take about as long as one of the loop
         works = {"loop": lambda r=rewards, v=values: gae_by_columns(r, v, gamma, lam),
-                 "ours": lambda r=rewards, v=values, m=mask: several(lambda: gae(r, v, m, gamma, lam), 10),
-                 "add": lambda r=rewards, v=values: several(lambda: r + v, 10)}
+                 "ours": lambda r=rewards, v=values, m=mask, calls=calls: several(lambda: gae(r, v, m, gamma, lam),
+                                                                                  calls),
+                 "add": lambda r=rewards, v=values, calls=calls: several(lambda: r + v, calls)}
         chain = (scores, logprobs, references, values, mask, 0.05, "k1", gamma, lam, True,
                  gae_tables(gamma * lam, shape[1], "cpu"))
-        works["chain"] = lambda chain=chain: several(lambda: advantages_of(*chain), 10)
+        works["chain"] = lambda chain=chain, calls=calls: several(lambda: advantages_of(*chain), calls)
         first = 0.0
         if compiled:
             first = seconds(compiled, *chain)
-            works["compiled"] = lambda chain=chain: several(lambda: compiled(*chain), 10)
+            works["compiled"] = lambda chain=chain, calls=calls: several(lambda: compiled(*chain), calls)
         times = in_turns(works, max(o.repeats, 5))
-        ms = {name: [1e3 * t / (1 if name == "loop" else 10) for t in ts] for name, ts in times.items()}
+        ms = {name: [1e3 * t / (1 if name == "loop" else calls) for t in ts] for name, ts in times.items()}
         found.append({"shape": f"{shape[0]} x {shape[1]}", "loop_ms": spread(ms["loop"]),
                       "ours_ms": spread(ms["ours"], 3), "ratio": ratio(ms["loop"], ms["ours"]),
                       "error": f"{error:.1e}", "one_add_ms": spread(ms["add"], 3), "chain_ms": spread(ms["chain"], 3),
@@ -399,7 +401,7 @@ def bare_update(config: ModelConfig, critic: str, dtype: torch.dtype, o: PPOOpti
             x, w, g = (torch.randn(shape).to(kind) for shape in ((m, n_in), (n_out, n_in), (m, n_out)))
             forms = [[lambda x=x, w=w: F.linear(x, w), lambda x=x, w=w: kernels._product(x, w)],
                      [lambda g=g, w=w: g @ w, lambda g=g, w=w: kernels._product(g, w.t())],
-                     [lambda g=g, x=x: g.t() @ x, lambda g=g, x=x: kernels._product(g.t(), x.t())]]
+                     [lambda g=g, x=x: g.t() @ x, lambda g=g, x=x: kernels._weight_gradient(g, x)]]
             took[m, n_in, n_out] = sum(fastest(f if kernels._onednn is not None else f[:1]) for f in forms)
         total += took[m, n_in, n_out]
         flop += 6e-9 * m * n_in * n_out
