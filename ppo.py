@@ -282,10 +282,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
         delta = nn.functional.pad(delta, (0, n * size - R))
     blocks = delta.view(B * n, size)
     if n > 1:
-        sums = (blocks @ within[0]).view(B, n)  # each block's own A at its first column
-        blocks[:, -1].add_((sums @ across).flatten())  # γλ times the A that follows the block
-    multiply = linear if B * R >= 2**16 else nn.functional.linear  # what takes less time to begin, where that counts
-    advantages = multiply(blocks, within).view(B, n * size)[:, :R]
+        # Each block's own A at its first column -> γλ times the A that follows each block.
+        blocks[:, -1].add_(((blocks @ within[0]).view(B, n) @ across).flatten())
+    # F.linear takes less time to begin, which counts where there is little to multiply.
+    advantages = (linear if B * R >= 2**16 else nn.functional.linear)(blocks, within).view(B, n * size)[:, :R]
     returns = advantages + values
     if whole:
         return advantages, returns
@@ -385,9 +385,8 @@ def score_tokens(model: Transformer, hidden: Tensor, targets: Tensor, temperatur
     """
     with torch.autocast(hidden.device.type, enabled=False):
         logps = log_softmax(model.head(hidden.float()), temperature)  # (N, V)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and train_entropy):
-        entropy = -(logps.exp() * logps).sum(1)
-    return logps.gather(1, targets[:, None])[:, 0], entropy
+    of_entropy = logps if train_entropy else logps.detach()
+    return logps.gather(1, targets[:, None])[:, 0], -(of_entropy.exp() * of_entropy).sum(1)
 
 
 # ---- the buffer ------------------------------------------------------------------------------------------------------
@@ -482,8 +481,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "length": mask.sum(1).float().mean(), "end_rate": rollout.ended.float().mean(),
         "ref_perplexity": torch.exp(-masked_mean(rollout.ref_logprobs, mask)),
         "sampler_gap": masked_mean((rollout.sampled_logprobs - rollout.logprobs).abs(), mask),
-        "explained_variance": 1 - spread_of(residual) / spread_of(returns).clamp(min=1e-8),
-    }
+        "explained_variance": 1 - spread_of(residual) / spread_of(returns).clamp(min=1e-8)}
     return {**{name: float(x) for name, x in metrics.items()}, "kl_coef": rollout.kl_coef,
             "reply_tokens": int(mask.sum())}
 
@@ -532,8 +530,7 @@ def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, values:
         metrics = {
             "policy_loss": policy_loss, "value_loss": value_loss, "approx_kl": mean(torch.expm1(log_ratio) - log_ratio),
             "clip_frac": mean((clipped > surrogate).float()), "value_clip_frac": mean((error_clipped > error).float()),
-            "abs_log_ratio": mean(log_ratio.abs()),
-        }
+            "abs_log_ratio": mean(log_ratio.abs())}
     return loss, {name: x.detach() for name, x in metrics.items()}
 
 
@@ -559,7 +556,7 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
     def losses(index: Tensor, n: Tensor, policy: bool):
         rows, mask = rollout.rows(index), rollout.response_mask[index]
         with precision(dtype, device.type):
-            flat = actor_critic(rows, o.temperature, policy, o.entropy_coef > 0)
+            flat = actor_critic(rows, o.temperature, policy, o.entropy_coef != 0)
         logprobs, entropy, values = (spread(x, mask) for x in flat)
         return ppo_loss(logprobs, rollout.logprobs[index], rollout.advantages[index], values, rollout.values[index],
                         rollout.returns[index], entropy, mask, n_tokens=n, **weights)

@@ -146,8 +146,7 @@ class Decoder:
         return self.room
 
     def new_cache(self, rows: int, length: int) -> KVCache:
-        device = self.model.embedding.weight.device
-        return KVCache(self.model.config, rows, length, device, self.dtype, blocks=self.compile)
+        return KVCache(self.model.config, rows, length, self.model.embedding.weight.device, self.dtype, self.compile)
 
     def of_any_length(self, cache: KVCache) -> KVCache:
         """Tell the compiler that the number of blocks may change, so that one graph serves all."""
