@@ -89,14 +89,15 @@ class KVCache:
         # and one that equals another, for things that stay so.
         self.size = self.BLOCK if blocks else length
         n = max(2, -(-length // self.size)) + 1 if blocks else 1
-        self.shape = (batch, n, config.n_kv_head, self.size, config.head_dim)
-        self.layers = [(torch.zeros(self.shape, device=device, dtype=dtype),
-                        torch.zeros(self.shape, device=device, dtype=dtype)) for _ in range(config.n_layer)]
+        shape = (batch, n, config.n_kv_head, self.size, config.head_dim)
+        self.layers = [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+                       for _ in range(config.n_layer)]
 
     def span(self, length: int) -> Tensor:
         """(n, S) int64: the places to read when the longest row has `length` tokens."""
-        places = torch.arange(self.shape[1] * self.size, device=self.layers[0][0].device).view(-1, self.size)
-        return places[:, :length] if self.shape[1] == 1 else places[:max(2, -(-length // self.size))]
+        keys = self.layers[0][0]
+        places = torch.arange(keys.shape[1] * self.size, device=keys.device).view(-1, self.size)
+        return places[:, :length] if len(places) == 1 else places[:max(2, -(-length // self.size))]
 
     def keep(self, rows: Tensor) -> "KVCache":
         """A cache of these rows (indices) alone: finished replies need no further steps."""
@@ -345,8 +346,8 @@ class Transformer(nn.Module):
 # ---- from logits to losses -------------------------------------------------------------------------------------------
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log π(· | context) at a sampling temperature, in float32 whatever the logits are. A decoder
-    has its own, `sample.choose`."""
+    """log π(· | context) at a sampling temperature, in float32 whatever the logits are. A decoder has its own,
+    `sample.choose`."""
     return F.log_softmax(logits if temperature == 1 else logits.float() / temperature, dim=-1, dtype=torch.float32)
 
 
