@@ -55,7 +55,7 @@ class _Linear(torch.autograd.Function):
 def _weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     """gᵀ x of g (M, N), x (M, K) -> (N, K). What stands first in a product is copied when it is transposed, so that
     should be the narrower one."""
-    return _product(g.t(), x.t()) if g.shape[1] <= x.shape[1] else _product(x.t(), g.t()).t()
+    return _product(g.t(), x.t()) if g.shape[1] <= x.shape[1] else _product(x.t(), g.t()).t().contiguous()
 
 
 class _Choice:
@@ -106,6 +106,37 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x / sqrt(mean x² + ε) · w over the last dimension: x (…, D), w (D,). With n = y / w and g the gradient of y,
+
+        ∂x = (g w − n · mean(g w n)) / sqrt(mean x² + ε),        ∂w = Σ g n.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, eps: float) -> Tensor:
+        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, w, inverse)
+        return (x * inverse).mul_(w)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, w, inverse = ctx.saved_tensors
+        n = x * inverse
+        gn = g * n
+        mean = (gn @ w).unsqueeze(-1).div_(x.shape[-1])
+        grad_w = gn.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return torch.addcmul(g * w, n, mean, value=-1).mul_(inverse), grad_w, None
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm, on a CPU in fewer passes over memory: PyTorch makes its own there of single operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+            return super().forward(x)  # a GPU's kernel, and what the compiler makes of it, are such passes already
+        return _RMSNorm.apply(x, self.weight, self.eps)
 
 
 # ---- products of decoding --------------------------------------------------------------------------------------------

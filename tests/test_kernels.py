@@ -68,6 +68,24 @@ def test_a_model_learns_the_same_by_either_products():
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(5, 16), (3, 2, 7, 8)])
+def test_rms_norm_and_its_gradients_equal_torchs(shape):
+    ours, plain = kernels.RMSNorm(shape[-1], 1e-6), nn.RMSNorm(shape[-1], 1e-6)
+    for norm in (ours, plain):
+        norm.weight.data = 1 + noise(shape[-1], seed=1)
+    x, g = 3 * noise(*shape), noise(*shape, seed=2)
+    x[0, 0] = 0  # a row of zeros stays one
+    found = []
+    for norm in (ours, plain):
+        leaf = x.clone().requires_grad_()
+        y = norm(leaf)
+        found.append((y.detach(), *torch.autograd.grad(y, (leaf, norm.weight), g)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6 * float(b.abs().max()))
+    double = [t.double().requires_grad_() for t in (noise(2, 3, 8, seed=3), noise(8, seed=4))]
+    assert torch.autograd.gradcheck(lambda x, w: kernels._RMSNorm.apply(x, w, 1e-2), double)
+
+
 def test_products_are_not_chosen_where_there_is_nothing_to_gain():
     assert kernels.pick_products("cpu", 64)[0] == "aten" and kernels.pick_products("cuda", 512)[0] == "aten"
     chosen, why = kernels.pick_products("cpu", 128, rows=64, repeats=2)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import model as model_module
 from data.tokenizer import train_bpe
-from model import (KVCache, ModelConfig, Transformer, attention_allowed, cross_entropy_sum, load_checkpoint, pick_dtype,
-                   precision, save_checkpoint, token_logprobs, weights_hash)
+from model import (KVCache, ModelConfig, Transformer, attend, attention_allowed, cross_entropy_sum, load_checkpoint,
+                   pick_dtype, precision, save_checkpoint, token_logprobs, weights_hash)
 from options import UserError
 from reward import RewardModel
 
@@ -171,6 +171,21 @@ def test_bfloat16_keeps_what_must_be_exact(model):
     assert loss.dtype == torch.float32 and {p.dtype for p in model.parameters()} == {torch.float32}
     exact = cross_entropy_sum(model, model.hidden(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert abs(loss / exact - 1) < 0.02
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_bfloat16_is_the_exact_one_but_for_rounding(masked):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, heads, 20, 8, generator=generator).bfloat16() for heads in (4, 2, 2))
+    mask = torch.arange(20) >= torch.tensor([[0], [5], [19]])
+    allowed = attention_allowed(mask, None) if masked else None
+    g, found = torch.randn(3, 4, 20, 8, generator=generator), []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        y = attend(*leaves, allowed)
+        found.append([y, *torch.autograd.grad(y, leaves, g.to(dtype))])
+    for half, exact in zip(*found, strict=True):
+        assert (half.double() - exact).norm() < 0.01 * exact.norm()
 
 
 def test_dtype_auto_says_why():
