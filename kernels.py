@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from options import UserError
+
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if _onednn is not None else None
 
@@ -151,7 +153,7 @@ _library.impl("packed_linear", lambda x, number, n_out: _packed[number](x), "CPU
 
 @torch.library.register_fake("mosslet::packed_linear")
 def _(x: Tensor, number: int, n_out: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], n_out)
+    return x.new_empty(*x.shape[:-1], n_out, dtype=torch.bfloat16 if x.dtype == torch.uint8 else x.dtype)
 
 
 def _pack(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor] | None:
@@ -191,8 +193,56 @@ class PackedLinear(nn.Module):
         return F.linear(x, self.weight)
 
 
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (M, K) -> (q (M, K) uint8, scale (M, 1) float32), where scale · (q − 128) stands for x: of every row's largest
+    size 127 steps to each side of 0 (Dettmers 2022)."""
+    scale = x.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    return ((x / scale).round() + 128).to(torch.uint8), scale
+
+
+def _pack_int8(weight: Tensor, scale: Tensor, few: bool) -> Callable[[Tensor], Tensor]:
+    """A function on a copy of weight (N, K) int8 times scale (N,). With few rows, when time goes into reading weights,
+    it takes x (M, K) bfloat16; else q (M, K) uint8, which stands for q − 128. Both give (M, N) bfloat16."""
+    if few:
+        half = scale.bfloat16()
+        return lambda x: torch.ops.aten._weight_int8pack_mm(x, weight, half)
+    onednn = getattr(torch.ops.onednn, "qlinear_pointwise", None) if _reorder is not None else None
+    if onednn is None or not torch.cpu._is_vnni_supported():  # older processors add up in 16 bits, which overflow
+        return lambda q: F.linear(q.float() - 128, weight.float() * scale[:, None]).bfloat16()
+    packed, zero = torch.ops.onednn.qlinear_prepack(weight, None), torch.zeros(len(weight), dtype=torch.int32)
+    return lambda q: onednn(q, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.bfloat16, "none", [], "")
+
+
+class Int8Linear(PackedLinear):
+    """A PackedLinear whose weight is rounded to 255 steps in each of its rows, as is what it is multiplied with, unless
+    there are few rows. Prompts, whose many tokens are multiplied at once, are read with the weight in bfloat16."""
+
+    def refresh(self) -> None:
+        super().refresh()
+        self.whole, self.few = self.packed or functools.partial(F.linear, weight=self.weight), self.rows < 8
+        q, scale = quantise_rows(self.source[0].detach())
+        self.packed = _pack_int8((q.short() - 128).to(torch.int8), scale[:, 0], self.few)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape, x = x.shape[:-1], x.flatten(0, -2)
+        if len(x) > self.rows:
+            y = self.whole(x.bfloat16())
+        elif self.few:
+            y = torch.ops.mosslet.packed_linear(x.bfloat16(), self.number, self.n_out)
+        else:
+            q, scale = quantise_rows(x)
+            y = (torch.ops.mosslet.packed_linear(q, self.number, self.n_out) * scale).bfloat16()
+        return y.unflatten(0, shape)
+
+
 def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int) -> nn.Module:
-    """The model with its tensors shared, but each Linear replaced by a PackedLinear for steps of `rows` rows."""
+    """The model with its tensors shared, but each Linear replaced by a PackedLinear for steps of `rows` rows; dtype
+    torch.int8 is for CPUs only."""
+    pack = PackedLinear
+    if dtype == torch.int8:
+        if model.output_weight.device.type != "cpu":
+            raise UserError("int8 is for writing on a CPU; on this device use bfloat16")
+        pack, dtype = Int8Linear, torch.bfloat16
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     with_linears = copy.deepcopy(model, shared)
     vars(with_linears).pop("trunk", None)  # a compiled one would be the model's own
@@ -200,9 +250,9 @@ def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int) -> nn.Module:
     for parent in list(with_linears.modules()):
         for name, child in parent.named_children():
             if isinstance(child, Linear):
-                setattr(parent, name, PackedLinear(child.weight, dtype, rows, next(numbers)))
+                setattr(parent, name, pack(child.weight, dtype, rows, next(numbers)))
     if with_linears.output is None:
-        with_linears.output = PackedLinear(model.output_weight, dtype, rows, next(numbers))
+        with_linears.output = pack(model.output_weight, dtype, rows, next(numbers))
     return with_linears
 
 

@@ -42,6 +42,8 @@ class PPOOptions(Common):
     batch: int = option(96, "replies per rollout", smoke=8, base=256, low=1)
     rollout_rows: int = option(64, "replies written at a time; where one ends, the next prompt takes its place",
                                smoke=4, base=128, low=1)
+    rollout_dtype: str = option("auto", "precision of writing replies; auto: as --dtype; int8: 8-bit weights, on a CPU",
+                                choices=("auto", "float32", "bfloat16", "int8"))
     reply_len: int = option(64, "longest reply in tokens; one cut there counts as ended: nothing is added for what "
                                 "might have followed", smoke=16, base=128, low=1)
     temperature: float = option(1.0, "of sampling and of every log-probability alike",
@@ -54,8 +56,7 @@ class PPOOptions(Common):
     micro_batch: int = option(24, "rows per forward and backward; changes memory and speed, nothing else", base=32,
                               low=1)
     policy_lr: float = option(5e-4, "Adam's rate for the policy: small models need far more than the papers' 5e-7",
-                              base=1e-5, source="measured here; MOSS 5e-7 at 7B, Ziegler 2019's code 1e-5 at 124M",
-                              low=0)
+                              source="measured here; MOSS 5e-7, Ziegler 2019's code 1e-5 at 124M", base=1e-5, low=0)
     critic_lr: float = option(5e-4, "Adam's rate for the critic", base=2e-5, source="measured here; MOSS 1.65e-6 at 7B",
                               low=0)
     adam_eps: float = option(1e-8, "Adam's epsilon; it must be small beside a gradient's size, which for a separate "
@@ -287,9 +288,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     # F.linear takes less time to begin, which counts where there is little to multiply.
     advantages = (linear if B * R >= 2**16 else nn.functional.linear)(blocks, within).view(B, n * size)[:, :R]
     returns = advantages + values
-    if whole:
-        return advantages, returns
-    return torch.where(mask, advantages, 0), torch.where(mask, returns, 0)
+    return (advantages, returns) if whole else (torch.where(mask, advantages, 0), torch.where(mask, returns, 0))
 
 
 def advantages_of(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor,

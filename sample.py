@@ -121,7 +121,7 @@ class Decoder:
 
     def __init__(self, model: Transformer, dtype: str | None = None, compile: bool = False):
         self.model, self.compile = model, compile
-        self.dtype = torch.bfloat16 if dtype == "bfloat16" else model.embedding.weight.dtype
+        self.dtype = {"bfloat16": torch.bfloat16, "int8": torch.int8}.get(dtype, model.embedding.weight.dtype)
         self.copies: dict[int, Transformer] = {}
         self.room_for: tuple[int, int] | None = None  # rows and length that `room` was made for
 
@@ -146,7 +146,8 @@ class Decoder:
         return self.room
 
     def new_cache(self, rows: int, length: int) -> KVCache:
-        return KVCache(self.model.config, rows, length, self.model.embedding.weight.device, self.dtype, self.compile)
+        dtype = self.dtype if self.dtype.is_floating_point else torch.bfloat16
+        return KVCache(self.model.config, rows, length, self.model.embedding.weight.device, dtype, self.compile)
 
     def of_any_length(self, cache: KVCache) -> KVCache:
         """Tell the compiler that the number of blocks may change, so that one graph serves all."""
@@ -197,9 +198,10 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
     distribution drawn from (greedy: the unfiltered one). rows (B,): global row numbers, by default 0…B−1; reply b uses
     the uniform numbers of (seed, rows[b]) only. batch_size: at most so many replies are written at a time; where one
     ends, the next prompt takes its place (continuous batching). dtype "bfloat16": matrix products and the cache in
-    bfloat16. suppress: ids never to be written. decoder: one kept from an earlier call, which then decides the dtype.
-    on_token(rows, tokens) is called after each step with the indices of the rows still being written. Raises UserError
-    where prompt and reply exceed the model's max_len.
+    bfloat16; "int8": weights rounded to 8 bits besides (kernels.Int8Linear; on a CPU). suppress: ids never to be
+    written. decoder: one kept from an earlier call, which then decides the dtype. on_token(rows, tokens) is called
+    after each step with the indices of the rows still being written. Raises UserError where prompt and reply exceed the
+    model's max_len.
     """
     n, P = tokens.shape
     R, device = max_new_tokens, tokens.device
@@ -226,8 +228,7 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
         for span in spans.values():
             torch._dynamo.mark_dynamic(span, 0)
     index, written, token, start = torch.zeros(4, B, dtype=torch.int64, device=device)
-    V = model.config.vocab_size
-    seen = torch.zeros(B, V, dtype=torch.bool, device=device) if repetition_penalty != 1 else None
+    seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device) if repetition_penalty != 1 else None
     running, free, following = torch.zeros(B, dtype=torch.bool, device=device), list(range(B)), 0
 
     def pick(logits: Tensor, seen: Tensor | None, u: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -352,7 +353,7 @@ class SampleOptions(Options):
                                        low=0.01)
     seed: int = option(0, "random numbers of the replies", low=0)
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = option("float32", "precision of matrix products", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option("float32", "of matrix products (int8: CPU)", choices=("auto", "float32", "bfloat16", "int8"))
     traceback: bool = option(False, "show where in the code an error arose")
 
 

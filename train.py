@@ -420,9 +420,9 @@ def train_ppo(o: PPOOptions) -> Run:
     prompts, held_out = ([r["prompt"] for r in fitting(data.records("ppo", split), tokenizer, data.template, room)]
                          for split in ("train", "val"))
     held_out = held_out[:o.eval_prompts]
-    tolerance = 1e-4 if run.dtype == "float32" else 2e-2
+    tolerance = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2}
     done = run.state.get("step", 0)
-    decoder_dtype = run.state.get("decoder_dtype", run.dtype)
+    decoder_dtype = run.state.get("decoder_dtype", run.dtype if o.rollout_dtype == "auto" else o.rollout_dtype)
 
     def made_ready() -> Decoder:
         """The policy ready to write; when compiling pays, the networks' shared trunk is compiled, too."""
@@ -469,9 +469,9 @@ def train_ppo(o: PPOOptions) -> Run:
                 probs = judge.probs([plain_text({"prompt": prompts[i], "response": text})
                                      for i, text in zip(chosen, texts, strict=True)])
                 metrics |= {"judge": float(probs.mean()), "judged_positive": float((probs > 0.5).mean())}
-            for name in ("ratio_start", "sampler_gap"):
-                if metrics.get(name, 0) > tolerance:
-                    tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {tolerance:g}, at update "
+            for name, precise in (("ratio_start", run.dtype), ("sampler_gap", decoder_dtype)):
+                if metrics.get(name, 0) > tolerance[precise]:
+                    tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {tolerance[precise]:g}, at update "
                                f"{step + 1}: what is scored is not what was sampled", file=sys.stderr)
             if metrics["sampler_gap"] > 5e-2 and decoder_dtype != "float32":
                 tqdm.write("ppo: from now on replies are written in float32", file=sys.stderr)

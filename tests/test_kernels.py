@@ -13,6 +13,7 @@ from torch import nn
 import kernels
 from model import ModelConfig, Transformer
 from optimizers import Muon, orthogonal
+from options import UserError
 from sample import Decoder, generate
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -110,6 +111,40 @@ def test_packed_products_equal_plain_ones_and_follow_the_weights(products, rows,
             layer.refresh()
     finally:
         kernels.use_products("aten")
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize("rows", [1, 8, 40])
+def test_products_in_int8_are_plain_ones_but_for_rounding_and_follow_the_weights(rows, vnni, monkeypatch):
+    if not vnni:  # the plain fall-back
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    weight = nn.Parameter(noise(48, 64))
+    with torch.no_grad():
+        weight[3] = 0
+        weight[:, 5] *= 5  # an outlier sets the step of its row
+    layer, x = kernels.Int8Linear(weight, torch.bfloat16, rows, 0), noise(rows, 1, 64, seed=3)
+    for _ in range(2):
+        kernels._packed[:] = [layer.packed]
+        for inputs, error in ((x, 0.02), (x.repeat(1, 5, 1), 0.006)):  # a step's rows, and a prompt's
+            expected = F.linear(inputs, weight.detach())
+            found = layer(inputs)
+            assert found.dtype == torch.bfloat16 and found.shape == expected.shape
+            assert (found.float() - expected).norm() < error * expected.norm() and not found[..., 3].any()
+        with torch.no_grad():
+            weight.mul_(-2)
+        layer.refresh()
+
+
+def test_rows_are_rounded_to_their_own_255_steps():
+    x = torch.cat((noise(6, 40) * torch.logspace(-6, 6, 6)[:, None], torch.zeros(1, 40)))
+    q, scale = kernels.quantise_rows(x)
+    assert q.dtype == torch.uint8 and int(q[:-1].int().sub(128).abs().amax(1).min()) == 127 and q.min() >= 1
+    assert bool(((scale * (q.float() - 128) - x).abs() <= 0.501 * scale).all()) and bool((q[-1] == 128).all())
+
+
+def test_int8_is_refused_where_it_would_not_be_used():
+    with pytest.raises(UserError, match="int8 is for writing on a CPU"):
+        kernels.decoding_copy(Transformer(CONFIG).to("meta"), torch.int8, 4)
 
 
 def test_a_decoding_copy_shares_the_tensors_and_leaves_the_model_as_it_was():

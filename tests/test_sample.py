@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+import kernels
 import sample as sample_module
 from data.records import apply_template
-from model import ModelConfig, Transformer, log_softmax
+from model import ModelConfig, Transformer, log_softmax, token_logprobs
 from options import UserError, run_main
 from reward import RewardConfig, RewardModel
-from sample import (SampleOptions, Speaker, chat, draw, filter_logits, generate, penalise_repetition, reward_scores,
-                    uniform_numbers)
+from sample import (Decoder, SampleOptions, Speaker, chat, draw, filter_logits, generate, penalise_repetition,
+                    reward_scores, uniform_numbers)
 
+needs_compiler = pytest.mark.skipif(bool(kernels.compiler_fault()), reason=kernels.compiler_fault())
 CONFIG = ModelConfig(vocab_size=50, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=32, max_len=40)
 
 
@@ -75,6 +77,19 @@ def test_logprobs_are_those_of_the_training_forward(model):
         n = int(mask[i].sum())
         expected = log_softmax(model(row[None])[0, n - 1:-1], 0.8).gather(1, row[n:, None])[:, 0]
         assert torch.allclose(out.logprobs[i, out.mask[i]], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("rows", [2, 12])
+def test_int8_writes_nearly_the_same_distribution(model, rows, compiled):
+    tokens, mask = prompts([1 + i % 6 for i in range(rows)])
+    decoder = Decoder(model, "int8", compile=compiled)
+    out = generate(model, tokens, mask, 12, seed=3, decoder=decoder)
+    whole, seen = torch.cat((tokens, out.tokens), 1), torch.cat((mask, out.mask), 1)
+    with torch.no_grad():
+        expected = token_logprobs(model(whole, seen)[:, tokens.shape[1] - 1:-1], out.tokens)
+    gap = (out.logprobs - expected).abs().mean()
+    assert 1e-4 < gap < 0.05  # not exact, and not far off
 
 
 def test_a_reply_depends_on_seed_and_row_only(model):

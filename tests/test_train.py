@@ -310,6 +310,19 @@ def test_a_gap_between_what_is_scored_and_sampled_is_warned_of(command, monkeypa
     assert said.count(f"warning: {name}") == 1 and "at update 2" in said
 
 
+def test_replies_written_in_int8_are_scored_as_trained_and_given_up_where_too_far_off(command, tmp_path, monkeypatch):
+    real, size = train.rollout_metrics, iter([None, 0.06, None])
+    monkeypatch.setattr(train, "rollout_metrics", lambda r: real(r) | {
+        k: v for k, v in {"sampler_gap": next(size)}.items() if v is not None})
+    train.train_ppo(command("ppo", "--updates=3", "--rollout_dtype=int8", "--dtype=float32"))
+    lines = [json.loads(line) for line in (tmp_path / "reviews/ppo/metrics.jsonl").read_text().splitlines()]
+    rounded, given_up, exact = (x for x in lines if "sampler_gap" in x)
+    assert 1e-4 < rounded["sampler_gap"] < 5e-2 and exact["sampler_gap"] < 1e-4
+    assert rounded.get("ratio_start", 0) < 1e-5 and exact["ratio_start"] < 1e-5  # training reads unrounded weights
+    state = torch.load(tmp_path / "reviews/ppo/checkpoint.pt", weights_only=True)["state"]
+    assert state["decoder_dtype"] == "float32"
+
+
 def test_ppo_goes_on_after_the_warm_up_as_if_nothing_had_happened(command, world, tmp_path, monkeypatch):
     more = ("--updates=5", "--kl_control=adaptive", "--kl_horizon=50", "--reward_norm=running", "--policy_lr=.01")
     train.train_ppo(command("ppo", *more))

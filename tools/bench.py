@@ -231,35 +231,39 @@ def decode(o: BenchOptions) -> list[dict]:
         if o.only and o.only != f"{shape}:{batch}":
             continue
         bare = {name: bare_step(config, batch, dtype) for name, dtype in TYPES.items()}
-        name = min(TYPES, key=lambda name: min(bare[name]() for _ in range(3)))
+        exact = min(TYPES, key=lambda name: min(bare[name]() for _ in range(3)))
         model = random_model(config)
         tokens, mask = random_prompts(config, batch)
-        decoder = Decoder(model, name, compile=compiles)
-        start = time.perf_counter()
-        reply = generate(model, tokens, mask, NEW, decoder=decoder)
-        first = time.perf_counter() - start
-        gap = sampler_gap(model, tokens, reply, name)
-        rows: dict[str, list[float]] = {"limit": [], "step": [], "whole": [], "peer": []}
-        peer_type = "bf16" if name == "bfloat16" else "fp32"
+        decoders = {name: Decoder(model, name, compile=compiles) for name in (exact, "int8")}
+        first, gap, limits, theirs = {}, {}, [], []
+        rates: dict[str, list[float]] = {name: [] for name in decoders}
+        steps: dict[str, list[float]] = {name: [] for name in decoders}
+        for name, decoder in decoders.items():
+            start = time.perf_counter()
+            reply = generate(model, tokens, mask, NEW, decoder=decoder)
+            first[name] = round(time.perf_counter() - start, 1)
+            gap[name] = sampler_gap(model, tokens, reply, exact)
         for _ in range(o.repeats):
-            rows["limit"].append(bare[name]())
-            whole = seconds(generate, model, tokens, mask, NEW, decoder=decoder)
-            prompt_alone = seconds(generate, model, tokens, mask, 1, decoder=decoder)
-            rows["whole"].append(batch * NEW / whole)
-            rows["step"].append((whole - prompt_alone) / (NEW - 1))
-            theirs = peer(o, "hf_generate.py", "--shape", "tiny" if shape == "small" else "124M", "--batch", str(batch),
-                          "--dtype", peer_type, "--runs", "1")
-            if theirs:
-                rows["peer"].append(theirs["tokens_per_s"])
+            limits.append(bare[exact]())
+            for name, decoder in decoders.items():
+                whole = seconds(generate, model, tokens, mask, NEW, decoder=decoder)
+                prompt_alone = seconds(generate, model, tokens, mask, 1, decoder=decoder)
+                rates[name].append(batch * NEW / whole)
+                steps[name].append((whole - prompt_alone) / (NEW - 1))
+            line = peer(o, "hf_generate.py", "--shape", "tiny" if shape == "small" else "124M", "--batch", str(batch),
+                        "--dtype", "bf16" if exact == "bfloat16" else "fp32", "--runs", "1")
+            theirs += [line["tokens_per_s"]] if line else []
         with profiled(o):
-            generate(model, tokens, mask, NEW, decoder=decoder)
-        found.append({"shape": shape, "batch": batch, "dtype": name, "tokens_per_s": spread(rows["whole"], 0),
-                      "step_ms": spread([1e3 * t for t in rows["step"]]),
-                      "limit_ms": spread([1e3 * t for t in rows["limit"]]), "share": ratio(rows["limit"], rows["step"]),
-                      "sampler_gap": f"{gap:.1e}", "first_call_s": round(first, 1),
-                      "transformers": spread(rows["peer"], 0) if rows["peer"] else "–",
-                      "ratio": ratio(rows["whole"], rows["peer"]) if rows["peer"] else "–"})
-        print(json.dumps(found[-1]), flush=True)
+            generate(model, tokens, mask, NEW, decoder=decoders[exact])
+        for name in decoders:
+            found.append({"shape": shape, "batch": batch, "dtype": name, "tokens_per_s": spread(rates[name], 0),
+                          "step_ms": spread([1e3 * t for t in steps[name]]),
+                          "limit_ms": spread([1e3 * t for t in limits]) if name == exact else "–",
+                          "share": ratio(limits, steps[name]) if name == exact else "–",
+                          "sampler_gap": f"{gap[name]:.1e}", "first_call_s": first[name],
+                          f"transformers_{'bf16' if exact == 'bfloat16' else 'fp32'}": spread(theirs, 0)
+                          if theirs else "–", "ratio": ratio(rates[name], theirs) if theirs else "–"})
+            print(json.dumps(found[-1]), flush=True)
     say(f"Decoding {PROMPT} + {NEW} tokens ({'compiled' if compiles else 'eager'})",
         [list(row.values()) for row in found], list(found[0]))
     return found
