@@ -171,7 +171,7 @@ class Decoder:
             skip = getattr(torch.compiler, "skip_all_guards_unsafe", None)
             options = {"guard_filter_fn": skip} if skip else {}
             if device == "cpu":
-                options["cpp_wrapper"] = True
+                options |= {"cpp_wrapper": True, "memory_planning": True}  # one allocation instead of a hundred
             self.compiled[key] = torch.compile(types.FunctionType(code, sample_step.__globals__), options=options)
         return self.compiled[key]
 
