@@ -111,7 +111,7 @@ class Linear(nn.Linear):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x / sqrt(mean x² + ε) · w over the last dimension: x (…, D), w (D,). With n = y / w and g the gradient of y,
+    """y = x / sqrt(mean x² + ε) · w over the last dimension: x (…, D), w (D,). With n = x / sqrt(mean x² + ε) and g the gradient of y,
 
         ∂x = (g w − n · mean(g w n)) / sqrt(mean x² + ε),        ∂w = Σ g n.
     """
@@ -207,19 +207,21 @@ def _pack_int8(weight: Tensor, scale: Tensor, few: bool) -> Callable[[Tensor], T
         half = scale.bfloat16()
         return lambda x: torch.ops.aten._weight_int8pack_mm(x, weight, half)
     onednn = getattr(torch.ops.onednn, "qlinear_pointwise", None) if _reorder is not None else None
-    if onednn is None or not torch.cpu._is_vnni_supported():  # older processors add up in 16 bits, which overflow
-        return lambda q: F.linear(q.float() - 128, weight.float() * scale[:, None]).bfloat16()
+    if onednn is None or not torch.cpu._is_vnni_supported():  # without AVX512-VNNI sums are kept in 16 bits
+        whole = weight.float() * scale[:, None]
+        return lambda q: F.linear(q.float() - 128, whole).bfloat16()
     packed, zero = torch.ops.onednn.qlinear_prepack(weight, None), torch.zeros(len(weight), dtype=torch.int32)
     return lambda q: onednn(q, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.bfloat16, "none", [], "")
 
 
 class Int8Linear(PackedLinear):
-    """A PackedLinear whose weight is rounded to 255 steps in each of its rows, as is what it is multiplied with, unless
-    there are few rows. Prompts, whose many tokens are multiplied at once, are read with the weight in bfloat16."""
+    """A PackedLinear whose weight is rounded to 8 bits, each output's by a scale of its own; with 8 rows or more what it
+    is multiplied with is rounded, too. More than `rows` rows at once, as most prompts have, are read in bfloat16."""
 
     def refresh(self) -> None:
         super().refresh()
         self.whole, self.few = self.packed or functools.partial(F.linear, weight=self.weight), self.rows < 8
+        self.few = self.few and self.weight.shape[1] % 16 == 0  # the product for few rows reads 16 numbers at a time
         q, scale = quantise_rows(self.source[0].detach())
         self.packed = _pack_int8((q.short() - 128).to(torch.int8), scale[:, 0], self.few)
 

@@ -469,7 +469,7 @@ def train_ppo(o: PPOOptions) -> Run:
                 probs = judge.probs([plain_text({"prompt": prompts[i], "response": text})
                                      for i, text in zip(chosen, texts, strict=True)])
                 metrics |= {"judge": float(probs.mean()), "judged_positive": float((probs > 0.5).mean())}
-            for name, precise in (("ratio_start", run.dtype), ("sampler_gap", decoder_dtype)):
+            for name, precise in (("ratio_start", run.dtype), ("sampler_gap", max(run.dtype, decoder_dtype, key=tolerance.get))):
                 if metrics.get(name, 0) > tolerance[precise]:
                     tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {tolerance[precise]:g}, at update "
                                f"{step + 1}: what is scored is not what was sampled", file=sys.stderr)

@@ -114,15 +114,15 @@ def test_packed_products_equal_plain_ones_and_follow_the_weights(products, rows,
 
 
 @pytest.mark.parametrize("vnni", [True, False])
-@pytest.mark.parametrize("rows", [1, 8, 40])
-def test_products_in_int8_are_plain_ones_but_for_rounding_and_follow_the_weights(rows, vnni, monkeypatch):
+@pytest.mark.parametrize("rows,width", [(1, 64), (1, 344), (8, 64), (40, 344)])
+def test_products_in_int8_are_plain_ones_but_for_rounding_and_follow_the_weights(rows, width, vnni, monkeypatch):
     if not vnni:  # the plain fall-back
         monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    weight = nn.Parameter(noise(48, 64))
+    weight = nn.Parameter(noise(48, width))
     with torch.no_grad():
         weight[3] = 0
         weight[:, 5] *= 5  # an outlier sets the step of its row
-    layer, x = kernels.Int8Linear(weight, torch.bfloat16, rows, 0), noise(rows, 1, 64, seed=3)
+    layer, x = kernels.Int8Linear(weight, torch.bfloat16, rows, 0), noise(rows, 1, width, seed=3)
     for _ in range(2):
         kernels._packed[:] = [layer.packed]
         for inputs, error in ((x, 0.02), (x.repeat(1, 5, 1), 0.006)):  # a step's rows, and a prompt's
