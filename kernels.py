@@ -220,8 +220,9 @@ class Int8Linear(PackedLinear):
 
     def refresh(self) -> None:
         super().refresh()
-        self.whole, self.few = self.packed or functools.partial(F.linear, weight=self.weight), self.rows < 8
-        self.few = self.few and self.weight.shape[1] % 16 == 0  # the product for few rows reads 16 numbers at a time
+        self.whole, self.few = self.packed or functools.partial(F.linear, weight=self.weight), False
+        if self.weight.shape[1] % 16 == 0:  # the product for few rows reads 16 numbers at a time, and looks no further
+            self.few = self.rows < 8
         q, scale = quantise_rows(self.source[0].detach())
         self.packed = _pack_int8((q.short() - 128).to(torch.int8), scale[:, 0], self.few)
 
