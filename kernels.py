@@ -111,7 +111,8 @@ class Linear(nn.Linear):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x / sqrt(mean x² + ε) · w over the last dimension: x (…, D), w (D,). With n = x / sqrt(mean x² + ε) and g the gradient of y,
+    """y = x / sqrt(mean x² + ε) · w over the last dimension: x (…, D), w (D,). With
+    n = x / sqrt(mean x² + ε) and g the gradient of y,
 
         ∂x = (g w − n · mean(g w n)) / sqrt(mean x² + ε),        ∂w = Σ g n.
     """
@@ -215,14 +216,13 @@ def _pack_int8(weight: Tensor, scale: Tensor, few: bool) -> Callable[[Tensor], T
 
 
 class Int8Linear(PackedLinear):
-    """A PackedLinear whose weight is rounded to 8 bits, each output's by a scale of its own; with 8 rows or more what it
+    """A PackedLinear whose weight is rounded to 8 bits, each output's by its own scale; with 8 rows or more what it
     is multiplied with is rounded, too. More than `rows` rows at once, as most prompts have, are read in bfloat16."""
 
     def refresh(self) -> None:
         super().refresh()
-        self.whole, self.few = self.packed or functools.partial(F.linear, weight=self.weight), False
-        if self.weight.shape[1] % 16 == 0:  # the product for few rows reads 16 numbers at a time, and looks no further
-            self.few = self.rows < 8
+        self.whole = self.packed or functools.partial(F.linear, weight=self.weight)
+        self.few = self.rows < 8 and self.weight.shape[1] % 16 == 0  # that product reads 16 numbers at a time
         q, scale = quantise_rows(self.source[0].detach())
         self.packed = _pack_int8((q.short() - 128).to(torch.int8), scale[:, 0], self.few)
 

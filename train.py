@@ -469,10 +469,8 @@ def train_ppo(o: PPOOptions) -> Run:
                 probs = judge.probs([plain_text({"prompt": prompts[i], "response": text})
                                      for i, text in zip(chosen, texts, strict=True)])
                 metrics |= {"judge": float(probs.mean()), "judged_positive": float((probs > 0.5).mean())}
-            limits = {"ratio_start": tolerance[run.dtype],
-                      "sampler_gap": max(tolerance[run.dtype], tolerance[decoder_dtype])}
-            for name, limit in limits.items():
-                if metrics.get(name, 0) > limit:
+            for name, precise in (("ratio_start", run.dtype), ("sampler_gap", decoder_dtype)):
+                if metrics.get(name, 0) > (limit := max(tolerance[run.dtype], tolerance[precise])):
                     tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {limit:g}, at update "
                                f"{step + 1}: what is scored is not what was sampled", file=sys.stderr)
             if metrics["sampler_gap"] > 5e-2 and decoder_dtype != "float32":
