@@ -111,8 +111,7 @@ class Linear(nn.Linear):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x / sqrt(mean x² + ε) · w over the last dimension: x (…, D), w (D,). With
-    n = x / sqrt(mean x² + ε) and g the gradient of y,
+    """y = n w with n = x / sqrt(mean x² + ε), over the last dimension: x (…, D), w (D,). Where g is the gradient of y,
 
         ∂x = (g w − n · mean(g w n)) / sqrt(mean x² + ε),        ∂w = Σ g n.
     """
@@ -134,7 +133,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm, on a CPU in fewer passes over memory: PyTorch makes its own there of single operations."""
+    """nn.RMSNorm, on a CPU in fewer passes over memory: PyTorch composes its own there from separate operations."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
@@ -195,8 +194,8 @@ class PackedLinear(nn.Module):
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) -> (q (M, K) uint8, scale (M, 1) float32), where scale · (q − 128) stands for x: of every row's largest
-    size 127 steps to each side of 0 (Dettmers 2022)."""
+    """x (M, K) -> (q (M, K) uint8, scale (M, 1) float32), where scale · (q − 128) is about x: ± 127 stands for the
+    row's largest size (Dettmers 2022)."""
     scale = x.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
     return ((x / scale).round() + 128).to(torch.uint8), scale
 

@@ -56,7 +56,7 @@ class PPOOptions(Common):
     micro_batch: int = option(24, "rows per forward and backward; changes memory and speed, nothing else", base=32,
                               low=1)
     policy_lr: float = option(5e-4, "Adam's rate for the policy: small models need far more than the papers' 5e-7",
-                              source="measured here; MOSS 5e-7, Ziegler 2019's code 1e-5 at 124M", base=1e-5, low=0)
+                              source="measured here; MOSS 5e-7 at 7B, Ziegler's code 1e-5 at 124M", base=1e-5, low=0)
     critic_lr: float = option(5e-4, "Adam's rate for the critic", base=2e-5, source="measured here; MOSS 1.65e-6 at 7B",
                               low=0)
     adam_eps: float = option(1e-8, "Adam's epsilon; it must be small beside a gradient's size, which for a separate "

@@ -129,7 +129,9 @@ def test_products_in_int8_are_plain_ones_but_for_rounding_and_follow_the_weights
             expected = F.linear(inputs, weight.detach())
             found = layer(inputs)
             assert found.dtype == torch.bfloat16 and found.shape == expected.shape
-            assert (found.float() - expected).norm() < error * expected.norm() and not found[..., 3].any()
+            off = (found.float() - expected).norm() / expected.norm()
+            assert off < error and not found[..., 3].any()
+            assert off > 0.005 or inputs is not x  # a step's really are rounded: bfloat16 alone is .003 off
         with torch.no_grad():
             weight.mul_(-2)
         layer.refresh()

@@ -261,8 +261,8 @@ def decode(o: BenchOptions) -> list[dict]:
                           "limit_ms": spread([1e3 * t for t in limits]) if name == exact else "–",
                           "share": ratio(limits, steps[name]) if name == exact else "–",
                           "sampler_gap": f"{gap[name]:.1e}", "first_call_s": first[name],
-                          f"transformers_{'bf16' if exact == 'bfloat16' else 'fp32'}": spread(theirs, 0)
-                          if theirs else "–", "ratio": ratio(rates[name], theirs) if theirs else "–"})
+                          "transformers": f"{spread(theirs, 0)} {exact}" if theirs else "–",
+                          "ratio": ratio(rates[name], theirs) if theirs else "–"})
             print(json.dumps(found[-1]), flush=True)
     say(f"Decoding {PROMPT} + {NEW} tokens ({'compiled' if compiles else 'eager'})",
         [list(row.values()) for row in found], list(found[0]))
