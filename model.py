@@ -72,13 +72,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of all tokens so far: per layer one pair of tensors (B, n, G, S, K), n blocks of S places each,
-    written in place.
+    """Keys and values of all tokens so far, in one tensor that is written in place: kv (2 N, B, n, G, S, K) for N
+    layers and n blocks of S places, layer i's keys in kv[2 i], its values in kv[2 i + 1].
 
     Eagerly there is one block for all places. A compiled step reads blocks of 32, as many as the present length needs:
     what it reads of a row then lies in memory without gaps, as processors fetch it best, and no two lengths in a block
-    differ for it. One tensor a layer rather than one for all: a compiled step would copy a single large one at every
-    write.
+    differ for it. One tensor and not two for each layer, because every tensor that a compiled step is given costs it a
+    microsecond or more, and so does every length that may change.
     """
 
     BLOCK = 32
@@ -89,28 +89,52 @@ class KVCache:
         # and one that equals another, for things that stay so.
         self.size = self.BLOCK if blocks else length
         n = max(2, -(-length // self.size)) + 1 if blocks else 1
-        shape = (batch, n, config.n_kv_head, self.size, config.head_dim)
-        self.layers = [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
-                       for _ in range(config.n_layer)]
+        self.places = torch.arange(n * self.size, device=device).view(n, self.size)
+        self.kv = self.of_any_length(torch.zeros(2 * config.n_layer, batch, n, config.n_kv_head, self.size,
+                                                 config.head_dim, device=device, dtype=dtype), 2)
+        self.spans: dict[int, Tensor] = {}  # of each number of blocks
+
+    def of_any_length(self, tensor: Tensor, dim: int) -> Tensor:
+        """Tell the compiler that this dimension may change, so that one graph serves all lengths."""
+        if len(self.places) > 1:
+            torch._dynamo.mark_dynamic(tensor, dim)
+        return tensor
 
     def span(self, length: int) -> Tensor:
         """(n, S) int64: the places to read when the longest row has `length` tokens."""
-        keys = self.layers[0][0]
-        places = torch.arange(keys.shape[1] * self.size, device=keys.device).view(-1, self.size)
-        return places[:, :length] if len(places) == 1 else places[:max(2, -(-length // self.size))]
+        if len(self.places) == 1:
+            return self.places[:, :length]
+        n = max(2, -(-length // self.size))
+        if n not in self.spans:
+            self.spans[n] = self.of_any_length(self.places[:n], 0)
+        return self.spans[n]
+
+    def write(self, layer: int, slot: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put one token per row, k and v (B, G, K), at place `slot` (B,). All indices are tensors: were one a number,
+        the compiler would see a write into a part, and copy the whole."""
+        kv, device = self.kv, slot.device
+        which = torch.arange(2 * layer, 2 * layer + 2, device=device)[:, None]  # keys, values
+        row, size = torch.arange(len(slot), device=device), kv.shape[4]
+        kv[which, row, slot // size, :, slot % size] = torch.stack((k.to(kv.dtype), v.to(kv.dtype)))
+
+    def write_prompt(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Put k and v (B, G, T, K) at the first T places."""
+        full, rest = divmod(k.shape[2], self.size)
+        for cache, new in zip(self.kv[2 * layer:2 * layer + 2], (k, v), strict=True):
+            cache[:, :full] = new[:, :, :full * self.size].unflatten(2, (full, self.size)).transpose(1, 2)
+            if rest:
+                cache[:, full, :, :rest] = new[:, :, full * self.size:]
 
     def keep(self, rows: Tensor) -> "KVCache":
         """A cache of these rows (indices) alone: finished replies need no further steps."""
         kept = copy.copy(self)
-        kept.layers = [(k[rows], v[rows]) for k, v in self.layers]
+        kept.kv = self.of_any_length(self.kv[:, rows], 2)
         return kept
 
     def put(self, rows: Tensor, other: "KVCache", length: int) -> None:
         """Copy the first `length` places of another cache's rows into these rows (indices)."""
         n = -(-length // self.size)
-        for mine, new in zip(self.layers, other.layers, strict=True):
-            for to, source in zip(mine, new, strict=True):
-                to[rows, :n, :, :length] = source[:, :n, :, :length]
+        self.kv[:, rows, :n, :, :length] = other.kv[:, :, :n, :, :length]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
@@ -152,23 +176,18 @@ class Attention(nn.Module):
         return rotate(self.q_norm(q.float()), cos, sin), rotate(self.k_norm(k.float()), cos, sin), v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None,
-                cached: tuple[Tensor, Tensor] | None = None, where: Tensor | None = None) -> Tensor:
+                cache: KVCache | None = None, layer: int = 0, where: Tensor | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D), or (N, D) of the positions `where`. allowed: (B or 1, 1, T, T) bool, or None for
-        plain causal attention. `cached`, if given, receives keys and values in its first T places."""
+        plain causal attention. A cache, if given, receives this layer's keys and values in its first T places."""
         B, T, D = x.shape
         q, k, v = self.heads(x, cos, sin)
-        if cached is not None:
-            for cache, new in zip(cached, (k, v), strict=True):
-                size = cache.shape[3]
-                full, rest = divmod(T, size)
-                cache[:, :full] = new[:, :, :full * size].unflatten(2, (full, size)).transpose(1, 2)
-                if rest:
-                    cache[:, full, :, :rest] = new[:, :, full * size:]
+        if cache is not None:
+            cache.write_prompt(layer, k, v)
         y = attend(q.to(v.dtype), k.to(v.dtype), v, allowed).transpose(1, 2).reshape(B, T, D)
         return self.out(y if where is None else y.flatten(0, 1)[where])
 
-    def step(self, x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, allowed: Tensor,
-             cached: tuple[Tensor, Tensor]) -> Tensor:
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, allowed: Tensor, cache: KVCache,
+             layer: int) -> Tensor:
         """One token per row: x (B, 1, D) -> (B, 1, D). It is written at place `slot` (B,) of the cache and sees the
         cached places that `allowed` (B, n, S) names.
 
@@ -176,12 +195,9 @@ class Attention(nn.Module):
         write down every product, so there PyTorch's attention does it.
         """
         q, k, v = self.heads(x, cos, sin)
-        row, (B, n, S) = torch.arange(len(x), device=x.device), allowed.shape
-        keys, values = cached
-        block, place = slot // keys.shape[3], slot % keys.shape[3]
-        keys[row, block, :, place] = k[:, :, 0].to(keys.dtype)
-        values[row, block, :, place] = v[:, :, 0].to(values.dtype)
-        keys, values = keys[:, :n, :, :S], values[:, :n, :, :S]  # (B, n, G, S, K)
+        cache.write(layer, slot, k[:, :, 0], v[:, :, 0])
+        B, n, S = allowed.shape
+        keys, values = cache.kv[2 * layer][:, :n, :, :S], cache.kv[2 * layer + 1][:, :n, :, :S]  # (B, n, G, S, K)
         if not torch.compiler.is_compiling():
             keys, values = (t.transpose(1, 2).flatten(2, 3) for t in (keys, values))  # (B, G, n * S, K)
             y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=allowed.view(B, 1, 1, n * S),
@@ -219,14 +235,15 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None, cached=None,
-                where: Tensor | None = None) -> Tensor:
-        a = self.attention(self.attention_norm(x), cos, sin, allowed, cached, where)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None,
+                cache: KVCache | None = None, layer: int = 0, where: Tensor | None = None) -> Tensor:
+        a = self.attention(self.attention_norm(x), cos, sin, allowed, cache, layer, where)
         x = (x if where is None else x.flatten(0, 1)[where]) + self.dropout(a)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
-    def step(self, x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, allowed: Tensor, cached) -> Tensor:
-        x = x + self.attention.step(self.attention_norm(x), cos, sin, slot, allowed, cached)
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, allowed: Tensor, cache: KVCache,
+             layer: int) -> Tensor:
+        x = x + self.attention.step(self.attention_norm(x), cos, sin, slot, allowed, cache, layer)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -292,7 +309,7 @@ class Transformer(nn.Module):
         cos, sin = (t.reshape(-1, 1, T, t.shape[-1]) for t in (cos, sin))
         x, last = self.embedding(tokens), len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            rest = (cos, sin, allowed, None if cache is None else cache.layers[i], where if i == last else None)
+            rest = (cos, sin, allowed, cache, i, where if i == last else None)
             again = self.recompute and torch.is_grad_enabled()
             x = checkpoint(block, x, *rest, use_reentrant=False) if again else block(x, *rest)
         return self.norm(x)
@@ -320,8 +337,8 @@ class Transformer(nn.Module):
         cos, sin = self.cos[position][:, None, None], self.sin[position][:, None, None]  # (B, 1, 1, K/2)
         allowed = (span >= start[:, None, None]) & (span <= slot[:, None, None])  # (B, n, S)
         x = self.embedding(token)[:, None]
-        for block, cached in zip(self.blocks, cache.layers, strict=True):
-            x = block.step(x, cos, sin, slot, allowed, cached)
+        for i, block in enumerate(self.blocks):
+            x = block.step(x, cos, sin, slot, allowed, cache, i)
         return self.norm(x)[:, 0]
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -10,7 +10,6 @@
 """
 import codecs
 import dataclasses
-import itertools
 import json
 import pathlib
 import sys
@@ -25,7 +24,7 @@ from torch import Tensor
 from data.batches import pad_left, prompt_ids
 from data.records import apply_template, load_records
 from data.tokenizer import Tokenizer
-from kernels import activate, decoding_copy, packed_layers, products
+from kernels import activate, decoding_copy, products, refresh
 from model import KVCache, Transformer, attention_allowed, load_checkpoint, pick_device, pick_dtype
 from options import Options, UserError, option, parse, run_main
 from reward import RewardModel
@@ -128,8 +127,7 @@ class Decoder:
     def refresh(self) -> None:
         """Take the model's weights as they are now."""
         for ready in self.copies.values():
-            for layer in packed_layers(ready):
-                layer.refresh()
+            refresh(ready)
 
     def model_for(self, rows: int) -> Transformer:
         """The model with its weights packed for steps of so many rows; run eagerly, one copy serves any number."""
@@ -142,19 +140,12 @@ class Decoder:
     def cache(self, rows: int, length: int) -> KVCache:
         """Room for keys and values; that of the last call where it fits."""
         if self.room_for != (rows, length):
-            self.room_for, self.room = (rows, length), self.of_any_length(self.new_cache(rows, length))
+            self.room_for, self.room = (rows, length), self.new_cache(rows, length)
         return self.room
 
     def new_cache(self, rows: int, length: int) -> KVCache:
         dtype = self.dtype if self.dtype.is_floating_point else torch.bfloat16
         return KVCache(self.model.config, rows, length, self.model.embedding.weight.device, dtype, self.compile)
-
-    def of_any_length(self, cache: KVCache) -> KVCache:
-        """Tell the compiler that the number of blocks may change, so that one graph serves all."""
-        if self.compile:
-            for tensor in itertools.chain(*cache.layers):
-                torch._dynamo.mark_dynamic(tensor, 1)
-        return cache
 
     def step(self, rows: int, temperature: float) -> Callable:
         """`sample_step`, compiled once for each number of rows, whatever the length.
@@ -170,8 +161,8 @@ class Decoder:
             code = sample_step.__code__.replace(co_name=f"sample_step_{len(self.compiled)}")
             skip = getattr(torch.compiler, "skip_all_guards_unsafe", None)
             options = {"guard_filter_fn": skip} if skip else {}
-            if device == "cpu":
-                options |= {"cpp_wrapper": True, "memory_planning": True}  # one allocation instead of a hundred
+            if device == "cpu":  # allocate once and not a hundred times, and check no strides, either
+                options |= {"cpp_wrapper": True, "memory_planning": True, "size_asserts": False}
             self.compiled[key] = torch.compile(types.FunctionType(code, sample_step.__globals__), options=options)
         return self.compiled[key]
 
@@ -223,10 +214,6 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
     # The rows being written: which prompt each answers, how many tokens it has, the last of them, what it has seen.
     B = min(n, batch_size or n)
     ready, cache, step = decoder.model_for(B), decoder.cache(B, P + R), decoder.step(B, temperature)
-    spans = {length: cache.span(length) for length in range(P + 1, P + R + 1)}
-    if decoder.compile:
-        for span in spans.values():
-            torch._dynamo.mark_dynamic(span, 0)
     index, written, token, start = torch.zeros(4, B, dtype=torch.int64, device=device)
     seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device) if repetition_penalty != 1 else None
     running, free, following = torch.zeros(B, dtype=torch.bool, device=device), list(range(B)), 0
@@ -283,7 +270,7 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
             rest = running.nonzero()[:, 0]
             if decoder.compile:
                 rest = torch.cat((rest, (~running).nonzero()[:, 0]))[:B // 4]
-            cache = decoder.of_any_length(cache.keep(rest))
+            cache = cache.keep(rest)
             index, written, token, start, running = (x[rest] for x in (index, written, token, start, running))
             seen, B = None if seen is None else seen[rest], len(rest)
             ready, step = decoder.model_for(B), decoder.step(B, temperature)
@@ -293,7 +280,7 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
         slot, numbers = P - 1 + ahead.clamp(max=R), None if u is None else u[index, ahead.clamp(max=R - 1)]
         columns, logprobs = [], []
         for j in range(k):
-            span = spans[min(P + longest + j, P + R)]
+            span = cache.span(min(P + longest + j, P + R))
             if plain:
                 token, logprob = step(ready, token, slot[j], start, cache, span, numbers[j], temperature)
             else:

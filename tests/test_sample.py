@@ -219,7 +219,7 @@ def test_dropout_is_refused_while_sampling():
 def test_bfloat16_is_used_where_asked_for_and_stays_near(model, monkeypatch):
     tokens, mask = prompts([5, 3])
     seen, real = [], sample_module.prefill
-    monkeypatch.setattr(sample_module, "prefill", lambda *a: seen.append(a[3].layers[0][0].dtype) or real(*a))
+    monkeypatch.setattr(sample_module, "prefill", lambda *a: seen.append(a[3].kv.dtype) or real(*a))
     exact, half = (generate(model, tokens, mask, 1, seed=0, dtype=d) for d in ("float32", "bfloat16"))
     assert 0 < float((exact.logprobs - half.logprobs).abs().max()) < .1 and half.logprobs.dtype == torch.float32
     assert seen == [torch.float32, torch.bfloat16]
