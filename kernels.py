@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from options import UserError
-
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if _onednn is not None else None
 
@@ -123,6 +121,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x * inverse).mul_(w)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, w, inverse = ctx.saved_tensors
         n = x * inverse
@@ -268,13 +267,8 @@ class Int8Linear(PackedLinear):
 
 
 def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int) -> nn.Module:
-    """The model with its tensors shared, but each Linear replaced by a PackedLinear for steps of `rows` rows; dtype
-    torch.int8 is for CPUs only."""
-    pack = PackedLinear
-    if dtype == torch.int8:
-        if model.output_weight.device.type != "cpu":
-            raise UserError("int8 is for writing on a CPU; on this device use bfloat16")
-        pack, dtype = Int8Linear, torch.bfloat16
+    """The model with its tensors shared, but each Linear replaced by a PackedLinear for steps of `rows` rows."""
+    pack, dtype = (Int8Linear, torch.bfloat16) if dtype == torch.int8 else (PackedLinear, dtype)
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     with_linears = copy.deepcopy(model, shared)
     vars(with_linears).pop("trunk", None)  # a compiled one would be the model's own

@@ -121,6 +121,8 @@ class Decoder:
     def __init__(self, model: Transformer, dtype: str | None = None, compile: bool = False):
         self.model, self.compile = model, compile
         self.dtype = {"bfloat16": torch.bfloat16, "int8": torch.int8}.get(dtype, model.embedding.weight.dtype)
+        if self.dtype == torch.int8 and model.embedding.weight.device.type != "cpu":
+            raise UserError("int8 is for writing on a CPU; on this device use bfloat16")
         self.copies: dict[int, Transformer] = {}
         self.room_for: tuple[int, int] | None = None  # rows and length that `room` was made for
 
@@ -130,8 +132,8 @@ class Decoder:
             refresh(ready)
 
     def model_for(self, rows: int) -> Transformer:
-        """The model with its weights packed for steps of so many rows; run eagerly, one copy serves any number."""
-        rows = rows if self.compile else next(iter(self.copies), rows)
+        """The model with its weights packed for steps of so many rows; run eagerly, a copy serves fewer rows, too."""
+        rows = rows if self.compile else max((rows, *self.copies))
         if rows not in self.copies:
             self.copies[rows] = decoding_copy(self.model, self.dtype, rows)
         activate(self.copies[rows])

@@ -146,7 +146,7 @@ def test_rows_are_rounded_to_their_own_255_steps():
 
 def test_int8_is_refused_where_it_would_not_be_used():
     with pytest.raises(UserError, match="int8 is for writing on a CPU"):
-        kernels.decoding_copy(Transformer(CONFIG).to("meta"), torch.int8, 4)
+        Decoder(Transformer(CONFIG).to("meta"), "int8")
 
 
 def test_a_decoding_copy_shares_the_tensors_and_leaves_the_model_as_it_was():

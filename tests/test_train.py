@@ -314,7 +314,16 @@ def test_replies_written_in_int8_are_scored_as_trained_and_given_up_where_too_fa
     real, size = train.rollout_metrics, iter([None, 0.06, None])
     monkeypatch.setattr(train, "rollout_metrics", lambda r: real(r) | {
         k: v for k, v in {"sampler_gap": next(size)}.items() if v is not None})
-    train.train_ppo(command("ppo", "--updates=3", "--rollout_dtype=int8", "--dtype=float32"))
+    def stop(self, step, save):
+        if step == 2:
+            save()
+            raise Interrupted(15)
+    given = ("--updates=3", "--rollout_dtype=int8", "--dtype=float32")
+    with monkeypatch.context() as m:
+        m.setattr(Run, "stop_if_asked", stop)
+        with pytest.raises(Interrupted):
+            train.train_ppo(command("ppo", *given))
+    train.train_ppo(command("ppo", *given, "--resume"))  # which knows that int8 was given up
     lines = [json.loads(line) for line in (tmp_path / "reviews/ppo/metrics.jsonl").read_text().splitlines()]
     rounded, given_up, exact = (x for x in lines if "sampler_gap" in x)
     assert 1e-4 < rounded["sampler_gap"] < 5e-2 and exact["sampler_gap"] < 1e-4
