@@ -134,13 +134,13 @@ class _RMSNorm(torch.autograd.Function):
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm, on a CPU in fewer passes over memory: PyTorch composes its own there from separate operations."""
 
-    shelf: "Shelf | None" = None
+    shelf: Tensor | None = None  # see `shelve`
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # what the compiler makes of it is such passes already, and so is a GPU's
-            weight = self.weight if self.shelf is None else self.shelf.piece(self)
+        if torch.compiler.is_compiling():  # the compiler fuses it itself
+            weight = self.weight if self.shelf is None else shelved(self)
             return F.rms_norm(x, self.normalized_shape, weight, self.eps)
-        if x.device.type != "cpu" or x.dtype != torch.float32:
+        if x.device.type != "cpu" or x.dtype != torch.float32:  # a GPU has one kernel for it
             return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)
 
@@ -174,33 +174,25 @@ def _pack(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor] | None:
     return None
 
 
-class Shelf:
-    """The weights of many layers, one after another in one tensor. For a compiled step this is one thing to be given in
-    place of many, each of which costs it a microsecond or more: with one row a fifth of its time."""
+def shelve(layers: Sequence[nn.Module]) -> None:
+    """Lay these layers' weights one after another in one tensor. A compiled step then is given that instead of them,
+    each of which costs it a microsecond or more at every token."""
+    shelf, end = torch.cat([layer.weight.detach().flatten() for layer in layers]), 0
+    for layer in layers:
+        start, end = end, end + layer.weight.numel()
+        layer.shelf, layer.place = shelf, (start, end, tuple(layer.weight.shape))
 
-    def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype):
-        self.layers = list(layers)
-        ends = list(itertools.accumulate(layer.weight.numel() for layer in layers))
-        self.all = torch.empty(ends[-1], dtype=dtype, device=layers[0].weight.device)
-        for layer, end in zip(layers, ends, strict=True):
-            layer.shelf, layer.place = self, (end - layer.weight.numel(), end, tuple(layer.weight.shape))
-        self.refresh()
 
-    def piece(self, layer: nn.Module) -> Tensor:
-        start, end, shape = layer.place
-        return self.all[start:end].view(shape)
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Take the weights as they are now."""
-        for layer in self.layers:
-            self.piece(layer).copy_(layer.weight)
+def shelved(layer: nn.Module) -> Tensor:
+    """The layer's weight on the shelf."""
+    start, end, shape = layer.place
+    return layer.shelf[start:end].view(shape)
 
 
 class PackedLinear(nn.Module):
     """What stands in a decoder for a Linear layer: the same product in `dtype`, for steps of `rows` rows."""
 
-    shelf: Shelf | None = None  # where its weight lies, too, when one row makes a step on a CPU
+    shelf: Tensor | None = None  # see `shelve`; on a CPU, where a compiled step is one row
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int, number: int):
         super().__init__()
@@ -210,13 +202,15 @@ class PackedLinear(nn.Module):
     def refresh(self) -> None:
         """Take the weight as it is now."""
         self.weight = self.source[0].detach().to(self.dtype)
+        if self.shelf is not None:
+            self.weight = shelved(self).copy_(self.weight)
         self.packed = _pack(self.weight, self.rows)
         self.opaque = self.packed is not None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
         if self.shelf is not None and torch.compiler.is_compiling():  # fused: reads weights once
-            return (x[..., None, :].float() * self.shelf.piece(self).float()).sum(-1).to(self.dtype)
+            return (x[..., None, :].float() * shelved(self).float()).sum(-1).to(self.dtype)
         if self.opaque:  # as a matrix: oneDNN would reshape it at a higher price
             return torch.ops.mosslet.packed_linear(x.flatten(0, -2), self.number, self.n_out).unflatten(0, x.shape[:-1])
         return F.linear(x, self.weight)
@@ -266,8 +260,9 @@ class Int8Linear(PackedLinear):
         return y.unflatten(0, shape)
 
 
-def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int) -> nn.Module:
-    """The model with its tensors shared, but each Linear replaced by a PackedLinear for steps of `rows` rows."""
+def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int, compiled: bool = False) -> nn.Module:
+    """The model with its tensors shared, but each Linear replaced by a PackedLinear for steps of `rows` rows. Where
+    those are compiled, weights that the graph would be given one by one are shelved."""
     pack, dtype = (Int8Linear, torch.bfloat16) if dtype == torch.int8 else (PackedLinear, dtype)
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     with_linears = copy.deepcopy(model, shared)
@@ -279,10 +274,11 @@ def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int) -> nn.Module:
                 setattr(parent, name, pack(child.weight, dtype, rows, next(numbers)))
     if with_linears.output is None:
         with_linears.output = pack(model.output_weight, dtype, rows, next(numbers))
-    norms = [m for m in with_linears.modules() if isinstance(m, RMSNorm)]
-    with_linears.shelves = [Shelf(norms, torch.float32)]
-    if rows == 1 and pack is PackedLinear and model.output_weight.device.type == "cpu":
-        with_linears.shelves.append(Shelf(packed_layers(with_linears), dtype))
+    if compiled:
+        shelve([m for m in with_linears.modules() if isinstance(m, RMSNorm)])
+        if rows == 1 and pack is PackedLinear and model.output_weight.device.type == "cpu":
+            shelve(packed_layers(with_linears))
+            refresh(with_linears)  # let go of the weights that were copied
     return with_linears
 
 
@@ -290,10 +286,14 @@ def packed_layers(model: nn.Module) -> list[PackedLinear]:
     return [m for m in model.modules() if isinstance(m, PackedLinear)]
 
 
+@torch.no_grad()
 def refresh(model: nn.Module) -> None:
     """Let a decoding copy take the weights of its model as they are now."""
-    for part in (*packed_layers(model), *model.shelves):
-        part.refresh()
+    for layer in model.modules():
+        if isinstance(layer, PackedLinear):
+            layer.refresh()
+        elif isinstance(layer, RMSNorm) and layer.shelf is not None:
+            shelved(layer).copy_(layer.weight)
 
 
 def activate(model: nn.Module) -> None:

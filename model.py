@@ -72,13 +72,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of all tokens so far, in one tensor that is written in place: kv (2 N, n, B, G, S, K) for N
-    layers and n blocks of S places, layer i's keys in kv[2 i], its values in kv[2 i + 1].
+    """Keys and values of all tokens so far, in one tensor that is written in place: kv (2 × layers, n, B, G, S, K) of n
+    blocks of S places, layer i's keys in kv[2 i], its values in kv[2 i + 1].
 
-    Eagerly there is one block for all places. A compiled step reads blocks of 16, as many as the present length needs:
-    what it reads of a layer then lies in memory without gaps, which processors fetch a third faster (measured), and no
-    two lengths in a block differ for it. One tensor and not two for each layer, because every tensor that a compiled
-    step is given costs it a microsecond or more, and so does every length that may change.
+    A decoder that compiles nothing has one block for all places. A compiled step reads blocks of 16, as many as the
+    present length needs: what it reads of a layer then lies in memory without gaps, which processors fetch a third
+    faster (measured), and no two lengths in a block differ for it. One tensor and not two for each layer, because every
+    tensor that a compiled step is given costs it a microsecond or more, and so does every length that may change.
     """
 
     BLOCK = 16
@@ -92,7 +92,7 @@ class KVCache:
         self.places = torch.arange(n * self.size, device=device).view(n, self.size)
         self.kv = self.of_any_length(torch.zeros(2 * config.n_layer, n, batch, config.n_kv_head, self.size,
                                                  config.head_dim, device=device, dtype=dtype), 1)
-        self.spans: dict[int, Tensor] = {}  # of each number of blocks
+        self.spans: dict[int, Tensor] = {}  # those given so far, by number of blocks
 
     def of_any_length(self, tensor: Tensor, dim: int) -> Tensor:
         """Tell the compiler that this dimension may change, so that one graph serves all lengths."""
@@ -114,8 +114,8 @@ class KVCache:
         the compiler would see a write into a part, and copy the whole."""
         kv, device = self.kv, slot.device
         which = torch.arange(2 * layer, 2 * layer + 2, device=device)[:, None]  # keys, values
-        row, size = torch.arange(len(slot), device=device), kv.shape[4]
-        kv[which, slot // size, row, :, slot % size] = torch.stack((k.to(kv.dtype), v.to(kv.dtype)))
+        row = torch.arange(len(slot), device=device)
+        kv[which, slot // self.size, row, :, slot % self.size] = torch.stack((k.to(kv.dtype), v.to(kv.dtype)))
 
     def write_prompt(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Put k and v (B, G, T, K) at the first T places."""

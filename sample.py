@@ -132,10 +132,12 @@ class Decoder:
             refresh(ready)
 
     def model_for(self, rows: int) -> Transformer:
-        """The model with its weights packed for steps of so many rows; run eagerly, a copy serves fewer rows, too."""
+        """The model with its weights packed for steps of so many rows; run eagerly, one copy serves fewer rows, too."""
         rows = rows if self.compile else max((rows, *self.copies))
         if rows not in self.copies:
-            self.copies[rows] = decoding_copy(self.model, self.dtype, rows)
+            if not self.compile:
+                self.copies.clear()
+            self.copies[rows] = decoding_copy(self.model, self.dtype, rows, self.compile)
         activate(self.copies[rows])
         return self.copies[rows]
 
@@ -152,8 +154,9 @@ class Decoder:
     def step(self, rows: int, temperature: float) -> Callable:
         """`sample_step`, compiled once for each number of rows, whatever the length.
 
-        Each has a code object of its own, so that none of torch.compile's guards need be checked at every token: what
-        they would guard is the key below. Calls go through C++, not Python, where the processor is the CPU.
+        Each has a code object of its own, so that on a CPU none of torch.compile's guards need be checked at every
+        token: what they would guard is the key below. (On a GPU they also see to it that indices of 32 bits suffice.)
+        Calls go through C++, not Python, where the processor is the CPU.
         """
         if not self.compile:
             return sample_step
@@ -161,10 +164,11 @@ class Decoder:
         key = (dataclasses.astuple(config), self.dtype, device, rows, temperature, products())
         if key not in self.compiled:
             code = sample_step.__code__.replace(co_name=f"sample_step_{len(self.compiled)}")
-            skip = getattr(torch.compiler, "skip_all_guards_unsafe", None)
-            options = {"guard_filter_fn": skip} if skip else {}
-            if device == "cpu":  # allocate once and not a hundred times, and check no strides, either
-                options |= {"cpp_wrapper": True, "memory_planning": True, "size_asserts": False}
+            options = {}
+            if device == "cpu":  # allocate once and not a hundred times; sizes and strides follow from the key, too
+                options = {"cpp_wrapper": True, "memory_planning": True, "size_asserts": False}
+                if skip := getattr(torch.compiler, "skip_all_guards_unsafe", None):
+                    options["guard_filter_fn"] = skip
             self.compiled[key] = torch.compile(types.FunctionType(code, sample_step.__globals__), options=options)
         return self.compiled[key]
 

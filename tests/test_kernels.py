@@ -151,7 +151,7 @@ def test_int8_is_refused_where_it_would_not_be_used():
 
 def test_a_decoding_copy_shares_the_tensors_and_leaves_the_model_as_it_was():
     model = loud_model()
-    ready = kernels.decoding_copy(model, torch.float32, 4)
+    ready = kernels.decoding_copy(model, torch.float32, 4, compiled=True)
     assert ready.embedding.weight is model.embedding.weight and ready.blocks[0].mlp_norm is not model.blocks[0].mlp_norm
     assert len(kernels.packed_layers(ready)) == 4 * CONFIG.n_layer + 1 and not kernels.packed_layers(model)
     assert model.output is None
@@ -183,6 +183,18 @@ def test_a_compiled_decoder_writes_the_same_with_one_graph_for_all_lengths_and_w
     other = loud_model()  # another model of the same shape shares the graph, not the weights
     fast = generate(other, tokens, mask, 20, seed=9, decoder=Decoder(other, compile=True))
     assert torch.equal(fast.tokens, generate(other, tokens, mask, 20, seed=9).tokens) and graphs() - before == 1
+
+
+@needs_compiler
+def test_compiled_rows_are_refilled_and_dropped_as_eager_ones_are():
+    model, before = loud_model(), graphs()
+    tokens = torch.randint(1, 70, (44, 7), generator=torch.Generator().manual_seed(5))
+    mask = torch.arange(7) >= torch.arange(44)[:, None] % 5  # prompts of 3 to 7 tokens
+    settings = dict(end_id=3, seed=4, batch_size=32)  # 12 prompts wait; below 9 rows, those go on alone
+    fast = generate(model, tokens, mask, 40, decoder=Decoder(model, compile=True), **settings)
+    plain = generate(model, tokens, mask, 40, **settings)
+    assert torch.equal(fast.tokens, plain.tokens) and torch.allclose(fast.logprobs, plain.logprobs, atol=1e-4)
+    assert plain.mask.sum(1).unique().numel() > 5 and graphs() - before == 2  # of 32 rows, and of 8
 
 
 @needs_compiler
