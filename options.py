@@ -68,8 +68,8 @@ def _flags(argv: list[str], known: Callable[[str], dataclasses.Field | None]) ->
         flag, equals, value = word.partition("=")
         name, text = flag[2:].replace("-", "_"), value if equals else None
         field = known(name)
-        if field is not None and text is None and i + 1 < len(argv):
-            is_bool = field.type in (bool, "bool")
+        if text is None and i + 1 < len(argv):  # an unknown name's value, too: it is the name that is wrong
+            is_bool = field is not None and field.type in (bool, "bool")
             following = argv[i + 1]
             if following.lower() in ("true", "false") if is_bool else not following.startswith("--"):
                 text, i = following, i + 1

@@ -47,7 +47,8 @@ def test_a_switch_does_not_swallow_what_follows():
 
 
 @pytest.mark.parametrize("words,message", [
-    (["--kl_coeff=1"], "did you mean --kl_coef"), (["--updates=two"], "--updates: 'two' is not a whole number"),
+    (["--kl_coeff=1"], "did you mean --kl_coef"), (["--kl_coeff", "1"], "did you mean --kl_coef"),
+    (["--updates=two"], "--updates: 'two' is not a whole number"),
     (["--updates=1.5"], "whole number"), (["--updates=0"], "--updates: 0 is out of range: at least 1$"),
     (["--lam=2"], "at least 0 and at most 1"), (["--lam=nan"], "out of range"),
     (["--critic=both"], "not one of separate, shared"), (["--updates"], "value is missing"),
