@@ -68,8 +68,8 @@ class PPOOptions(Common):
                          choices=("separate", "shared"), source="separate in MOSS and N+")
     critic_warmup: int = option(2, "first updates that train the critic alone", smoke=1, source="MOSS-RLHF part I",
                                 low=0)
-    kl_coef: float = option(0.07, "price of one nat away from the reference",
-                            source="MOSS 0.05, swept .05 to .2; N+ 0.05", low=0)
+    kl_coef: float = option(0.09, "price of one nat away from the reference",
+                            source="validation, three seeds; MOSS 0.05, swept .05 to .2; N+ 0.05", low=0)
     kl_estimator: str = option("k1", "estimate of KL in the reward", choices=("k1", "k2", "k3"),
                                source="Schulman 2020; k1 in MOSS, N+")
     kl_control: str = option("fixed", "adaptive steers the coefficient towards --kl_target",
