@@ -431,17 +431,21 @@ def ppo(o: BenchOptions, learning_only: bool = False) -> list[dict]:
         first[setting] = seconds(updates[setting])
     results: dict[tuple, list[dict]] = {setting: [] for setting in settings}
     for _ in range(o.repeats):
-        for setting, work in updates.items():
-            results[setting].append(work())
+        for (critic, dtype, compiled), work in updates.items():
+            row = work()
+            row["bare"], row["GFLOP"] = bare_update(SMALL, critic, TYPES[dtype], work.o, 64)  # in turns: it drifts, too
+            results[critic, dtype, compiled].append(row)
         for flag in theirs if not learning_only else ():
             if line := peer(o, "trl_ppo.py", "1", *flag.split()):
                 theirs[flag].append(line["s_per_update"])
     for (critic, dtype, compiled), rows in results.items():
-        bare, flop = bare_update(SMALL, critic, TYPES[dtype], updates[critic, dtype, compiled].o, 64)
+        flop = rows[0]["GFLOP"]
         row = {"critic": critic, "dtype": dtype, "compiled": compiled,
                **{f"{k}_s": spread([r[k] for r in rows]) for k in ("generate", "score", "train", "total")},
-               "GFLOP": round(flop), "GFLOP_s": spread([flop / r["train"] for r in rows], 0), "bare_s": round(bare, 2),
-               "share": spread([bare / r["train"] for r in rows]), "first_s": round(first[critic, dtype, compiled], 1),
+               "GFLOP": round(flop), "GFLOP_s": spread([flop / r["train"] for r in rows], 0),
+               "bare_s": spread([r["bare"] for r in rows]),
+               "share": ratio([r["bare"] for r in rows], [r["train"] for r in rows]),
+               "first_s": round(first[critic, dtype, compiled], 1),
                "sampler_gap": f"{rows[-1]['sampler_gap']:.1e}"}
         for flag, label in (("", "TRL_float32"), ("--bf16", "TRL_bf16")):
             if theirs[flag]:
