@@ -192,7 +192,7 @@ def shelved(layer: nn.Module) -> Tensor:
 class PackedLinear(nn.Module):
     """What stands in a decoder for a Linear layer: the same product in `dtype`, for steps of `rows` rows."""
 
-    shelf: Tensor | None = None  # see `shelve`; on a CPU, where a compiled step is one row
+    shelf: Tensor | None = None  # see `shelve`; there is one on a CPU, where a compiled step is of one row
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int, number: int):
         super().__init__()
@@ -201,9 +201,8 @@ class PackedLinear(nn.Module):
 
     def refresh(self) -> None:
         """Take the weight as it is now."""
-        self.weight = self.source[0].detach().to(self.dtype)
-        if self.shelf is not None:
-            self.weight = shelved(self).copy_(self.weight)
+        weight = self.source[0].detach()
+        self.weight = weight.to(self.dtype) if self.shelf is None else shelved(self).copy_(weight)
         self.packed = _pack(self.weight, self.rows)
         self.opaque = self.packed is not None
 
