@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if _onednn is not None else None
@@ -298,6 +299,23 @@ def refresh(model: nn.Module) -> None:
 def activate(model: nn.Module) -> None:
     """From now on packed products are those of this decoding copy."""
     _packed[:] = [layer.packed for layer in packed_layers(model)]
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+NUMBERS_AT_ONCE = 2**26  # a quarter of a GiB in float32
+
+
+def in_pieces(function: Callable[..., tuple[Tensor, ...]], numbers: int, *rows: Tensor) -> tuple[Tensor, ...]:
+    """function(*rows), where the function treats each row by itself and holds so many numbers for each in between.
+    Above NUMBERS_AT_ONCE in all, one piece of the rows is done after another, and a backward computes each piece anew,
+    so that they are never all held at once: that costs the time of one more forward."""
+    size = max(1, NUMBERS_AT_ONCE // numbers)
+    if len(rows[0]) <= size:
+        return function(*rows)
+    parts = [checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False)
+             for piece in zip(*(x.split(size) for x in rows), strict=True)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 # ---- whether to compile ----------------------------------------------------------------------------------------------

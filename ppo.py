@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batches import key, pad_left
-from kernels import linear
+from kernels import in_pieces, linear
 from model import Transformer, log_softmax, precision
 from options import Common, UserError, option
 from reward import RewardModel
@@ -380,12 +380,15 @@ def score_tokens(model: Transformer, hidden: Tensor, targets: Tensor, temperatur
     """hidden (N, D), targets (N,) -> log-probability of each target and entropy of each distribution, (N,) in nats.
 
     The logits are computed in float32 whatever the trunk's precision: a bfloat16 logit of 10 is rounded by up to 0.03,
-    as much as one update moves it.
+    as much as one update moves it. Of a large vocabulary they are never there for all N tokens at once.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
-        logps = log_softmax(model.head(hidden.float()), temperature)  # (N, V)
-    of_entropy = logps if train_entropy else logps.detach()
-    return logps.gather(1, targets[:, None])[:, 0], -(of_entropy.exp() * of_entropy).sum(1)
+    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            logps = log_softmax(model.head(hidden.float()), temperature)  # (N, V)
+        of_entropy = logps if train_entropy else logps.detach()
+        return logps.gather(1, targets[:, None])[:, 0], -(of_entropy.exp() * of_entropy).sum(1)
+
+    return in_pieces(score, len(model.output_weight), hidden, targets)
 
 
 # ---- the buffer ------------------------------------------------------------------------------------------------------
@@ -451,13 +454,12 @@ def collect_rollout(actor_critic: ActorCritic, reference: Transformer, reward_mo
     for index in rollout.by_length(torch.arange(len(prompts), device=device), o.micro_batch):
         rows, response = rollout.rows(index), reply.mask[index]
         with precision(dtype, device.type):
-            logprobs, entropy, values = actor_critic(rows, o.temperature)
-            ref_logprobs, _ = score_tokens(reference, reference.hidden(rows.tokens, where=rows.before), rows.targets,
-                                           o.temperature)
+            flat = dict(zip(("logprobs", "entropy", "values"), actor_critic(rows, o.temperature), strict=True))
+            flat["ref_logprobs"], _ = score_tokens(reference, reference.hidden(rows.tokens, where=rows.before),
+                                                   rows.targets, o.temperature)
             rollout.raw_scores[index] = reward_model(rows.tokens, rows.real, rows.reply)
-        for name, flat in (("logprobs", logprobs), ("ref_logprobs", ref_logprobs), ("entropy", entropy),
-                           ("values", values)):
-            getattr(rollout, name)[index] = spread(flat, response)
+        for name, x in flat.items():
+            getattr(rollout, name)[index] = spread(x, response)
     rollout.scores = shape_scores(rollout.raw_scores, rollout.ended, o, reward_model, moments)
     chain = compiled_advantages() if decoder is not None and decoder.compile else advantages_of
     rollout.rewards, rollout.advantages, rollout.returns = chain(

@@ -6,13 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from model import ModelConfig, Transformer, log_softmax, precision
 from options import UserError, parse
 from ppo import (ActorCritic, KLController, PPOOptions, Rollout, RunningMoments, collect_rollout, gae,
-                 kl_estimate, make_rows, masked_mean, ppo_loss, rollout_metrics, shape_scores, spread, token_rewards,
-                 update, whiten)
+                 kl_estimate, make_rows, masked_mean, ppo_loss, rollout_metrics, score_tokens, shape_scores, spread,
+                 token_rewards, update, whiten)
 from reward import RewardConfig, RewardModel, critic_from
 from sample import Decoder
 
@@ -570,6 +571,36 @@ def test_logits_and_values_are_float32_under_autocast():
     head = nets[0].critic.score_head
     assert torch.allclose(logprobs, expected, atol=1e-5)
     assert torch.allclose(values, (critic @ head.weight.T + head.bias)[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("train_entropy", [False, True])
+def test_a_large_vocabularys_logits_are_never_there_at_once(monkeypatch, train_entropy):
+    model, n = Transformer(ModelConfig(**SHAPE)), 21
+    hidden, targets = torch.randn(n, 16), torch.randint(40, (n,))
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
+            return out
+
+    def scored():
+        x = hidden.clone().requires_grad_()
+        sizes.clear()
+        with Watch():
+            logprobs, entropy = score_tokens(model, x, targets, 0.7, train_entropy)
+            loss = (logprobs * logprobs).sum() + (entropy.sum() if train_entropy else 0)
+            found = torch.autograd.grad(loss, [x, model.output_weight])
+        return [logprobs, entropy, *found], max(sizes)
+
+    whole, largest = scored()
+    assert largest == n * 40  # the watch sees what it is for
+    monkeypatch.setattr(kernels, "NUMBERS_AT_ONCE", 5 * 40)  # 4 pieces of 5, and a last one
+    in_parts, largest = scored()
+    assert largest <= 40 * 16  # the weight and its gradient; a piece's logits are fewer
+    for a, b in zip(whole, in_parts, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
