@@ -94,10 +94,7 @@ class Run:
         self.started, self.seconds_before, self.state = time.perf_counter(), 0.0, {}
         self.last_step = self.started
         self.finished = False
-        if o.fresh:
-            for name in ("config.json", "checkpoint.pt", "metrics.jsonl", "samples.jsonl"):  # config.json says finished
-                (self.folder / name).unlink(missing_ok=True)
-        old = read_config(self.folder)
+        old = None if o.fresh else read_config(self.folder)
         self.settings = {k: v for k, v in as_dict(o).items() if k not in self.NOT_COMPARED}
         if old is not None:
             self._compare(old)
@@ -110,6 +107,8 @@ class Run:
             self.model, self.tokenizer, self.state = load_checkpoint(self.folder, "cpu", cls)
             self.seconds_before = self.state["seconds"]
         self.device = pick_device(o.device)
+        if self.device != "cpu" and getattr(o, "rollout_dtype", "") == "int8":
+            raise UserError(f"--rollout_dtype int8 is for a CPU: on {self.device} use bfloat16")
         self.dtype, why = self.state.get("dtype"), "as in the checkpoint"
         if self.dtype is None:
             self.dtype, why = pick_dtype(o.dtype, self.device, width)
@@ -125,6 +124,9 @@ class Run:
         if self.compile == "on":
             self.decide_compile(0)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if o.fresh:  # only now: had anything been wrong, the old run would still be there
+            for name in ("config.json", "checkpoint.pt", "metrics.jsonl", "samples.jsonl"):  # config.json says finished
+                (self.folder / name).unlink(missing_ok=True)
         self._trim("metrics.jsonl")
         self._trim("samples.jsonl")
         self.write_config()

@@ -409,3 +409,12 @@ def test_fresh_killed_halfway_does_not_look_finished(command):
     run = train.train_ppo(command(*words))
     (run.folder / "checkpoint.pt").unlink()
     assert not Run("ppo", command(*words, "--resume"), run.parents, run.data, 32).finished
+
+
+def test_fresh_with_something_wrong_keeps_the_old_run(command, monkeypatch):
+    run = train.STAGE_FUNCTIONS["pretrain"](command("pretrain", "--steps=2"))
+    before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="sees no such device"):
+        train.STAGE_FUNCTIONS["pretrain"](command("pretrain", "--steps=2", "--fresh", "--device=cuda"))
+    assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
