@@ -412,9 +412,9 @@ def test_fresh_killed_halfway_does_not_look_finished(command):
 
 
 def test_fresh_with_something_wrong_keeps_the_old_run(command, monkeypatch):
-    run = train.STAGE_FUNCTIONS["pretrain"](command("pretrain", "--steps=2"))
+    run = train.STAGE_FUNCTIONS["sft"](command("sft", "--epochs=1"))
     before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="sees no such device"):
-        train.STAGE_FUNCTIONS["pretrain"](command("pretrain", "--steps=2", "--fresh", "--device=cuda"))
+        train.STAGE_FUNCTIONS["sft"](command("sft", "--epochs=1", "--fresh", "--device=cuda"))
     assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
