@@ -262,7 +262,7 @@ def policy_table(policies: dict[str, Transformer], reference: Transformer, token
                  seed: int = 12345) -> tuple[list[dict], dict[str, list[dict]]]:
     """The rows of the report's table, and every policy's replies: the same held-out openings and random numbers for
     each, and distinct-2 over the same number of bigrams."""
-    room = min(m.config.max_len for m in (reference, reward_model) if m is not None) - reply_len
+    room = min(m.config.max_len for m in (*policies.values(), reference, reward_model) if m is not None) - reply_len
     prompts = [r["prompt"] for r in fitting(data.records("ppo", split), tokenizer, data.template, room)][:n_prompts]
     judge = ngram_classifier(data, "judge") if data.has("judge") else None
     table_rows, replies, tokens = [], {}, []

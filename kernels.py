@@ -7,7 +7,6 @@ oneDNN operators are private to PyTorch: where one is missing, `F.linear` is use
 """
 import copy
 import functools
-import itertools
 import math
 import os
 import shutil
@@ -195,9 +194,11 @@ class PackedLinear(nn.Module):
 
     shelf: Tensor | None = None  # see `shelve`; there is one on a CPU, where a compiled step is of one row
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int, number: int):
+    number = 0  # of its packed weight, in the list above
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int):
         super().__init__()
-        self.source, self.dtype, self.rows, self.number, self.n_out = [weight], dtype, rows, number, weight.shape[0]
+        self.source, self.dtype, self.rows, self.n_out = [weight], dtype, rows, weight.shape[0]
         self.refresh()
 
     def refresh(self) -> None:
@@ -267,13 +268,14 @@ def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int, compiled: boo
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     with_linears = copy.deepcopy(model, shared)
     vars(with_linears).pop("trunk", None)  # a compiled one would be the model's own
-    numbers = itertools.count()
     for parent in list(with_linears.modules()):
         for name, child in parent.named_children():
             if isinstance(child, Linear):
-                setattr(parent, name, pack(child.weight, dtype, rows, next(numbers)))
+                setattr(parent, name, pack(child.weight, dtype, rows))
     if with_linears.output is None:
-        with_linears.output = pack(model.output_weight, dtype, rows, next(numbers))
+        with_linears.output = pack(model.output_weight, dtype, rows)
+    for number, layer in enumerate(packed_layers(with_linears)):  # in the order of `activate`
+        layer.number = number
     if compiled:
         shelve([m for m in with_linears.modules() if isinstance(m, RMSNorm)])
         if rows == 1 and pack is PackedLinear and model.output_weight.device.type == "cpu":
@@ -303,14 +305,14 @@ def activate(model: nn.Module) -> None:
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
-NUMBERS_AT_ONCE = 2**26  # a quarter of a GiB in float32
+NUMBERS_AT_ONCE = {"cpu": 2**26}  # in float32 a quarter of a GiB for each array of them; elsewhere four times that
 
 
 def in_pieces(function: Callable[..., tuple[Tensor, ...]], numbers: int, *rows: Tensor) -> tuple[Tensor, ...]:
     """function(*rows), where the function treats each row by itself and holds so many numbers for each in between.
     Above NUMBERS_AT_ONCE in all, one piece of the rows is done after another, and a backward computes each piece anew,
     so that they are never all held at once: that costs the time of one more forward."""
-    size = max(1, NUMBERS_AT_ONCE // numbers)
+    size = max(1, NUMBERS_AT_ONCE.get(rows[0].device.type, 2**28) // numbers)
     if len(rows[0]) <= size:
         return function(*rows)
     parts = [checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False)

@@ -243,7 +243,7 @@ class Learning(Common):
     weight_decay: float = option(0.0, "decoupled weight decay of block matrices", source="Loshchilov 2019", low=0)
     warmup: float = option(0.03, "share of the steps over which the learning rate rises", low=0, high=1)
     decay: float = option(0.4, "share of the steps, the last ones, over which it falls to 0", low=0, high=1)
-    clip: float = option(1.0, "largest gradient norm", low=0)
+    clip: float = option(1.0, "largest gradient norm; 0: any", low=0)
     log_every: int = option(10, "steps between lines of metrics.jsonl", low=1)
 
     def check(self) -> None:

@@ -14,6 +14,7 @@ exist, and whatever stands there changes nothing.
 """
 import dataclasses
 import functools
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -85,7 +86,7 @@ class PPOOptions(Common):
     value_coef: float = option(0.1, "weight of the value loss beside the policy's, where they share a trunk; of a "
                                     "separate critic Adam divides it out again", source="N+", low=0)
     entropy_coef: float = option(0.0, "entropy bonus", source="MOSS: not recommended")
-    max_grad_norm: float = option(1.0, "gradient norm at most, for policy and critic each", low=0)
+    max_grad_norm: float = option(1.0, "gradient norm at most, for policy and critic each; 0: any", low=0)
     reward_norm: str = option("auto", "fixed: the checkpoint's mean and spread; running: divided by the running spread "
                               "too; for reward models trained on labels, whose raw scores are log-odds, also "
                               "logsigmoid: log P(liked), and sigmoid: 2 P(liked) − 1; auto: logsigmoid for these, "
@@ -116,6 +117,8 @@ class PPOOptions(Common):
         super().check()
         if self.kl_control == "fixed":
             self.refuse("kl_target", "kl_horizon", why="with --kl_control fixed")
+        elif self.kl_coef == 0:
+            raise UserError("ppo: adaptive control multiplies --kl_coef: from 0 it would never move")
         if self.critic_warmup >= self.updates:
             raise UserError(f"ppo: the first {self.critic_warmup} updates train the critic alone (--critic_warmup), so "
                             f"with --updates {self.updates} the policy would never learn: change one of them")
@@ -175,13 +178,10 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
     k3 = exp(−d) − 1 + d (unbiased and never negative).
     """
     d = logprobs.float() - ref_logprobs.float()
-    if kind == "k1":
-        return d
-    if kind == "k2":
-        return d * d / 2
-    if kind == "k3":
-        return torch.expm1(-d) + d
-    raise UserError(f"unknown KL estimator {kind!r}: use k1, k2 or k3")
+    estimates = {"k1": d, "k2": d * d / 2, "k3": torch.expm1(-d) + d}
+    if kind not in estimates:
+        raise UserError(f"unknown KL estimator {kind!r}: use k1, k2 or k3")
+    return estimates[kind]
 
 
 def shape_scores(raw: Tensor, ended: Tensor, o: PPOOptions, reward_model: RewardModel,
@@ -281,7 +281,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     delta[:, :-1].add_(values[:, 1:], alpha=gamma)
     if R % size:
         delta = nn.functional.pad(delta, (0, n * size - R))
-    blocks = delta.view(B * n, size)
+    blocks = delta.reshape(B * n, size)
     if n > 1:
         # Each block's own A at its first column -> γλ times the A that follows each block.
         blocks[:, -1].add_(((blocks @ within[0]).view(B, n) @ across).flatten())
@@ -545,14 +545,11 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
     it.
     """
     start, device, warming_up = time.perf_counter(), rollout.tokens.device, not train_policy
-    policy_parameters, critic_parameters = list(actor_critic.policy.parameters()), actor_critic.critic_parameters()
-    groups = {"policy": policy_parameters, "critic": critic_parameters}
+    groups = {"policy": list(actor_critic.policy.parameters()), "critic": actor_critic.critic_parameters()}
     totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
     tokens = policy_tokens = 0
     norms: dict[str, list[Tensor]] = defaultdict(list)
     ratio_start, skipped = None, 0
-    weights = dict(clip_range=o.clip_range, value_clip=o.value_clip, value_coef=o.value_coef,
-                   entropy_coef=o.entropy_coef)
 
     def losses(index: Tensor, n: Tensor, policy: bool):
         rows, mask = rollout.rows(index), rollout.response_mask[index]
@@ -560,7 +557,8 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             flat = actor_critic(rows, o.temperature, policy, o.entropy_coef != 0)
         logprobs, entropy, values = (spread(x, mask) for x in flat)
         return ppo_loss(logprobs, rollout.logprobs[index], rollout.advantages[index], values, rollout.values[index],
-                        rollout.returns[index], entropy, mask, n_tokens=n, **weights)
+                        rollout.returns[index], entropy, mask, n_tokens=n, clip_range=o.clip_range,
+                        value_clip=o.value_clip, value_coef=o.value_coef, entropy_coef=o.entropy_coef)
 
     for epoch in range(o.epochs):
         rng = np.random.default_rng(key(o.seed, "ppo", "minibatch", step, epoch))
@@ -570,9 +568,10 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             pieces = rollout.by_length(minibatch, o.micro_batch)
             if train_policy and o.max_approx_kl > 0:
                 with torch.no_grad():
-                    approx_kl = sum(losses(piece, n, True)[1]["approx_kl"] for piece in pieces)
-                if approx_kl > o.max_approx_kl:
-                    train_policy = False
+                    found = [losses(piece, n, True)[1] for piece in pieces]
+                approx_kl, abs_log_ratio = (sum(x[name] for x in found) for name in ("approx_kl", "abs_log_ratio"))
+                train_policy = not approx_kl > o.max_approx_kl
+                ratio_start = float(abs_log_ratio) if ratio_start is None else ratio_start
             skipped += not (train_policy or warming_up)
             optimizer.zero_grad(set_to_none=True)
             parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
@@ -581,7 +580,7 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
                 loss.backward()
                 for name, x in metrics.items():
                     parts[name] = parts[name] + x
-            found = {f"{name}_grad_norm": nn.utils.clip_grad_norm_(parameters, o.max_grad_norm)
+            found = {f"{name}_grad_norm": nn.utils.clip_grad_norm_(parameters, o.max_grad_norm or math.inf)
                      for name, parameters in groups.items() if name == "critic" or train_policy}
             if not torch.isfinite(parts["policy_loss"] + parts["value_loss"] + sum(found.values())):
                 said = {name: float(x) for name, x in (parts | found).items() if name.endswith(("_loss", "_norm"))}

@@ -130,6 +130,8 @@ class Decoder:
         """Take the model's weights as they are now."""
         for ready in self.copies.values():
             refresh(ready)
+        if self.room_for is not None:
+            self.room.kv.zero_()  # had weights been NaN, what they left here would count for 0 · NaN
 
     def model_for(self, rows: int) -> Transformer:
         """The model with its weights packed for steps of so many rows; run eagerly, one copy serves fewer rows, too."""
@@ -161,7 +163,8 @@ class Decoder:
         if not self.compile:
             return sample_step
         config, device = self.model.config, self.model.embedding.weight.device.type
-        key = (dataclasses.astuple(config), self.dtype, device, rows, temperature, products())
+        key = (dataclasses.astuple(config), self.dtype, self.model.embedding.weight.dtype, device, rows, temperature,
+               products())
         if key not in self.compiled:
             code = sample_step.__code__.replace(co_name=f"sample_step_{len(self.compiled)}")
             options = {}
@@ -192,13 +195,13 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
     """Continue each prompt by up to max_new_tokens tokens.
 
     tokens (B, P) int64 and mask (B, P) bool: left-padded prompts. temperature 0 is greedy. logprobs belong to the
-    distribution drawn from (greedy: the unfiltered one). rows (B,): global row numbers, by default 0…B−1; reply b uses
-    the uniform numbers of (seed, rows[b]) only. batch_size: at most so many replies are written at a time; where one
-    ends, the next prompt takes its place (continuous batching). dtype "bfloat16": matrix products and the cache in
-    bfloat16; "int8": weights rounded to 8 bits besides (kernels.Int8Linear; on a CPU). suppress: ids never to be
-    written. decoder: one kept from an earlier call, which then decides the dtype. on_token(rows, tokens) is called
-    after each step with the indices of the rows still being written. Raises UserError where prompt and reply exceed the
-    model's max_len.
+    distribution drawn from (greedy: to that at temperature 1, after the repetition penalty and `suppress`). rows (B,):
+    global row numbers, by default 0…B−1; reply b uses the uniform numbers of (seed, rows[b]) only. batch_size: at most
+    so many replies are written at a time; where one ends, the next prompt takes its place (continuous batching). dtype
+    "bfloat16": matrix products and the cache in bfloat16; "int8": weights rounded to 8 bits besides
+    (kernels.Int8Linear; on a CPU). suppress: ids never to be written. decoder: one kept from an earlier call for this
+    model, which then decides the dtype. on_token(rows, tokens) is called after each step with the indices of the rows
+    still being written. Raises UserError where prompt and reply exceed the model's max_len.
     """
     n, P = tokens.shape
     R, device = max_new_tokens, tokens.device
@@ -210,6 +213,8 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
     if model.training and model.config.dropout:
         raise ValueError("generate: dropout is on; call model.eval() first")
     decoder = decoder or Decoder(model, dtype)
+    if decoder.model is not model:
+        raise ValueError("generate: this decoder was made for another model, and would write with that")
     first = int(mask.any(0).int().argmax())  # columns that are padding in every row
     tokens, mask, P = tokens[:, first:], mask[:, first:], P - first
     u = uniform_numbers(seed, range(n) if rows is None else rows, R).to(device) if temperature > 0 else None
@@ -245,6 +250,7 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
         out.tokens[where], out.mask[where], out.logprobs[where] = columns[real], True, logprobs[real]
         if on_token is not None:
             on_token(index[at][real[:, 0]], columns[:, 0][real[:, 0]])
+            activate(ready)  # it may have let another model write
         written[at] += k
         running[at] &= ~(is_end & real).any(1) & (written[at] < R)
 

@@ -125,7 +125,7 @@ def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterat
                 loss.backward()
                 total += float(loss.detach())
                 tokens += n
-            norm = float(nn.utils.clip_grad_norm_(model.parameters(), o.clip))
+            norm = float(nn.utils.clip_grad_norm_(model.parameters(), o.clip or math.inf))
             if not math.isfinite(total + norm):
                 saved = step >= o.save_every or run.state
                 kept = "the last good checkpoint is kept" if saved else "nothing was saved yet"
@@ -332,7 +332,8 @@ def train_reward(o: RewardOptions) -> Run:
         yield loss, int(real.sum())
 
     def measure(step: int, subset: int = 600) -> dict[str, float]:
-        return reward_measures(model, val[:subset], kind, render, run)
+        some = rows_at(len(val), min(subset, len(val)), 0, o.seed, "reward")  # not the first: a file may be sorted
+        return reward_measures(model, [val[i] for i in some], kind, render, run)
 
     last = fit(run, model, n_steps, losses, measure)
     if kind == "label":  # on validation; the test texts are scored once, by the report
@@ -344,9 +345,8 @@ def train_reward(o: RewardOptions) -> Run:
     ids = [prompt_ids(tokenizer, prompts[i]["prompt"], data.template) for i in chosen]
     replies = reply_to(policy, tokenizer, ids, o.reply_len, temperature=o.temperature, batch_size=128,
                        seed=key(o.seed, "reward", "reply"))
-    flags = [[False] * len(p) + [True] * int(m.sum()) for p, m in zip(ids, replies.mask, strict=True)]
     written = [t[m].tolist() for t, m in zip(replies.tokens, replies.mask, strict=True)]
-    rows = [(p + w, f) for p, w, f in zip(ids, written, flags, strict=True)]
+    rows = [(p + w, [False] * len(p) + [True] * len(w)) for p, w in zip(ids, written, strict=True)]
     raw = torch.from_numpy(model.score_rows(rows, run.dtype))
     model.set_normalisation(raw)
     texts = reply_texts(tokenizer, replies.tokens, replies.mask)
@@ -368,8 +368,8 @@ def reward_measures(model: RewardModel, records: list[dict], kind: str, render: 
     if kind == "regression":
         return {"val_correlation": float(np.corrcoef(scores, [r["score"] for r in records])[0, 1])}
     labels = np.array([r["label"] for r in records])
-    probs = 1 / (1 + np.exp(-scores))
-    return {"val_auc": evaluate.auc(scores, labels), "val_accuracy": evaluate.accuracy(probs, labels)}
+    found = {"val_accuracy": evaluate.accuracy(1 / (1 + np.exp(-scores)), labels)}
+    return found if labels.min() == labels.max() else {"val_auc": evaluate.auc(scores, labels), **found}
 
 
 # ---- stage 4: PPO ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
 """Fast paths compute what the plain ones do, and say so where they cannot run."""
+import copy
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, token_logprobs
 from optimizers import Muon, orthogonal
 from options import UserError
 from sample import Decoder, generate
@@ -33,8 +35,8 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def loud_model() -> Transformer:
-    model = Transformer(CONFIG)
+def loud_model(**changes) -> Transformer:
+    model = Transformer(dataclasses.replace(CONFIG, **changes))
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2:
@@ -99,7 +101,7 @@ def test_products_are_not_chosen_where_there_is_nothing_to_gain():
 def test_packed_products_equal_plain_ones_and_follow_the_weights(products, rows, dtype):
     kernels.use_products(products)
     weight = nn.Parameter(noise(24, 16))
-    layer, x = kernels.PackedLinear(weight, dtype, rows, 0), noise(rows, 1, 16, seed=3)
+    layer, x = kernels.PackedLinear(weight, dtype, rows), noise(rows, 1, 16, seed=3)
     try:
         for _ in range(2):
             kernels._packed[:] = [layer.packed]
@@ -122,7 +124,7 @@ def test_products_in_int8_are_plain_ones_but_for_rounding_and_follow_the_weights
     with torch.no_grad():
         weight[3] = 0
         weight[:, 5] *= 5  # an outlier sets the step of its row
-    layer, x = kernels.Int8Linear(weight, torch.bfloat16, rows, 0), noise(rows, 1, width, seed=3)
+    layer, x = kernels.Int8Linear(weight, torch.bfloat16, rows), noise(rows, 1, width, seed=3)
     for _ in range(2):
         kernels._packed[:] = [layer.packed]
         for inputs, error in ((x, 0.02), (x.repeat(1, 5, 1), 0.006)):  # a step's rows, and a prompt's
@@ -157,6 +159,22 @@ def test_a_decoding_copy_shares_the_tensors_and_leaves_the_model_as_it_was():
     assert model.output is None
 
 
+@pytest.mark.parametrize("products", ["aten", "onednn"])
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_each_layer_of_a_decoder_finds_its_own_weight(products, rows, dtype, tied):
+    model = loud_model(tied=tied)
+    tokens = torch.randint(1, 70, (rows, 6), generator=torch.Generator().manual_seed(0))
+    kernels.use_products(products)
+    try:
+        out = generate(model, tokens, torch.ones_like(tokens).bool(), 12, dtype=dtype)
+    finally:
+        kernels.use_products("aten")
+    expected = token_logprobs(model(torch.cat((tokens, out.tokens), 1))[:, 5:-1], out.tokens)
+    assert (out.logprobs - expected).abs().mean() < {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.06}[dtype]
+
+
 # ---- writing: compiled equals eager ----------------------------------------------------------------------------------
 
 def graphs() -> int:
@@ -183,6 +201,18 @@ def test_a_compiled_decoder_writes_the_same_with_one_graph_for_all_lengths_and_w
     other = loud_model()  # another model of the same shape shares the graph, not the weights
     fast = generate(other, tokens, mask, 20, seed=9, decoder=Decoder(other, compile=True))
     assert torch.equal(fast.tokens, generate(other, tokens, mask, 20, seed=9).tokens) and graphs() - before == 1
+
+
+@needs_compiler
+def test_weights_of_another_type_are_another_step():
+    """On a CPU no guard would notice that the graph of float32 norms is given bfloat16 ones."""
+    model, tokens = loud_model(), torch.randint(1, 70, (3, 5), generator=torch.Generator().manual_seed(0))
+    settings = dict(seed=1, mask=torch.ones(3, 5, dtype=torch.bool), max_new_tokens=16)
+    generate(model, tokens, decoder=Decoder(model, "bfloat16", compile=True), **settings)
+    half = copy.deepcopy(model).bfloat16()
+    fast = generate(half, tokens, decoder=Decoder(half, compile=True), **settings)
+    gap = fast.logprobs - token_logprobs(half(torch.cat((tokens, fast.tokens), 1))[:, 4:-1], fast.tokens)
+    assert gap.abs().mean() < 0.1
 
 
 @needs_compiler

@@ -61,6 +61,12 @@ def test_blocked_gae_equals_the_loop_on_ragged_rows(R, gamma, lam):
     assert torch.allclose(returns.double(), torch.where(mask, expected + values, 0), atol=1e-4)
 
 
+def test_gae_takes_tensors_however_they_lie():
+    rewards, values, mask = torch.randn(64, 4).t(), torch.randn(64, 4).t(), torch.ones(4, 64).bool()
+    for a, b in zip(gae(rewards, values, mask), gae(rewards.contiguous(), values.contiguous(), mask), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("d,k1,k2,k3", [(.5, .5, .125, .106531), (-1, -1, .5, .718282)])
 def test_kl_estimators_at_known_values(d, k1, k2, k3):
     found = [float(kl_estimate(torch.tensor([d]), torch.tensor([0.0]), kind)) for kind in ("k1", "k2", "k3")]
@@ -440,6 +446,22 @@ def test_too_large_a_kl_skips_the_step_and_adams_momentum():
                              if p in optimizer.state} == {3}
 
 
+def test_a_first_ratio_that_is_not_one_is_told_even_where_it_ends_the_policys_part():
+    nets, o = networks(), options(temperature=.5, max_approx_kl=1e-3)
+    found = update(nets[0], optimizer_of(nets[0]), rollout_of(nets, options()), o, 1)
+    assert found["skipped_minibatches"] == o.epochs * o.minibatches and found["ratio_start"] > 1e-2
+
+
+def test_a_largest_gradient_norm_of_0_limits_nothing():
+    moved = []
+    for norm in (0.0, 1e9):
+        nets, o = networks(), options(max_grad_norm=norm)
+        update(nets[0], optimizer_of(nets[0]), rollout_of(nets, o), o, 0)
+        moved.append(nets[0].state_dict())
+    assert all(torch.equal(moved[0][name], moved[1][name]) for name in moved[0])
+    assert not torch.equal(moved[0]["policy.embedding.weight"], networks()[0].policy.embedding.weight)
+
+
 def test_a_loss_that_is_not_finite_stops_before_any_step():
     nets, o = networks(), options()
     rollout = rollout_of(nets, o)
@@ -596,7 +618,7 @@ def test_a_large_vocabularys_logits_are_never_there_at_once(monkeypatch, train_e
 
     whole, largest = scored()
     assert largest == n * 40  # the watch sees what it is for
-    monkeypatch.setattr(kernels, "NUMBERS_AT_ONCE", 5 * 40)  # 4 pieces of 5, and a last one
+    monkeypatch.setitem(kernels.NUMBERS_AT_ONCE, "cpu", 5 * 40)  # 4 pieces of 5, and a last one
     in_parts, largest = scored()
     assert largest <= 40 * 16  # the weight and its gradient; a piece's logits are fewer
     for a, b in zip(whole, in_parts, strict=True):

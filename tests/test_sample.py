@@ -1,5 +1,6 @@
 """Sampling: what is drawn follows the stated distribution, from the stated random numbers, whatever shares the
 batch."""
+import copy
 import dataclasses
 
 import numpy as np
@@ -208,6 +209,37 @@ def test_tokens_are_announced_as_they_are_written(model):
                    on_token=lambda rows, new: [said[r].append(n) for r, n in zip(rows.tolist(), new.tolist(),
                                                                                   strict=True)])
     assert all(said[i] == out.tokens[i, out.mask[i]].tolist() for i in range(6))
+
+
+def test_another_model_may_write_in_between(model):
+    tokens, mask = prompts([4, 6])
+    expected = generate(model, tokens, mask, 10, dtype="bfloat16")  # its weights are packed
+    other = Transformer(CONFIG)
+    found = generate(model, tokens, mask, 10, dtype="bfloat16",
+                     on_token=lambda rows, new: generate(other, tokens[:1], mask[:1], 2, dtype="bfloat16"))
+    assert torch.equal(found.tokens, expected.tokens)
+
+
+def test_a_decoder_of_another_model_is_refused(model):
+    with pytest.raises(ValueError, match="another model"):
+        generate(model, *prompts([3]), 4, decoder=Decoder(Transformer(CONFIG)))
+
+
+def test_what_weights_gone_wrong_left_in_the_cache_is_forgotten(model):
+    """A row that took another's place reads, masked, places that only older calls have written."""
+    model, (tokens, mask) = copy.deepcopy(model), prompts([4, 6, 2] * 6)
+    plain = generate(model, tokens, mask, 20)
+    settings = dict(end_id=int(plain.tokens.flatten().bincount().argmax()), batch_size=3)
+    expected, good = generate(model, tokens, mask, 20, **settings), copy.deepcopy(model.state_dict())
+    decoder = Decoder(model)
+    with torch.no_grad():
+        model.embedding.weight.fill_(torch.nan)
+    decoder.refresh()
+    assert generate(model, tokens, mask, 20, batch_size=3, decoder=decoder).logprobs.isnan().any()
+    model.load_state_dict(good)
+    decoder.refresh()
+    found = generate(model, tokens, mask, 20, decoder=decoder, **settings)
+    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.logprobs, expected.logprobs)
 
 
 def test_dropout_is_refused_while_sampling():

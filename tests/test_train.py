@@ -135,11 +135,13 @@ def test_pretraining_validation_counts_real_targets_and_bits(first_step, world):
 def test_reward_validation_reads_probabilities_and_the_order_of_pairs(world, monkeypatch):
     model = load_checkpoint(world.root / "reward", cls=RewardModel)[0]
     render = dict(tokenizer=world.data.tokenizer, template="{prompt}", max_len=99)
-    given = iter([np.array([.2, -.1]), np.array([2., 1, 0]), np.array([1., 0, 3])])
+    given = iter([np.array([.2, -.1]), np.array([.2, -.1]), np.array([2., 1, 0]), np.array([1., 0, 3])])
     monkeypatch.setattr(RewardModel, "score_rows", lambda *a, **k: next(given))
     run = types.SimpleNamespace(dtype="float32")
     rated = [{"prompt": "a", "response": "b", "label": y} for y in (1, 0)]
     assert train.reward_measures(model, rated, "label", render, run)["val_accuracy"] == 1  # no score is above one half
+    alike = [{**r, "label": 1} for r in rated]
+    assert train.reward_measures(model, alike, "label", render, run) == {"val_accuracy": .5}  # nothing to rank
     pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3
     assert train.reward_measures(model, pairs, "pairwise", render, run)["val_accuracy"] == pytest.approx(2 / 3)
 
@@ -418,3 +420,23 @@ def test_fresh_with_something_wrong_keeps_the_old_run(command, monkeypatch):
     with pytest.raises(UserError, match="sees no such device"):
         train.STAGE_FUNCTIONS["sft"](command("sft", "--epochs=1", "--fresh", "--device=cuda"))
     assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
+
+
+def test_the_reward_model_is_measured_on_records_drawn_from_all(command, world, monkeypatch):
+    """The file of somebody's own may be sorted, and only some of it is looked at."""
+    seen, records = [], world.data.records
+    some = records("reward", "val")
+    many = [{**some[0], "label": int(i >= 700), "number": i} for i in range(1400)]
+    monkeypatch.setattr(world.data, "records", lambda stage, split: many if (stage, split) == ("reward", "val")
+                        else records(stage, split))
+    monkeypatch.setattr(train, "reward_measures", lambda model, rows, *a: seen.append(rows) or {})
+
+    def caught(run, model, n_steps, losses, measure):
+        measure(1)
+        raise Caught
+
+    monkeypatch.setattr(train, "fit", caught)
+    with pytest.raises(Caught):
+        train.train_reward(command("reward"))
+    numbers = [r["number"] for r in seen[0]]
+    assert len({*numbers}) == 600 and 240 < sum(i >= 700 for i in numbers) < 360
