@@ -22,7 +22,7 @@ import torch
 from data.batches import fitting, judged_rows, pad_left, prompt_ids
 from data.prepare import open_data
 from data.prepared import Prepared
-from data.records import replace_text
+from data.records import prompt_text, replace_text
 from data.tokenizer import Tokenizer
 from model import Transformer, checkpoint_path, load_checkpoint, pick_device, precision
 from ngrams import NgramClassifier, ngram_classifier, plain_text
@@ -356,10 +356,10 @@ def write_report(data: Prepared, root: pathlib.Path, *, reply_len: int, temperat
     if "judge" in after[0]:
         value, low, high = report["win_rate"] = win_rate([r["judge"] for r in after], [r["judge"] for r in before])
         parts += [f"The judge prefers the reply after PPO on {value:.1%} of the openings [{low:.1%}, {high:.1%}]."]
-    chosen = np.random.default_rng([seed, 77]).permutation(len(before))[:10]
-    report["pairs"] = [{"prompt": before[i]["prompt"], "before": before[i], "after": after[i]} for i in chosen]
+    drawn = np.random.default_rng([seed, 77]).permutation(len(before))[:10]
+    report["pairs"] = [dict(prompt=prompt_text(before[i]["prompt"]), before=before[i], after=after[i]) for i in drawn]
     parts += ["## Before and after", *(f"**{p['prompt']}**\n- SFT: {p['before']['reply']}\n- PPO: {p['after']['reply']}"
-                                       for p in report["pairs"] if isinstance(p["prompt"], str))]
+                                       for p in report["pairs"])]
     for stage in ("pretrain", "sft", "reward", "ppo"):
         if (path := root / stage / "config.json").exists():
             report["seconds"][stage] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
@@ -401,11 +401,12 @@ def main(argv: list[str]) -> None:
     if not folders:
         raise UserError("which checkpoints? python evaluate.py out/reviews/sft out/reviews/ppo")
     device = pick_device(o.device)
-    names = [o.reference or folders[0].parent / "sft", *folders]
-    (reference, tokenizer, state), *loaded = (load_checkpoint(f, device) for f in names)
-    for name, (_, other, _) in zip(names[1:], loaded, strict=True):
-        tokenizer.require_same(other, f"{names[0]} and {name}")
-    where = pathlib.Path(o.reward_from or folders[0].parent / "reward")
+    beside = checkpoint_path(folders[0]).parent.parent
+    names = [*folders, o.reference or beside / "sft"]
+    *loaded, (reference, tokenizer, state) = (load_checkpoint(f, device) for f in names)
+    for name, (_, other, _) in zip(folders, loaded, strict=True):
+        tokenizer.require_same(other, f"{names[-1]} and {name}")
+    where = pathlib.Path(o.reward_from or beside / "reward")
     has_reward = o.reward_from or checkpoint_path(where).exists()
     reward_model, max_len = load_reward_model(where, device, tokenizer) if has_reward else (None, 0)
     options = state["options"]
@@ -415,10 +416,9 @@ def main(argv: list[str]) -> None:
                      vocab_size=options["vocab_size"], limit=options["limit"])
     data.meta["template"] = state["template"]  # the one that these checkpoints were trained with
     policies = {str(f): model for f, (model, _, _) in zip(folders, loaded, strict=True)}
-    rows, _ = policy_table(policies, reference, tokenizer, data, reward_model=reward_model, n_prompts=o.prompts,
-                           reply_len=o.reply_len or run["reply_len"], temperature=o.temperature or run["temperature"],
-                           split=o.split, seed=o.seed)
-    print(table(rows, COLUMNS))
+    print(table(policy_table(policies, reference, tokenizer, data, reward_model=reward_model, n_prompts=o.prompts,
+                             reply_len=o.reply_len or run["reply_len"], split=o.split, seed=o.seed,
+                             temperature=o.temperature or run["temperature"])[0], COLUMNS))
     if reward_model is not None and data.has_labels("reward"):
         found = score_reward_model(reward_model, data, o.split, tokenizer, max_len)
         print("\n" + table(reward_table(found), REWARD_COLUMNS))

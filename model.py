@@ -516,7 +516,9 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
     path = checkpoint_path(path)
     if not path.exists():
         stage = path.parent.name if path.parent.name in ("pretrain", "sft", "reward", "ppo") else "all"
-        raise UserError(f"{path}: no checkpoint there; make it with `python train.py {stage}`")
+        inside = sorted(str(found.parent) for found in path.parent.glob("*/checkpoint.pt"))
+        raise UserError(f"{path}: no checkpoint there; " + (f"did you mean {' or '.join(inside)}?" if inside else
+                        f"make it with `python train.py {stage}` (--out says where), or name one that is there"))
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
         kind = payload["kind"]
@@ -524,8 +526,7 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
         raise UserError(f"{path}: not a readable Mosslet checkpoint ({type(error).__name__}: "
                         f"{str(error).splitlines()[0] if str(error) else ''}); restore it or train it again") from error
     if kind != cls.__name__:
-        raise UserError(f"{path}: holds a {kind}, but a {cls.__name__} is needed here; point to the stage that makes "
-                        f"one")
+        raise UserError(f"{path}: holds a {kind}, but a {cls.__name__} is needed here; name a stage that makes one")
     try:
         model = cls(cls.config_class(**payload["config"]))
         model.load_state_dict(payload["model"])

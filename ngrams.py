@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.prepared import Prepared
+from data.records import prompt_text
 from model import save_whole
 
 
@@ -108,10 +109,7 @@ class NgramClassifier:
 
 def plain_text(record: dict) -> str:
     """Opening and reply as one text: what n-gram classifiers read. A list of messages is joined."""
-    prompt = record["prompt"]
-    if isinstance(prompt, list):
-        prompt = "\n".join(m["content"] for m in prompt)
-    return prompt + record["response"]
+    return prompt_text(record["prompt"]) + record["response"]
 
 
 def ngram_classifier(data: Prepared, half: str) -> NgramClassifier:

@@ -7,6 +7,7 @@ may.
 """
 import dataclasses
 import difflib
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -34,14 +35,16 @@ def as_dict(options: Any) -> dict[str, Any]:
     return {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
 
 
+BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
 def _convert(field: dataclasses.Field, text: str | None, flag: str) -> Any:
     """The text after a flag as the field's type; None: no value was given."""
     kind, choices = field.type, field.metadata.get("choices")
     kind = kind if isinstance(kind, str) else kind.__name__
     try:
         if kind == "bool":
-            value = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False,
-                     "off": False}[(text or "true").lower()]
+            value = BOOLS[(text or "true").lower()]
         elif text is None:
             raise UserError(f"{flag}: a value is missing; write {flag}={field.default!r}, for example")
         else:
@@ -49,6 +52,8 @@ def _convert(field: dataclasses.Field, text: str | None, flag: str) -> Any:
     except (KeyError, ValueError):
         wanted = {"bool": "true or false", "int": "a whole number", "float": "a number"}[kind]
         raise UserError(f"{flag}: {text!r} is not {wanted}") from None
+    if kind == "float" and not math.isfinite(value):
+        raise UserError(f"{flag}: {text!r} is not a finite number")
     if choices and value not in choices:
         raise UserError(f"{flag}: {text!r} is not one of {', '.join(map(str, choices))}")
     low, high = field.metadata.get("low"), field.metadata.get("high")
@@ -71,7 +76,7 @@ def _flags(argv: list[str], known: Callable[[str], dataclasses.Field | None]) ->
         if text is None and i + 1 < len(argv):  # an unknown name's value, too: it is the name that is wrong
             is_bool = field is not None and field.type in (bool, "bool")
             following = argv[i + 1]
-            if following.lower() in ("true", "false") if is_bool else not following.startswith("--"):
+            if following.lower() in BOOLS if is_bool else not following.startswith("--"):
                 text, i = following, i + 1
         found.append((name, flag, text))
         i += 1

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +26,11 @@ from kernels import compile_pays, pick_products, use_products
 from model import Transformer, load_checkpoint, pick_device, pick_dtype, save_checkpoint
 from options import Common, Learning, UserError, as_dict, show
 from reward import RewardModel
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
 
 
 class Interrupted(Exception):
@@ -82,6 +87,13 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def go_on() -> str:
+    """The command that goes on with what this one began."""
+    words = [w for w in sys.argv[1:] if not w.startswith(("--resume", "--fresh"))]
+    all_stages = not words or words[0] == "all" or words[0].startswith("-")
+    return " ".join(["python train.py", *map(shlex.quote, words)]) + ("" if all_stages else " --resume")
+
+
 class Run:
     """One stage's folder, open for logging and saving."""
 
@@ -94,15 +106,17 @@ class Run:
         self.started, self.seconds_before, self.state = time.perf_counter(), 0.0, {}
         self.last_step = self.started
         self.finished = False
-        old = None if o.fresh else read_config(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.hold()
+        begun = (self.folder / "checkpoint.pt").exists()  # else there is nothing yet that could be lost or gone on with
+        old = read_config(self.folder) if begun and not o.fresh else None
         self.settings = {k: v for k, v in as_dict(o).items() if k not in self.NOT_COMPARED}
         if old is not None:
             self._compare(old)
-        has_checkpoint = old is not None and (self.folder / "checkpoint.pt").exists()
-        if has_checkpoint and old["finished"]:
+        if old is not None and old["finished"]:
             self.finished = True
             return
-        if has_checkpoint:
+        if old is not None:
             cls = RewardModel if stage == "reward" else Transformer
             self.model, self.tokenizer, self.state = load_checkpoint(self.folder, "cpu", cls)
             self.seconds_before = self.state["seconds"]
@@ -123,7 +137,6 @@ class Run:
         self.compile = self.state.get("compile", o.compile)  # `auto` until the first steps tell how long it will take
         if self.compile == "on":
             self.decide_compile(0)
-        self.folder.mkdir(parents=True, exist_ok=True)
         if o.fresh:  # only now: had anything been wrong, the old run would still be there
             for name in ("config.json", "checkpoint.pt", "metrics.jsonl", "samples.jsonl"):  # config.json says finished
                 (self.folder / name).unlink(missing_ok=True)
@@ -145,11 +158,20 @@ class Run:
         tqdm.write(f"{self.stage}: compile {self.compile} ({why})", file=sys.stdout)
         return pays
 
+    def hold(self) -> None:
+        """Two processes in one folder would write into each other's files; the system lets go when this one ends."""
+        if fcntl is not None:
+            self.held = open(self.folder / ".lock", "w")
+            try:
+                fcntl.lockf(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{self.folder}: another process is at work there: wait for it, or choose another "
+                                "--out") from None
+
     def _compare(self, old: dict) -> None:
         """Refuse to mix two different runs in one folder, and say what differs."""
-        command = f"python train.py {self.stage}"
         if not self.o.resume:
-            raise UserError(f"{self.folder}: a run is there already: go on with `{command} --resume`, start anew with "
+            raise UserError(f"{self.folder}: a run is there already: go on with `{go_on()}`, start anew with "
                             f"--fresh, or choose another --out")
         now = {**self.settings, **self.parents}
         before = {k: v for k, v in {**old["options"], **old["parents"]}.items() if k not in self.NOT_COMPARED}
@@ -182,7 +204,7 @@ class Run:
 
     def log(self, step: int, **metrics) -> None:
         """One line of metrics.jsonl. `step` counts finished steps."""
-        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
+        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items() if v == v}  # no NaN
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **rounded}) + "\n")
 
@@ -201,10 +223,7 @@ class Run:
         """After Ctrl-C or SIGTERM: save, print the command that goes on, leave."""
         if Interrupt.number:
             save()
-            words = [w for w in sys.argv[1:] if not w.startswith(("--resume", "--fresh"))]
-            more = "" if words[:1] in ([], ["all"]) else " --resume"
-            command = " ".join(["python train.py", *map(shlex.quote, words)]) + more
-            print(f"\n{self.stage}: saved after step {step}; go on with `{command}`", file=sys.stderr)
+            print(f"\n{self.stage}: saved after step {step}; go on with `{go_on()}`", file=sys.stderr)
             raise Interrupted(Interrupt.number)
 
     def finish(self, **summary) -> None:
@@ -223,8 +242,11 @@ def read_config(folder: str | os.PathLike) -> dict | None:
     """config.json of a run's folder, or None where there is none; UserError where it is damaged."""
     path = pathlib.Path(folder) / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except ValueError:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if record is None or {"finished", "options", "parents"} <= set(record):
+            return record
+        raise ValueError
+    except (ValueError, TypeError):
         raise UserError(f"{path}: damaged; train this stage anew with --fresh, or choose another --out") from None
 
 
@@ -244,7 +266,8 @@ def parent(o: Common, data: Prepared, stage: str, given: str, cls: type = Transf
     record, c = read_config(where), model.config
     if record is not None and not record["finished"]:
         raise UserError(f"{where}: its training is not finished (step {state['step']}): go on with `python train.py "
-                        f"{state['stage']} --resume`, or take it as it is by the path of its checkpoint.pt")
+                        f"{state['stage']} --resume` and the options that it had, or take it as it is by the path of "
+                        "its checkpoint.pt")
     print(f"from {where}: {c.n_layer} layers of width {c.d_model}, at most {c.max_len} tokens, vocabulary of "
           f"{c.vocab_size}")
     if "vocab_size" in o.explicit and data.tokenizer is not None and data.tokenizer.to_state() != tokenizer.to_state():
@@ -259,3 +282,15 @@ def limit_length(o: Learning, model: Transformer) -> None:
         raise UserError(f"--max_len {o.max_len} contradicts the parent model, which was made for rows of at most "
                         f"{model.config.max_len} tokens: lower it, or pretrain with a larger --max_len")
     o.max_len = min(o.max_len, model.config.max_len)
+
+
+def check_inputs(data: Prepared, stages: Sequence[str], parents: dict[str, type]) -> None:
+    """Before hours of work: is there something to learn from for each stage, and is each parent given a checkpoint?"""
+    for stage in stages:
+        if stage == "pretrain":
+            data.require_tokenizer()
+        else:
+            data.records(stage, "train")
+    for where, cls in parents.items():
+        if where:
+            load_checkpoint(where, "cpu", cls)

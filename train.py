@@ -37,7 +37,7 @@ from optimizers import learning_rate, make_optimizers, restore, set_learning_rat
 from options import Common, Learning, UserError, option, parse, parse_all, run_main
 from ppo import ActorCritic, KLController, PPOOptions, RunningMoments, collect_rollout, rollout_metrics, update
 from reward import RewardConfig, RewardModel, RewardOptions, critic_from, feedback_kind, feedback_loss
-from run import Interrupt, Interrupted, Run, keep_freed_memory, limit_length, parent, run_folder
+from run import Interrupt, Interrupted, Run, check_inputs, keep_freed_memory, limit_length, parent, run_folder
 from sample import Decoder, reply_texts, reply_to
 
 
@@ -301,6 +301,8 @@ def train_reward(o: RewardOptions) -> Run:
     render = dict(tokenizer=tokenizer, template=data.template, max_len=o.max_len)
     records, val = (fitting(data.records("reward", split), tokenizer, data.template, render["max_len"] - 8)
                     for split in ("train", "val"))
+    prompts = fitting(data.records("ppo" if data.has("ppo") else "reward", "train"), tokenizer, data.template,
+                      policy.config.max_len - o.reply_len)
     kind = feedback_kind(records[0]) if o.loss == "auto" else o.loss
     if kind != feedback_kind(records[0]):
         raise UserError(f"--loss {o.loss} does not fit these records, which are for {feedback_kind(records[0])}: "
@@ -339,8 +341,6 @@ def train_reward(o: RewardOptions) -> Run:
     if kind == "label":  # on validation; the test texts are scored once, by the report
         found = evaluate.score_reward_model(model, data, "val", tokenizer, render["max_len"])
         print(evaluate.table(evaluate.reward_table(found), evaluate.REWARD_COLUMNS), flush=True)
-    prompts = fitting(data.records("ppo" if data.has("ppo") else "reward", "train"), tokenizer, data.template,
-                      policy.config.max_len - o.reply_len)
     chosen = rows_at(len(prompts), o.norm_replies, 0, o.seed, "reward")
     ids = [prompt_ids(tokenizer, prompts[i]["prompt"], data.template) for i in chosen]
     replies = reply_to(policy, tokenizer, ids, o.reply_len, temperature=o.temperature, batch_size=128,
@@ -506,18 +506,16 @@ STAGE_FUNCTIONS = {"pretrain": pretrain, "sft": sft, "reward": train_reward, "pp
 def run_all(options: dict[str, Common]) -> None:
     """Run what is missing, in order; then compare the policy before and after, and write report.json and report.md."""
     start = time.perf_counter()
-    given = options["sft"].init_from
-    for stage, function in STAGE_FUNCTIONS.items():
+    given, judge = options["sft"].init_from, options["ppo"].reward_from
+    skipped = {"pretrain": given, "reward": judge}  # whoever brings a model needs not train it
+    stages = [stage for stage in STAGE_FUNCTIONS if not skipped.get(stage)]
+    check_inputs(prepared(options["ppo"]), stages, {given: Transformer, judge: RewardModel})
+    for stage in stages:
         o = options[stage]
         o.resume = not o.fresh
         o.init_from = given if stage == "sft" else ""  # what comes after starts from this run's sft
-        o.reward_from = o.reward_from if stage == "ppo" else ""
-        if stage == "pretrain" and given:
-            print(f"pretrain: skipped, the language model is {given}")
-        elif stage == "reward" and options["ppo"].reward_from:
-            print(f"reward: skipped, the reward model is {options['ppo'].reward_from}")
-        else:
-            function(o)
+        o.reward_from = judge if stage == "ppo" else ""
+        STAGE_FUNCTIONS[stage](o)
     o = options["ppo"]
     evaluate.write_report(prepared(o), run_folder(o, ""), reply_len=o.reply_len, temperature=o.temperature, seed=o.seed,
                           device=pick_device(o.device), n_prompts=o.report_prompts, seconds=time.perf_counter() - start)

@@ -75,6 +75,9 @@ def prompt_ids(tokenizer: Tokenizer, prompt, template: str = "{prompt}", bare: b
 
     prompt: a string, to which the checkpoint's template is applied, or a list of messages, taken as it is.
     """
+    if bare and isinstance(prompt, list):
+        raise UserError("a pretrained model continues a text, it has not learned to answer messages: use an sft "
+                        "checkpoint, or give prompts as texts")
     if bare:
         return [tokenizer.eot_id, *tokenizer.encode(prompt)]
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": apply_template(template, prompt)}]
@@ -85,8 +88,9 @@ def fitting(records: Sequence[dict], tokenizer: Tokenizer, template: str, room: 
     """The records whose prompt takes at most `room` tokens; how many are left out is said, before any training."""
     kept = [r for r in records if len(prompt_ids(tokenizer, r["prompt"], template)) <= room]
     if not kept:
-        raise UserError(f"none of {len(records)} prompts fits: each has over {room} tokens, which is what the model's "
-                        "max_len leaves beside a reply; bring shorter ones, or pretrain with a larger --max_len")
+        raise UserError(f"none of {len(records)} prompts fits: each has over {max(room, 0)} tokens, which is what the "
+                        "model's max_len leaves beside a reply (--reply_len): allow shorter replies, bring shorter "
+                        "prompts, or pretrain with a larger --max_len")
     if len(kept) < len(records):
         print(f"{len(records) - len(kept)} of {len(records)} records left out: their prompts have over {room} tokens")
     return kept

@@ -281,7 +281,7 @@ def user_files(path: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
     """(stage, split) -> file: one .jsonl file, whose first record tells the stage, or a folder of
     <stage>[_val|_test].jsonl."""
     if path.is_file():
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
             first = next((line for line in file if line.strip()), "{}")
         try:
             return {(kind_of(json.loads(first)), "train"): path}
@@ -309,8 +309,10 @@ def build_user(folder: pathlib.Path, files: dict[tuple[str, str], pathlib.Path],
     for stage in {stage for stage, _ in records}:
         for split in SPLITS:
             if not records.get((stage, split)):
-                raise UserError(f"{files[stage, 'train']}: too few records to set some aside for {split}; bring at "
-                                f"least 50, or a file {stage}_{split}.jsonl beside it")
+                name = f"{stage}.jsonl" if split == "train" else f"{stage}_{split}.jsonl"
+                raise UserError(f"{files.get((stage, 'train'), folder)}: too few records, or too few different prompts,"
+                                f" to have some for {split}; bring at least 50, or a folder with {stage}.jsonl and "
+                                f"your own {name}")
     texts = {split: [r["text"] for r in records[("pretrain", split)]] for split in SPLITS
              if ("pretrain", split) in records}
     out = Writer(folder, train_bpe(texts["train"], vocab_size, progress=True) if texts else None)
@@ -373,7 +375,8 @@ def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, lim
             meta = {"data": data, "fingerprint": fingerprint, "options": options, "dtype": out.dtype, "stages": stages,
                     "counts": out.counts, "template": REVIEW_TEMPLATE if data == "reviews" else "{prompt}"}
             (temporary / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
-            if not folder.exists():  # another process may have been faster
+            if not (folder / "meta.json").exists():  # else another process was faster
+                shutil.rmtree(folder, ignore_errors=True)
                 temporary.rename(folder)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written: {error}; free some space") from error
@@ -385,10 +388,13 @@ def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, lim
 def open_data(data: str, **options) -> Prepared:
     """A data set, prepared where that is still to be done; options are those of `prepare`."""
     folder = prepare(data, **options)
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     path = folder / "tokenizer.json"
-    state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    return Prepared(folder, meta, Tokenizer.from_state(state) if state else None)
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return Prepared(folder, meta, Tokenizer.from_state(state) if state else None)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is damaged ({type(error).__name__}): delete it, and run this again") from None
 
 
 def open_for(o: Options, data: str) -> Prepared:
@@ -415,10 +421,10 @@ class PrepareOptions(Options):
 
 
 def main(argv: list[str]) -> None:
-    if not argv or argv[0].startswith("-"):
+    if not argv or argv[0].startswith("-") and not {"--help", "-h"} & set(argv):
         raise UserError(f"usage: python -m data.prepare {'|'.join(DATA_SETS)}|FILE.jsonl|FOLDER [--source …] "
                         f"[--vocab_size …]")
-    o = parse(PrepareOptions, argv[1:], "data.prepare")
+    o = parse(PrepareOptions, argv[not argv[0].startswith("-"):], "-m data.prepare NAME")
     data = open_for(o, argv[0])
     print(data.folder)
     for name, count in data.meta["counts"].items():

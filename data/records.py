@@ -37,6 +37,11 @@ def as_messages(record: dict, template: str) -> list[dict[str, str]]:
     return [*asked, {"role": "assistant", "content": record["response"]}]
 
 
+def prompt_text(prompt: str | list[dict[str, str]]) -> str:
+    """A prompt as one text; a list of messages is joined."""
+    return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
+
+
 def check_dialogue(messages: list, reply: bool) -> None:
     """ValueError unless these are one optional system message, then user and assistant in turn, each with a text; with
     `reply` the user speaks last, without it the assistant."""
@@ -93,6 +98,8 @@ def _check(record: Any, kind: str) -> dict:
             need("rejected", (str,), "a text")
             if "margin" in record:
                 need("margin", (int, float), "a number")
+                if not math.isfinite(record["margin"]):
+                    raise ValueError('"margin" must be finite')
         elif kind in ("sft", "reward"):
             need("response", (str,), "a text")
         if kind == "reward" and "chosen" not in record:
@@ -113,16 +120,16 @@ def load_records(path: str | os.PathLike, kind: str) -> list[dict]:
     """Read JSON Lines for a stage (`kind`: pretrain, sft, reward or ppo); every line is checked."""
     path, records = pathlib.Path(path), []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
                 try:
-                    records.append(_check(json.loads(line), kind))
-                except ValueError as error:  # of JSON, of our checks, or of a lone surrogate
-                    what = "a lone surrogate" if isinstance(error, UnicodeEncodeError) else str(error)
+                    if text := line.decode("utf-8-sig").strip():
+                        records.append(_check(json.loads(text), kind))
+                except ValueError as error:  # of UTF-8, of JSON, of our checks, or of a lone surrogate
+                    what = {UnicodeDecodeError: "not UTF-8: convert the file, or save it as that",
+                            UnicodeEncodeError: "a lone surrogate"}.get(type(error), str(error))
                     raise UserError(f"{path}, line {number}: {what}; a {kind} record has {FIELDS[kind]}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not records:
         raise UserError(f"{path}: holds no records; a {kind} file has one JSON object a line, with {FIELDS[kind]}")

@@ -50,7 +50,7 @@ def test_a_switch_does_not_swallow_what_follows():
     (["--kl_coeff=1"], "did you mean --kl_coef"), (["--kl_coeff", "1"], "did you mean --kl_coef"),
     (["--updates=two"], "--updates: 'two' is not a whole number"),
     (["--updates=1.5"], "whole number"), (["--updates=0"], "--updates: 0 is out of range: at least 1$"),
-    (["--lam=2"], "at least 0 and at most 1"), (["--lam=nan"], "out of range"),
+    (["--lam=2"], "at least 0 and at most 1"), (["--lam=nan"], "not a finite number"),
     (["--critic=both"], "not one of separate, shared"), (["--updates"], "value is missing"),
     (["updates=3"], "no option"), (["--resume=maybe"], "true or false"),
     (["--preset=huge"], "smoke, demo, base")])

@@ -221,6 +221,7 @@ def test_checkpoints_can_be_measured_and_plotted(root, reviews_source, tmp_path)
     (["train.py", "--data", "review"], "did you mean reviews"), (["train.py", "ppo", "--top_p=.9"], "not on-policy"),
     (["train.py", "pretrain", "--init_from=x"], "no effect"),
     (["train.py", "ppo", "--kl_target=3"], "no effect with --kl_control fixed"),
+    (["train.py", "ppo", "--temperature=nan"], "--temperature: 'nan' is not a finite number"),
     (["train.py", "ppo", "--kl_control=adaptive", "--kl_coef=0"], "would never move"),
     (["train.py", "ppo", "--updates=2"], "the policy would never learn"),
     (["train.py", "ppo", "--report_prompts=9"], "no effect on ppo alone"),

@@ -308,7 +308,7 @@ def test_mixed_feedback_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content,message", [(b"{bad\n", "line 1: not JSON"), (b"", "no records"),
-                                             (b'{"prompt": "x"}\n{"prompt": "\xff"}\n', "cannot be read")])
+                                             (b'{"prompt": "x"}\n{"prompt": "\xff"}\n', "line 2: not UTF-8")])
 def test_a_users_malformed_file_is_refused(tmp_path, content, message):
     (tmp_path / "d.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message):

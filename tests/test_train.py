@@ -1,6 +1,8 @@
 """The stages and their loop: what each step learns from, what is logged, and how a run goes on."""
 import json
 import math
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -392,9 +394,47 @@ def test_numbers_out_of_range_are_one_clear_line(command, stage, words, capsys):
 
 def test_a_damaged_config_is_one_clear_line(command, world, tmp_path):
     (tmp_path / "reviews/sft").mkdir(parents=True)
-    (tmp_path / "reviews/sft/config.json").write_text("")
-    with pytest.raises(UserError, match="config.json"):
-        Run("sft", command("sft", "--resume"), {}, world.data, 32)
+    (tmp_path / "reviews/sft/checkpoint.pt").touch()
+    for damaged in ("", "{}", "[1]"):
+        (tmp_path / "reviews/sft/config.json").write_text(damaged)
+        with pytest.raises(UserError, match="config.json"):
+            Run("sft", command("sft", "--resume"), {}, world.data, 32)
+
+
+def test_a_run_that_never_began_stands_in_nobodys_way(command):
+    with pytest.raises(UserError, match="fits"):
+        train.STAGE_FUNCTIONS["sft"](command("sft", "--max_len=16"))
+    assert train.STAGE_FUNCTIONS["sft"](command("sft", "--epochs=1")).finished
+
+
+def test_two_processes_do_not_share_a_folder(command, tmp_path):
+    pytest.importorskip("fcntl")
+    (tmp_path / "reviews/sft").mkdir(parents=True)
+    code = ("import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); "
+            "time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path / "reviews/sft/.lock"], stdout=subprocess.PIPE)
+    try:
+        other.stdout.read(1)
+        with pytest.raises(UserError, match="another process"):
+            train.STAGE_FUNCTIONS["sft"](command("sft"))
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_all_says_before_the_first_stage_what_a_later_one_lacks(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/pretrain.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(90)))
+    words = ["--preset=smoke", f"--data={tmp_path / 'mine'}", f"--out={tmp_path}", "--vocab_size=270"]
+    with pytest.raises(UserError, match="nothing for the stage sft"):
+        train.main(words)
+    assert not (tmp_path / "mine/pretrain").exists()
+
+
+def test_prompts_that_leave_no_room_are_told_before_the_reward_model_is_trained(command, monkeypatch):
+    monkeypatch.setattr(train, "fit", lambda *a: pytest.fail("trained"))
+    with pytest.raises(UserError, match="--reply_len"):
+        train.train_reward(command("reward", "--reply_len=127"))
 
 
 def test_a_kill_between_the_last_save_and_the_end_writes_no_sample_twice(command, tmp_path):

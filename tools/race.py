@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 import torch
 
+from data.prepare import CACHE, shakespeare_text
 from options import Options, UserError, as_dict, option, parse, run_main
 from run import processor
 from tools.bench import ratio, say, spread
@@ -32,7 +33,7 @@ class RaceOptions(Options):
     """`python -m tools.race`"""
 
     nanogpt: str = option("", "folder of a clone of nanoGPT")
-    source: str = option("../shared/data/tinyshakespeare.txt", "the text")
+    source: str = option("", "the text; empty: that of --data shakespeare, downloaded where it is missing")
     loss: float = option(1.886, "validation loss in nats per character that both must reach")
     seeds: int = option(3, "runs of each, in turns", low=1)
     steps: int = option(380, "steps that our run is planned for", low=1)
@@ -42,7 +43,7 @@ class RaceOptions(Options):
 def their_run(o: RaceOptions, seed: int) -> Iterator[tuple[int, float, float]]:
     """(step, seconds of training so far, loss on all of validation), every 50 steps from the thousandth on."""
     from model import GPT, GPTConfig  # nanoGPT's: main has put its folder first on the path
-    text = pathlib.Path(o.source).read_text(encoding="utf-8")
+    text = shakespeare_text(o.source or None, CACHE)
     number = {c: i for i, c in enumerate(sorted(set(text)))}
     data = torch.tensor([number[c] for c in text])
     train, val = data[:int(0.9 * len(data))], data[int(0.9 * len(data)):]
@@ -94,7 +95,7 @@ def our_run(o: RaceOptions, seed: int) -> tuple[float, float]:
 
 def main(argv: list[str]) -> None:
     o = parse(RaceOptions, argv, "tools.race")
-    if not (pathlib.Path(o.nanogpt) / "model.py").exists():
+    if not o.nanogpt or not (pathlib.Path(o.nanogpt) / "model.py").exists():
         raise UserError(f"--nanogpt {o.nanogpt!r}: no model.py there; clone github.com/karpathy/nanoGPT and name its "
                         "folder")
     rows, theirs, ours = [], [], []

@@ -27,7 +27,8 @@ def read(folder: pathlib.Path, name: str) -> dict:
     """One JSON file of a run; UserError where it is not there."""
     path = folder / name
     if not path.exists():
-        raise UserError(f"{path}: not there; `python train.py --out {folder.parent}` makes it when all stages are done")
+        raise UserError(f"{path}: not there; the command that trained these runs makes it when all stages are done "
+                        "(`python train.py --out …`)")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -82,8 +83,9 @@ def main(argv: list[str]) -> None:
         raise UserError("which runs? python -m tools.seeds seed0/reviews seed1/reviews seed2/reviews")
     folders = [pathlib.Path(word) for word in argv]
     print(table(policy_rows(folders), POLICY))
-    rows, difference = reward_rows(folders)
-    print(f"\n{table(rows, REWARD)}\n\n{difference}")
+    if any((folder / "reward_test_scores.json").exists() for folder in folders):  # feedback in pairs or scores has none
+        rows, difference = reward_rows(folders)
+        print(f"\n{table(rows, REWARD)}\n\n{difference}")
 
 
 if __name__ == "__main__":
