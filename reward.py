@@ -90,6 +90,13 @@ class RewardModel(nn.Module):
         """(raw − mean) / std: 0 is an average reply of the SFT policy, 1 is one spread better."""
         return self.normalise(self(tokens, mask, reply_mask))
 
+    def score_replies(self, prompts: Sequence[list[int]], tokens: Tensor, mask: Tensor,
+                      dtype: str = "float32") -> np.ndarray:
+        """Raw score (B,) of each reply, tokens and mask (B, R), read from the very ids that were sampled."""
+        replies = [t[m].tolist() for t, m in zip(tokens, mask, strict=True)]
+        return self.score_rows([(p + r, [False] * len(p) + [True] * len(r))
+                                for p, r in zip(prompts, replies, strict=True)], dtype)
+
     @torch.no_grad()
     def score_rows(self, rows: Sequence[tuple[list[int], list[bool]]], dtype: str = "float32",
                    batch: int = 64) -> np.ndarray:

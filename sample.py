@@ -11,31 +11,24 @@
 import codecs
 import dataclasses
 import json
-import pathlib
 import sys
 import types
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.batches import pad_left, prompt_ids
-from data.records import apply_template, load_records
+from data.batches import pad_left, prompt_ids, uniform_numbers
+from data.records import apply_template, load_records, prompt_text
 from data.tokenizer import Tokenizer
 from kernels import activate, decoding_copy, products, refresh
-from model import KVCache, Transformer, attention_allowed, load_checkpoint, pick_device, pick_dtype
+from model import (KVCache, Transformer, attention_allowed, checkpoint_path, load_checkpoint, pick_device,
+                   pick_dtype)
 from options import Options, UserError, option, parse, run_main
 from reward import RewardModel
 
 # ---- choosing one token ----------------------------------------------------------------------------------------------
-
-def uniform_numbers(seed: int | Sequence[int], rows: Sequence[int], n: int) -> Tensor:
-    """(len(rows), n) float32 in [0, 1): row b's numbers follow from (seed, rows[b]), whatever shares its batch."""
-    seed = [seed] if isinstance(seed, int) else list(seed)
-    return torch.from_numpy(np.stack([np.random.default_rng([*seed, int(row)]).random(n, np.float32) for row in rows]))
-
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make tokens that already stand in the text less likely (Keskar 2019): logits (B, V), seen (B, V) bool."""
@@ -322,13 +315,6 @@ def reply_to(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[in
     return generate(model, tokens.to(device), mask.to(device), max_new_tokens, end_id=tokenizer.eom_id, **settings)
 
 
-def reward_scores(reward_model: RewardModel, prompts: Sequence[list[int]], replies: Generation) -> np.ndarray:
-    """Raw score (B,) of each reply, read from the very token ids that were sampled."""
-    rows = [(p + r[m].tolist(), [False] * len(p) + [True] * int(m.sum()))
-            for p, r, m in zip(prompts, replies.tokens, replies.mask, strict=True)]
-    return reward_model.score_rows(rows)
-
-
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
@@ -364,10 +350,15 @@ class Speaker:
         self.model, self.tokenizer, self.state = load_checkpoint(path, self.device)
         self.dtype = pick_dtype(o.dtype, self.device, self.model.config.d_model)[0]
         self.o, self.bare = o, self.state.get("stage") == "pretrain"
+        self.room = max(0, self.model.config.max_len - o.max_new_tokens)  # for a prompt
         self.template = "{prompt}" if o.raw else self.state.get("template", "{prompt}")
 
     def ids(self, prompt) -> list[int]:
-        return prompt_ids(self.tokenizer, prompt, self.template, self.bare)
+        ids = prompt_ids(self.tokenizer, prompt, self.template, self.bare)
+        if len(ids) > self.room:
+            raise UserError(f"a prompt of {len(ids)} tokens ({prompt_text(prompt)[:20]!r} …), and this model has room "
+                            f"for {self.room} beside a reply: shorten it, or lower --max_new_tokens")
+        return ids
 
     def replies(self, prompts: list[list[int]], rows=None, on_token=None) -> Generation:
         o, t = self.o, self.tokenizer
@@ -381,9 +372,10 @@ class Speaker:
         replies = self.replies(prompts)
         return reply_texts(self.tokenizer, replies.tokens, replies.mask), replies
 
-    def stream(self, prompt: list[int], rows=None) -> str:
-        """Print a reply while it is written; what was written until Ctrl-C is kept."""
+    def stream(self, prompt: list[int], rows=None, before: str = "") -> str:
+        """Print `before`, then a reply while it is written; what was written until Ctrl-C is kept."""
         decoder, written = codecs.getincrementaldecoder("utf-8")("replace"), []
+        print(before, end="", flush=True)
 
         def show(_, token: Tensor) -> None:
             if int(token[0]) != self.tokenizer.eom_id:
@@ -401,10 +393,9 @@ class Speaker:
 def chat(speaker: Speaker) -> None:
     """A conversation: the whole history is the prompt of every answer; the oldest turns go when it grows too long."""
     if speaker.bare:
-        raise UserError(f"{speaker.o.checkpoint}: a pretrained model has not learned to talk; use --prompt, or an sft "
-                        f"checkpoint")
-    messages: list[dict[str, str]] = []
-    turn = 0
+        raise UserError(f"{speaker.o.checkpoint}: pretraining teaches no talk; use --prompt, or an sft checkpoint")
+    messages, turn = [], 0
+    getattr(sys.stdin, "reconfigure", dict)(errors="replace")  # a byte that is not UTF-8 does not end the talk
     while True:
         try:
             line = input("You: ").strip()
@@ -413,23 +404,24 @@ def chat(speaker: Speaker) -> None:
             return
         if not line:
             continue
-        messages.append({"role": "user", "content": line if messages else apply_template(speaker.template, line)})
-        room = speaker.model.config.max_len - speaker.o.max_new_tokens
-        while len(ids := speaker.tokenizer.render_chat(messages, reply=True)[0]) > room and len(messages) > 2:
-            messages = messages[2:]
-        print("MOSS: ", end="")
-        messages.append({"role": "assistant", "content": speaker.stream(ids, rows=[turn])})
+        asked = [*messages, {"role": "user", "content": line if messages else apply_template(speaker.template, line)}]
+        while len(ids := speaker.tokenizer.render_chat(asked, reply=True)[0]) > speaker.room and len(asked) > 2:
+            asked = asked[2:]
+        if len(ids) > speaker.room:
+            print(f"(that is too long by {len(ids) - speaker.room} tokens: say it shorter)")
+            continue
+        messages = [*asked, {"role": "assistant", "content": speaker.stream(ids, rows=[turn], before="MOSS: ")}]
         turn += 1
 
 
 def best_of(speaker: Speaker, prompt: str, n: int) -> None:
     """Draw n replies, print them from worst to best by the reward model."""
-    where = speaker.o.reward_from or str(pathlib.Path(speaker.o.checkpoint).parent / "reward")
+    where = speaker.o.reward_from or str(checkpoint_path(speaker.o.checkpoint).parent.parent / "reward")
     reward_model, tokenizer, _ = load_checkpoint(where, speaker.device, RewardModel)
     tokenizer.require_same(speaker.tokenizer, f"{where} and {speaker.o.checkpoint}")
     ids = [speaker.ids(prompt)] * n
     texts, replies = speaker.texts(ids)
-    scores = reward_scores(reward_model, ids, replies)
+    scores = reward_model.score_replies(ids, replies.tokens, replies.mask)
     for i in scores.argsort().tolist():
         print(f"{scores[i]:+.2f}  {texts[i]}")
 
@@ -437,12 +429,11 @@ def best_of(speaker: Speaker, prompt: str, n: int) -> None:
 def compare(folders: list[str], prompts: list, o: SampleOptions) -> None:
     """The same prompts and random numbers through two checkpoints."""
     if len(folders) != 2:
-        raise UserError(f"--compare needs two run folders, got {len(folders)}: --compare out/reviews/sft "
-                        f"out/reviews/ppo")
+        raise UserError(f"--compare needs two run folders, got {len(folders)}: --compare out/mine/sft out/mine/ppo")
     speakers = [Speaker(f, o) for f in folders]
     texts = [s.texts([s.ids(p) for p in prompts])[0] for s in speakers]
     for prompt, *replies in zip(prompts, *texts, strict=True):
-        print(f"\n» {prompt}")
+        print(f"\n» {prompt_text(prompt)}")
         for folder, reply in zip(folders, replies, strict=True):
             print(f"  {folder}: {reply}")
 
@@ -457,6 +448,10 @@ def main(argv: list[str]) -> None:
     o = parse(SampleOptions, argv, "sample.py")
     if o.chat or o.file or o.compare:
         o.refuse("best_of", why="with --chat, --file or --compare: it is for one --prompt")
+    if o.chat:
+        o.refuse("prompt", "file", "compare", why="with --chat")
+    if o.compare:
+        o.refuse("checkpoint", why="(--from) with --compare, which names two")
     if o.temperature == 0:
         o.refuse("top_k", "top_p", why="with --temperature 0, which takes the likeliest token")
     if o.best_of == 1:
@@ -477,8 +472,7 @@ def main(argv: list[str]) -> None:
     elif o.prompt and o.best_of > 1:
         best_of(speaker, o.prompt, o.best_of)
     elif o.prompt:
-        print(o.prompt, end="", flush=True)
-        speaker.stream(speaker.ids(o.prompt))
+        speaker.stream(speaker.ids(o.prompt), before=o.prompt)
     else:
         raise UserError("nothing to do: give --prompt TEXT, --chat, --file FILE or --compare DIR DIR")
 

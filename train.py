@@ -345,9 +345,7 @@ def train_reward(o: RewardOptions) -> Run:
     ids = [prompt_ids(tokenizer, prompts[i]["prompt"], data.template) for i in chosen]
     replies = reply_to(policy, tokenizer, ids, o.reply_len, temperature=o.temperature, batch_size=128,
                        seed=key(o.seed, "reward", "reply"))
-    written = [t[m].tolist() for t, m in zip(replies.tokens, replies.mask, strict=True)]
-    rows = [(p + w, [False] * len(p) + [True] * len(w)) for p, w in zip(ids, written, strict=True)]
-    raw = torch.from_numpy(model.score_rows(rows, run.dtype))
+    raw = torch.from_numpy(model.score_replies(ids, replies.tokens, replies.mask, run.dtype))
     model.set_normalisation(raw)
     texts = reply_texts(tokenizer, replies.tokens, replies.mask)
     run.samples(n_steps + 1, [{"prompt": prompts[i]["prompt"], "reply": texts[k], "raw_score": round(float(raw[k]), 3)}

@@ -25,6 +25,12 @@ def key(seed: int, stage: str, purpose: str, *index: int) -> list[int]:
     return [seed, STAGES[stage], PURPOSES[purpose], *index]
 
 
+def uniform_numbers(seed: int | Sequence[int], rows: Sequence[int], n: int) -> Tensor:
+    """(len(rows), n) float32 in [0, 1): row b's numbers follow from (seed, rows[b]), whatever shares its batch."""
+    seed = [seed] if isinstance(seed, int) else list(seed)
+    return torch.from_numpy(np.stack([np.random.default_rng([*seed, int(row)]).random(n, np.float32) for row in rows]))
+
+
 # ---- order -----------------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=4)

@@ -233,6 +233,8 @@ def test_checkpoints_can_be_measured_and_plotted(root, reviews_source, tmp_path)
     (["train.py", "pretrain", "--news_share=.9"], "more than 1 together"),
     (["train.py", "pretrain", "--fresh", "--resume"], "contradict each other"),
     (["sample.py", "--chat", "--best_of=4"], "no effect with --chat"),
+    (["sample.py", "--chat", "--prompt=x"], "no effect with --chat"),
+    (["sample.py", "--from=x", "--compare=a,b"], "with --compare, which names two"),
     (["sample.py", "--prompt=x", "--reward_from=y"], "no effect without --best_of"),
     (["train.py", "sft", "--optimizer=adamw", "--adam_lr=.1"], "no effect with --optimizer adamw"),
     (["train.py", "sft", "--preset", "smoke"], "train.py pretrain"),

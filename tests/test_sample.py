@@ -14,7 +14,7 @@ from model import ModelConfig, Transformer, log_softmax, token_logprobs
 from options import UserError, run_main
 from reward import RewardConfig, RewardModel
 from sample import (Decoder, SampleOptions, Speaker, chat, draw, filter_logits, generate, penalise_repetition,
-                    reward_scores, uniform_numbers)
+                    uniform_numbers)
 
 needs_compiler = pytest.mark.skipif(bool(kernels.compiler_fault()), reason=kernels.compiler_fault())
 CONFIG = ModelConfig(vocab_size=50, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=32, max_len=40)
@@ -280,7 +280,7 @@ def test_best_of_scores_the_very_ids_that_were_sampled(model):
     tokens, mask = prompts([4, 2, 3])
     out = generate(model, tokens, mask, 8, end_id=7, seed=1)
     ids = [t[m].tolist() for t, m in zip(tokens, mask, strict=True)]
-    for i, score in enumerate(reward_scores(judge, ids, out)):
+    for i, score in enumerate(judge.score_replies(ids, out.tokens, out.mask)):
         row = torch.tensor([ids[i] + out.tokens[i, out.mask[i]].tolist()])
         reply = torch.arange(row.shape[1])[None] >= len(ids[i])
         assert score == pytest.approx(float(judge(row, torch.ones_like(reply), reply)[0]), abs=1e-5)
@@ -290,7 +290,7 @@ def test_a_prompt_that_is_too_long_is_one_clear_line(world, capsys):
     words = ["--from", str(world.root / "sft"), "--prompt", "好" * 400]
     assert run_main(sample_module.main, words) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: a prompt of") and "exceed the model's 128" in said and said.count("\n") == 1
+    assert said.startswith("error: a prompt of") and "lower --max_new_tokens" in said and said.count("\n") == 1
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -304,16 +304,17 @@ def test_control_tokens_other_than_the_end_are_never_written(world, monkeypatch)
     assert not set(replies.tokens[replies.mask].tolist()) & set(asked[0])
 
 
-def test_a_chat_puts_the_template_around_its_first_line_alone(world, monkeypatch):
-    speaker, lines, asked = Speaker(str(world.root / "sft"), SampleOptions(device="cpu")), ["书", "好"], []
+def test_a_chat_puts_the_template_around_its_first_line_alone_and_outlives_a_long_one(world, monkeypatch, capsys):
+    speaker, lines, asked = Speaker(str(world.root / "sft"), SampleOptions(device="cpu")), ["书", "好" * 400, "好"], []
 
     def typed(_) -> str:
         if not lines:
             raise EOFError  # Ctrl-D
         return lines.pop(0)
     monkeypatch.setattr("builtins.input", typed)
-    monkeypatch.setattr(speaker, "stream", lambda ids, rows: asked.append(ids) or "答")
+    monkeypatch.setattr(speaker, "stream", lambda ids, rows, before: asked.append(ids) or "答")
     chat(speaker)
     turns = [{"role": "user", "content": apply_template(world.data.template, "书")},
              {"role": "assistant", "content": "答"}, {"role": "user", "content": "好"}]
     assert asked == [speaker.tokenizer.render_chat(turns[:n], reply=True)[0] for n in (1, 3)]
+    assert "too long" in capsys.readouterr().out

@@ -18,7 +18,6 @@ from optimizers import learning_rate, make_optimizers
 from options import UserError, parse, run_main
 from reward import RewardConfig, RewardModel, label_loss, pairwise_loss
 from run import Interrupted, Run, limit_length
-from sample import reward_scores
 from tests.conftest import equal
 from tests.test_ppo import SHAPE
 
@@ -379,7 +378,7 @@ def test_scores_are_normalised_by_replies_of_the_sft_policy(command, world):
     chosen = [r["prompt"] for r in data.records("ppo", "train")]
     ids = [train.prompt_ids(tokenizer, chosen[i], data.template) for i in rows_at(len(chosen), 20, 0, 0, "reward")]
     replies = train.reply_to(sft, tokenizer, ids, 16, seed=key(0, "reward", "reply"))
-    raw = reward_scores(judge, ids, replies)
+    raw = judge.score_replies(ids, replies.tokens, replies.mask)
     assert (float(judge.mean), float(judge.std)) == pytest.approx((raw.mean(), raw.std()), rel=1e-3)
     assert state["norm"] == {"temperature": 1.0, "reply_len": 16} and judge.config.dropout == .1
 

@@ -531,7 +531,7 @@ def main(argv: list[str]) -> None:
     section, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("all", argv)
     if section not in (*SECTIONS, "all"):
         raise UserError(f"unknown part {section!r}: use {', '.join(SECTIONS)} or all")
-    o = parse(BenchOptions, rest, "tools.bench")
+    o = parse(BenchOptions, rest, "-m tools.bench")
     keep_freed_memory()
     kernels.use_products(kernels.pick_products("cpu", 384)[0])
     if fault := kernels.compiler_fault():

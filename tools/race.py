@@ -94,7 +94,7 @@ def our_run(o: RaceOptions, seed: int) -> tuple[float, float]:
 
 
 def main(argv: list[str]) -> None:
-    o = parse(RaceOptions, argv, "tools.race")
+    o = parse(RaceOptions, argv, "-m tools.race")
     if not o.nanogpt or not (pathlib.Path(o.nanogpt) / "model.py").exists():
         raise UserError(f"--nanogpt {o.nanogpt!r}: no model.py there; clone github.com/karpathy/nanoGPT and name its "
                         "folder")
