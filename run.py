@@ -137,12 +137,6 @@ class Run:
         self.compile = self.state.get("compile", o.compile)  # `auto` until the first steps tell how long it will take
         if self.compile == "on":
             self.decide_compile(0)
-        if o.fresh:  # only now: had anything been wrong, the old run would still be there
-            for name in ("config.json", "checkpoint.pt", "metrics.jsonl", "samples.jsonl"):  # config.json says finished
-                (self.folder / name).unlink(missing_ok=True)
-        self._trim("metrics.jsonl")
-        self._trim("samples.jsonl")
-        self.write_config()
 
     def compile_now(self, step: int, n_steps: int, decide_at: int) -> bool:
         """Called when `step` steps are done: with --compile auto, does the last one before `decide_at` tell that enough
@@ -164,9 +158,11 @@ class Run:
             self.held = open(self.folder / ".lock", "w")
             try:
                 fcntl.lockf(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except (BlockingIOError, PermissionError):
                 raise UserError(f"{self.folder}: another process is at work there: wait for it, or choose another "
                                 "--out") from None
+            except OSError:  # some network drives know no locks
+                pass
 
     def _compare(self, old: dict) -> None:
         """Refuse to mix two different runs in one folder, and say what differs."""
@@ -234,6 +230,14 @@ class Run:
         print(f"{self.stage}: done in {self.seconds():.0f} s; {text}", flush=True)
 
     def progress(self, start: int, total: int) -> tqdm:
+        """Training begins, and the folder becomes this run's. Not before: had anything been wrong, what an earlier run
+        left would still be there."""
+        if self.o.fresh:
+            for name in ("config.json", "checkpoint.pt", "metrics.jsonl", "samples.jsonl"):  # config.json says finished
+                (self.folder / name).unlink(missing_ok=True)
+        self._trim("metrics.jsonl")
+        self._trim("samples.jsonl")
+        self.write_config()
         return tqdm(total=total, initial=start, desc=self.stage, unit="step", dynamic_ncols=True, mininterval=0.5,
                     disable=None, smoothing=0.05)
 

@@ -192,6 +192,7 @@ def test_ppo_steps_by_adam_as_the_options_say(command, monkeypatch):
 def test_another_parent_is_another_run(command, world):
     run = Run("sft", command("sft"), {"init": "one"}, world.data, 32)
     run.tokenizer = world.data.tokenizer
+    run.progress(0, 2).close()
     run.save(1, small())
     with pytest.raises(UserError, match="init was 'one', is 'two'"):
         Run("sft", command("sft", "--resume"), {"init": "two"}, world.data, 32)
@@ -296,6 +297,7 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(command, world):
     o = command("sft", "--dtype=auto")
     run = Run("sft", o, {}, world.data, 32)
     run.tokenizer, run.dtype = world.data.tokenizer, "bfloat16"
+    run.progress(0, 4).close()
     run.save(3, small())
     again = Run("sft", command("sft", "--dtype=auto", "--resume"), {}, world.data, 32)
     assert (again.dtype, again.state["step"]) == ("bfloat16", 3)
@@ -458,6 +460,8 @@ def test_fresh_with_something_wrong_keeps_the_old_run(command, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="sees no such device"):
         train.STAGE_FUNCTIONS["sft"](command("sft", "--epochs=1", "--fresh", "--device=cuda"))
+    with pytest.raises(UserError, match="no dialogue fits"):
+        train.STAGE_FUNCTIONS["sft"](command("sft", "--max_len=16", "--fresh"))
     assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
 
 
