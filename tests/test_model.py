@@ -227,6 +227,12 @@ def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
         load_checkpoint(tmp_path / "sft")
 
 
+def test_a_folder_that_holds_runs_names_them(tmp_path, model, tokenizer):
+    save_checkpoint(tmp_path / "reviews/ppo", model, tokenizer)
+    with pytest.raises(UserError, match="did you mean .*reviews/ppo"):
+        load_checkpoint(tmp_path / "reviews")
+
+
 def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, model, tokenizer):
     save_checkpoint(tmp_path, model, tokenizer)
     path = tmp_path / "checkpoint.pt"

@@ -232,6 +232,7 @@ def test_checkpoints_can_be_measured_and_plotted(root, reviews_source, tmp_path)
     (["sample.py", "--prompt=x", "--temperature=0", "--top_k=5"], "no effect with --temperature 0"),
     (["train.py", "pretrain", "--news_share=.9"], "more than 1 together"),
     (["train.py", "pretrain", "--fresh", "--resume"], "contradict each other"),
+    (["sample.py", "--from=nowhere", "--prompt=x"], "nowhere/checkpoint.pt: no checkpoint there"),
     (["sample.py", "--chat", "--best_of=4"], "no effect with --chat"),
     (["sample.py", "--chat", "--prompt=x"], "no effect with --chat"),
     (["sample.py", "--from=x", "--compare=a,b"], "with --compare, which names two"),

@@ -307,6 +307,28 @@ def test_mixed_feedback_is_refused(tmp_path):
         load_records(tmp_path / "m.jsonl", "reward")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "x"}\n\n{"prompt": "y"}\n')
+    assert [r["prompt"] for r in load_records(tmp_path / "d.jsonl", "ppo")] == ["x", "y"]
+    assert list(prep.user_files(tmp_path / "d.jsonl")) == [("ppo", "train")]
+
+
+def test_a_margin_that_is_no_number_is_refused(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}\n')
+    with pytest.raises(UserError, match="line 1: \"margin\" must be finite"):
+        load_records(tmp_path / "d.jsonl", "reward")
+
+
+def test_a_prepared_folder_that_lost_its_description_is_made_again(tmp_path):
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"prompt": "{i}"}}\n' for i in range(200)))
+    folder = prep.prepare(str(tmp_path / "d.jsonl"), cache=tmp_path / "c")
+    (folder / "meta.json").unlink()
+    assert open_data(str(tmp_path / "d.jsonl"), cache=tmp_path / "c").records("ppo", "train")
+    (folder / "meta.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        open_data(str(tmp_path / "d.jsonl"), cache=tmp_path / "c")
+
+
 @pytest.mark.parametrize("content,message", [(b"{bad\n", "line 1: not JSON"), (b"", "no records"),
                                              (b'{"prompt": "x"}\n{"prompt": "\xff"}\n', "line 2: not UTF-8")])
 def test_a_users_malformed_file_is_refused(tmp_path, content, message):
