@@ -305,14 +305,14 @@ def activate(model: nn.Module) -> None:
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
-NUMBERS_AT_ONCE = {"cpu": 2**26}  # in float32 a quarter of a GiB for each array of them; elsewhere four times that
+NUMBERS_AT_ONCE = {"cpu": 2**26, "mps": 2**26, "cuda": 2**28}  # in float32 a quarter of a GiB, or one, for an array
 
 
 def in_pieces(function: Callable[..., tuple[Tensor, ...]], numbers: int, *rows: Tensor) -> tuple[Tensor, ...]:
     """function(*rows), where the function treats each row by itself and holds so many numbers for each in between.
     Above NUMBERS_AT_ONCE in all, one piece of the rows is done after another, and a backward computes each piece anew,
     so that they are never all held at once: that costs the time of one more forward."""
-    size = max(1, NUMBERS_AT_ONCE.get(rows[0].device.type, 2**28) // numbers)
+    size = max(1, NUMBERS_AT_ONCE[rows[0].device.type] // numbers)
     if len(rows[0]) <= size:
         return function(*rows)
     parts = [checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False)

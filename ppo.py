@@ -568,10 +568,10 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             pieces = rollout.by_length(minibatch, o.micro_batch)
             if train_policy and o.max_approx_kl > 0:
                 with torch.no_grad():
-                    found = [losses(piece, n, True)[1] for piece in pieces]
-                approx_kl, abs_log_ratio = (sum(x[name] for x in found) for name in ("approx_kl", "abs_log_ratio"))
-                train_policy = not approx_kl > o.max_approx_kl
-                ratio_start = float(abs_log_ratio) if ratio_start is None else ratio_start
+                    now = [losses(piece, n, True)[1] for piece in pieces]
+                if sum(x["approx_kl"] for x in now) > o.max_approx_kl:
+                    train_policy = False
+                    ratio_start = float(sum(x["abs_log_ratio"] for x in now)) if ratio_start is None else ratio_start
             skipped += not (train_policy or warming_up)
             optimizer.zero_grad(set_to_none=True)
             parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))

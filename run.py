@@ -288,13 +288,12 @@ def limit_length(o: Learning, model: Transformer) -> None:
     o.max_len = min(o.max_len, model.config.max_len)
 
 
-def check_inputs(data: Prepared, stages: Sequence[str], parents: dict[str, type]) -> None:
-    """Before hours of work: is there something to learn from for each stage, and is each parent given a checkpoint?"""
+def check_inputs(data: Prepared, stages: Sequence[str], reward_from: str) -> None:
+    """Before hours of work: is there something to learn from for each stage, and is the reward model one?"""
     for stage in stages:
         if stage == "pretrain":
             data.require_tokenizer()
         else:
             data.records(stage, "train")
-    for where, cls in parents.items():
-        if where:
-            load_checkpoint(where, "cpu", cls)
+    if reward_from:  # what the first stage starts from is soon looked at
+        load_checkpoint(reward_from, "cpu", RewardModel)

@@ -179,6 +179,13 @@ class Generation:
     logprobs: Tensor
 
 
+def require_room(model: Transformer, prompt: int, reply: int) -> None:
+    """UserError where so many tokens are more than a row of this model can have."""
+    if prompt + reply > model.config.max_len:
+        raise UserError(f"a prompt of {prompt} tokens and a reply of up to {reply} exceed the model's "
+                        f"{model.config.max_len} (max_len): shorten the prompt, or lower --max_new_tokens")
+
+
 @torch.no_grad()
 def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: int, *, temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0, end_id: int | None = None,
@@ -198,9 +205,7 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
     """
     n, P = tokens.shape
     R, device = max_new_tokens, tokens.device
-    if P + R > model.config.max_len:
-        raise UserError(f"a prompt of {P} tokens and a reply of up to {R} exceed the model's {model.config.max_len} "
-                        f"(max_len): shorten the prompt or ask for fewer tokens")
+    require_room(model, P, R)
     if not bool(mask.any(1).all()):
         raise UserError("an empty prompt: give at least one token to go on from")
     if model.training and model.config.dropout:
@@ -350,14 +355,11 @@ class Speaker:
         self.model, self.tokenizer, self.state = load_checkpoint(path, self.device)
         self.dtype = pick_dtype(o.dtype, self.device, self.model.config.d_model)[0]
         self.o, self.bare = o, self.state.get("stage") == "pretrain"
-        self.room = max(0, self.model.config.max_len - o.max_new_tokens)  # for a prompt
         self.template = "{prompt}" if o.raw else self.state.get("template", "{prompt}")
 
     def ids(self, prompt) -> list[int]:
         ids = prompt_ids(self.tokenizer, prompt, self.template, self.bare)
-        if len(ids) > self.room:
-            raise UserError(f"a prompt of {len(ids)} tokens ({prompt_text(prompt)[:20]!r} …), and this model has room "
-                            f"for {self.room} beside a reply: shorten it, or lower --max_new_tokens")
+        require_room(self.model, len(ids), self.o.max_new_tokens)
         return ids
 
     def replies(self, prompts: list[list[int]], rows=None, on_token=None) -> Generation:
@@ -395,7 +397,6 @@ def chat(speaker: Speaker) -> None:
     if speaker.bare:
         raise UserError(f"{speaker.o.checkpoint}: pretraining teaches no talk; use --prompt, or an sft checkpoint")
     messages, turn = [], 0
-    getattr(sys.stdin, "reconfigure", dict)(errors="replace")  # a byte that is not UTF-8 does not end the talk
     while True:
         try:
             line = input("You: ").strip()
@@ -405,10 +406,11 @@ def chat(speaker: Speaker) -> None:
         if not line:
             continue
         asked = [*messages, {"role": "user", "content": line if messages else apply_template(speaker.template, line)}]
-        while len(ids := speaker.tokenizer.render_chat(asked, reply=True)[0]) > speaker.room and len(asked) > 2:
+        room = speaker.model.config.max_len - speaker.o.max_new_tokens
+        while len(ids := speaker.tokenizer.render_chat(asked, reply=True)[0]) > room and len(asked) > 2:
             asked = asked[2:]
-        if len(ids) > speaker.room:
-            print(f"(that is too long by {len(ids) - speaker.room} tokens: say it shorter)")
+        if len(ids) > room:
+            print(f"(that is too long by {len(ids) - room} tokens: say it shorter)")
             continue
         messages = [*asked, {"role": "assistant", "content": speaker.stream(ids, rows=[turn], before="MOSS: ")}]
         turn += 1
@@ -463,6 +465,7 @@ def main(argv: list[str]) -> None:
         return
     speaker = Speaker(o.checkpoint, o)
     if o.chat:
+        sys.stdin.reconfigure(errors="replace")  # a byte that is not UTF-8 does not end the talk
         chat(speaker)
     elif o.file:
         prompts = [r["prompt"] for r in load_records(o.file, "ppo")]

@@ -505,15 +505,17 @@ def run_all(options: dict[str, Common]) -> None:
     """Run what is missing, in order; then compare the policy before and after, and write report.json and report.md."""
     start = time.perf_counter()
     given, judge = options["sft"].init_from, options["ppo"].reward_from
-    skipped = {"pretrain": given, "reward": judge}  # whoever brings a model needs not train it
-    stages = [stage for stage in STAGE_FUNCTIONS if not skipped.get(stage)]
-    check_inputs(prepared(options["ppo"]), stages, {given: Transformer, judge: RewardModel})
-    for stage in stages:
+    brought = {"pretrain": given, "reward": judge}
+    check_inputs(prepared(options["ppo"]), [stage for stage in STAGE_FUNCTIONS if not brought.get(stage)], judge)
+    for stage, function in STAGE_FUNCTIONS.items():
         o = options[stage]
         o.resume = not o.fresh
         o.init_from = given if stage == "sft" else ""  # what comes after starts from this run's sft
         o.reward_from = judge if stage == "ppo" else ""
-        STAGE_FUNCTIONS[stage](o)
+        if brought.get(stage):
+            print(f"{stage}: skipped, its model is {brought[stage]}")
+        else:
+            function(o)
     o = options["ppo"]
     evaluate.write_report(prepared(o), run_folder(o, ""), reply_len=o.reply_len, temperature=o.temperature, seed=o.seed,
                           device=pick_device(o.device), n_prompts=o.report_prompts, seconds=time.perf_counter() - start)

@@ -290,7 +290,7 @@ def test_a_prompt_that_is_too_long_is_one_clear_line(world, capsys):
     words = ["--from", str(world.root / "sft"), "--prompt", "好" * 400]
     assert run_main(sample_module.main, words) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: a prompt of") and "lower --max_new_tokens" in said and said.count("\n") == 1
+    assert said.startswith("error: a prompt of") and "exceed the model's 128" in said and said.count("\n") == 1
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
