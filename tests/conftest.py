@@ -45,12 +45,9 @@ def made_up_reviews(liked: bool) -> list[str]:
     return [f"{2 * i + liked}号买家：{t}{a}{e}。" for i, (t, a, e) in enumerate(phrases)]
 
 
-@pytest.fixture(scope="session")
-def reviews_source(tmp_path_factory) -> pathlib.Path:
-    """A folder with the three files that `reviews` is made from, with repeats, contradictions and quotations in
-    them."""
-    folder = tmp_path_factory.mktemp("source")
-    (folder / "sentiment").mkdir()
+def write_reviews_source(folder: pathlib.Path) -> None:
+    """The three files that `reviews` is made from, with repeats, contradictions and quotations in them."""
+    (folder / "sentiment").mkdir(parents=True)
     (folder / "tag").mkdir()
     good, bad = made_up_reviews(True), made_up_reviews(False)
     rng = random.Random(0)
@@ -65,6 +62,13 @@ def reviews_source(tmp_path_factory) -> pathlib.Path:
     news = [f"本报/r {names[i % 5]}/ns １月/t {i % 28 + 1}日/t 讯/Ng 记者/n 从/p [国家/n 统计局/n]nt 获悉/v ，/w "
             f"今年/t 经济/n 增长/v 第{i}/m 次/q 。/w" for i in range(120)]
     (folder / "tag" / "199801.txt").write_text("\n".join(news) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def reviews_source(tmp_path_factory) -> pathlib.Path:
+    """A folder with the made-up source."""
+    folder = tmp_path_factory.mktemp("source")
+    write_reviews_source(folder)
     return folder
 
 
