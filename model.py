@@ -6,14 +6,11 @@ the checkpoint file. The language model, the policy, the reference, the reward m
 Letters for shapes: B rows, T positions, D width, H query heads, G key/value heads, K width of a head, V vocabulary,
 L cached positions, N selected positions. Nothing here knows about text: a tokenizer is only stored beside the weights.
 """
-import contextlib
-import copy
 import dataclasses
 import hashlib
 import math
 import os
 import pathlib
-import time
 from typing import Any
 
 import torch
@@ -22,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.tokenizer import Tokenizer
-from kernels import Linear, RMSNorm, linear, use_products
-from options import UserError
+from runtime.decoding import KVCache
+from runtime.machine import in_pieces, save_whole
+from runtime.options import UserError
+from runtime.products import Linear, RMSNorm, linear, use_products
 
 
 @dataclasses.dataclass
@@ -69,72 +68,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-class KVCache:
-    """Keys and values of all tokens so far, in one tensor that is written in place: kv (2 × layers, n, B, G, S, K) of n
-    blocks of S places, layer i's keys in kv[2 i], its values in kv[2 i + 1].
-
-    A decoder that compiles nothing has one block for all places. A compiled step reads blocks of 16, as many as the
-    present length needs: what it reads of a layer then lies in memory without gaps, which processors fetch a third
-    faster (measured), and no two lengths in a block differ for it. One tensor and not two for each layer, because every
-    tensor that a compiled step is given costs it a microsecond or more, and so does every length that may change.
-    """
-
-    BLOCK = 16
-
-    def __init__(self, config: ModelConfig, batch: int, length: int, device: Any = "cpu", dtype: Any = torch.float32,
-                 blocks: bool = False):
-        # A step reads two blocks or more, and there is one that it never reads: the compiler takes a dimension of 1,
-        # and one that equals another, for things that stay so.
-        self.size = self.BLOCK if blocks else length
-        n = max(2, -(-length // self.size)) + 1 if blocks else 1
-        self.places = torch.arange(n * self.size, device=device).view(n, self.size)
-        self.kv = self.of_any_length(torch.zeros(2 * config.n_layer, n, batch, config.n_kv_head, self.size,
-                                                 config.head_dim, device=device, dtype=dtype), 1)
-        self.spans: dict[int, Tensor] = {}  # those given so far, by number of blocks
-
-    def of_any_length(self, tensor: Tensor, dim: int) -> Tensor:
-        """Tell the compiler that this dimension may change, so that one graph serves all lengths."""
-        if len(self.places) > 1:
-            torch._dynamo.mark_dynamic(tensor, dim)
-        return tensor
-
-    def span(self, length: int) -> Tensor:
-        """(n, S) int64: the places to read when the longest row has `length` tokens."""
-        if len(self.places) == 1:
-            return self.places[:, :length]
-        n = max(2, -(-length // self.size))
-        if n not in self.spans:
-            self.spans[n] = self.of_any_length(self.places[:n], 0)
-        return self.spans[n]
-
-    def write(self, layer: int, slot: Tensor, k: Tensor, v: Tensor) -> None:
-        """Put one token per row, k and v (B, G, K), at place `slot` (B,). All indices are tensors: were one a number,
-        the compiler would see a write into a part, and copy the whole."""
-        kv, device = self.kv, slot.device
-        which = torch.arange(2 * layer, 2 * layer + 2, device=device)[:, None]  # keys, values
-        row = torch.arange(len(slot), device=device)
-        kv[which, slot // self.size, row, :, slot % self.size] = torch.stack((k.to(kv.dtype), v.to(kv.dtype)))
-
-    def write_prompt(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Put k and v (B, G, T, K) at the first T places."""
-        full, rest = divmod(k.shape[2], self.size)
-        for cache, new in zip(self.kv[2 * layer:2 * layer + 2], (k, v), strict=True):
-            cache[:full] = new[:, :, :full * self.size].unflatten(2, (full, self.size)).movedim(2, 0)
-            if rest:
-                cache[full, :, :, :rest] = new[:, :, full * self.size:]
-
-    def keep(self, rows: Tensor) -> "KVCache":
-        """A cache of these rows (indices) alone: finished replies need no further steps."""
-        kept = copy.copy(self)
-        kept.kv = self.of_any_length(self.kv[:, :, rows], 1)
-        return kept
-
-    def put(self, rows: Tensor, other: "KVCache", length: int) -> None:
-        """Copy the first `length` places of another cache's rows into these rows (indices)."""
-        n = -(-length // self.size)
-        self.kv[:, :n, rows, :, :length] = other.kv[:, :n, :, :, :length]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
@@ -422,47 +355,21 @@ def cross_entropy_sum(model: Transformer, hidden: Tensor, targets: Tensor, chunk
 
 # ---- devices and precision -------------------------------------------------------------------------------------------
 
-def pick_device(device: str) -> str:
-    """`auto` is CUDA, then Apple's MPS, then the CPU; a device that is not there is an error."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        return next(name for name, there in available.items() if there)
-    if not available[device]:
-        raise UserError(f"--device {device}: this torch ({torch.__version__}) sees no such device; use --device auto "
-                        f"or cpu")
-    return device
 
+def score_tokens(model: Transformer, hidden: Tensor, targets: Tensor, temperature: float,
+                 train_entropy: bool = False) -> tuple[Tensor, Tensor]:
+    """hidden (N, D), targets (N,) -> log-probability of each target and entropy of each distribution, (N,) in nats.
 
-def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024, repeats: int = 60) -> tuple[str, str]:
-    """(dtype, why). `auto` times one layer's matrix product in float32, and in bfloat16 as autocast would do it.
-
-    On CPUs flags do not tell which is faster (of two that have bfloat16 instructions it was worth 2.4x on one and lost
-    on the other), and the conversions that autocast adds eat the gain at small widths, so bfloat16 has to win by a
-    clear margin.
+    The logits are computed in float32 whatever the trunk's precision: a bfloat16 logit of 10 is rounded by up to 0.03,
+    as much as one update moves it. Of a large vocabulary they are never there for all N tokens at once.
     """
-    if dtype != "auto":
-        return dtype, "as asked"
-    if device == "cuda":
-        ok = torch.cuda.is_bf16_supported()
-        return ("bfloat16" if ok else "float32"), f"this GPU has {'' if ok else 'no '}bfloat16 units"
-    if device == "mps" or width < 128:
-        return "float32", "bfloat16 gains nothing at this width, or is not measured on this device"
-    x, w = torch.randn(rows, width), torch.randn(4 * width, width)
-    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    for _ in range(repeats):  # in turns, and the best of each, so that what else the machine does favours neither
-        for cast in best:
-            start = time.perf_counter()
-            F.linear(x.to(cast), w.to(cast)).float()
-            best[cast] = min(best[cast], time.perf_counter() - start)
-    full, half = best.values()
-    chosen = "bfloat16" if half < 0.8 * full else "float32"
-    return chosen, (f"a {rows}x{width}x{4 * width} product takes {1e3 * full:.2f} ms in float32, "
-                    f"{1e3 * half:.2f} in bfloat16")
+    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            logps = log_softmax(model.head(hidden.float()), temperature)  # (N, V)
+        of_entropy = logps if train_entropy else logps.detach()
+        return logps.gather(1, targets[:, None])[:, 0], -(of_entropy.exp() * of_entropy).sum(1)
 
-
-def precision(dtype: str, device: str):
-    """Context for forwards: autocast lowers matrix products to bfloat16; weights, norms and losses stay float32."""
-    return torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+    return in_pieces(score, len(model.output_weight), hidden, targets)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -480,23 +387,6 @@ def checkpoint_path(path: str | os.PathLike) -> pathlib.Path:
     """A run's folder stands for the checkpoint.pt inside it."""
     path = pathlib.Path(path)
     return path if path.suffix == ".pt" else path / "checkpoint.pt"
-
-
-def save_whole(path: pathlib.Path, payload: Any) -> None:
-    """torch.save, whole or not at all: written under a temporary name, synced to the disk and then renamed, so that a
-    kill or a full disk at any moment leaves the previous file as it was."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        kept = " (the previous one is kept)" if path.exists() else ""
-        raise UserError(f"{path}: cannot be written: {error}{kept}; free some space or choose another --out") from error
 
 
 def save_checkpoint(path: str | os.PathLike, model: nn.Module, tokenizer: Tokenizer, **state: Any) -> None:

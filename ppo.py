@@ -18,17 +18,18 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.batches import key, pad_left
-from kernels import in_pieces, linear
-from model import Transformer, log_softmax, precision
-from options import Common, UserError, option
+from data.batches import Rows, make_rows, pad_left, spread
+from model import Transformer, score_tokens
 from reward import RewardModel
+from runtime.device import precision
+from runtime.draws import key
+from runtime.options import Common, UserError, option
+from runtime.products import linear
 from sample import Decoder, Generation, generate
 
 
@@ -308,38 +309,6 @@ def compiled_advantages() -> Callable:
 
 # ---- rows as the networks read them ----------------------------------------------------------------------------------
 
-class Rows(NamedTuple):
-    """Some rows of a rollout, their padding moved to the right and cut at the longest.
-
-    tokens (M, L), and bools of the same shape: `real` tokens, and those of the `reply`. To the right, pads need no
-    attention mask: causality hides them.
-    """
-
-    tokens: Tensor
-    real: Tensor
-    reply: Tensor
-
-    @property
-    def before(self) -> Tensor:
-        """(N,): the position just before each reply token, as numbered in a flattened (M, L), row by row."""
-        return self.reply.flatten().nonzero()[:, 0] - 1
-
-    @property
-    def targets(self) -> Tensor:
-        """(N,): the reply tokens in the same order."""
-        return self.tokens[self.reply]
-
-
-def make_rows(tokens: Tensor, real: Tensor, reply: Tensor) -> Rows:
-    """Move each row's real tokens to its beginning, their order kept; all (M, T)."""
-    order = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, :int(real.sum(1).max())]
-    return Rows(tokens.gather(1, order), real.gather(1, order), reply.gather(1, order))
-
-
-def spread(flat: Tensor, response_mask: Tensor) -> Tensor:
-    """(N,) back to (M, R): each value to its reply token's column, 0 elsewhere."""
-    return flat.new_zeros(response_mask.shape).masked_scatter(response_mask, flat)
-
 
 class ActorCritic(nn.Module):
     """Policy and critic. The critic is a network of its own, or (critic=None) a scalar head on the policy's trunk."""
@@ -373,22 +342,6 @@ class ActorCritic(nn.Module):
             with torch.autocast(hidden.device.type, enabled=False):  # not divided by the temperature: it is no logit
                 values = self.value_head(hidden.float()).squeeze(-1)
         return logprobs, entropy, values
-
-
-def score_tokens(model: Transformer, hidden: Tensor, targets: Tensor, temperature: float,
-                 train_entropy: bool = False) -> tuple[Tensor, Tensor]:
-    """hidden (N, D), targets (N,) -> log-probability of each target and entropy of each distribution, (N,) in nats.
-
-    The logits are computed in float32 whatever the trunk's precision: a bfloat16 logit of 10 is rounded by up to 0.03,
-    as much as one update moves it. Of a large vocabulary they are never there for all N tokens at once.
-    """
-    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(hidden.device.type, enabled=False):
-            logps = log_softmax(model.head(hidden.float()), temperature)  # (N, V)
-        of_entropy = logps if train_entropy else logps.detach()
-        return logps.gather(1, targets[:, None])[:, 0], -(of_entropy.exp() * of_entropy).sum(1)
-
-    return in_pieces(score, len(model.output_weight), hidden, targets)
 
 
 # ---- the buffer ------------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.batches import judged_batch
-from model import ModelConfig, Transformer, precision
-from options import Learning, UserError, option
+from model import ModelConfig, Transformer
+from runtime.device import precision
+from runtime.options import Learning, UserError, option
 
 
 @dataclasses.dataclass

@@ -19,14 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.batches import pad_left, prompt_ids, uniform_numbers
+from data.batches import pad_left, prompt_ids
 from data.records import apply_template, load_records, prompt_text
 from data.tokenizer import Tokenizer
-from kernels import activate, decoding_copy, products, refresh
-from model import (KVCache, Transformer, attention_allowed, checkpoint_path, load_checkpoint, pick_device,
-                   pick_dtype)
-from options import Options, UserError, option, parse, run_main
+from model import Transformer, attention_allowed, checkpoint_path, load_checkpoint
 from reward import RewardModel
+from runtime.decoding import KVCache, decoding_copy, refresh
+from runtime.device import pick_device, pick_dtype
+from runtime.draws import uniform_numbers
+from runtime.options import Options, UserError, option, parse, run_main
 
 # ---- choosing one token ----------------------------------------------------------------------------------------------
 
@@ -109,14 +110,13 @@ class Decoder:
     have changed; that compiles nothing anew.
     """
 
-    compiled: dict[tuple, Callable] = {}  # steps of all decoders: models of one shape share them
-
     def __init__(self, model: Transformer, dtype: str | None = None, compile: bool = False):
         self.model, self.compile = model, compile
         self.dtype = {"bfloat16": torch.bfloat16, "int8": torch.int8}.get(dtype, model.embedding.weight.dtype)
         if self.dtype == torch.int8 and model.embedding.weight.device.type != "cpu":
             raise UserError("int8 is for writing on a CPU; on this device use bfloat16")
         self.copies: dict[int, Transformer] = {}
+        self.compiled: dict[tuple[int, float], Callable] = {}  # by rows and temperature
         self.room_for: tuple[int, int] | None = None  # rows and length that `room` was made for
 
     def refresh(self) -> None:
@@ -133,7 +133,6 @@ class Decoder:
             if not self.compile:
                 self.copies.clear()
             self.copies[rows] = decoding_copy(self.model, self.dtype, rows, self.compile)
-        activate(self.copies[rows])
         return self.copies[rows]
 
     def cache(self, rows: int, length: int) -> KVCache:
@@ -155,11 +154,9 @@ class Decoder:
         """
         if not self.compile:
             return sample_step
-        config, device = self.model.config, self.model.embedding.weight.device.type
-        key = (dataclasses.astuple(config), self.dtype, self.model.embedding.weight.dtype, device, rows, temperature,
-               products())
+        device, key = self.model.embedding.weight.device.type, (rows, temperature)
         if key not in self.compiled:
-            code = sample_step.__code__.replace(co_name=f"sample_step_{len(self.compiled)}")
+            code = sample_step.__code__.replace(co_name=f"sample_step_{id(self)}_{len(self.compiled)}")
             options = {}
             if device == "cpu":  # allocate once and not a hundred times; sizes and strides follow from the key, too
                 options = {"cpp_wrapper": True, "memory_planning": True, "size_asserts": False}
@@ -248,7 +245,6 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
         out.tokens[where], out.mask[where], out.logprobs[where] = columns[real], True, logprobs[real]
         if on_token is not None:
             on_token(index[at][real[:, 0]], columns[:, 0][real[:, 0]])
-            activate(ready)  # it may have let another model write
         written[at] += k
         running[at] &= ~(is_end & real).any(1) & (written[at] < R)
 

@@ -4,8 +4,8 @@ The order, like every other draw of a run, follows from (seed, stage, purpose, s
 `numpy.random.default_rng(key(…))`. So a resumed run needs no random state: it asks for the batch of its next step and
 gets the one the uninterrupted run would have had.
 """
-import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,37 +13,10 @@ from torch import Tensor
 
 from data.records import apply_template, as_messages
 from data.tokenizer import Tokenizer
-from options import UserError
-
-STAGES = {"pretrain": 1, "sft": 2, "reward": 3, "ppo": 4}
-PURPOSES = {"order": 1, "plan": 2, "window": 3, "weights": 4, "dropout": 5, "prefix": 6, "reply": 7, "minibatch": 8}
-
-
-def key(seed: int, stage: str, purpose: str, *index: int) -> list[int]:
-    """What a draw follows from. Purposes are told apart at a fixed place, so no two share a stream of numbers (numpy
-    ignores zeros at a key's end: [7] and [7, 0] are one stream)."""
-    return [seed, STAGES[stage], PURPOSES[purpose], *index]
-
-
-def uniform_numbers(seed: int | Sequence[int], rows: Sequence[int], n: int) -> Tensor:
-    """(len(rows), n) float32 in [0, 1): row b's numbers follow from (seed, rows[b]), whatever shares its batch."""
-    seed = [seed] if isinstance(seed, int) else list(seed)
-    return torch.from_numpy(np.stack([np.random.default_rng([*seed, int(row)]).random(n, np.float32) for row in rows]))
-
+from runtime.draws import key
+from runtime.options import UserError
 
 # ---- order -----------------------------------------------------------------------------------------------------------
-
-@functools.lru_cache(maxsize=4)
-def epoch_order(n: int, seed: int, stage: str, epoch: int) -> np.ndarray:
-    """A permutation of 0…n−1, anew for each epoch."""
-    return np.random.default_rng(key(seed, stage, "order", epoch)).permutation(n)
-
-
-def rows_at(n: int, batch: int, step: int, seed: int, stage: str) -> np.ndarray:
-    """Which rows step `step` takes, (batch,): the epochs' permutations one after another, cut into batches. A batch at
-    the border of two epochs takes from both, so every row is seen equally often and no batch is short."""
-    at = np.arange(step * batch, (step + 1) * batch)
-    return np.array([epoch_order(n, seed, stage, int(i // n))[i % n] for i in at])
 
 
 # ---- padding ---------------------------------------------------------------------------------------------------------
@@ -226,3 +199,39 @@ def eval_windows(tokens: np.ndarray, starts: np.ndarray, window: int,
         inputs, targets, docs = (torch.from_numpy(np.pad(x.astype(np.int64), padding).reshape(rows, window))
                                  for x in (tokens[begin:end], tokens[begin + 1:end + 1], number[begin:end]))
         yield inputs, targets, docs, torch.arange(rows * window).view(rows, window) < end - begin
+
+
+# ---- rows as the networks read them ----
+
+
+class Rows(NamedTuple):
+    """Some rows of a rollout, their padding moved to the right and cut at the longest.
+
+    tokens (M, L), and bools of the same shape: `real` tokens, and those of the `reply`. To the right, pads need no
+    attention mask: causality hides them.
+    """
+
+    tokens: Tensor
+    real: Tensor
+    reply: Tensor
+
+    @property
+    def before(self) -> Tensor:
+        """(N,): the position just before each reply token, as numbered in a flattened (M, L), row by row."""
+        return self.reply.flatten().nonzero()[:, 0] - 1
+
+    @property
+    def targets(self) -> Tensor:
+        """(N,): the reply tokens in the same order."""
+        return self.tokens[self.reply]
+
+
+def make_rows(tokens: Tensor, real: Tensor, reply: Tensor) -> Rows:
+    """Move each row's real tokens to its beginning, their order kept; all (M, T)."""
+    order = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, :int(real.sum(1).max())]
+    return Rows(tokens.gather(1, order), real.gather(1, order), reply.gather(1, order))
+
+
+def spread(flat: Tensor, response_mask: Tensor) -> Tensor:
+    """(N,) back to (M, R): each value to its reply token's column, 0 elsewhere."""
+    return flat.new_zeros(response_mask.shape).masked_scatter(response_mask, flat)

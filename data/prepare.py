@@ -28,10 +28,11 @@ from collections.abc import Callable
 import numpy as np
 from tqdm import tqdm
 
+from data.bpe import train_bpe, train_chars
 from data.prepared import DIALOGUE, NEWS, REVIEW, Prepared
 from data.records import FIELDS, as_messages, kind_of, load_records, write_records
-from data.tokenizer import Tokenizer, train_bpe, train_chars
-from options import Options, UserError, option, parse, run_main
+from data.tokenizer import Tokenizer
+from runtime.options import Options, UserError, option, parse, run_main
 
 VERSION = 2  # of what is written; a change makes old prepared folders unused
 CACHE = pathlib.Path(__file__).parent / "cache"

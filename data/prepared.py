@@ -7,7 +7,7 @@ import numpy as np
 
 from data.records import FIELDS, load_records
 from data.tokenizer import CHARACTER_PATTERN, Tokenizer
-from options import UserError
+from runtime.options import UserError
 
 NEWS, REVIEW, DIALOGUE = 0, 1, 2  # parts of `reviews`: newspaper; plain reviews; reviews in the form of dialogues
 

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from options import UserError
+from runtime.options import UserError
 
 FIELDS = {"pretrain": "text", "sft": "prompt and response, or messages",
           "reward": "prompt with response and label or score, or chosen and rejected", "ppo": "prompt"}
@@ -136,13 +136,6 @@ def load_records(path: str | os.PathLike, kind: str) -> list[dict]:
     if kind == "reward" and len({frozenset({"chosen", "label", "score"} & set(r)) for r in records}) > 1:
         raise UserError(f"{path}: pairs, labels and scores are mixed; keep one kind of feedback in a file")
     return records
-
-
-def replace_text(path: pathlib.Path, text: str) -> None:
-    """Write a file whole or not at all: under a temporary name, then renamed."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def write_records(path: pathlib.Path, records: Iterable[dict]) -> None:

@@ -95,7 +95,7 @@ def world(reviews_source, tmp_path_factory):
 def command(world, tmp_path, monkeypatch):
     """command(stage, *words) parses the options of a stage on the small world."""
     import train
-    from options import parse
+    from runtime.options import parse
     monkeypatch.setattr(train, "prepared", lambda o: world.data)
 
     def parsed(stage, *words):

@@ -3,10 +3,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import (PURPOSES, STAGES, PackedDocuments, dialogue_rows, epoch_order, eval_windows, fitting,
-                          judged_rows, key, pack_rows, pad_left, pad_right, prompt_ids, rows_at)
-from data.tokenizer import train_bpe
-from options import UserError
+from data.batches import (PackedDocuments, dialogue_rows, eval_windows, fitting, judged_rows,
+                          pack_rows, pad_left, pad_right, prompt_ids)
+from data.bpe import train_bpe
+from runtime.draws import PURPOSES, STAGES, epoch_order, key, rows_at
+from runtime.options import UserError
 
 
 def test_an_epoch_is_a_permutation_of_its_own():

@@ -4,9 +4,9 @@ import copy
 import pytest
 import torch
 
-import kernels
 from model import ModelConfig, Transformer
 from ppo import gae, whiten
+from runtime import device
 from sample import Decoder, generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here: not run")
@@ -29,7 +29,7 @@ def test_a_compiled_trunk_equals_the_eager_one():
     model = Transformer(CONFIG).cuda()
     tokens, where = torch.randint(1, 256, (4, 30), device="cuda"), torch.arange(5, 90, 3, device="cuda")
     expected = model.hidden(tokens, where=where)
-    kernels.compile_trunks(model)
+    device.compile_trunks(model)
     assert torch.allclose(model.hidden(tokens, where=where), expected, atol=1e-4)
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import train
 from model import ModelConfig, Transformer
-from options import UserError
+from runtime.options import UserError
 from sample import Decoder, generate
 
 MOVES = ("copy_", "_to_copy")

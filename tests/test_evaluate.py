@@ -11,14 +11,14 @@ import torch
 import evaluate
 import train
 from data.batches import prompt_ids
+from data.bpe import train_bpe
+from data.judge import NgramClassifier, ngram_classifier, plain_text
 from data.prepare import open_data
-from data.tokenizer import train_bpe
-from evaluate import (accuracy, auc, best_of_n_kl, bootstrap, calibration_error, distinct_n, measure_policy,
-                      paired_auc_difference, reply_statistics, table, text_plot, win_rate)
+from evaluate import best_of_n_kl, distinct_n, measure_policy, reply_statistics, table, text_plot
 from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint, token_logprobs
-from ngrams import NgramClassifier, ngram_classifier, plain_text
-from options import UserError, run_main
 from reward import RewardModel
+from runtime.options import UserError, run_main
+from runtime.statistics import accuracy, auc, bootstrap, calibration_error, paired_auc_difference, win_rate
 from tests.conftest import made_up_reviews
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import train
-from run import Run
+from runtime.run import Run
 from tests.conftest import write_reviews_source
 
 GOLDEN = pathlib.Path(__file__).with_name("golden.json")

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from data.tokenizer import train_bpe
-from model import (KVCache, ModelConfig, Transformer, attend, attention_allowed, cross_entropy_sum, load_checkpoint,
-                   pick_dtype, precision, save_checkpoint, token_logprobs, weights_hash)
-from options import UserError
+from data.bpe import train_bpe
+from model import (ModelConfig, Transformer, attend, attention_allowed, cross_entropy_sum,
+                   load_checkpoint, save_checkpoint, token_logprobs, weights_hash)
 from reward import RewardModel
+from runtime.decoding import KVCache
+from runtime.device import pick_dtype, precision
+from runtime.options import UserError
 
 CONFIG = ModelConfig(vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_len=64)
 

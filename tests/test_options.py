@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 
-from options import UserError, as_dict, option, parse, parse_all, run_main, show
+from runtime.options import UserError, as_dict, option, parse, parse_all, run_main, show
 
 
 @dataclasses.dataclass

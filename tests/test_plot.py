@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from options import UserError
+from runtime.options import UserError
 from tools.plot import main, read_metrics, series
 
 

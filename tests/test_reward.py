@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from model import ModelConfig
-from options import UserError
-from reward import (RewardConfig, RewardModel, feedback_kind, feedback_loss, label_loss, pairwise_loss,
-                    regression_loss)
+from reward import RewardConfig, RewardModel, feedback_kind, feedback_loss, label_loss, pairwise_loss, regression_loss
+from runtime.options import UserError
 
 CONFIG = dict(vocab_size=60, n_layer=2, n_head=2, n_kv_head=2, d_model=16, d_ff=32, max_len=32)
 

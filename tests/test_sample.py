@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-import kernels
 import sample as sample_module
 from data.records import apply_template
 from model import ModelConfig, Transformer, log_softmax, token_logprobs
-from options import UserError, run_main
 from reward import RewardConfig, RewardModel
-from sample import (Decoder, SampleOptions, Speaker, chat, draw, filter_logits, generate, penalise_repetition,
-                    uniform_numbers)
+from runtime import device
+from runtime.options import UserError, run_main
+from sample import (Decoder, SampleOptions, Speaker, chat, draw, filter_logits, generate,
+                    penalise_repetition, uniform_numbers)
 
-needs_compiler = pytest.mark.skipif(bool(kernels.compiler_fault()), reason=kernels.compiler_fault())
+needs_compiler = pytest.mark.skipif(bool(device.compiler_fault()), reason=device.compiler_fault())
 CONFIG = ModelConfig(vocab_size=50, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=32, max_len=40)
 
 

@@ -4,9 +4,11 @@ import random
 import pytest
 import tiktoken
 
-from data.tokenizer import SPECIAL_TOKENS, Tokenizer, main, train_bpe, train_chars
-from options import UserError
+from data.bpe import train_bpe, train_chars
+from data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from runtime.options import UserError
 from tests.conftest import made_up_reviews
+from tools.show import main
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +156,6 @@ def test_show_prints_the_loss_mask_in_colour(tokenizer, tmp_path, capsys):
     save_checkpoint(tmp_path, Transformer(ModelConfig(vocab_size=500, d_model=16, n_head=2, n_kv_head=2, d_ff=16,
                                                       n_layer=1)), tokenizer)
     (tmp_path / "d.jsonl").write_text('{"prompt": "问", "response": "答"}\n', encoding="utf-8")
-    main(["show", str(tmp_path / "d.jsonl"), "--from", str(tmp_path)])
+    main([str(tmp_path / "d.jsonl"), "--from", str(tmp_path)])
     shown = capsys.readouterr().out
     assert "\033[32m答" in shown and "\033[32m<eom>" in shown and "\033[90m问" in shown

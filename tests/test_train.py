@@ -11,13 +11,15 @@ import torch
 from tqdm import tqdm
 
 import train
-from data.batches import PackedDocuments, dialogue_rows, eval_windows, judged_batch, judged_rows, key, rows_at
+from data.batches import PackedDocuments, dialogue_rows, eval_windows, judged_batch, judged_rows
+from data.judge import ngram_classifier
 from model import ModelConfig, Transformer, load_checkpoint, token_logprobs, weights_hash
-from ngrams import ngram_classifier
-from optimizers import learning_rate, make_optimizers
-from options import UserError, parse, run_main
 from reward import RewardConfig, RewardModel, label_loss, pairwise_loss
-from run import Interrupted, Run, limit_length
+from runtime.draws import key, rows_at
+from runtime.machine import Interrupted
+from runtime.optim import learning_rate, make_optimizers
+from runtime.options import UserError, parse, run_main
+from runtime.run import Run, limit_length
 from tests.conftest import equal
 from tests.test_ppo import SHAPE
 
@@ -233,7 +235,7 @@ def small():
 
 
 def test_auto_decides_once_by_the_step_before_and_says_so(monkeypatch, capsys):
-    monkeypatch.setattr("kernels.compiler_fault", lambda device="cpu": "")
+    monkeypatch.setattr("runtime.device.compiler_fault", lambda device="cpu": "")
     for took, chosen in ((10.0, "on"), (0.5, "off")):
         run = Run.__new__(Run)
         run.stage, run.device, run.compile = "sft", "cpu", "auto"

@@ -28,13 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
 from model import ModelConfig, Transformer, log_softmax
-from options import Options, UserError, option, parse, run_main
-from ppo import (ActorCritic, PPOOptions, RunningMoments, advantages_of, collect_rollout, gae, gae_tables,
-                 update)
+from ppo import ActorCritic, PPOOptions, RunningMoments, advantages_of, collect_rollout, gae, gae_tables, update
 from reward import RewardModel, critic_from
-from run import keep_freed_memory, processor
+from runtime import decoding, device, products
+from runtime.machine import keep_freed_memory, processor
+from runtime.options import Options, UserError, option, parse, run_main
 from sample import Decoder, generate
 
 SMALL = ModelConfig(vocab_size=4096, n_layer=6, n_head=6, n_kv_head=6, d_model=384, d_ff=1024, max_len=256)  # 12.2 M
@@ -143,8 +142,8 @@ def product_forms(rows: int, n_in: int, n_out: int, dtype: torch.dtype) -> list[
     """x (rows, n_in) @ w (n_out, n_in)ᵀ in the ways that there are here, and both gradients' products likewise."""
     x, w = torch.randn(rows, n_in).to(dtype), torch.randn(n_out, n_in).to(dtype)
     forms = [lambda: F.linear(x, w)]
-    if kernels._onednn is not None:
-        forms.append(lambda: kernels._product(x, w))
+    if products._onednn is not None:
+        forms.append(lambda: products._product(x, w))
     return forms
 
 
@@ -181,10 +180,10 @@ def bare_step(config: ModelConfig, batch: int, dtype: torch.dtype) -> Callable[[
     weights = [torch.randn(n_out, n_in).to(dtype) for n_in, n_out in step_products(config)]
     xs = [torch.randn(batch, w.shape[1]).to(dtype) for w in weights]
     forms = [lambda: [F.linear(x, w) for x, w in zip(xs, weights, strict=True)]]
-    packed = [kernels._pack(w, batch) for w in weights]
+    packed = [decoding._pack(w, batch) for w in weights]
     if None not in packed:
         forms.append(lambda: [multiply(x) for x, multiply in zip(xs, packed, strict=True)])
-    if batch == 1 and not kernels.compiler_fault():
+    if batch == 1 and not device.compiler_fault():
         fused = torch.compile(lambda xs, ws: [(x.float() * w.float()).sum(-1).to(dtype)
                                               for x, w in zip(xs, ws, strict=True)])
         forms.append(lambda: fused(xs, weights))
@@ -225,7 +224,7 @@ def sampler_gap(model: Transformer, tokens: Tensor, reply, dtype: str) -> float:
 
 def decode(o: BenchOptions) -> list[dict]:
     """Replies of equal length: tokens a second, the decoding step against its limit, and transformers' generate."""
-    found, compiles = [], not kernels.compiler_fault()
+    found, compiles = [], not device.compiler_fault()
     for shape, config, batch in (("small", SMALL, 1), ("small", SMALL, 32), ("small", SMALL, 128), ("base", BASE, 1),
                                  ("base", BASE, 32)):
         if o.only and o.only != f"{shape}:{batch}":
@@ -285,7 +284,7 @@ class EndingDecoder(Decoder):
 
 def uneven(o: BenchOptions, n: int = 256, rows: int = 32) -> dict:
     """Replies of uneven length: places of ended ones are taken by the next prompts, against all rows kept."""
-    compiles = not kernels.compiler_fault()
+    compiles = not device.compiler_fault()
     model, (tokens, mask) = random_model(SMALL), random_prompts(SMALL, n)
     bare = {name: bare_step(SMALL, rows, dtype) for name, dtype in TYPES.items()}
     dtype = min(TYPES, key=lambda name: bare[name]())
@@ -319,7 +318,7 @@ def gae_by_columns(rewards: Tensor, values: Tensor, gamma: float, lam: float) ->
 def advantages(o: BenchOptions) -> list[dict]:
     """GAE without a loop, eagerly; beside it shaping, GAE, returns and whitening together, compiled."""
     found, gamma, lam = [], 1.0, 0.95
-    compiled = torch.compile(advantages_of) if not kernels.compiler_fault() else None
+    compiled = torch.compile(advantages_of) if not device.compiler_fault() else None
     for shape in ((64, 512), (256, 1024), (512, 4096)):
         g = torch.Generator().manual_seed(0)
         rewards, values, logprobs, references = (torch.randn(shape, generator=g) for _ in range(4))
@@ -364,7 +363,7 @@ class Update:
         self.networks = ActorCritic(policy, critic_from(self.reward_model) if critic == "separate" else None)
         if compiles:
             trunks = [policy, self.reference, self.reward_model.backbone]
-            kernels.compile_trunks(*trunks, *([self.networks.critic.backbone] if critic == "separate" else []))
+            device.compile_trunks(*trunks, *([self.networks.critic.backbone] if critic == "separate" else []))
         self.decoder = Decoder(policy, dtype, compiles)
         groups = [{"params": list(policy.parameters()), "lr": 1e-5},
                   {"params": self.networks.critic_parameters(), "lr": 1e-5}]
@@ -403,10 +402,10 @@ def bare_update(config: ModelConfig, critic: str, dtype: torch.dtype, o: PPOOpti
         kind = torch.float32 if (n_out == config.vocab_size) else dtype  # the logits are float32 in any case
         if (m, n_in, n_out) not in took:
             x, w, g = (torch.randn(shape).to(kind) for shape in ((m, n_in), (n_out, n_in), (m, n_out)))
-            forms = [[lambda x=x, w=w: F.linear(x, w), lambda x=x, w=w: kernels._product(x, w)],
-                     [lambda g=g, w=w: g @ w, lambda g=g, w=w: kernels._product(g, w.t())],
-                     [lambda g=g, x=x: g.t() @ x, lambda g=g, x=x: kernels._weight_gradient(g, x)]]
-            took[m, n_in, n_out] = sum(fastest(f if kernels._onednn is not None else f[:1]) for f in forms)
+            forms = [[lambda x=x, w=w: F.linear(x, w), lambda x=x, w=w: products._product(x, w)],
+                     [lambda g=g, w=w: g @ w, lambda g=g, w=w: products._product(g, w.t())],
+                     [lambda g=g, x=x: g.t() @ x, lambda g=g, x=x: products._weight_gradient(g, x)]]
+            took[m, n_in, n_out] = sum(fastest(f if products._onednn is not None else f[:1]) for f in forms)
         total += took[m, n_in, n_out]
         flop += 6e-9 * m * n_in * n_out
     length, count = prompt + o.reply_len, o.micro_batch * config.n_head
@@ -420,7 +419,7 @@ def bare_update(config: ModelConfig, critic: str, dtype: torch.dtype, o: PPOOpti
 
 def ppo(o: BenchOptions, learning_only: bool = False) -> list[dict]:
     """Updates in both precisions, eager and compiled, with a critic of its own and with a shared trunk."""
-    found, compiles = [], not kernels.compiler_fault()
+    found, compiles = [], not device.compiler_fault()
     theirs: dict[str, list[float]] = {"": [], "--bf16": []}
     settings = [("separate", dtype, compiled) for dtype in TYPES for compiled in (False, True)[:1 + compiles]]
     if not learning_only:
@@ -498,7 +497,7 @@ def growth(o: BenchOptions) -> dict:
         "packed weights; an update's gradients, Adam's moments and one micro-batch's activations of policy and critic",
         [(name, *(round(x / 1e6) for x in (b, p, p - b, need))) for name, b, p, need in memory],
         ("phase", "before", "peak", "more", "needed"))
-    compiles = not kernels.compiler_fault()
+    compiles = not device.compiler_fault()
     config = dataclasses.replace(SMALL, max_len=2176)
     model, rows = random_model(config), []
     decoder = Decoder(model, dtype, compiles)
@@ -533,11 +532,11 @@ def main(argv: list[str]) -> None:
         raise UserError(f"unknown part {section!r}: use {', '.join(SECTIONS)} or all")
     o = parse(BenchOptions, rest, "-m tools.bench")
     keep_freed_memory()
-    kernels.use_products(kernels.pick_products("cpu", 384)[0])
-    if fault := kernels.compiler_fault():
+    products.use_products(products.pick_products("cpu", 384)[0])
+    if fault := device.compiler_fault():
         print(f"torch.compile does not work here, so everything runs eagerly: {fault}")
     found = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-             "products": kernels.products(), "load": os.getloadavg()[0], "limits": limits(o)}
+             "products": products.products(), "load": os.getloadavg()[0], "limits": limits(o)}
     parts = {"decode": lambda: {"equal": decode(o), **({} if o.only else {"uneven": uneven(o)})},
              "gae": lambda: advantages(o), "train": lambda: ppo(o, learning_only=True), "ppo": lambda: ppo(o),
              "growth": lambda: growth(o)}

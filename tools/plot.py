@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from options import UserError, option, parse, run_main
+from runtime.options import UserError, option, parse, run_main
 
 if TYPE_CHECKING:  # matplotlib is an extra: imported where it is used
     from matplotlib.axes import Axes
@@ -190,7 +190,7 @@ def draw(runs: list[Run], title: str) -> "Figure":
 
 def draw_as_text(runs: list[Run]) -> str:
     """The main curves (mean over the runs) in characters; held-out ones where a panel has nothing else."""
-    from evaluate import text_plot  # here, because with it comes torch, which a picture does not need
+    from evaluate import text_plot
 
     plots, panels = [], to_draw(runs)
     for panel, curves in [p for p in panels if p[0].text] or panels:

@@ -21,8 +21,8 @@ from collections.abc import Iterator
 import torch
 
 from data.prepare import CACHE, shakespeare_text
-from options import Options, UserError, as_dict, option, parse, run_main
-from run import processor
+from runtime.machine import processor
+from runtime.options import Options, UserError, as_dict, option, parse, run_main
 from tools.bench import ratio, say, spread
 
 WINDOW, BATCH, STEPS = 64, 12, 2000
@@ -42,7 +42,7 @@ class RaceOptions(Options):
 
 def their_run(o: RaceOptions, seed: int) -> Iterator[tuple[int, float, float]]:
     """(step, seconds of training so far, loss on all of validation), every 50 steps from the thousandth on."""
-    from model import GPT, GPTConfig  # nanoGPT's: main has put its folder first on the path
+    from model import GPT, GPTConfig
     text = shakespeare_text(o.source or None, CACHE)
     number = {c: i for i, c in enumerate(sorted(set(text)))}
     data = torch.tensor([number[c] for c in text])

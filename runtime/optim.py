@@ -4,7 +4,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from options import Learning
+from runtime.options import Learning
 
 
 class Muon(torch.optim.Optimizer):

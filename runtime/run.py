@@ -3,14 +3,11 @@
 `OUT/<data>/<stage>/` holds checkpoint.pt, config.json (options, versions, machine, seconds), metrics.jsonl (one JSON
 object a logged step) and samples.jsonl (texts to read). train.py's stages open a `Run`, log into it, save with it.
 """
-import ctypes
 import json
 import os
 import pathlib
 import platform
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,70 +18,17 @@ from torch import nn
 from tqdm import tqdm
 
 from data.prepared import Prepared
-from data.records import replace_text
-from kernels import compile_pays, pick_products, use_products
-from model import Transformer, load_checkpoint, pick_device, pick_dtype, save_checkpoint
-from options import Common, Learning, UserError, as_dict, show
+from model import Transformer, load_checkpoint, save_checkpoint
 from reward import RewardModel
+from runtime.device import compile_pays, pick_device, pick_dtype
+from runtime.machine import Interrupt, Interrupted, git_commit, processor, replace_text
+from runtime.options import Common, Learning, UserError, as_dict, show
+from runtime.products import pick_products, use_products
 
 try:
     import fcntl
 except ImportError:  # Windows has none
     fcntl = None
-
-
-class Interrupted(Exception):
-    """Raised after an interrupted run was saved; holds the signal's number."""
-
-
-class Interrupt:
-    """Ctrl-C and SIGTERM ask for a stop after the present step; a second Ctrl-C stops at once."""
-
-    number = 0
-
-    @classmethod
-    def install(cls) -> None:
-        def handle(number: int, _) -> None:
-            if cls.number and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            cls.number = number
-            print("\nfinishing this step, then saving …", file=sys.stderr)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handle)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what was freed; with another C library it does nothing.
-
-    Else each large tensor's pages go back to the system and are faulted in again at the next step: a third of the time
-    of a step whose shapes vary, on CPU (measured).
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's top is not given back
-    except (OSError, AttributeError):
-        return
-
-
-def git_commit() -> str:
-    """Commit of the code, with a + where files differ from it; empty outside a clone."""
-    here = pathlib.Path(__file__).parent
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"], cwd=here,
-                                capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return commit.stdout.strip()
-
-
-def processor() -> str:
-    """The CPU's own name where the system tells it."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def go_on() -> str:

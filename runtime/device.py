@@ -1,0 +1,98 @@
+"""Where and how to compute: the device, the precision of matrix products, and whether compiling pays."""
+import contextlib
+import functools
+import math
+import os
+import shutil
+import sysconfig
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from runtime.options import UserError
+
+
+def pick_device(device: str) -> str:
+    """`auto` is CUDA, then Apple's MPS, then the CPU; a device that is not there is an error."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(name for name, there in available.items() if there)
+    if not available[device]:
+        raise UserError(f"--device {device}: this torch ({torch.__version__}) sees no such device; use --device auto "
+                        f"or cpu")
+    return device
+
+
+def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024, repeats: int = 60) -> tuple[str, str]:
+    """(dtype, why). `auto` times one layer's matrix product in float32, and in bfloat16 as autocast would do it.
+
+    On CPUs flags do not tell which is faster (of two that have bfloat16 instructions it was worth 2.4x on one and lost
+    on the other), and the conversions that autocast adds eat the gain at small widths, so bfloat16 has to win by a
+    clear margin.
+    """
+    if dtype != "auto":
+        return dtype, "as asked"
+    if device == "cuda":
+        ok = torch.cuda.is_bf16_supported()
+        return ("bfloat16" if ok else "float32"), f"this GPU has {'' if ok else 'no '}bfloat16 units"
+    if device == "mps" or width < 128:
+        return "float32", "bfloat16 gains nothing at this width, or is not measured on this device"
+    x, w = torch.randn(rows, width), torch.randn(4 * width, width)
+    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    for _ in range(repeats):  # in turns, and the best of each, so that what else the machine does favours neither
+        for cast in best:
+            start = time.perf_counter()
+            F.linear(x.to(cast), w.to(cast)).float()
+            best[cast] = min(best[cast], time.perf_counter() - start)
+    full, half = best.values()
+    chosen = "bfloat16" if half < 0.8 * full else "float32"
+    return chosen, (f"a {rows}x{width}x{4 * width} product takes {1e3 * full:.2f} ms in float32, "
+                    f"{1e3 * half:.2f} in bfloat16")
+
+
+def precision(dtype: str, device: str):
+    """Context for forwards: autocast lowers matrix products to bfloat16; weights, norms and losses stay float32."""
+    return torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+
+COMPILE_FROM = {"cpu": 300.0, "cuda": 120.0}  # seconds of work ahead; it saves some 15 % on a CPU and takes 15 to 40 s
+
+
+@functools.lru_cache(maxsize=2)
+def compiler_fault(device: str = "cpu") -> str:
+    """What keeps torch.compile from working here, in one line; empty where it works. Tries it on a small function."""
+    compiler, headers = os.environ.get("CXX", "g++"), sysconfig.get_paths()["include"]
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler ({compiler}): install g++, or name yours in the variable CXX"
+    if not os.path.exists(os.path.join(headers, "Python.h")):
+        return f"Python's headers are not in {headers}: install them (Debian: python3-dev)"
+    try:
+        x = torch.arange(4096.0, device=device)
+        fine = torch.equal(torch.compile(lambda x: 2 * x + 1)(x), 2 * x + 1)
+        return "" if fine else "torch.compile computes something else than was asked for"
+    except Exception as error:  # whatever the compiler, the linker or triton say
+        said = str(error)
+        if "omp.h" in said or "gomp" in said or "fopenmp" in said:
+            return "OpenMP is missing: install libgomp (with clang: libomp-dev)"
+        lines = [line for line in said.splitlines() if line.strip()]
+        return f"it fails with {type(error).__name__}: {lines[0][:150] if lines else ''}"
+
+
+def compile_pays(asked: str, device: str, seconds_ahead: float) -> tuple[bool, str]:
+    """(compile?, why) for `--compile on` or `auto`, when about so many seconds of work lie ahead."""
+    least = COMPILE_FROM.get(device, math.inf)
+    if asked == "auto" and seconds_ahead < least:
+        return False, f"about {seconds_ahead:.0f} s lie ahead; compiling pays from {least:.0f} on"
+    if fault := compiler_fault(device):
+        return False, f"torch.compile does not work here, so everything runs eagerly: {fault}"
+    return True, "as asked" if asked == "on" else f"about {seconds_ahead:.0f} s lie ahead"
+
+
+def compile_trunks(*models: nn.Module) -> None:
+    """Compile the part that all stages share. Models of one shape share its graphs, whatever their weights; the number
+    of rows, their length and the number of chosen positions may change freely."""
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    for model in models:
+        if "trunk" not in vars(model):  # else it is compiled already
+            model.trunk = torch.compile(model.trunk, dynamic=True)

@@ -1,0 +1,108 @@
+"""Files, memory, signals, and what machine this is."""
+import ctypes
+import os
+import pathlib
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from runtime.options import UserError
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Write a file whole or not at all: under a temporary name, then renamed."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def save_whole(path: pathlib.Path, payload: Any) -> None:
+    """torch.save, whole or not at all: written under a temporary name, synced to the disk and then renamed, so that a
+    kill or a full disk at any moment leaves the previous file as it was."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        kept = " (the previous one is kept)" if path.exists() else ""
+        raise UserError(f"{path}: cannot be written: {error}{kept}; free some space or choose another --out") from error
+
+
+class Interrupted(Exception):
+    """Raised after an interrupted run was saved; holds the signal's number."""
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM ask for a stop after the present step; a second Ctrl-C stops at once."""
+
+    number = 0
+
+    @classmethod
+    def install(cls) -> None:
+        def handle(number: int, _) -> None:
+            if cls.number and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            cls.number = number
+            print("\nfinishing this step, then saving …", file=sys.stderr)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handle)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what was freed; with another C library it does nothing.
+
+    Else each large tensor's pages go back to the system and are faulted in again at the next step: a third of the time
+    of a step whose shapes vary, on CPU (measured).
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's top is not given back
+    except (OSError, AttributeError):
+        return
+
+
+def git_commit() -> str:
+    """Commit of the code, with a + where files differ from it; empty outside a clone."""
+    here = pathlib.Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"], cwd=here,
+                                capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit.stdout.strip()
+
+
+def processor() -> str:
+    """The CPU's own name where the system tells it."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+NUMBERS_AT_ONCE = {"cpu": 2**26, "mps": 2**26, "cuda": 2**28}  # in float32 a quarter of a GiB, or one, for an array
+
+
+def in_pieces(function: Callable[..., tuple[Tensor, ...]], numbers: int, *rows: Tensor) -> tuple[Tensor, ...]:
+    """function(*rows), where the function treats each row by itself and holds so many numbers for each in between.
+    Above NUMBERS_AT_ONCE in all, one piece of the rows is done after another, and a backward computes each piece anew,
+    so that they are never all held at once: that costs the time of one more forward."""
+    size = max(1, NUMBERS_AT_ONCE[rows[0].device.type] // numbers)
+    if len(rows[0]) <= size:
+        return function(*rows)
+    parts = [checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False)
+             for piece in zip(*(x.split(size) for x in rows), strict=True)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
