@@ -1,10 +1,11 @@
 """Measures, with intervals: is the reward model right, is the policy better, or has it only found a loophole?
 
-    python evaluate.py out/reviews/sft out/reviews/ppo        the report's table for any checkpoints
+    python evaluate.py out/reviews/sft out/reviews/ppo        the report's tables for any checkpoints
 
-From small to large: how well scores agree with labels; intervals by bootstrap; what a set of replies looks like; the
-report. The plain n-gram classifier of ngrams.py serves twice: on one half of the labels as the reward model's baseline,
-on the other half as independent judge. The judge is never trained against: nothing in ppo.py or reward.py knows it.
+From small to large: what a set of replies looks like; a policy on held-out prompts; the reward model on
+held-out labels; the report. The n-gram classifier of data/judge.py serves twice: fitted on one half of
+the labels it is the reward model's baseline, on the other half the independent judge. PPO and the
+reward model are never trained against the judge; its opinions reach metrics and reports only.
 """
 import dataclasses
 import json
@@ -30,17 +31,15 @@ from reward import RewardModel
 from runtime.device import pick_device, precision
 from runtime.machine import replace_text
 from runtime.options import UserError, option, parse, run_main
-from runtime.statistics import (_not_empty, accuracy, auc, calibration_error, interval,
-                                paired_auc_difference, positive_share, win_rate)
-from sample import reply_texts, reply_to
-
-# ---- agreement of scores and labels ----------------------------------------------------------------------------------
+from runtime.statistics import (accuracy, auc, calibration_error, interval, paired_auc_difference, positive_share,
+                                win_rate)
+from sample import reply_ids, reply_texts, reply_to
 
 
-# ---- what replies look like ------------------------------------------------------------------------------------------
+# ---- what replies look like ----------------------------------------------------------------------
 
 def distinct_n(rows: Sequence[Sequence[int]], n: int = 2, budget: int | None = None) -> float:
-    """Distinct n-grams over all n-grams (Li 2016), of the first `budget` ones: the more one counts, the more repeat, so
+    """Distinct n-grams over all n-grams, of the first `budget` ones (Li 2016). More text repeats more, so
     two systems are compared over equal numbers.
 
     >>> distinct_n([[1, 2, 1, 2], [1, 2]], 2)
@@ -51,12 +50,14 @@ def distinct_n(rows: Sequence[Sequence[int]], n: int = 2, budget: int | None = N
 
 
 def reply_statistics(rows: Sequence[Sequence[int]], ended: Sequence[bool], short: int = 8) -> dict[str, float]:
-    """Mean length in tokens, share with end token, share that stands more than once, share under 8 tokens."""
-    rows, ended = [tuple(r) for r in rows], _not_empty(ended)[0]
-    seen = Counter(rows)
-    return {"length": float(np.mean([len(r) for r in rows])), "end_rate": float(ended.mean()),
-            "identical": float(np.mean([seen[r] > 1 for r in rows])),
-            "short": float(np.mean([len(r) < short for r in rows]))}
+    """Mean length in tokens, share with end token, share that occur more than once, share under 8 tokens."""
+    if not len(rows):
+        raise UserError("nothing to measure: there are no replies")
+    rows = [tuple(row) for row in rows]
+    count = Counter(rows)
+    return {"length": float(np.mean([len(row) for row in rows])), "end_rate": float(np.mean(ended)),
+            "identical": float(np.mean([count[row] > 1 for row in rows])),
+            "short": float(np.mean([len(row) < short for row in rows]))}
 
 
 def best_of_n_kl(n: int) -> float:
@@ -93,63 +94,109 @@ def table(rows: Sequence[dict], columns: dict[str, str]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-# ---- judging policies ------------------------------------------------------------------------------------------------
+# ---- a policy on held-out prompts ----------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class ReplySettings:
+    """How replies are drawn and scored when policies are compared."""
+
+    reply_len: int = 64
+    temperature: float = 1.0
+    seed: int = 12345  # the same random numbers for every policy
+    dtype: str = "float32"
+    rows_at_once: int = 128
+
 
 @torch.no_grad()
-def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Tokenizer, prompts: Sequence, template: str,
-                   *, reward_model: RewardModel | None = None, judge: NgramClassifier | None = None,
-                   reply_len: int = 64, temperature: float = 1.0, seed: int = 12345, dtype: str = "float32",
-                   batch_size: int = 128) -> tuple[dict[str, float], list[dict], list[list[int]]]:
-    """Let the policy reply once to each prompt, with the same random numbers for every policy, and measure the replies.
+def reply_logprobs(model: Transformer, ids: Sequence[list[int]], replies: Any, settings: ReplySettings) -> torch.Tensor:
+    """log π(token) (B, R) float32 of each reply token under the model; 0 beyond a reply's end."""
+    device, size, parts = model.embedding.weight.device, settings.rows_at_once, []
+    for i in range(0, len(ids), size):
+        mask = replies.mask[i:i + size]
+        prompt, prompt_mask = (t.to(device) for t in pad_left(ids[i:i + size], 0))
+        rows = make_rows(torch.cat((prompt, replies.tokens[i:i + size]), 1), torch.cat((prompt_mask, mask), 1),
+                         torch.cat((torch.zeros_like(prompt_mask), mask), 1))
+        with precision(settings.dtype, device.type):
+            hidden = model.hidden(rows.tokens, where=rows.before)
+            parts.append(spread(score_tokens(model, hidden, rows.targets, settings.temperature)[0], mask))
+    return torch.cat(parts)
 
-    Returns (metrics, one record per reply, the replies' ids). KL in nats per reply, estimated on the sampled tokens
-    (k1); ref_perplexity is the reference's, per token.
+
+def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Tokenizer, prompts: Sequence,
+                   template: str, *, reward_model: Any = None, judge: NgramClassifier | None = None,
+                   settings: ReplySettings = ReplySettings()) -> tuple[dict[str, float], list[dict], list[list[int]]]:
+    """Let the policy reply once to each prompt, and measure the replies.
+
+    reward_model: any scorer. Returns (metrics, one record per reply, the replies' ids). KL in nats per
+    reply, estimated on the sampled tokens (k1); ref_perplexity is the reference's, per token.
     """
     if not prompts:
         raise UserError("nothing to evaluate: the list of held-out prompts is empty")
-    device = policy.embedding.weight.device
-    ids = [prompt_ids(tokenizer, p, template) for p in prompts]
-    replies = reply_to(policy, tokenizer, ids, reply_len, temperature=temperature, seed=seed, batch_size=batch_size)
-    kl, ref_logprob, scores = [], [], []
-    for i in range(0, len(ids), batch_size):
-        mask = replies.mask[i:i + batch_size]
-        prompt, prompt_mask = (t.to(device) for t in pad_left(ids[i:i + batch_size], 0))
-        rows = make_rows(torch.cat((prompt, replies.tokens[i:i + batch_size]), 1), torch.cat((prompt_mask, mask), 1),
-                         torch.cat((torch.zeros_like(prompt_mask), mask), 1))
-        with precision(dtype, device.type):
-            logprobs, ref_logprobs = (spread(score_tokens(m, m.hidden(rows.tokens, where=rows.before), rows.targets,
-                                                          temperature)[0], mask)
-                                      for m in (policy, reference))
-            if reward_model is not None:
-                scores.append(reward_model(rows.tokens, rows.real, rows.reply).float())
-        kl.append((logprobs - ref_logprobs).sum(1))
-        ref_logprob.append(ref_logprobs.sum())
-    texts = reply_texts(tokenizer, replies.tokens, replies.mask)
-    tokens = [t[m].tolist() for t, m in zip(replies.tokens, replies.mask, strict=True)]
-    ended = [bool(row and row[-1] == tokenizer.eom_id) for row in tokens]
-    metrics = {"kl": float(torch.cat(kl).mean()),
-               "ref_perplexity": math.exp(-float(sum(ref_logprob)) / int(replies.mask.sum()))}
-    records = [{"prompt": p, "reply": t, "tokens": len(r), "ended": e, "kl": round(float(k), 2)}
-               for p, t, r, e, k in zip(prompts, texts, tokens, ended, torch.cat(kl), strict=True)]
-    return {**metrics, **describe(records, tokens, judge, torch.cat(scores) if scores else None)}, records, tokens
+    ids = [prompt_ids(tokenizer, prompt, template) for prompt in prompts]
+    replies = reply_to(policy, tokenizer, ids, settings.reply_len, temperature=settings.temperature,
+                       seed=settings.seed, batch_size=settings.rows_at_once)
+    logprobs, ref_logprobs = (reply_logprobs(model, ids, replies, settings) for model in (policy, reference))
+    kl, rows = (logprobs - ref_logprobs).sum(1), reply_ids(replies)
+    scores = None
+    if reward_model is not None:
+        with torch.no_grad(), precision(settings.dtype, policy.embedding.weight.device.type):
+            scores = reward_model.scores(ids, rows)
+    metrics = {"kl": float(kl.mean()),
+               "ref_perplexity": math.exp(-float(ref_logprobs.sum()) / int(replies.mask.sum()))}
+    records = [{"prompt": prompt, "reply": text, "tokens": len(row), "ended": row[-1:] == [tokenizer.eom_id],
+                "kl": round(float(nats), 2)}
+               for prompt, text, row, nats in zip(prompts, reply_texts(tokenizer, replies), rows, kl, strict=True)]
+    described, records = describe(records, rows, judge, scores)
+    return {**metrics, **described}, records, rows
 
 
 def describe(records: list[dict], rows: list[list[int]], judge: NgramClassifier | None,
-             scores: torch.Tensor | None = None) -> dict[str, float]:
-    """Length, ends, diversity, and what judge and reward model say; their opinions are added to the records."""
-    metrics = reply_statistics(rows, [r["ended"] for r in records]) | {"distinct2": distinct_n(rows, 2, budget=1000)}
+             scores: torch.Tensor | None = None) -> tuple[dict[str, float], list[dict]]:
+    """(length, ends, diversity and what judge and reward model say; the records with these opinions)."""
+    metrics = reply_statistics(rows, [record["ended"] for record in records])
+    metrics["distinct2"] = distinct_n(rows, 2, budget=1000)
+    opinions: list[dict[str, float]] = [{} for _ in records]
     if judge is not None:
-        probs = np.asarray(judge.probs([plain_text({"prompt": r["prompt"], "response": r["reply"]}) for r in records]))
-        metrics |= {"judge": float(probs.mean()), "judged_positive": positive_share(probs)}
+        probs, judged = judged_by(judge, [r["prompt"] for r in records], [r["reply"] for r in records])
+        metrics |= judged
+        opinions = [{"judge": round(float(p), 6)} for p in probs]
     if scores is not None:
         metrics["raw_score"] = float(scores.mean())
-    for i, record in enumerate(records):
-        record |= {} if judge is None else {"judge": round(float(probs[i]), 6)}
-        record |= {} if scores is None else {"raw_score": round(float(scores[i]), 3)}
-    return metrics
+        opinions = [o | {"raw_score": round(float(score), 3)} for o, score in zip(opinions, scores, strict=True)]
+    return metrics, [record | opinion for record, opinion in zip(records, opinions, strict=True)]
 
 
-# ---- the report ------------------------------------------------------------------------------------------------------
+def judged_by(judge: NgramClassifier, prompts: Sequence, texts: Sequence[str]) -> tuple[np.ndarray, dict[str, float]]:
+    """(P(liked) of each prompt with its reply, their mean and the share above one half)."""
+    probs = np.asarray(judge.probs([plain_text({"prompt": prompt, "response": text})
+                                    for prompt, text in zip(prompts, texts, strict=True)]))
+    return probs, {"judge": float(probs.mean()), "judged_positive": positive_share(probs)}
+
+
+class HeldOutPrompts:
+    """The same held-out prompts and random numbers each time a policy is measured while it trains."""
+
+    NAMES = ("raw_score", "judge", "judged_positive", "kl", "length", "end_rate", "distinct2", "ref_perplexity")
+
+    def __init__(self, data: Prepared, tokenizer: Tokenizer, prompts: Sequence, reference: Transformer,
+                 reward_model: Any, settings: ReplySettings):
+        self.tokenizer, self.template, self.prompts = tokenizer, data.template, prompts
+        self.reference, self.reward_model, self.settings = reference, reward_model, settings
+        self.judge = ngram_classifier(data, "judge") if data.has("judge") else None
+
+    def measure(self, policy: Transformer) -> tuple[dict[str, float], list[dict]]:
+        """(metrics whose names begin with eval_, one record per reply)."""
+        metrics, records, _ = measure_policy(
+            policy, self.reference, self.tokenizer, self.prompts, self.template,
+            reward_model=self.reward_model, judge=self.judge, settings=self.settings)
+        return {f"eval_{name}": metrics[name] for name in self.NAMES if name in metrics}, records
+
+    def opinion(self, prompts: Sequence, texts: Sequence[str]) -> dict[str, float]:
+        """What the independent judge says of other replies; {} without a judge."""
+        return judged_by(self.judge, prompts, texts)[1] if self.judge is not None else {}
+
+
+# ---- the tables ----------------------------------------------------------------------------------
 
 COLUMNS = {"name": "", "replies": "replies", "judged": "judged positive", "raw_score": "raw score",
            "kl_interval": "KL, nats/reply", "distinct2": "distinct-2", "length": "length, tokens", "end_rate": "ends",
@@ -158,54 +205,55 @@ REWARD_COLUMNS = {"name": "", "auc": "AUC", "accuracy": "accuracy", "calibration
                   "half": "AUC on first halves"}
 
 
-def reference_lines(data: Prepared, tokenizer: Tokenizer, reply_len: int,
-                    split: str = "test") -> list[tuple[str, list, list]]:
-    """What people wrote: liked and disliked reviews that fit the reply length, and whose openings are among those held
-    out for policies, as (name, records, rows)."""
-    lines, openings = [], {r["prompt"] for r in data.records("ppo", split)}
+def people_wrote(data: Prepared, tokenizer: Tokenizer, reply_len: int,
+                 split: str = "test") -> list[tuple[str, list[dict], list[list[int]]]]:
+    """Liked and disliked texts by people as (name, records, rows): those that fit the reply length and
+    whose openings are among the policies' held-out ones."""
+    lines, openings = [], {record["prompt"] for record in data.records("ppo", split)}
     for name, label in (("real liked reviews", 1), ("real disliked reviews", 0)):
-        real = [r for r in data.records("reward", split) if r.get("label") == label and r["prompt"] in openings]
-        rows = [[*tokenizer.encode(r["response"]), tokenizer.eom_id] for r in real]
-        kept = [(r, row) for r, row in zip(real, rows, strict=True) if len(row) <= reply_len]
-        if kept:
-            lines.append((name, [{"prompt": r["prompt"], "reply": r["response"], "ended": True} for r, _ in kept],
-                          [row for _, row in kept]))
+        records = [r for r in data.records("reward", split) if r.get("label") == label and r["prompt"] in openings]
+        rows = [[*tokenizer.encode(r["response"]), tokenizer.eom_id] for r in records]
+        fits = [(r, row) for r, row in zip(records, rows, strict=True) if len(row) <= reply_len]
+        if fits:
+            lines.append((name, [{"prompt": r["prompt"], "reply": r["response"], "ended": True} for r, _ in fits],
+                          [row for _, row in fits]))
     return lines
 
 
 def policy_table(policies: dict[str, Transformer], reference: Transformer, tokenizer: Tokenizer, data: Prepared, *,
-                 reward_model: RewardModel | None, n_prompts: int = 500, reply_len: int = 64, temperature: float = 1.0,
-                 split: str = "test", dtype: str = "float32",
-                 seed: int = 12345) -> tuple[list[dict], dict[str, list[dict]]]:
-    """The rows of the report's table, and every policy's replies: the same held-out openings and random numbers for
-    each, and distinct-2 over the same number of bigrams."""
-    room = min(m.config.max_len for m in (*policies.values(), reference, reward_model) if m is not None) - reply_len
-    prompts = [r["prompt"] for r in fitting(data.records("ppo", split), tokenizer, data.template, room)][:n_prompts]
+                 reward_model: RewardModel | None, n_prompts: int = 500, split: str = "test",
+                 settings: ReplySettings = ReplySettings()) -> tuple[list[dict], dict[str, list[dict]]]:
+    """(the table's rows, every policy's replies): the same held-out openings and random numbers for each
+    policy, and distinct-2 over the same number of bigrams."""
+    limits = [m.config.max_len for m in (*policies.values(), reference, reward_model) if m is not None]
+    prompts = [r["prompt"] for r in fitting(data.records("ppo", split), tokenizer, data.template,
+                                            min(limits) - settings.reply_len)][:n_prompts]
     judge = ngram_classifier(data, "judge") if data.has("judge") else None
-    table_rows, replies, tokens = [], {}, []
+    lines, replies, tokens = [], {}, []
     for name, policy in policies.items():
-        found, records, rows = measure_policy(policy, reference, tokenizer, prompts, data.template,
-                                              reward_model=reward_model, judge=judge, reply_len=reply_len,
-                                              temperature=temperature, dtype=dtype, seed=seed)
-        found["kl_interval"] = interval(lambda kl: float(kl.mean()), [r["kl"] for r in records])
-        table_rows.append({"name": name, "replies": len(records), **found})
+        metrics, records, rows = measure_policy(policy, reference, tokenizer, prompts, data.template,
+                                                reward_model=reward_model, judge=judge, settings=settings)
+        metrics["kl_interval"] = interval(lambda kl: float(kl.mean()), [r["kl"] for r in records])
+        lines.append({"name": name, "replies": len(records), **metrics})
         replies[name] = records
         tokens.append(rows)
+    opinions = list(replies.values())
     if judge is not None:
-        real = reference_lines(data, tokenizer, reply_len, split)
-        for name, records, rows in real:
-            table_rows.append({"name": name, "replies": len(records), **describe(records, rows, judge)})
+        for name, records, rows in people_wrote(data, tokenizer, settings.reply_len, split):
+            metrics, records = describe(records, rows, judge)
+            lines.append({"name": name, "replies": len(records), **metrics})
+            opinions.append(records)
             tokens.append(rows)
-        for line, records in zip(table_rows, [*replies.values(), *(r for _, r, _ in real)], strict=True):
+        for line, records in zip(lines, opinions, strict=True):
             line["judged"] = interval(positive_share, [r["judge"] for r in records])
     budget = min(sum(max(0, len(row) - 1) for row in rows) for rows in tokens)
-    for line, rows in zip(table_rows, tokens, strict=True):
+    for line, rows in zip(lines, tokens, strict=True):
         line["distinct2"], line["bigrams"] = distinct_n(rows, 2, budget), budget
-    return table_rows, replies
+    return lines, replies
 
 
 def load_reward_model(path: str | os.PathLike, device: str, tokenizer: Tokenizer) -> tuple[RewardModel, int]:
-    """The model, and the longest row it was trained on; it must read the tokenizer's ids."""
+    """(model, the longest row it was trained on); UserError unless it reads the tokenizer's ids."""
     model, own_tokenizer, state = load_checkpoint(path, device, RewardModel)
     tokenizer.require_same(own_tokenizer, f"the policy and {path}")
     return model, min(state["options"]["max_len"], model.config.max_len)
@@ -215,77 +263,47 @@ def score_reward_model(model: RewardModel, data: Prepared, split: str, tokenizer
                        max_len: int) -> dict[str, list]:
     """Labels, and the raw scores of reward model and n-gram baseline, for whole texts and replies' first halves.
 
-    Of first halves both read the same text, half of the reply's tokens. Of a whole text the model reads max_len tokens
-    at most, the baseline everything.
+    Of first halves both read the same text, half of the reply's tokens. Of a whole text the model reads
+    max_len tokens at most, the baseline everything.
     """
     records, baseline = data.records("reward", split), ngram_classifier(data, "reward")
     records = fitting(records, tokenizer, data.template, max_len - 8)
-    whole, half = (judged_rows(records, tokenizer, data.template, max_len, half=half) for half in (False, True))
+    full, half = (judged_rows(records, tokenizer, data.template, max_len, half=half) for half in (False, True))
     half_replies = [tokenizer.decode(i for i, of_reply in zip(*row, strict=True) if of_reply) for row in half]
     half_texts = [plain_text(r | {"response": text}) for r, text in zip(records, half_replies, strict=True)]
     return {"labels": [r["label"] for r in records],
-            "scores": model.score_rows(whole).tolist(), "half_scores": model.score_rows(half).tolist(),
+            "scores": model.score_rows(full).tolist(), "half_scores": model.score_rows(half).tolist(),
             "baseline": baseline.logits([plain_text(r) for r in records]).tolist(),
             "half_baseline": baseline.logits(half_texts).tolist()}
 
 
 def reward_table(scores: dict[str, list]) -> list[dict]:
     """The reward model and the n-gram baseline on the same texts, each figure with its 95 % interval."""
-    y, rows = scores["labels"], []
+    labels, rows = scores["labels"], []
     for name, key, half in (("reward model", "scores", "half_scores"),
                             ("n-gram regression, same labels", "baseline", "half_baseline")):
         probs = 1 / (1 + np.exp(-np.array(scores[key])))
-        rows.append({"name": name, "auc": interval(auc, scores[key], y), "accuracy": interval(accuracy, probs, y),
-                     "calibration": interval(calibration_error, probs, y, basic=True),
-                     "half": interval(auc, scores[half], y)})
-    value, low, high = paired_auc_difference([scores["scores"]], scores["baseline"], y)
-    rows.append({"name": "difference (paired)", "auc": f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"})
-    return rows
+        rows.append({"name": name, "auc": interval(auc, scores[key], labels),
+                     "accuracy": interval(accuracy, probs, labels),
+                     "calibration": interval(calibration_error, probs, labels, basic=True),
+                     "half": interval(auc, scores[half], labels)})
+    value, low, high = paired_auc_difference([scores["scores"]], scores["baseline"], labels)
+    return [*rows, {"name": "difference (paired)", "auc": f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"}]
 
 
-def write_report(data: Prepared, root: pathlib.Path, *, reply_len: int, temperature: float, seed: int,
-                 dtype: str = "float32", device: str = "cpu", n_prompts: int = 500, seconds: float = 0.0) -> None:
-    """report.json and report.md: what each stage measured, the policy before and after on held-out openings, and ten
-    pairs of replies drawn by the seed, not by hand."""
-    policy, tokenizer, _ = load_checkpoint(root / "ppo", device)
-    options = json.loads((root / "ppo" / "config.json").read_text(encoding="utf-8"))["options"]
-    reference, _, _ = load_checkpoint(options["init_from"] or root / "sft", device)
-    reward_model, reward_max_len = load_reward_model(options["reward_from"] or root / "reward", device, tokenizer)
-    rows, replies = policy_table({"SFT": reference, "PPO": policy}, reference, tokenizer, data,
-                                 reward_model=reward_model, n_prompts=n_prompts, reply_len=reply_len,
-                                 temperature=temperature, dtype=dtype)
-    report: dict[str, Any] = {"seconds": {}, "policies": rows, "seed": seed}
-    parts = [f"# {root.name}, seed {seed}",
-             f"One reply of up to {reply_len} tokens to each of {rows[0]['replies']} held-out openings, at temperature "
-             f"{temperature:g}, beside what people wrote; distinct-2 over {rows[0]['bigrams']} bigrams each.",
-             table(rows, COLUMNS)]
-    if data.has_labels("reward"):
-        scores = score_reward_model(reward_model, data, "test", tokenizer, reward_max_len)
-        (root / "reward_test_scores.json").write_text(json.dumps(scores), encoding="utf-8")
-        report["reward"] = reward_table(scores)
-        parts += [f"## Reward model on {len(scores['labels'])} test texts", table(report["reward"], REWARD_COLUMNS)]
-    if data.has("judge"):
-        judge, records = ngram_classifier(data, "judge"), data.records("reward", "test")
-        probs, labels = judge.probs([plain_text(r) for r in records]), [r["label"] for r in records]
-        parts += [f"The judge itself, on these texts: AUC {interval(auc, probs, labels)}, accuracy "
-                  f"{interval(accuracy, probs, labels)}."]
-    before, after = replies["SFT"], replies["PPO"]
-    if "judge" in after[0]:
-        value, low, high = report["win_rate"] = win_rate([r["judge"] for r in after], [r["judge"] for r in before])
-        parts += [f"The judge prefers the reply after PPO on {value:.1%} of the openings [{low:.1%}, {high:.1%}]."]
-    drawn = np.random.default_rng([seed, 77]).permutation(len(before))[:10]
-    report["pairs"] = [dict(prompt=prompt_text(before[i]["prompt"]), before=before[i], after=after[i]) for i in drawn]
-    parts += ["## Before and after", *(f"**{p['prompt']}**\n- SFT: {p['before']['reply']}\n- PPO: {p['after']['reply']}"
-                                       for p in report["pairs"])]
-    for stage in ("pretrain", "sft", "reward", "ppo"):
-        if (path := root / stage / "config.json").exists():
-            report["seconds"][stage] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+# ---- the report ----------------------------------------------------------------------------------
+
+def write_report(data: Prepared, root: pathlib.Path, *, seed: int, settings: ReplySettings, n_prompts: int = 500,
+                 device: str = "cpu", seconds: float = 0.0) -> None:
+    """Measure the run in `root` on test openings; write report.json and report.md, and print the latter."""
+    report, scores = build_report(data, root, seed, settings, n_prompts, device)
     report["seconds"]["all"] = round(max(seconds, sum(report["seconds"].values())), 1)  # also after a resume
-    parts += ["## Seconds", ", ".join(f"{k} {v:.0f}" for k, v in report["seconds"].items())]
-    for name, text in (("report.json", json.dumps(report, indent=1, ensure_ascii=False)),
-                       ("report.md", "\n\n".join(parts) + "\n")):
-        replace_text(root / name, text)
-    print("\n" + "\n\n".join(parts))
+    text = render_report(report, root.name, settings)
+    if scores is not None:
+        replace_text(root / "reward_test_scores.json", json.dumps(scores))
+    replace_text(root / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+    replace_text(root / "report.md", text + "\n")
+    print("\n" + text)
     lines = [json.loads(line) for line in (root / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for key, title in (("score", "reward per reply, by update"), ("kl", "KL in nats per reply, by update")):
         print("\n" + text_plot([line[key] for line in lines if key in line], title))
@@ -293,7 +311,64 @@ def write_report(data: Prepared, root: pathlib.Path, *, reply_len: int, temperat
           f"{root / 'ppo'} --prompt …")
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+def build_report(data: Prepared, root: pathlib.Path, seed: int, settings: ReplySettings, n_prompts: int,
+                 device: str) -> tuple[dict[str, Any], dict[str, list] | None]:
+    """(the report, the reward model's test scores or None): the policy before and after PPO, the reward
+    model on test labels, ten pairs of replies drawn by the seed, and the seconds of each stage."""
+    policy, tokenizer, _ = load_checkpoint(root / "ppo", device)
+    options = json.loads((root / "ppo" / "config.json").read_text(encoding="utf-8"))["options"]
+    reference, _, _ = load_checkpoint(options["init_from"] or root / "sft", device)
+    reward_model, max_len = load_reward_model(options["reward_from"] or root / "reward", device, tokenizer)
+    policies, replies = policy_table({"SFT": reference, "PPO": policy}, reference, tokenizer, data,
+                                     reward_model=reward_model, n_prompts=n_prompts, settings=settings)
+    report: dict[str, Any] = {"seconds": {}, "policies": policies, "seed": seed}
+    scores = None
+    if data.has_labels("reward"):
+        scores = score_reward_model(reward_model, data, "test", tokenizer, max_len)
+        report["reward"], report["reward_texts"] = reward_table(scores), len(scores["labels"])
+    if data.has("judge"):
+        records = data.records("reward", "test")
+        probs = ngram_classifier(data, "judge").probs([plain_text(r) for r in records])
+        labels = [r["label"] for r in records]
+        report["judge"] = {"auc": interval(auc, probs, labels), "accuracy": interval(accuracy, probs, labels)}
+    before, after = replies["SFT"], replies["PPO"]
+    if "judge" in after[0]:
+        report["win_rate"] = win_rate([r["judge"] for r in after], [r["judge"] for r in before])
+    drawn = np.random.default_rng([seed, 77]).permutation(len(before))[:10]
+    report["pairs"] = [dict(prompt=prompt_text(before[i]["prompt"]), before=before[i], after=after[i]) for i in drawn]
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        if (path := root / stage / "config.json").exists():
+            report["seconds"][stage] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+    return report, scores
+
+
+def render_report(report: dict[str, Any], name: str, settings: ReplySettings) -> str:
+    """The report as Markdown."""
+    rows = report["policies"]
+    parts = [f"# {name}, seed {report['seed']}",
+             f"One reply of up to {settings.reply_len} tokens to each of {rows[0]['replies']} held-out openings, at "
+             f"temperature {settings.temperature:g}, beside what people wrote; distinct-2 over {rows[0]['bigrams']} "
+             "bigrams each.", table(rows, COLUMNS)]
+    if "reward" in report:
+        parts += [f"## Reward model on {report['reward_texts']} test texts", table(report["reward"], REWARD_COLUMNS)]
+    if "judge" in report:
+        parts += [f"The judge itself, on these texts: AUC {report['judge']['auc']}, accuracy "
+                  f"{report['judge']['accuracy']}."]
+    if "win_rate" in report:
+        value, low, high = report["win_rate"]
+        parts += [f"The judge prefers the reply after PPO on {value:.1%} of the openings [{low:.1%}, {high:.1%}]."]
+    parts += ["## Before and after", *(f"**{p['prompt']}**\n- SFT: {p['before']['reply']}\n- PPO: {p['after']['reply']}"
+                                       for p in report["pairs"])]
+    parts += ["## Seconds", ", ".join(f"{stage} {s:.0f}" for stage, s in report["seconds"].items())]
+    return "\n\n".join(parts)
+
+
+def print_validation_table(model: RewardModel, data: Prepared, tokenizer: Tokenizer, max_len: int) -> None:
+    """The reward model beside its baseline on validation; the test texts are scored once, by the report."""
+    print(table(reward_table(score_reward_model(model, data, "val", tokenizer, max_len)), REWARD_COLUMNS), flush=True)
+
+
+# ---- command line --------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class EvaluateOptions:
@@ -319,26 +394,30 @@ def main(argv: list[str]) -> None:
         raise UserError("which checkpoints? python evaluate.py out/reviews/sft out/reviews/ppo")
     device = pick_device(o.device)
     beside = checkpoint_path(folders[0]).parent.parent
+    # Load the policies, the reference, and the reward model beside them.
     names = [*folders, o.reference or beside / "sft"]
-    *loaded, (reference, tokenizer, state) = (load_checkpoint(f, device) for f in names)
+    *loaded, (reference, tokenizer, state) = (load_checkpoint(folder, device) for folder in names)
     for name, (_, other, _) in zip(folders, loaded, strict=True):
         tokenizer.require_same(other, f"{names[-1]} and {name}")
     where = pathlib.Path(o.reward_from or beside / "reward")
     has_reward = o.reward_from or checkpoint_path(where).exists()
     reward_model, max_len = load_reward_model(where, device, tokenizer) if has_reward else (None, 0)
-    options = state["options"]
-    run = {"reply_len": 64, "temperature": 1.0} | {k: v for _, _, s in loaded if s["stage"] == "ppo"
-                                                   for k, v in s["options"].items()}
-    data = open_data(o.data or options["data"], source=o.source or options["source"] or None,
-                     vocab_size=options["vocab_size"], limit=options["limit"])
-    data.meta["template"] = state["template"]  # the one that these checkpoints were trained with
-    policies = {str(f): model for f, (model, _, _) in zip(folders, loaded, strict=True)}
-    print(table(policy_table(policies, reference, tokenizer, data, reward_model=reward_model, n_prompts=o.prompts,
-                             reply_len=o.reply_len or run["reply_len"], split=o.split, seed=o.seed,
-                             temperature=o.temperature or run["temperature"])[0], COLUMNS))
+    # Open the data set that they were trained on, with their own prompt template.
+    trained = state["options"]
+    data = open_data(o.data or trained["data"], source=o.source or trained["source"] or None,
+                     vocab_size=trained["vocab_size"], limit=trained["limit"])
+    data = dataclasses.replace(data, meta=data.meta | {"template": state["template"]})
+    # Measure as the PPO run among the folders sampled.
+    ppo = {k: v for _, _, s in loaded if s["stage"] == "ppo" for k, v in s["options"].items()}
+    settings = ReplySettings(reply_len=o.reply_len or ppo.get("reply_len", 64), seed=o.seed,
+                             temperature=o.temperature or ppo.get("temperature", 1.0))
+    policies = {str(folder): model for folder, (model, _, _) in zip(folders, loaded, strict=True)}
+    lines, _ = policy_table(policies, reference, tokenizer, data, reward_model=reward_model, n_prompts=o.prompts,
+                            split=o.split, settings=settings)
+    print(table(lines, COLUMNS))
     if reward_model is not None and data.has_labels("reward"):
-        found = score_reward_model(reward_model, data, o.split, tokenizer, max_len)
-        print("\n" + table(reward_table(found), REWARD_COLUMNS))
+        scores = score_reward_model(reward_model, data, o.split, tokenizer, max_len)
+        print("\n" + table(reward_table(scores), REWARD_COLUMNS))
 
 
 if __name__ == "__main__":

@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data.prepared import Prepared
 from data.tokenizer import Tokenizer
 from runtime.decoding import KVCache
 from runtime.machine import in_pieces, save_whole
-from runtime.options import UserError
+from runtime.options import Common, UserError
 from runtime.products import Linear, RMSNorm, linear, use_products
+from runtime.run import Run, RunFolder, read_config, run_folder
 
 
 @dataclasses.dataclass
@@ -427,3 +429,51 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
                         ) from error
     use_products(state.get("products", "aten"))  # those that its numbers were made with
     return model.to(device).eval(), tokenizer, state
+
+
+# ---- what a stage starts from --------------------------------------------------------------------
+
+def load_parent(o: Common, data: Prepared, stage: str, path: str,
+                cls: type = Transformer) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
+    """The checkpoint at `path`, or of this run's own `stage`; prints what it fixes for the child.
+
+    UserError if its training is unfinished, or if --vocab_size contradicts it.
+    """
+    where = path or run_folder(o, stage)
+    model, tokenizer, state = load_checkpoint(where, "cpu", cls)
+    record, c = read_config(where), model.config
+    if record is not None and not record["finished"]:
+        raise UserError(f"{where}: its training is not finished (step {state['step']}): go on with "
+                        f"`python train.py {state['stage']} --resume` and the options that it had, or "
+                        "take it as it is by the path of its checkpoint.pt")
+    print(f"from {where}: {c.n_layer} layers of width {c.d_model}, at most {c.max_len} tokens, "
+          f"vocabulary of {c.vocab_size}")
+    other_vocabulary = data.tokenizer is not None and data.tokenizer.to_state() != tokenizer.to_state()
+    if "vocab_size" in o.explicit and other_vocabulary:
+        raise UserError(f"--vocab_size {o.vocab_size} contradicts {where}, whose vocabulary of "
+                        f"{c.vocab_size} tokens is used: leave it out, or pretrain anew")
+    return model, tokenizer, state
+
+
+def limit_length(o: Common, config: ModelConfig) -> Common:
+    """The options with --max_len at most what the model was made for; UserError if a flag asks for more."""
+    if o.max_len > config.max_len and "max_len" in o.explicit:
+        raise UserError(f"--max_len {o.max_len} contradicts the parent model, which was made for rows of at "
+                        f"most {config.max_len} tokens: lower it, or pretrain with a larger --max_len")
+    return o.replace(max_len=min(o.max_len, config.max_len))
+
+
+def open_run(stage: str, o: Common, data: Prepared, parents: dict[str, str], model: nn.Module,
+             tokenizer: Tokenizer) -> Run | None:
+    """A stage's run with the model to train: `model`, or the checkpoint's where the run is resumed.
+
+    parents: hashes of the weights that the stage starts from. None if the run is finished already.
+    """
+    folder = RunFolder(o, stage, {"data": data.fingerprint, **parents})
+    if folder.finished:
+        print(f"{stage}: finished already in {folder.path}; --fresh trains it anew")
+        return None
+    state: dict[str, Any] = {}
+    if folder.resumes:
+        model, tokenizer, state = load_checkpoint(folder.path, cls=type(model))
+    return Run(folder, model, tokenizer, data.template, state, save_checkpoint)

@@ -1,36 +1,50 @@
 """PPO: change the policy so that the reward model likes its replies better, without straying far from the reference.
 
-One update: `collect_rollout` lets the policy reply to prompts and scores every token with policy, reference, critic and
-reward model; `token_rewards` spreads the score and the KL penalty over tokens; `gae` turns rewards and values into
-advantages; `update` takes several passes over these replies with `ppo_loss`. The loop around it stands in train.py
-(`python train.py ppo`). Papers, by the names that --help uses: Schulman 2016 (GAE), Schulman 2017 (PPO), Schulman 2020
-(estimates of KL), Ziegler 2019 (PPO on language), MOSS (MOSS-RLHF parts I and II), N+ (Huang 2024, "The N+
-implementation details of RLHF with PPO"); TRL is a library. The README's last section says where to find them.
+    python train.py ppo
 
-Letters for shapes: B replies, P prompt length, R reply length, T = P + R, M rows of a minibatch, N real reply tokens.
-The home of all shapes is `Rollout`. One convention rules every array (B, R): column t belongs to reply token t; its
-log-probability and value are computed from what precedes that token; False in `response_mask` means the column does not
-exist, and whatever stands there changes nothing.
+One update, in the order of this file: `collect_rollout` lets the policy reply to prompts and scores every
+token with policy, reference, critic and reward model; `token_rewards` spreads the score and the KL
+penalty over tokens; `gae` turns rewards and values into advantages; `update` takes several passes over
+these replies with `ppo_loss`. `PPOTrainer` carries what one update hands to the next, and `train_ppo` is
+the stage. To change one idea, pass your own function: `collect_rollout(…, estimator=, scorer=)`,
+`update(…, loss=)`, or all three to `PPOTrainer`.
+
+Papers, by the names that --help uses: Schulman 2016 (GAE), Schulman 2017 (PPO), Schulman 2020 (estimates
+of KL), Ziegler 2019 (PPO on language), MOSS (MOSS-RLHF parts I and II), N+ (Huang 2024, "The N+
+implementation details of RLHF with PPO"); TRL is a library. docs/sources.md says where to find them.
+
+Letters for shapes: B replies, P prompt length, R reply length, T = P + R, M rows of a minibatch, N real
+reply tokens. The fields of `Rollout` document all shapes. Column t of every array (B, R) belongs to reply
+token t; its log-probability and value are computed from what precedes that token. Columns where
+`response_mask` is False are padding and never affect a result.
 """
+import copy
 import dataclasses
-import functools
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from data.batches import Rows, make_rows, pad_left, spread
-from model import Transformer, score_tokens
-from reward import RewardModel
-from runtime.device import precision
-from runtime.draws import key
+import evaluate
+from data.batches import Rows, fitting, make_rows, pad_left, prompt_ids, spread
+from data.prepare import open_for
+from data.prepared import Prepared
+from model import Transformer, load_parent, open_run, score_tokens
+from reward import RewardModel, critic_from
+from runtime.device import compile_trunks, precision
+from runtime.draws import key, rows_at
+from runtime.optim import learning_rate, set_learning_rate
 from runtime.options import Common, UserError, option
-from runtime.products import linear
-from sample import Decoder, Generation, generate
+from runtime.run import Run
+from runtime.scan import discounted_sums
+from sample import Decoder, Generation, generate, reply_ids, reply_texts, reply_to
 
 
 @dataclasses.dataclass
@@ -50,9 +64,9 @@ class PPOOptions(Common):
                                 "might have followed", smoke=16, base=128, low=1)
     temperature: float = option(1.0, "of sampling and of every log-probability alike",
                                 source="N+: else the ratio does not start at 1")
-    top_k: int = option(0, "refused: PPO must score the distribution it drew from; for chatting only")
-    top_p: float = option(1.0, "refused, as top_k")
-    repetition_penalty: float = option(1.0, "refused, as top_k")
+    samples_per_prompt: int = option(1, "replies to each prompt; a group for estimators such as RLOO", low=1)
+    norm_replies: int = option(512, "replies of the starting policy that give raw scores their mean and spread",
+                               smoke=64, low=2)
     epochs: int = option(2, "passes over a rollout", source="4 in N+; MOSS 1", low=1)
     minibatches: int = option(2, "optimizer steps per pass", source="1 in N+", low=1)
     micro_batch: int = option(24, "rows per forward and backward; changes memory and speed, nothing else", base=32,
@@ -102,13 +116,10 @@ class PPOOptions(Common):
     save_every: int = option(10, "updates between checkpoints", smoke=1, low=1)
     eval_every: int = option(10, "updates between measurements on held-out prompts", smoke=2, base=20, low=1)
     eval_prompts: int = option(128, "held-out prompts measured then", smoke=8, base=256, low=1)
-    report_prompts: int = option(500, "held-out test prompts of the report that `all` ends with", smoke=20, low=1)
+    report_prompts: int = option(500, "held-out test prompts of the report that `all` ends with", smoke=20, low=1,
+                                compared=False)
 
     def __post_init__(self) -> None:
-        if self.top_k != 0 or self.top_p != 1 or self.repetition_penalty != 1:
-            raise UserError("ppo: top_k, top_p and repetition_penalty are for chatting (sample.py): a rollout drawn "
-                            "from a filtered distribution but scored by the full softmax is not on-policy; use "
-                            "--temperature alone")
         if self.temperature <= 0:
             raise UserError(f"ppo: --temperature {self.temperature} must be above 0: greedy replies explore nothing")
         if self.batch % self.minibatches:
@@ -125,10 +136,10 @@ class PPOOptions(Common):
                             f"with --updates {self.updates} the policy would never learn: change one of them")
 
 
-# ---- means over what is real -----------------------------------------------------------------------------------------
+# ---- means over what is real ---------------------------------------------------------------------
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over True entries, float32; 0 where there is none. Values under False, NaN included, change nothing.
+    """Mean over True entries, float32; 0 if there is none. Values under False, NaN included, change nothing.
 
     >>> x, mask = torch.tensor([[1., 2, 0], [3, 4, 5]]), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
     >>> round(float(masked_mean(x, mask)), 4)  # 15 / 5
@@ -137,18 +148,16 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x.float(), 0).sum() / mask.sum().clamp(min=1)
 
 
-def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Spread 1 and, unless shift_mean is False, mean 0 over the mask; 0 elsewhere. The variance is divided by n."""
-    mean = masked_mean(x, mask)
-    centred = torch.where(mask, x.float() - mean, 0)
-    scaled = centred * torch.rsqrt(masked_mean(centred * centred, mask) + 1e-8)
-    return scaled if shift_mean else torch.where(mask, scaled + mean, 0)
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and spread 1 over the mask; 0 elsewhere. The variance is divided by n."""
+    centred = torch.where(mask, x.float() - masked_mean(x, mask), 0)
+    return centred * torch.rsqrt(masked_mean(centred * centred, mask) + 1e-8)
 
 
 class RunningMoments:
-    """Count, mean and spread over everything seen, one batch at a time (Chan et al.'s parallel variance).
+    """Count, mean and spread of all numbers so far, one batch at a time (Chan et al.'s parallel variance).
 
-    Starts as one observation's worth of mean 0 and spread 1, so that the first batch cannot divide by nothing.
+    Starts as one observation's worth of mean 0 and spread 1, so the first batch is never divided by 0.
     """
 
     def __init__(self, count: float = 1.0, mean: float = 0.0, var: float = 1.0):
@@ -170,7 +179,7 @@ class RunningMoments:
         return {"count": self.count, "mean": self.mean, "var": self.var}
 
 
-# ---- rewards ---------------------------------------------------------------------------------------------------------
+# ---- rewards -------------------------------------------------------------------------------------
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
     """KL(π‖π_ref) per sampled token, from log-probabilities of the token drawn from π (Schulman 2020).
@@ -185,24 +194,46 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
     return estimates[kind]
 
 
-def shape_scores(raw: Tensor, ended: Tensor, o: PPOOptions, reward_model: RewardModel,
-                 moments: RunningMoments) -> Tensor:
-    """Raw scores (B,) -> what PPO is paid: normalised, clipped, and only then, so that it always counts, fined for a
-    missing end token. `moments` are updated before use (MOSS); only their spread is used, no mean taken off.
+class ScoreScale:
+    """From raw scores to what PPO is paid.
 
-    Paid log P(liked), γ = 1 and fines apart, the best policy is π_ref · P(liked)^(1/β), made to sum to 1: Bayes' rule
-    at β = 1, and the more demanding the smaller β is.
+    `mean` and `std` are those of raw scores on replies of the starting policy; `moments` follow the
+    scores paid so far, for --reward_norm running.
     """
-    if o.reward_norm == "sigmoid":
-        scores = 2 * torch.sigmoid(raw) - 1
-    elif o.reward_norm == "logsigmoid":
-        scores = nn.functional.logsigmoid(raw)
-    else:
-        scores = reward_model.normalise(raw)
-        if o.reward_norm == "running":
-            moments.update(scores)
-            scores = scores / moments.std
-    return scores.clamp(-o.reward_clip, o.reward_clip) - o.end_penalty * (~ended).float()
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0, moments: dict[str, float] | None = None):
+        self.mean, self.std, self.moments = mean, std, RunningMoments(**(moments or {}))
+
+    @classmethod
+    def of(cls, raw: Tensor) -> "ScoreScale":
+        """The scale of these raw scores (n,); UserError if they are all the same."""
+        std = float(raw.float().std(correction=0))
+        if not std > 1e-6:  # NaN, too
+            raise UserError(f"the reward model gives every reply the same score (spread {std:.1e} over {len(raw)} "
+                            "replies): it has learned nothing to optimise; train it longer or check its labels")
+        return cls(float(raw.float().mean()), std)
+
+    def paid(self, raw: Tensor, ended: Tensor, o: PPOOptions) -> Tensor:
+        """Raw scores (B,) -> scores (B,): normalised, clipped, and then less the penalty for a reply without
+        end token (`ended` (B,) False), so that the penalty always counts.
+
+        `moments` are updated before use, and only their spread is used (MOSS). Paid log P(liked), with
+        γ = 1 and apart from penalties, the best policy is proportional to π_ref · P(liked)^(1/β), β the
+        price of KL: Bayes' rule at β = 1, and more demanding the smaller β is.
+        """
+        if o.reward_norm == "sigmoid":
+            scores = 2 * torch.sigmoid(raw) - 1
+        elif o.reward_norm == "logsigmoid":
+            scores = nn.functional.logsigmoid(raw)
+        else:
+            scores = (raw - self.mean) / self.std
+            if o.reward_norm == "running":
+                self.moments.update(scores)
+                scores = scores / self.moments.std
+        return scores.clamp(-o.reward_clip, o.reward_clip) - o.end_penalty * (~ended).float()
+
+    def state(self) -> dict[str, Any]:
+        return {"mean": self.mean, "std": self.std, "moments": self.moments.state()}
 
 
 def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor,
@@ -237,77 +268,46 @@ class KLController:
             self.coef *= 1 + error * n_replies / self.horizon
 
 
-# ---- advantages ------------------------------------------------------------------------------------------------------
+# ---- advantages ----------------------------------------------------------------------------------
 
-GAE_BLOCK = 32  # columns
-
-
-@functools.lru_cache(maxsize=32)
-def gae_tables(c: float, R: int, device: str, size: int = GAE_BLOCK) -> tuple[Tensor, Tensor]:
-    """Powers of c = γλ for `gae` of R columns, from float64, where the exponent is not negative; else 0:
-
-    within[t, k] = c^(k − t), across[i, j] = c · (c^size)^(i − j − 1).
-    """
-    n = -(-R // size)
-    k, b = torch.arange(size, dtype=torch.float64), torch.arange(n, dtype=torch.float64)
-
-    def powers(base: float, exponent: Tensor) -> Tensor:
-        return torch.where(exponent >= 0, base ** exponent.clamp(min=0), 0).float().to(device)
-
-    return powers(c, k[None, :] - k[:, None]), c * powers(c ** size, b[:, None] - b[None, :] - 1)
-
-
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95,
-        tables: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
+        lam: float = 0.95) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation: (advantages, returns), each (B, R) float32, 0 where the mask is False.
 
-        δ_t = r_t + γ V_{t+1} − V_t        A_t = Σ_{k ≥ t} (γλ)^(k−t) δ_k        returns_t = A_t + V_t
+        δ_t = r_t + γ V_{t+1} − V_t        A_t = δ_t + γλ A_{t+1}        returns_t = A_t + V_t
 
-    (Schulman 2016, eq. 16.) After a reply's last token V is 0: its end is the end, also where it was cut. The mask's
-    True entries are contiguous in each row. Most codes walk from right to left, A_t = δ_t + γλ A_{t+1}; the same sums
-    come here without a loop over time, in blocks of 32 columns: what all later blocks add up to enters a block with its
-    last δ, and then a matrix product with powers of γλ does the rest.
+    (Schulman 2016, eq. 16.) The value after a reply's last token is 0, also after a truncated reply: it
+    counts as terminal, without bootstrap. The mask's True entries are contiguous in each row.
 
     >>> r, V = torch.tensor([[-.1, .2, 1.]]), torch.tensor([[.5, .4, .3]])
     >>> [[round(x, 5) for x in t[0].tolist()] for t in gae(r, V, torch.ones(1, 3).bool())]
     [[0.52675, 0.765, 0.7], [1.02675, 1.165, 1.0]]
     """
-    B, R = rewards.shape
-    size, n = GAE_BLOCK, -(-R // GAE_BLOCK)
-    within, across = tables or gae_tables(gamma * lam, R, str(rewards.device))
-    # Masking costs as much as all the rest, so where nothing is to be masked, which a CPU sees at once, it is left out.
-    whole = not torch.compiler.is_compiling() and mask.device.type == "cpu" and bool(mask.numpy().all())
-    rewards, values = (x.float() if whole else torch.where(mask, x.float(), 0) for x in (rewards, values))
-    delta = rewards - values
-    delta[:, :-1].add_(values[:, 1:], alpha=gamma)
-    if R % size:
-        delta = nn.functional.pad(delta, (0, n * size - R))
-    blocks = delta.reshape(B * n, size)
-    if n > 1:
-        # Each block's own A at its first column -> γλ times the A that follows each block.
-        blocks[:, -1].add_(((blocks @ within[0]).view(B, n) @ across).flatten())
-    # F.linear takes less time to begin, which counts where there is little to multiply.
-    advantages = (linear if B * R >= 2**16 else nn.functional.linear)(blocks, within).view(B, n * size)[:, :R]
-    returns = advantages + values
-    return (advantages, returns) if whole else (torch.where(mask, advantages, 0), torch.where(mask, returns, 0))
+    rewards, values = (torch.where(mask, x.float(), 0) for x in (rewards, values))
+    next_values = nn.functional.pad(values[:, 1:], (0, 1))
+    delta = rewards - values + gamma * next_values
+    advantages = discounted_sums(delta, gamma * lam)
+    return torch.where(mask, advantages, 0), torch.where(mask, advantages + values, 0)
 
 
-def advantages_of(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor,
-                  kl_coef: float | Tensor, kl_estimator: str, gamma: float, lam: float, whitened: bool,
-                  tables: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """(rewards, advantages, returns), each (B, R), of scores (B,): all of the above in a row. Without a loop it is a
-    small graph, of which torch.compile makes a few passes over memory in seconds."""
-    rewards = token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, kl_estimator)
-    advantages, returns = gae(rewards, values, mask, gamma, lam, tables)
-    return rewards, whiten(advantages, mask) if whitened else advantages, returns
+def gae_estimator(scored: "ScoredReplies", o: PPOOptions) -> tuple[Tensor, Tensor]:
+    """GAE's advantages, whitened if so asked, and returns from the unwhitened ones; each (B, R)."""
+    advantages, returns = gae(scored.rewards, scored.values, scored.response_mask, o.gamma, o.lam)
+    return whiten(advantages, scored.response_mask) if o.whiten else advantages, returns
 
 
-@functools.lru_cache(maxsize=1)
-def compiled_advantages() -> Callable:
-    return torch.compile(advantages_of)
+# ---- the networks --------------------------------------------------------------------------------
 
+class Prediction(NamedTuple):
+    """What policy and critic say of reply tokens: (N,) for each real one, or spread to (M, R)."""
 
-# ---- rows as the networks read them ----------------------------------------------------------------------------------
+    logprobs: Tensor  # of the token that was drawn, at the sampling temperature
+    entropy: Tensor  # of the policy's distribution there, nats
+    values: Tensor  # the critic's, before the token
+
+    def spread(self, response_mask: Tensor) -> "Prediction":
+        """(N,) to (M, R), 0 where the mask is False."""
+        return Prediction(*(spread(x, response_mask) for x in self))
 
 
 class ActorCritic(nn.Module):
@@ -321,61 +321,73 @@ class ActorCritic(nn.Module):
             self.value_head = nn.Linear(policy.config.d_model, 1)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
-        for module in self.modules():  # scores, samples and updates of PPO run without dropout, whatever mode is set
+        for module in self.modules():  # PPO samples, scores and updates without dropout, whatever mode is set
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
 
-    def critic_parameters(self) -> list[nn.Parameter]:
-        """Those trained for values alone."""
-        return list((self.critic if self.critic is not None else self.value_head).parameters())
+    @property
+    def value_module(self) -> nn.Module:
+        """What is trained for values alone: the critic, or the head."""
+        return self.critic if self.critic is not None else self.value_head
 
     def forward(self, rows: Rows, temperature: float, train_policy: bool = True,
-                train_entropy: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """(logprobs, entropy, values), each (N,) float32. Without train_policy no gradient reaches the policy; without
-        train_entropy none from the entropy, whose bonus has no weight then."""
+                train_entropy: bool = False) -> Prediction:
+        """Log-probability, entropy and value of each reply token, (N,) float32.
+
+        train_policy=False: no gradient reaches the policy. train_entropy=False detaches the entropy (used
+        when --entropy_coef is 0).
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_policy):
             hidden = self.policy.hidden(rows.tokens, where=rows.before)
             logprobs, entropy = score_tokens(self.policy, hidden, rows.targets, temperature, train_entropy)
         if self.critic is not None:
             values = self.critic.head_values(self.critic.backbone.hidden(rows.tokens, where=rows.before))
         else:
-            with torch.autocast(hidden.device.type, enabled=False):  # not divided by the temperature: it is no logit
+            with torch.autocast(hidden.device.type, enabled=False):  # no logit, so not divided by the temperature
                 values = self.value_head(hidden.float()).squeeze(-1)
-        return logprobs, entropy, values
+        return Prediction(logprobs, entropy, values)
 
 
-# ---- the buffer ------------------------------------------------------------------------------------------------------
+class Scorer(Protocol):
+    """Whatever gives replies their scores: a `RewardModel`, or a function of yours in a class."""
+
+    def scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
+        """One score (B,) for each reply, from prompts and replies as lists of token ids."""
+
 
 @dataclasses.dataclass
-class Rollout:
-    """Everything that one update learns from. The shapes' one home."""
+class Networks:
+    """What PPO needs to write and score replies, all on one device."""
+
+    actor_critic: ActorCritic
+    reference: Transformer
+    end_id: int  # the token that ends a reply
+    dtype: str = "float32"  # of matrix products
+    decoder: Decoder | None = None  # the policy ready to write; None: made for each rollout
+
+    @property
+    def device(self) -> torch.device:
+        return self.actor_critic.policy.embedding.weight.device
+
+
+# ---- the rollout ---------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Replies:
+    """Prompts and what the policy replied to them."""
 
     tokens: Tensor  # (B, T) int64: left-padded prompt, then reply, as sampled
     mask: Tensor  # (B, T) bool: real tokens
     response_mask: Tensor  # (B, R) bool: reply tokens up to and including the end token
     ended: Tensor  # (B,) bool: the end token was written
+    group: Tensor  # (B,) int64: equal numbers answer the same prompt
     sampled_logprobs: Tensor  # (B, R) float32: what the decoder said while drawing
-    logprobs: Tensor  # (B, R): the policy's, re-scored by the training forward
-    ref_logprobs: Tensor  # (B, R): the reference's, in the same batches and precision
-    entropy: Tensor  # (B, R): of the policy at each token, nats
-    values: Tensor  # (B, R): the critic's, before each token
-    raw_scores: Tensor  # (B,): the reward model's
-    scores: Tensor  # (B,): normalised, clipped, fined
-    rewards: Tensor  # (B, R)
-    advantages: Tensor  # (B, R): whitened if so asked
-    returns: Tensor  # (B, R): from unwhitened advantages
-    kl_coef: float  # used in rewards
-    seconds: dict[str, float]  # of generation and scoring
 
-    @classmethod
-    def of(cls, prompt: Tensor, prompt_mask: Tensor, reply: Generation, end_id: int, kl_coef: float) -> "Rollout":
-        """Prompts (B, P), left-padded, and their replies side by side; what is still to be computed is 0."""
-        per_token = ("logprobs", "ref_logprobs", "entropy", "values", "rewards", "advantages", "returns")
-        zeros = {name: torch.zeros_like(reply.logprobs) for name in per_token}
-        zeros |= {name: torch.zeros_like(reply.logprobs[:, 0]) for name in ("raw_scores", "scores")}
-        return cls(tokens=torch.cat((prompt, reply.tokens), 1), mask=torch.cat((prompt_mask, reply.mask), 1),
-                   response_mask=reply.mask, ended=(reply.tokens.eq(end_id) & reply.mask).any(1),
-                   sampled_logprobs=reply.logprobs, kl_coef=kl_coef, seconds={}, **zeros)
+    @property
+    def generation(self) -> Generation:
+        """The replies alone."""
+        P = self.tokens.shape[1] - self.response_mask.shape[1]
+        return Generation(self.tokens[:, P:], self.response_mask, self.sampled_logprobs)
 
     def rows(self, index: Tensor) -> Rows:
         """These rows as the networks read them."""
@@ -384,175 +396,461 @@ class Rollout:
         return make_rows(self.tokens[index], mask, torch.cat((torch.zeros_like(mask[:, :P]), response), 1))
 
     def by_length(self, index: Tensor, size: int) -> list[Tensor]:
-        """Cut these rows into pieces of `size`, sorted by length, so that little padding is computed."""
+        """Cut these rows into parts of `size`, sorted by length, so that little padding is computed."""
         length = self.mask[index].sum(1)
         return list(index[length.argsort(stable=True)].split(size))
 
 
-@torch.no_grad()
-def collect_rollout(actor_critic: ActorCritic, reference: Transformer, reward_model: RewardModel,
-                    prompts: Sequence[Sequence[int]], o: PPOOptions, *, end_id: int, step: int, kl_coef: float,
-                    moments: RunningMoments, dtype: str = "float32", decoder: Decoder | None = None) -> Rollout:
-    """Reply to prompts (lists of ids) with the policy, and score the replies.
+@dataclasses.dataclass(frozen=True)
+class ScoredReplies(Replies):
+    """Replies with all that an advantage estimator may use."""
 
-    All draws follow from (seed, stage, step, row). Every network reads the very ids that were sampled.
+    logprobs: Tensor  # (B, R): the policy's, from the training forward
+    ref_logprobs: Tensor  # (B, R): the reference's, in the same batches and precision
+    entropy: Tensor  # (B, R): of the policy at each token, nats
+    values: Tensor  # (B, R): the critic's, before each token
+    raw_scores: Tensor  # (B,): the scorer's
+    scores: Tensor  # (B,): normalised, clipped, less the penalty for a missing end
+    rewards: Tensor  # (B, R)
+    kl_coef: float  # used in rewards
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout(ScoredReplies):
+    """All data of one update; the shapes are documented here and in its parents."""
+
+    advantages: Tensor  # (B, R): whitened if so asked
+    returns: Tensor  # (B, R): from unwhitened advantages
+    seconds: dict[str, float]  # of writing and of scoring
+
+
+def sample_replies(networks: Networks, prompts: Sequence[list[int]], o: PPOOptions, step: int) -> Replies:
+    """samples_per_prompt replies to each prompt, drawn from the whole softmax at PPO's temperature.
+
+    All draws follow from (seed, stage, step, row).
     """
-    device = actor_critic.policy.embedding.weight.device
-    prompt, prompt_mask = (t.to(device) for t in pad_left(prompts, 0))
+    repeats = o.samples_per_prompt
+    prompt, prompt_mask = pad_left([ids for ids in prompts for _ in range(repeats)], 0)
+    prompt, prompt_mask = prompt.to(networks.device), prompt_mask.to(networks.device)
+    reply = generate(networks.actor_critic.policy, prompt, prompt_mask, o.reply_len, temperature=o.temperature,
+                     end_id=networks.end_id, seed=key(o.seed, "ppo", "reply", step), dtype=networks.dtype,
+                     decoder=networks.decoder, batch_size=o.rollout_rows)
+    return Replies(tokens=torch.cat((prompt, reply.tokens), 1), mask=torch.cat((prompt_mask, reply.mask), 1),
+                   response_mask=reply.mask, ended=(reply.tokens.eq(networks.end_id) & reply.mask).any(1),
+                   group=torch.arange(len(prompt), device=prompt.device) // repeats,
+                   sampled_logprobs=reply.logprobs)
+
+
+def score_replies(networks: Networks, replies: Replies, o: PPOOptions) -> tuple[Prediction, Tensor]:
+    """(the policy's and the critic's prediction, the reference's log-probabilities), arrays (B, R)."""
+    shape, device = replies.response_mask.shape, networks.device
+    prediction = Prediction(*torch.zeros(3, *shape, device=device))
+    ref_logprobs = torch.zeros(shape, device=device)
+    for index in replies.by_length(torch.arange(shape[0], device=device), o.micro_batch):
+        rows, mask = replies.rows(index), replies.response_mask[index]
+        with precision(networks.dtype, device.type):
+            part = networks.actor_critic(rows, o.temperature).spread(mask)
+            hidden = networks.reference.hidden(rows.tokens, where=rows.before)
+            reference, _ = score_tokens(networks.reference, hidden, rows.targets, o.temperature)
+        ref_logprobs[index] = spread(reference, mask)
+        for all_rows, these in zip(prediction, part, strict=True):
+            all_rows[index] = these
+    return prediction, ref_logprobs
+
+
+@torch.no_grad()
+def collect_rollout(networks: Networks, prompts: Sequence[list[int]], o: PPOOptions, *, step: int, scorer: Scorer,
+                    scale: ScoreScale, kl_coef: float, estimator: Callable = gae_estimator) -> Rollout:
+    """Reply to prompts (lists of ids) with the policy, score the replies, estimate advantages.
+
+    scorer: gives each reply its raw score. estimator(scored, o) returns (advantages, returns), each (B, R),
+    of `ScoredReplies`. Every network and the scorer read the very ids that were sampled.
+    """
     start = time.perf_counter()
-    reply = generate(actor_critic.policy, prompt, prompt_mask, o.reply_len, temperature=o.temperature, end_id=end_id,
-                     seed=key(o.seed, "ppo", "reply", step), dtype=dtype, decoder=decoder, batch_size=o.rollout_rows)
-    generated = time.perf_counter()
-    rollout = Rollout.of(prompt, prompt_mask, reply, end_id, kl_coef)
-    for index in rollout.by_length(torch.arange(len(prompts), device=device), o.micro_batch):
-        rows, response = rollout.rows(index), reply.mask[index]
-        with precision(dtype, device.type):
-            flat = dict(zip(("logprobs", "entropy", "values"), actor_critic(rows, o.temperature), strict=True))
-            flat["ref_logprobs"], _ = score_tokens(reference, reference.hidden(rows.tokens, where=rows.before),
-                                                   rows.targets, o.temperature)
-            rollout.raw_scores[index] = reward_model(rows.tokens, rows.real, rows.reply)
-        for name, x in flat.items():
-            getattr(rollout, name)[index] = spread(x, response)
-    rollout.scores = shape_scores(rollout.raw_scores, rollout.ended, o, reward_model, moments)
-    chain = compiled_advantages() if decoder is not None and decoder.compile else advantages_of
-    rollout.rewards, rollout.advantages, rollout.returns = chain(
-        rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.values, reply.mask,
-        torch.tensor(kl_coef),  # a number would be compiled in, and adaptive control changes it
-        o.kl_estimator, o.gamma, o.lam, o.whiten, gae_tables(o.gamma * o.lam, o.reply_len, str(device)))
-    rollout.seconds = {"generate": generated - start, "score": time.perf_counter() - generated}
-    return rollout
+    replies = sample_replies(networks, prompts, o, step)
+    written = time.perf_counter()
+    prediction, ref_logprobs = score_replies(networks, replies, o)
+    repeated = [ids for ids in prompts for _ in range(o.samples_per_prompt)]
+    with precision(networks.dtype, networks.device.type):
+        raw_scores = scorer.scores(repeated, reply_ids(replies.generation)).to(networks.device)
+    scores = scale.paid(raw_scores, replies.ended, o)
+    rewards = token_rewards(scores, prediction.logprobs, ref_logprobs, replies.response_mask, kl_coef, o.kl_estimator)
+    scored = ScoredReplies(**vars(replies), **prediction._asdict(), ref_logprobs=ref_logprobs, raw_scores=raw_scores,
+                           scores=scores, rewards=rewards, kl_coef=kl_coef)
+    advantages, returns = estimator(scored, o)
+    seconds = {"generate": written - start, "score": time.perf_counter() - written}
+    return Rollout(**vars(scored), advantages=advantages, returns=returns, seconds=seconds)
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """What the README's glossary defines, over the whole rollout."""
+    """The figures of docs/metrics.md, over the whole rollout."""
     mask = rollout.response_mask
     kl = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0)
-    residual, returns = rollout.returns - rollout.values, rollout.returns
-    spread_of = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask)  # noqa: E731
+
+    def variance(x: Tensor) -> Tensor:
+        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+    unexplained = variance(rollout.returns - rollout.values) / variance(rollout.returns).clamp(min=1e-8)
     metrics = {
         "score": rollout.scores.mean(), "raw_score": rollout.raw_scores.mean(), "kl": kl.sum(1).mean(),
         "kl_per_token": masked_mean(kl, mask), "entropy": masked_mean(rollout.entropy, mask),
         "length": mask.sum(1).float().mean(), "end_rate": rollout.ended.float().mean(),
         "ref_perplexity": torch.exp(-masked_mean(rollout.ref_logprobs, mask)),
         "sampler_gap": masked_mean((rollout.sampled_logprobs - rollout.logprobs).abs(), mask),
-        "explained_variance": 1 - spread_of(residual) / spread_of(returns).clamp(min=1e-8)}
+        "explained_variance": 1 - unexplained}
     return {**{name: float(x) for name, x in metrics.items()}, "kl_coef": rollout.kl_coef,
             "reply_tokens": int(mask.sum())}
 
 
-# ---- learning --------------------------------------------------------------------------------------------------------
+# ---- learning ------------------------------------------------------------------------------------
 
-def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, values: Tensor, old_values: Tensor,
-             returns: Tensor, entropy: Tensor, mask: Tensor, *, n_tokens: int | Tensor | None = None,
-             clip_range: float = 0.2, value_clip: float = 0.2, value_coef: float = 0.1,
-             entropy_coef: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped surrogate (Schulman 2017, eq. 7), the clipped value loss and the entropy bonus; all arrays (M, R).
+@dataclasses.dataclass(frozen=True)
+class Minibatch:
+    """Some rows (M) of a rollout, as a loss reads them; arrays (M, R).
+
+    n_tokens: the real reply tokens of the whole optimizer step, which every mean is divided by, so that the
+    parts of a minibatch add up to it. train_policy: False while the critic learns alone.
+    """
+
+    mask: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    n_tokens: Tensor
+    train_policy: bool = True
+
+    @classmethod
+    def of(cls, rollout: Rollout, index: Tensor, n_tokens: Tensor, train_policy: bool = True) -> "Minibatch":
+        """These rows of a rollout. Padding becomes 0: a NaN in it must not reach a gradient."""
+        mask = rollout.response_mask[index]
+        arrays = (rollout.logprobs, rollout.ref_logprobs, rollout.values, rollout.advantages, rollout.returns)
+        return cls(mask, *(torch.where(mask, x[index], 0) for x in arrays), n_tokens, train_policy)
+
+    def real(self, x: Tensor) -> Tensor:
+        """x (M, R) with 0 for padding."""
+        return torch.where(self.mask, x, 0)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """This part's share of the mean of x (M, R) over the optimizer step's tokens."""
+        return self.real(x).sum() / self.n_tokens
+
+    @property
+    def policy_tokens(self) -> Tensor:
+        """The weight of metrics of the policy: 0 while it does not learn."""
+        return self.n_tokens * self.train_policy
+
+
+def ppo_loss(batch: Minibatch, new: Prediction, o: PPOOptions) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """The clipped surrogate (Schulman 2017, eq. 7), the clipped value loss and the entropy bonus.
 
         ratio = π(token) / π_old(token)
         L = mean( max(−A · ratio, −A · clip(ratio, 1 ± ε)) )
             + c_v · mean( ½ max((V − G)², (V_clipped − G)²) ) − c_e · mean(H)
 
-    A: advantages, G: returns, V: values, H: entropy, ε: clip_range, c_v: value_coef, c_e: entropy_coef. The policy
-    gradient is ∇J = E[Σ A_t ∇ log π(token_t)], and at ratio 1 the gradient of −A · ratio is −A ∇ log π, its negative.
-    What the ratio adds: the same replies serve for several steps, and once a step has moved a token's ratio beyond
-    1 ± ε in the direction that A asks for, the maximum's gradient is 0 and nothing pulls it further.
+    A: advantages, G: returns, V: values, H: entropy, ε: clip_range, c_v: value_coef, c_e: entropy_coef. The
+    policy gradient is ∇J = E[Σ A_t ∇ log π(token_t)]; at ratio 1 the gradient of −A · ratio is −A ∇ log π, its
+    negative. The ratio lets the same replies serve for several steps: once a step has moved a token's ratio
+    beyond 1 ± ε in the direction that A asks for, the maximum's gradient is 0 and nothing pulls it further.
 
-    Every mean is a sum over the mask divided by n_tokens: the real reply tokens of the whole optimizer step (default:
-    of this mask), so that the parts of a minibatch add up to it exactly. The metrics are such means, too.
+    new: predictions (M, R) of the networks as they are now. Returns (loss, metrics), each metric as
+    (this part's share of the mean, its weight in tokens).
     """
-    n = mask.sum() if n_tokens is None else n_tokens
+    logprobs, entropy, values = (batch.real(x) for x in new)
+    ratio = (logprobs - batch.old_logprobs).exp()
+    # Policy loss.
+    surrogate = -batch.advantages * ratio
+    clipped = -batch.advantages * ratio.clamp(1 - o.clip_range, 1 + o.clip_range)
+    policy_loss = batch.mean(torch.maximum(surrogate, clipped))
+    # Value loss.
+    error = error_clipped = (values - batch.returns) ** 2
+    if o.value_clip > 0:
+        near = batch.old_values + (values - batch.old_values).clamp(-o.value_clip, o.value_clip)
+        error_clipped = (near - batch.returns) ** 2
+    value_loss = 0.5 * batch.mean(torch.maximum(error, error_clipped))
+    # Entropy bonus.
+    loss = policy_loss + o.value_coef * value_loss - o.entropy_coef * batch.mean(entropy)
+    return loss, {
+        "policy_loss": (policy_loss, batch.policy_tokens),
+        "clip_frac": (batch.mean((clipped > surrogate).float()), batch.policy_tokens),
+        "value_loss": (value_loss, batch.n_tokens),
+        "value_clip_frac": (batch.mean((error_clipped > error).float()), batch.n_tokens)}
 
-    def mean(x: Tensor) -> Tensor:
-        return torch.where(mask, x, 0).sum() / n
 
-    def real(x: Tensor) -> Tensor:  # before any arithmetic: a NaN in a pad must not reach a gradient
-        return torch.where(mask, x, 0)
+def ratio_metrics(batch: Minibatch, new: Prediction) -> dict[str, tuple[Tensor, Tensor]]:
+    """How far the policy has moved from the one that wrote the replies; whatever the loss is."""
+    log_ratio = batch.real(new.logprobs.detach()) - batch.old_logprobs
+    return {"approx_kl": (batch.mean(torch.expm1(log_ratio) - log_ratio), batch.policy_tokens),
+            "abs_log_ratio": (batch.mean(log_ratio.abs()), batch.policy_tokens)}
 
-    log_ratio = real(logprobs) - real(old_logprobs)
-    ratio, advantages = log_ratio.exp(), real(advantages)
-    surrogate, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    policy_loss = mean(torch.maximum(surrogate, clipped))
-    values, old_values, returns = real(values), real(old_values), real(returns)
-    error = (values - returns) ** 2
-    error_clipped = error
-    if value_clip > 0:
-        error_clipped = (old_values + (values - old_values).clamp(-value_clip, value_clip) - returns) ** 2
-    value_loss = 0.5 * mean(torch.maximum(error, error_clipped))
-    entropy_mean = mean(real(entropy))
-    loss = policy_loss + value_coef * value_loss - entropy_coef * entropy_mean
-    with torch.no_grad():
-        metrics = {
-            "policy_loss": policy_loss, "value_loss": value_loss, "approx_kl": mean(torch.expm1(log_ratio) - log_ratio),
-            "clip_frac": mean((clipped > surrogate).float()), "value_clip_frac": mean((error_clipped > error).float()),
-            "abs_log_ratio": mean(log_ratio.abs())}
-    return loss, {name: x.detach() for name, x in metrics.items()}
+
+class Means:
+    """Means by name, over optimizer steps, each weighted by its tokens."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor | float] = defaultdict(float)
+        self.weights: dict[str, Tensor | float] = defaultdict(float)
+
+    def add(self, name: str, mean: Tensor, weight: Tensor) -> None:
+        self.sums[name] = self.sums[name] + mean.detach() * weight
+        self.weights[name] = self.weights[name] + weight
+
+    def result(self) -> dict[str, float]:
+        """Names without any weight are left out."""
+        return {name: float(x) / float(self.weights[name]) for name, x in self.sums.items() if self.weights[name] > 0}
+
+
+def predict(actor_critic: ActorCritic, rollout: Rollout, index: Tensor, o: PPOOptions, dtype: str,
+            train_policy: bool = True) -> Prediction:
+    """Predictions (M, R) of the networks as they are now, for these rows."""
+    with precision(dtype, rollout.tokens.device.type):
+        flat = actor_critic(rollout.rows(index), o.temperature, train_policy, o.entropy_coef != 0)
+    return flat.spread(rollout.response_mask[index])
 
 
 def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout: Rollout, o: PPOOptions, step: int, *,
-           train_policy: bool = True, dtype: str = "float32") -> dict[str, float]:
+           train_policy: bool = True, dtype: str = "float32", loss: Callable = ppo_loss) -> dict[str, float]:
     """Several passes over one rollout; each minibatch is one optimizer step. Returns means over all its tokens.
 
-    Rows are permuted anew each epoch, from (seed, stage, step, epoch). train_policy=False (critic warm-up) trains
-    values alone. A minibatch above --max_approx_kl ends the policy's part of this update: its gradients stay None, so
-    Adam neither moves it nor its momentum. Raises UserError on a loss that is not finite, before any step is taken with
-    it.
+    loss(batch, new, o) returns (loss, metrics) of a `Minibatch` and a `Prediction`, as `ppo_loss` does. Rows are
+    permuted anew each epoch, from (seed, stage, step, epoch). train_policy=False (critic warm-up) trains values
+    alone. A minibatch above --max_approx_kl ends the policy's part of this update: its gradients stay None, so
+    Adam moves neither it nor its momentum. UserError, before any step, if a number is not finite.
     """
-    start, device, warming_up = time.perf_counter(), rollout.tokens.device, not train_policy
-    groups = {"policy": list(actor_critic.policy.parameters()), "critic": actor_critic.critic_parameters()}
-    totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
-    tokens = policy_tokens = 0
+    start, device, means = time.perf_counter(), rollout.tokens.device, Means()
     norms: dict[str, list[Tensor]] = defaultdict(list)
-    ratio_start, skipped = None, 0
-
-    def losses(index: Tensor, n: Tensor, policy: bool):
-        rows, mask = rollout.rows(index), rollout.response_mask[index]
-        with precision(dtype, device.type):
-            flat = actor_critic(rows, o.temperature, policy, o.entropy_coef != 0)
-        logprobs, entropy, values = (spread(x, mask) for x in flat)
-        return ppo_loss(logprobs, rollout.logprobs[index], rollout.advantages[index], values, rollout.values[index],
-                        rollout.returns[index], entropy, mask, n_tokens=n, clip_range=o.clip_range,
-                        value_clip=o.value_clip, value_coef=o.value_coef, entropy_coef=o.entropy_coef)
-
+    ratio_start, skipped, tokens, policy_active = None, 0, 0, train_policy
     for epoch in range(o.epochs):
         rng = np.random.default_rng(key(o.seed, "ppo", "minibatch", step, epoch))
         order = torch.from_numpy(rng.permutation(len(rollout.tokens))).to(device)
         for minibatch in order.chunk(o.minibatches):
-            n = rollout.response_mask[minibatch].sum()
-            pieces = rollout.by_length(minibatch, o.micro_batch)
-            if train_policy and o.max_approx_kl > 0:
+            n_tokens = rollout.response_mask[minibatch].sum()
+            parts = [(index, Minibatch.of(rollout, index, n_tokens, policy_active))
+                     for index in rollout.by_length(minibatch, o.micro_batch)]
+            # Has the policy moved too far already?
+            if policy_active and o.max_approx_kl > 0:
                 with torch.no_grad():
-                    now = [losses(piece, n, True)[1] for piece in pieces]
-                if sum(x["approx_kl"] for x in now) > o.max_approx_kl:
-                    train_policy = False
-                    ratio_start = float(sum(x["abs_log_ratio"] for x in now)) if ratio_start is None else ratio_start
-            skipped += not (train_policy or warming_up)
+                    moved = [ratio_metrics(batch, predict(actor_critic, rollout, index, o, dtype))
+                             for index, batch in parts]
+                if float(sum(x["approx_kl"][0] for x in moved)) > o.max_approx_kl:
+                    policy_active = False
+                    parts = [(index, dataclasses.replace(batch, train_policy=False)) for index, batch in parts]
+                    if ratio_start is None:
+                        ratio_start = float(sum(x["abs_log_ratio"][0] for x in moved))
+            skipped += train_policy and not policy_active
+            # One optimizer step.
             optimizer.zero_grad(set_to_none=True)
-            parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
-            for piece in pieces:
-                loss, metrics = losses(piece, n, train_policy)
-                loss.backward()
-                for name, x in metrics.items():
-                    parts[name] = parts[name] + x
-            found = {f"{name}_grad_norm": nn.utils.clip_grad_norm_(parameters, o.max_grad_norm or math.inf)
-                     for name, parameters in groups.items() if name == "critic" or train_policy}
-            if not torch.isfinite(parts["policy_loss"] + parts["value_loss"] + sum(found.values())):
-                said = {name: float(x) for name, x in (parts | found).items() if name.endswith(("_loss", "_norm"))}
-                raise UserError(f"ppo: not finite at update {step + 1}, epoch {epoch + 1}: {said}; the last good "
-                                "checkpoint is kept: lower --policy_lr or --critic_lr")
-            for name, norm in found.items():
+            shares: dict[str, tuple[Tensor, Tensor]] = {}
+            for index, batch in parts:
+                new = predict(actor_critic, rollout, index, o, dtype, policy_active)
+                part_loss, metrics = loss(batch, new, o)
+                part_loss.backward()
+                metrics = {"loss": (part_loss, n_tokens), **metrics, **ratio_metrics(batch, new)}
+                for name, (x, weight) in metrics.items():
+                    shares[name] = (x.detach() + (shares[name][0] if name in shares else 0), weight)
+            for name, norm in clip_gradients(actor_critic, o.max_grad_norm, policy_active).items():
                 norms[name].append(norm)
+            require_finite(shares, norms, step, epoch)
             optimizer.step()
-            if ratio_start is None and train_policy:
-                ratio_start = float(parts["abs_log_ratio"])
-            tokens += int(n)
-            policy_tokens += int(n) * train_policy
-            for name, x in parts.items():
-                if train_policy or name.startswith("value"):
-                    totals[name] = totals[name] + x * n
-    result = {name: float(x) / max(tokens if name.startswith("value") else policy_tokens, 1)
-              for name, x in totals.items()}
-    result |= {name: float(torch.stack(x).mean()) for name, x in norms.items()}
-    if ratio_start is not None:
-        result["ratio_start"] = ratio_start
+            # Keep what is logged.
+            if ratio_start is None and policy_active:
+                ratio_start = float(shares["abs_log_ratio"][0])
+            tokens += int(n_tokens)
+            for name, (x, weight) in shares.items():
+                if name != "loss":
+                    means.add(name, x, weight)
+    result = means.result() | {name: float(torch.stack(x).mean()) for name, x in norms.items()}
+    result |= {} if ratio_start is None else {"ratio_start": ratio_start}
     return {**result, "skipped_minibatches": skipped, "trained_tokens": tokens,
             "seconds_train": time.perf_counter() - start}
+
+
+def clip_gradients(actor_critic: ActorCritic, max_norm: float, policy_active: bool) -> dict[str, Tensor]:
+    """Clip policy and critic gradients, each to this norm (0: not at all); their norms before clipping."""
+    groups = {"critic_grad_norm": actor_critic.value_module}
+    if policy_active:
+        groups = {"policy_grad_norm": actor_critic.policy, **groups}
+    return {name: nn.utils.clip_grad_norm_(module.parameters(), max_norm or math.inf)
+            for name, module in groups.items()}
+
+
+def require_finite(shares: dict[str, tuple[Tensor, Tensor]], norms: dict[str, list[Tensor]], step: int,
+                   epoch: int) -> None:
+    """UserError, with the numbers, if a loss or a gradient's norm of this optimizer step is not finite."""
+    numbers = {name: float(x) for name, (x, _) in shares.items() if name.endswith("loss")}
+    numbers |= {name: float(x[-1]) for name, x in norms.items()}
+    if not all(map(math.isfinite, numbers.values())):
+        raise UserError(f"ppo: not finite at update {step + 1}, epoch {epoch + 1}: {numbers}; the last good "
+                        "checkpoint is kept: lower --policy_lr or --critic_lr")
+
+
+# ---- the trainer ---------------------------------------------------------------------------------
+
+class PPOTrainer:
+    """What PPO carries from one update to the next: networks, optimizer, score scale, price of KL.
+
+    scorer, estimator and loss are the seams of `collect_rollout` and `update`; a scorer of one's own leaves
+    the reward model to the critic's start.
+    """
+
+    TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2}  # of ratio_start and sampler_gap
+
+    def __init__(self, run: Run, reference: Transformer, reward_model: RewardModel, data: Prepared, *,
+                 scorer: Scorer | None = None, estimator: Callable = gae_estimator, loss: Callable = ppo_loss):
+        self.run, self.o, self.template = run, run.o, data.template
+        o, state = run.o, run.state
+        self.estimator, self.loss = estimator, loss
+        reference = copy.deepcopy(reference).requires_grad_(False).to(run.device)
+        self.reward_model = reward_model.requires_grad_(False).to(run.device)
+        self.reward_model.rows_at_once = o.micro_batch
+        self.scorer = scorer or self.reward_model
+        # Prompts that leave room for a reply in every network.
+        room = min(run.model.config.max_len, reward_model.config.max_len) - o.reply_len
+        self.prompts, held_out = ([record["prompt"] for record in fitting(data.records("ppo", split), run.tokenizer,
+                                                                          data.template, room)]
+                                  for split in ("train", "val"))
+        # The scale of raw scores, which the critic starts on.
+        self.scale = ScoreScale(**state["scale"]) if state else self.measure_scale()
+        critic = critic_from(self.reward_model, self.scale.mean, self.scale.std) if o.critic == "separate" else None
+        actor_critic = ActorCritic(run.model, critic).to(run.device)
+        self.networks = Networks(actor_critic, reference, run.tokenizer.eom_id, run.dtype)
+        for trunk in self.trained_trunks():
+            trunk.recompute = o.recompute
+        self.optimizer = torch.optim.Adam([{"params": list(run.model.parameters()), "lr": o.policy_lr},
+                                           {"params": list(actor_critic.value_module.parameters()), "lr": o.critic_lr}],
+                                          eps=o.adam_eps, fused=True)
+        self.control = KLController(state.get("kl_coef", o.kl_coef),
+                                    o.kl_target if o.kl_control == "adaptive" else None, o.kl_horizon)
+        if state:
+            actor_critic.value_module.load_state_dict(state["critic"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        rollout_dtype = run.dtype if o.rollout_dtype == "auto" else o.rollout_dtype
+        self.decoder_dtype = state.get("decoder_dtype", rollout_dtype)
+        self.prepare_decoder()
+        settings = evaluate.ReplySettings(o.reply_len, o.temperature, dtype=run.dtype)
+        self.held_out = evaluate.HeldOutPrompts(data, run.tokenizer, held_out[:o.eval_prompts], reference,
+                                                self.scorer, settings)
+
+    def measure_scale(self) -> ScoreScale:
+        """Mean and spread of raw scores on replies that the starting policy writes as PPO will."""
+        o, run = self.o, self.run
+        index = rows_at(len(self.prompts), o.norm_replies, 0, o.seed, "reward")
+        ids = [prompt_ids(run.tokenizer, self.prompts[i], self.template) for i in index]
+        replies = reply_to(run.model, run.tokenizer, ids, o.reply_len, temperature=o.temperature, batch_size=128,
+                           seed=key(o.seed, "reward", "reply"))
+        with torch.no_grad(), precision(run.dtype, run.device):
+            return ScoreScale.of(self.scorer.scores(ids, reply_ids(replies)))
+
+    def trained_trunks(self) -> list[Transformer]:
+        critic = self.networks.actor_critic.critic
+        return [self.run.model, *([critic.backbone] if critic is not None else [])]
+
+    def prepare_decoder(self) -> None:
+        """Make the policy ready to write; where compiling pays, compile the networks' trunks, too."""
+        compiles = self.run.compute.compile == "on"
+        if compiles:
+            compile_trunks(self.networks.reference, self.reward_model.backbone, *self.trained_trunks())
+        self.networks.decoder = Decoder(self.run.model, self.decoder_dtype, compile=compiles)
+
+    def update(self, step: int) -> dict[str, float]:
+        """One update: reply, score, learn, steer the price of KL. Returns what is logged of it."""
+        o, warmup = self.o, self.o.critic_warmup
+        # Rates rise from the policy's first update on, and fall to the last.
+        train_policy = step >= warmup
+        factor = learning_rate(step - warmup, o.updates - warmup, o.warmup, 1.0, o.final_lr) if train_policy else 1.0
+        set_learning_rate([self.optimizer], factor)
+        # Reply and score.
+        self.networks.decoder.refresh()
+        index = rows_at(len(self.prompts), o.batch // o.samples_per_prompt, step, o.seed, "ppo")
+        prompts = [self.prompts[i] for i in index]
+        rollout = collect_rollout(self.networks, [prompt_ids(self.run.tokenizer, p, self.template) for p in prompts],
+                                  o, step=step, scorer=self.scorer, scale=self.scale, kl_coef=self.control.coef,
+                                  estimator=self.estimator)
+        # Learn.
+        learned = update(self.networks.actor_critic, self.optimizer, rollout, o, step, train_policy=train_policy,
+                         dtype=self.run.dtype, loss=self.loss)
+        metrics = rollout_metrics(rollout) | learned | self.independent_opinion(prompts, rollout)
+        if train_policy:
+            self.control.update(metrics["kl"], o.batch)
+        self.check_gaps(metrics, step)
+        seconds = {f"seconds_{name}": x for name, x in rollout.seconds.items()}
+        return metrics | seconds | {
+            "lr": factor * o.policy_lr * train_policy, "critic_lr": factor * o.critic_lr,
+            "generate_tokens_per_s": metrics["reply_tokens"] / seconds["seconds_generate"],
+            "train_tokens_per_s": metrics["trained_tokens"] / metrics["seconds_train"]}
+
+    def independent_opinion(self, prompts: Sequence, rollout: Rollout) -> dict[str, float]:
+        """What evaluate.py says of the rollout's replies. It is logged, and reaches no reward."""
+        texts = reply_texts(self.run.tokenizer, rollout.generation)
+        return self.held_out.opinion([prompts[i] for i in rollout.group.tolist()], texts)
+
+    def check_gaps(self, metrics: dict[str, float], step: int) -> None:
+        """Warn if what is scored is not what was sampled; give up a decoder that is too far off."""
+        for name, dtype in (("ratio_start", self.run.dtype), ("sampler_gap", self.decoder_dtype)):
+            limit = max(self.TOLERANCE[self.run.dtype], self.TOLERANCE[dtype])
+            if metrics.get(name, 0) > limit:
+                tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {limit:g}, at update {step + 1}: "
+                           "what is scored is not what was sampled", file=sys.stderr)
+        if metrics["sampler_gap"] > 5e-2 and self.decoder_dtype != "float32":
+            tqdm.write("ppo: from now on replies are written in float32", file=sys.stderr)
+            self.decoder_dtype = "float32"
+            self.prepare_decoder()
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Figures on the held-out prompts, whose first replies go into samples.jsonl."""
+        metrics, records = self.held_out.measure(self.run.model)
+        self.run.samples(step, records[:12])
+        return metrics
+
+    def save(self, step: int) -> None:
+        self.run.save(step, critic=self.networks.actor_critic.value_module.state_dict(),
+                      optimizer=self.optimizer.state_dict(), scale=self.scale.state(), kl_coef=self.control.coef,
+                      decoder_dtype=self.decoder_dtype, example_prompts=self.held_out.prompts[:8])
+
+
+# ---- the stage -----------------------------------------------------------------------------------
+
+def chosen_reward_norm(asked: str, feedback: str) -> str:
+    """`auto` resolved by the feedback that the reward model learned from; UserError if they do not fit."""
+    if asked == "auto":
+        return "logsigmoid" if feedback == "label" else "fixed"
+    if "sigmoid" in asked and feedback != "label":
+        raise UserError(f"--reward_norm {asked} reads raw scores as log-odds, but this reward model learned from "
+                        f"feedback for {feedback}: use fixed or running")
+    return asked
+
+
+def train_ppo(o: PPOOptions) -> Run | None:
+    """J(π) = E[Σ γᵗ r]: reply, score, find out which tokens were better than expected, make those likelier; again.
+
+    Returns the finished run, or None if it was finished before.
+    """
+    data = open_for(o, o.data)
+    policy, tokenizer, state = load_parent(o, data, "sft", o.init_from)
+    reward_model, reward_tokenizer, reward_state = load_parent(o, data, "reward", o.reward_from, RewardModel)
+    tokenizer.require_same(reward_tokenizer, "the policy and the reward model")
+    o = o.replace(reward_norm=chosen_reward_norm(o.reward_norm, reward_state.get("feedback", "unknown scores")))
+    run = open_run("ppo", o, data, {"init": state["hash"], "reward": reward_state["hash"]}, policy, tokenizer)
+    if run is None:
+        return None
+    if o.rollout_dtype == "int8" and run.device != "cpu":
+        raise UserError(f"--rollout_dtype int8 is for a CPU: on {run.device} use bfloat16")
+    trainer, metrics = PPOTrainer(run, policy, reward_model, data), {}
+    with run.progress(o.updates) as bar:
+        if run.step == 0:
+            run.log(0, **trainer.measure(0))
+        for step in range(run.step, o.updates):
+            metrics = trainer.update(step)
+            done, last = step + 1, step + 1 == o.updates
+            if run.compute.starts_compiling(done, o.updates, decide_at=o.critic_warmup + 2):
+                trainer.prepare_decoder()
+            if last or done % o.eval_every == 0:
+                metrics |= trainer.measure(done)
+            run.log(done, **metrics, seconds=run.seconds())
+            bar.update(**{name: metrics[name] for name in ("score", "kl", "length", "end_rate")})
+            if last or done % o.save_every == 0:
+                trainer.save(done)
+            run.stop_if_asked(done, trainer.save)
+    run.finish(**{name: x for name, x in metrics.items() if name.startswith("eval_")})
+    return run

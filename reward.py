@@ -1,24 +1,37 @@
 """The reward model: people's judgements, turned into a number that a policy can be trained on.
 
-A reward model is the language model's trunk with one output: a scalar. Three kinds of human feedback, three losses:
-which of two replies is better (`pairwise_loss`, Bradley–Terry), how good one is (`regression_loss`), liked or not
-(`label_loss`). Train one with `python train.py reward`; the loop stands in train.py, the arithmetic here.
+    python train.py reward
+
+A reward model is the language model's trunk with one output, a scalar. Three kinds of human feedback,
+three losses: which of two replies is better (`pairwise_loss`, Bradley–Terry), how good one is
+(`regression_loss`), liked or not (`label_loss`). The chapter ends in the stage itself, `train_reward`.
+
+Letters for shapes: B rows, T positions, D width, N selected tokens.
 """
-import copy
 import dataclasses
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.batches import judged_batch
-from model import ModelConfig, Transformer
+from data.batches import fitting, judged_batch, judged_rows, pack_rows
+from data.prepare import open_for
+from data.prepared import Prepared
+from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, load_parent, open_run)
 from runtime.device import precision
+from runtime.draws import key, rows_at, torch_seed
+from runtime.fit import fit
 from runtime.options import Learning, UserError, option
+from runtime.run import Run
+from runtime.statistics import accuracy, auc
 
+
+# ---- the model -----------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class RewardConfig(ModelConfig):
@@ -28,7 +41,7 @@ class RewardConfig(ModelConfig):
 
 
 class RewardModel(nn.Module):
-    """Trunk and scalar head; `mean` and `std` are those of raw scores on the SFT policy's replies."""
+    """Trunk and scalar head. Its raw scores have no fixed scale; PPO measures theirs when it starts."""
 
     config_class = RewardConfig
 
@@ -39,9 +52,11 @@ class RewardModel(nn.Module):
             raise UserError(f"unknown pooling {self.config.pool!r}: use last or mean")
         self.backbone = Transformer(self.config)
         self.score_head = nn.Linear(config.d_model, 1)
+        self.rows_at_once = 64  # read together by `scores`: memory and speed, nothing else
         self.initialise_head()
-        self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("std", torch.ones(()))
+        # Older checkpoints also hold a mean and a spread of scores, which nothing reads any more.
+        self.register_load_state_dict_pre_hook(
+            lambda _, state, prefix, *rest: [state.pop(prefix + name, None) for name in ("mean", "std")])
 
     @torch.no_grad()
     def initialise_head(self, seed: int = 0) -> None:
@@ -56,12 +71,11 @@ class RewardModel(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.score_head(hidden.float()).squeeze(-1)
 
-    def values(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The head at every token: (B, T) -> (B, T). What the critic starts from."""
-        return self.head_values(self.backbone.hidden(tokens, mask))
-
     def pooled(self, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
-        """Which tokens (B, T) a row's score is the mean of: of its real ones (mask) those of the reply, or the last."""
+        """Mask (B, T) of the tokens whose head outputs are averaged: the reply's tokens, or only the last.
+
+        mask: real tokens. reply_mask: the reply among them; None: all real tokens.
+        """
         mask = mask if reply_mask is None else mask & reply_mask
         if not bool(mask.any(1).all()):
             raise ValueError("a row without any token to score")
@@ -71,69 +85,66 @@ class RewardModel(nn.Module):
         return column == torch.where(mask, column, -1).amax(1, keepdim=True)
 
     def pool(self, values: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
-        """Per-token values (B, T) -> one score per row (B,). mask: real tokens; reply_mask: the part that `mean`
-        averages, default all real tokens. Pads change nothing, on whichever side they stand."""
+        """Values per token (B, T) -> one score per row (B,). Padding on either side changes nothing."""
         chosen = self.pooled(mask, reply_mask)
         return torch.where(chosen, values, 0).sum(1) / chosen.sum(1)
 
     def forward(self, tokens: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
-        """Raw score of each row: tokens, mask and reply_mask (B, T) -> (B,) float32. Train and measure on these."""
+        """Raw score of each row: tokens, mask and reply_mask (B, T) -> (B,) float32."""
         chosen = self.pooled(mask, reply_mask)
-        to_the_right = bool((mask[:, :-1] | ~mask[:, 1:]).all())  # such padding is hidden by causality
-        values = self.head_values(self.backbone.hidden(tokens, None if to_the_right else mask,
+        right_padded = bool((mask[:, :-1] | ~mask[:, 1:]).all())  # then causality hides the padding
+        values = self.head_values(self.backbone.hidden(tokens, None if right_padded else mask,
                                                        where=chosen.flatten().nonzero()[:, 0]))
         return values.new_zeros(mask.shape).masked_scatter(chosen, values).sum(1) / chosen.sum(1)
 
-    def normalise(self, raw: Tensor) -> Tensor:
-        return (raw - self.mean) / self.std
-
-    def score(self, tokens: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
-        """(raw − mean) / std: 0 is an average reply of the SFT policy, 1 is one spread better."""
-        return self.normalise(self(tokens, mask, reply_mask))
-
-    def score_replies(self, prompts: Sequence[list[int]], tokens: Tensor, mask: Tensor,
-                      dtype: str = "float32") -> np.ndarray:
-        """Raw score (B,) of each reply, tokens and mask (B, R), read from the very ids that were sampled."""
-        replies = [t[m].tolist() for t, m in zip(tokens, mask, strict=True)]
-        return self.score_rows([(p + r, [False] * len(p) + [True] * len(r))
-                                for p, r in zip(prompts, replies, strict=True)], dtype)
+    def scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
+        """Raw score (B,) float32 of each reply, prompts and replies as lists of the very ids sampled."""
+        return self.score_rows([(prompt + reply, [False] * len(prompt) + [True] * len(reply))
+                                for prompt, reply in zip(prompts, replies, strict=True)])
 
     @torch.no_grad()
-    def score_rows(self, rows: Sequence[tuple[list[int], list[bool]]], dtype: str = "float32",
-                   batch: int = 64) -> np.ndarray:
-        """Raw score (n,) of each (ids, reply flags), in batches of similar length."""
-        order, scores = np.argsort([len(ids) for ids, _ in rows], kind="stable"), np.zeros(len(rows))
+    def score_rows(self, rows: Sequence[tuple[list[int], list[bool]]]) -> Tensor:
+        """Raw score (n,) float32 of each (ids, reply flags), in batches of similar length."""
+        order = np.argsort([len(ids) for ids, _ in rows], kind="stable")
         device = self.score_head.weight.device
-        for i in range(0, len(rows), batch):
-            index = order[i:i + batch]
-            with precision(dtype, device.type):
-                tokens, real, reply = judged_batch([rows[j] for j in index], device)
-                scores[index] = self(tokens, real, reply).float().cpu().numpy()
+        scores = torch.zeros(len(rows), device=device)
+        for i in range(0, len(rows), self.rows_at_once):
+            index = order[i:i + self.rows_at_once]
+            tokens, real, reply = judged_batch([rows[j] for j in index], device)
+            scores[torch.from_numpy(index).to(device)] = self(tokens, real, reply).float()
         return scores
 
-    @torch.no_grad()
-    def set_normalisation(self, raw: Tensor) -> None:
-        """Take mean and spread from raw scores (≥ 512 of them) of replies that the SFT policy wrote."""
-        std = raw.float().std(correction=0)
-        if not torch.isfinite(std) or std <= 1e-6:
-            raise UserError(f"the reward model gives every reply the same score (spread {float(std):.1e} over "
-                            f"{len(raw)} replies): it has learned nothing to optimise; train it longer or check its "
-                            f"labels")
-        self.mean.copy_(raw.float().mean())
-        self.std.copy_(std)
+
+class PythonReward:
+    """A Python function as a scorer: function(prompts, replies), both lists of texts -> a number each.
+
+    >>> class Letters:  # stands in for a tokenizer
+    ...     eom_id, decode = -1, staticmethod(lambda ids: "".join(map(chr, ids)))
+    >>> short = PythonReward(lambda prompts, replies: [-len(reply) for reply in replies], Letters)
+    >>> short.scores([[72, 105]], [[104, 101, -1]])
+    tensor([-2.])
+    """
+
+    def __init__(self, function: Any, tokenizer: Any, device: str = "cpu"):
+        self.function, self.tokenizer, self.device = function, tokenizer, device
+
+    def scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
+        """Score (B,) float32 of each reply; the end token is not part of the text."""
+        prompts, replies = ([self.tokenizer.decode([i for i in ids if i != self.tokenizer.eom_id]) for ids in rows]
+                            for rows in (prompts, replies))
+        return torch.tensor(self.function(prompts, replies), dtype=torch.float32, device=self.device)
 
 
-def critic_from(reward_model: RewardModel) -> RewardModel:
-    """A copy of the reward model with its constants folded into the head, w/σ and (b − μ)/σ, so that its first values
-    are on the scale of normalised scores; its own constants become 0 and 1, so that they are not applied twice. That is
-    exact under --reward_norm fixed; log σ(raw) and 2σ(raw) − 1 bend that scale, which the critic learns in its warm-up.
+def critic_from(reward_model: RewardModel, mean: float = 0.0, std: float = 1.0) -> RewardModel:
+    """A trainable copy whose head gives (raw − mean) / std: w/σ and (b − μ)/σ.
+
+    PPO's critic starts from it. Its first values are exact for --reward_norm fixed only; for the
+    sigmoid forms the critic adapts during warm-up.
     """
     critic = copy.deepcopy(reward_model).requires_grad_(True)
     with torch.no_grad():
-        critic.score_head.weight.div_(critic.std)
-        critic.score_head.bias.sub_(critic.mean).div_(critic.std)
-        critic.mean.zero_()
-        critic.std.fill_(1)
+        critic.score_head.weight.div_(std)
+        critic.score_head.bias.sub_(mean).div_(std)
     return critic
 
 
@@ -203,7 +214,105 @@ class RewardOptions(Learning):
     label_smoothing: float = option(0.0, "share of labels taken to be wrong (pairwise)", source="MOSS-RLHF part II",
                                     low=0, high=0.5)
     eval_every: int = option(100, "steps between measurements on validation", smoke=10, low=1)
-    norm_replies: int = option(512, "replies of the SFT policy that give the score its mean and spread", smoke=64,
-                               low=2)
-    reply_len: int = option(64, "longest of those replies, as in PPO", smoke=16, base=128, low=1)
-    temperature: float = option(1.0, "their sampling temperature, as in PPO", low=0.01)
+
+
+# ---- the stage -----------------------------------------------------------------------------------
+
+class RewardTask:
+    """Batches, loss and measures of `train_reward`, as runtime/fit.py asks for them."""
+
+    def __init__(self, run: Run, data: Prepared):
+        self.run, self.o = run, run.o
+        self.render = dict(tokenizer=run.tokenizer, template=data.template, max_len=run.o.max_len)
+        self.records, self.val = (fitting(data.records("reward", split), run.tokenizer, data.template,
+                                          run.o.max_len - 8) for split in ("train", "val"))
+        self.kind = self.checked_kind(data)
+        self.n_steps = math.ceil(run.o.epochs * len(self.records) / run.o.batch)
+        self.extra = {"feedback": self.kind}
+
+    def checked_kind(self, data: Prepared) -> str:
+        """Which loss the records are for; UserError if the options or the records do not fit it."""
+        kind = feedback_kind(self.records[0])
+        if self.o.loss not in ("auto", kind):
+            raise UserError(f"--loss {self.o.loss} does not fit these records, which are for {kind}: use --loss auto")
+        if kind == "label" and not data.has_labels("reward", "val"):
+            raise UserError("reward: all labels set aside for validation are the same, so that nothing can be "
+                            "measured: bring more records, or a file reward_val.jsonl with both")
+        if kind != "pairwise":
+            self.o.refuse("label_smoothing", why=f"on records for {kind}: it is for pairs")
+        return kind
+
+    def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
+        """The loss of one batch: that of the feedback, and a share of the language model's on the same text."""
+        o, run, model = self.o, self.run, self.run.model
+        batch = [self.records[i] for i in rows_at(len(self.records), o.batch, step, o.seed, "reward")]
+        # Rows of replies; of pairs all chosen ones before all rejected ones, cut alike by equal random numbers.
+        rows = []
+        for field in ("chosen", "rejected") if self.kind == "pairwise" else ("response",):
+            rng = np.random.default_rng(key(o.seed, "reward", "prefix", step))
+            rows += judged_rows(batch, **self.render, field=field, prefix_share=o.prefix_share, rng=rng)
+        tokens, learned, docs, where = (x.to(run.device) for x in pack_rows(rows, o.max_len))
+        _, real, reply = judged_batch(rows, run.device)
+        with precision(run.dtype, run.device):
+            hidden = model.backbone.hidden(tokens, docs=docs)
+            scores = model.pool(model.head_values(hidden).flatten()[where], real, reply)
+            loss = feedback_loss(self.kind, scores, batch, o.label_smoothing)
+            if o.lm_coef:
+                targets = (learned & (docs < len(batch)))[:, 1:]  # of a pair, only the chosen reply is imitated
+                nats = cross_entropy_sum(model.backbone, hidden[:, :-1][targets], tokens[:, 1:][targets])
+                loss = loss + o.lm_coef * nats / targets.sum()
+        yield loss, int(real.sum())
+
+    def measure(self, step: int, subset: int = 600) -> dict[str, float]:
+        """Agreement with people on records of validation drawn from all of it: a file may be sorted."""
+        index = rows_at(len(self.val), min(subset, len(self.val)), 0, self.o.seed, "reward")
+        records = [self.val[i] for i in index]
+        fields = ("chosen", "rejected") if self.kind == "pairwise" else ("response",)
+        scores = {field: self.raw_scores(records, field) for field in fields}
+        self.run.samples(step, [{**record, **{f"{field}_score": round(float(scores[field][i]), 3) for field in fields}}
+                                for i, record in enumerate(records[:8])])
+        return self.agreement(records, scores)
+
+    def raw_scores(self, records: list[dict], field: str) -> np.ndarray:
+        """Raw score (n,) of each record's reply in `field`."""
+        rows = judged_rows(records, **self.render, field=field)
+        with precision(self.run.dtype, self.run.device):
+            return self.run.model.score_rows(rows).cpu().double().numpy()
+
+    def agreement(self, records: list[dict], scores: dict[str, np.ndarray]) -> dict[str, float]:
+        """Accuracy on pairs; correlation with ratings; AUC and accuracy on labels."""
+        if self.kind == "pairwise":
+            return {"val_accuracy": float((scores["chosen"] > scores["rejected"]).mean())}
+        raw = scores["response"]
+        if self.kind == "regression":
+            return {"val_correlation": float(np.corrcoef(raw, [r["score"] for r in records])[0, 1])}
+        labels = np.array([r["label"] for r in records])
+        right = {"val_accuracy": accuracy(1 / (1 + np.exp(-raw)), labels)}
+        return right if labels.min() == labels.max() else {"val_auc": auc(raw, labels), **right}
+
+
+def reward_model_from(trunk: Transformer, o: RewardOptions) -> RewardModel:
+    """The SFT model's trunk with a new head."""
+    model = RewardModel(RewardConfig(**{**dataclasses.asdict(trunk.config), "pool": o.pool, "dropout": o.dropout}))
+    model.backbone.load_state_dict(trunk.state_dict())
+    model.initialise_head(torch_seed(o.seed, "reward", "weights"))
+    return model
+
+
+def train_reward(o: RewardOptions) -> Run | None:
+    """Human feedback becomes a function: the SFT trunk learns to predict what people liked.
+
+    Returns the finished run, or None if it was finished before.
+    """
+    if o.reward_from:
+        raise UserError("reward makes the reward model: --reward_from has no effect on it; --init_from names the trunk")
+    data = open_for(o, o.data)
+    trunk, tokenizer, state = load_parent(o, data, "sft", o.init_from)
+    o = limit_length(o, trunk.config)
+    run = open_run("reward", o, data, {"init": state["hash"]}, reward_model_from(trunk, o), tokenizer)
+    if run is None:
+        return None
+    task = RewardTask(run, data)
+    print(f"reward: {len(task.records)} records ({task.kind}), {task.n_steps} steps of {o.batch}", flush=True)
+    run.finish(**fit(run, task))
+    return run

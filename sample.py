@@ -302,10 +302,14 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
 
 # ---- from texts to texts ---------------------------------------------------------------------------------------------
 
-def reply_texts(tokenizer: Tokenizer, tokens: Tensor, mask: Tensor) -> list[str]:
-    """Replies (B, R) with their mask as texts, without the end token."""
-    return [tokenizer.decode([i for i in row[keep].tolist() if i != tokenizer.eom_id])
-            for row, keep in zip(tokens, mask, strict=True)]
+def reply_ids(replies: Generation) -> list[list[int]]:
+    """The ids of each reply, its end token included."""
+    return [tokens[mask].tolist() for tokens, mask in zip(replies.tokens, replies.mask, strict=True)]
+
+
+def reply_texts(tokenizer: Tokenizer, replies: Generation) -> list[str]:
+    """Each reply as text, without the end token."""
+    return [tokenizer.decode([i for i in ids if i != tokenizer.eom_id]) for ids in reply_ids(replies)]
 
 
 def reply_to(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_new_tokens: int,
@@ -368,7 +372,7 @@ class Speaker:
     def texts(self, prompts: list[list[int]]) -> tuple[list[str], Generation]:
         """One reply to each prompt, as text and as it was generated."""
         replies = self.replies(prompts)
-        return reply_texts(self.tokenizer, replies.tokens, replies.mask), replies
+        return reply_texts(self.tokenizer, replies), replies
 
     def stream(self, prompt: list[int], rows=None, before: str = "") -> str:
         """Print `before`, then a reply while it is written; what was written until Ctrl-C is kept."""
@@ -419,7 +423,7 @@ def best_of(speaker: Speaker, prompt: str, n: int) -> None:
     tokenizer.require_same(speaker.tokenizer, f"{where} and {speaker.o.checkpoint}")
     ids = [speaker.ids(prompt)] * n
     texts, replies = speaker.texts(ids)
-    scores = reward_model.score_replies(ids, replies.tokens, replies.mask)
+    scores = reward_model.scores(ids, reply_ids(replies))
     for i in scores.argsort().tolist():
         print(f"{scores[i]:+.2f}  {texts[i]}")
 

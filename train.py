@@ -1,4 +1,4 @@
-"""The road of RLHF, one command a stage. Without a word it walks the whole of it.
+"""The road of RLHF, one command a stage; without arguments, all of it.
 
     python train.py                 all stages on the default data, then a report
     python train.py --preset smoke --out out-smoke      the same in seconds, to see that everything works
@@ -8,40 +8,38 @@
     python train.py ppo             improve: reply so that the reward model likes it
     python train.py ppo --help      a stage's options, with default, meaning and source
 
-Each stage is one function below. The first three share the loop `fit`; PPO has its own. A stage reads the checkpoint of
-its parents and leaves checkpoint.pt, config.json, metrics.jsonl and samples.jsonl in OUT/<data>/<stage>/. Options that
-stages share stand in options.py (`Common`, `Learning`); the folder, its log and how a run goes on in run.py (`Run`).
+The first two stages are written out here, `reward` in reward.py and `ppo` in ppo.py. The first three share the
+loop of runtime/fit.py. A stage reads the checkpoints of its parents and leaves checkpoint.pt, config.json,
+metrics.jsonl and samples.jsonl in OUT/<data>/<stage>/. A new stage is a function of its options, added to STAGES.
 """
-import copy
 import dataclasses
 import difflib
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import evaluate
-from data.batches import (PackedDocuments, dialogue_rows, eval_windows, fitting, judged_batch,
-                          judged_rows, pack_rows, prompt_ids)
-from data.judge import ngram_classifier, plain_text
+from data.batches import PackedDocuments, dialogue_rows, eval_windows, fitting, pack_rows, prompt_ids
 from data.prepare import open_for
 from data.prepared import DIALOGUE, NEWS, REVIEW, Prepared
-from model import ModelConfig, Transformer, cross_entropy_sum
-from ppo import ActorCritic, KLController, PPOOptions, RunningMoments, collect_rollout, rollout_metrics, update
-from reward import RewardConfig, RewardModel, RewardOptions, critic_from, feedback_kind, feedback_loss
-from runtime.device import compile_trunks, pick_device, precision
-from runtime.draws import key, rows_at, torch_seed
+from model import ModelConfig, Transformer, cross_entropy_sum, limit_length, load_checkpoint, load_parent, open_run
+from ppo import PPOOptions, train_ppo
+from reward import RewardModel, RewardOptions, train_reward
+from runtime.device import pick_device, precision
+from runtime.draws import rows_at, torch_seed
 from runtime.fit import fit
 from runtime.machine import Interrupt, Interrupted, keep_freed_memory
-from runtime.optim import learning_rate, set_learning_rate
 from runtime.options import Common, Learning, UserError, option, parse, parse_all, run_main
-from runtime.run import Run, check_inputs, limit_length, parent, run_folder
-from sample import Decoder, reply_texts, reply_to
+from runtime.run import Run, run_folder
+from sample import reply_texts, reply_to
 
+
+# ---- stage 1: pretraining ------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class PretrainOptions(Learning):
@@ -70,6 +68,80 @@ class PretrainOptions(Learning):
                             "more than 1 together: lower one; what they leave is for plain reviews")
 
 
+class PretrainTask:
+    """Batches, loss and measures of pretraining, as runtime/fit.py asks for them."""
+
+    def __init__(self, run: Run, data: Prepared):
+        o = self.o = run.o
+        self.run, self.train, self.val = run, data.documents("train"), data.documents("val")
+        shares = {NEWS: o.news_share, REVIEW: 1 - o.news_share - o.dialogue_share, DIALOGUE: o.dialogue_share}
+        self.batches = PackedDocuments(self.train.tokens, self.train.starts, self.train.part, window=o.window,
+                                       batch=o.batch * o.accumulate, total_tokens=o.tokens, seed=o.seed,
+                                       shares=shares if self.train.parts > 1 else None, early={NEWS: 0.5})
+        if self.train.parts < 2:
+            o.refuse("news_share", "dialogue_share", why=f"on {o.data}, which is of one kind: it is for reviews")
+        self.n_steps, self.extra = self.batches.n_steps, {}
+
+    def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
+        """Mean −log π(next token | tokens before it, of the same document), in o.accumulate parts."""
+        batch = (x.to(self.run.device).chunk(self.o.accumulate) for x in self.batches.batch(step))
+        for tokens, targets, docs in zip(*batch, strict=True):
+            with precision(self.run.dtype, self.run.device):
+                hidden = self.run.model.hidden(tokens, docs=None if self.train.single else docs)
+                nats = cross_entropy_sum(self.run.model, hidden.flatten(0, 1), targets.flatten())
+            yield nats / (targets.numel() * self.o.accumulate), targets.numel()
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Nats a token and bits a byte of validation text; free texts go into samples.jsonl."""
+        nats, n = self.validation_nats()
+        self.run.samples(step, [{"text": text} for text in self.free_texts()])
+        return {"val_loss": nats / n, "val_bpb": nats / math.log(2) / self.val.n_bytes}
+
+    @torch.no_grad()
+    def validation_nats(self) -> tuple[float, int]:
+        """(Σ −log π over a fixed full pass, the number of targets)."""
+        nats, n, model, device = 0.0, 0, self.run.model, self.run.device
+        for arrays in eval_windows(self.val.tokens, self.val.starts, self.o.window, 4 * self.o.batch):
+            tokens, targets, docs, real = (x.to(device) for x in arrays)
+            with precision(self.run.dtype, device):
+                hidden = model.hidden(tokens, docs=None if self.val.single else docs)
+                nats += float(cross_entropy_sum(model, hidden[real], targets[real]))
+            n += int(real.sum())
+        return nats, n
+
+    def free_texts(self, n: int = 4) -> list[str]:
+        """What the model writes when it is given only a document's beginning."""
+        tokenizer = self.run.tokenizer
+        return reply_texts(tokenizer, reply_to(self.run.model, tokenizer, [[tokenizer.eot_id]] * n, self.o.window // 2,
+                                               seed=self.o.seed, temperature=0.8))
+
+
+def pretrain(o: PretrainOptions) -> Run | None:
+    """Maximum likelihood on plain text: θ ← θ + α ∇ Σ log π(next token | tokens before it, of the same document)."""
+    if o.init_from or o.reward_from:
+        raise UserError("pretrain starts from nothing: --init_from and --reward_from have no effect on it; use them "
+                        "with sft, reward or ppo")
+    data = open_for(o, o.data)
+    tokenizer = data.require_tokenizer()
+    shape = {name: getattr(o, name) for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "max_len")}
+    model = Transformer(ModelConfig(vocab_size=tokenizer.n_vocab, **shape))
+    model.initialise(torch_seed(o.seed, "pretrain", "weights"))
+    run = open_run("pretrain", o, data, {}, model, tokenizer)
+    if run is None:
+        return None
+    task = PretrainTask(run, data)
+    if task.batches.passes > 20:
+        print(f"pretrain: warning: {o.tokens} tokens are up to {task.batches.passes} passes over a part of this data, "
+              "which will be learned by heart: bring more text, or lower --tokens", file=sys.stderr)
+    print(f"pretrain: {run.model.n_parameters() / 1e6:.2f} M parameters, "
+          f"{run.model.flops_per_token(o.window) / 1e6:.1f} MFLOP a token, {task.n_steps} steps of "
+          f"{o.window * o.batch * o.accumulate} tokens", flush=True)
+    run.finish(**fit(run, task))
+    return run
+
+
+# ---- stage 2: supervised fine-tuning -------------------------------------------------------------
+
 @dataclasses.dataclass
 class SFTOptions(Learning):
     """`python train.py sft`"""
@@ -84,397 +156,137 @@ class SFTOptions(Learning):
     eval_every: int = option(150, "steps between measurements on validation", smoke=20, low=1)
 
 
-def prepared(o: Common) -> Prepared:
-    """The data set, made ready where it is not yet."""
-    pick_device(o.device)  # one that is not there is better refused before the preparation than after it
-    return open_for(o, o.data)
+class SFTTask:
+    """Batches, loss and measures of fine-tuning, as runtime/fit.py asks for them."""
+
+    def __init__(self, run: Run, data: Prepared):
+        o = self.o = run.o
+        self.run, self.template = run, data.template
+        self.rows, self.left_out = dialogue_rows(data.records("sft", "train"), run.tokenizer, data.template, o.max_len)
+        self.val_rows, _ = dialogue_rows(data.records("sft", "val"), run.tokenizer, data.template, o.max_len)
+        if not self.rows or not self.val_rows:
+            raise UserError(f"sft: no dialogue fits {o.max_len} tokens: raise --max_len, or pretrain with a larger one")
+        self.n_steps = math.ceil(o.epochs * len(self.rows) / o.batch)
+        self.reply_len = min(64, o.max_len // 2)
+        prompts = fitting(data.records("ppo", "val"), run.tokenizer, data.template,
+                          run.model.config.max_len - self.reply_len)
+        self.examples = [record["prompt"] for record in prompts[:8]]
+        self.extra = {"example_prompts": self.examples}
+
+    def nats(self, rows: list) -> tuple[Tensor, int]:
+        """(Σ −log π of the learned tokens, their number); rows are packed side by side."""
+        tokens, learned, docs, _ = (x.to(self.run.device) for x in pack_rows(rows, self.o.max_len))
+        where = learned[:, 1:].nonzero()  # the state at t predicts token t + 1
+        where = where[:, 0] * tokens.shape[1] + where[:, 1]
+        with precision(self.run.dtype, self.run.device):
+            hidden = self.run.model.hidden(tokens, docs=docs, where=where)
+            return cross_entropy_sum(self.run.model, hidden, tokens.flatten()[where + 1]), int(learned.sum())
+
+    def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
+        """Mean −log π over the batch's learned tokens."""
+        index = rows_at(len(self.rows), self.o.batch, step, self.o.seed, "sft")
+        nats, n = self.nats([self.rows[i] for i in index])
+        yield nats / n, n
+
+    @torch.no_grad()
+    def measure(self, step: int) -> dict[str, float]:
+        """Nats a reply token on validation; replies to a few prompts go into samples.jsonl."""
+        parts = [self.nats(self.val_rows[i:i + 128]) for i in range(0, len(self.val_rows), 128)]
+        ids = [prompt_ids(self.run.tokenizer, prompt, self.template) for prompt in self.examples]
+        texts = reply_texts(self.run.tokenizer, reply_to(self.run.model, self.run.tokenizer, ids, self.reply_len,
+                                                         seed=self.o.seed))
+        self.run.samples(step, [{"prompt": p, "reply": t} for p, t in zip(self.examples, texts, strict=True)])
+        return {"val_loss": float(sum(nats for nats, _ in parts)) / sum(n for _, n in parts)}
 
 
-# ---- the loop of maximum likelihood ----------------------------------------------------------------------------------
-
-
-# ---- stage 1: pretraining --------------------------------------------------------------------------------------------
-
-def pretrain(o: PretrainOptions) -> Run:
-    """Maximum likelihood on plain text: θ ← θ + α ∇ Σ log π(next token | tokens before it, of the same document)."""
-    if o.init_from or o.reward_from:
-        raise UserError("pretrain starts from nothing: --init_from and --reward_from have no effect on it; use them "
-                        "with sft, reward or ppo")
-    data = prepared(o)
-    run = Run("pretrain", o, {"data": data.fingerprint}, data, o.d_model)
-    if run.finished:
-        return run
-    run.tokenizer = data.require_tokenizer()
-    config = ModelConfig(vocab_size=run.tokenizer.n_vocab,
-                         **{k: getattr(o, k) for k in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "max_len")})
-    model = run.model if run.state else Transformer(config)
-    if not run.state:
-        model.initialise(torch_seed(o.seed, "pretrain", "weights"))
-    model.to(run.device)
-    train, val = data.documents("train"), data.documents("val")
-    shares = {NEWS: o.news_share, REVIEW: 1 - o.news_share - o.dialogue_share, DIALOGUE: o.dialogue_share}
-    batches = PackedDocuments(train.tokens, train.starts, train.part, window=o.window, batch=o.batch * o.accumulate,
-                              total_tokens=o.tokens, seed=o.seed, shares=shares if train.parts > 1 else None,
-                              early={NEWS: 0.5})
-    if train.parts < 2:
-        o.refuse("news_share", "dialogue_share", why=f"on {o.data}, which is of one kind: it is for reviews")
-    if batches.passes > 20:
-        print(f"pretrain: warning: {o.tokens} tokens are up to {batches.passes} passes over a part of this data, which "
-              "will be learned by heart: bring more text, or lower --tokens", file=sys.stderr)
-    print(f"pretrain: {model.n_parameters() / 1e6:.2f} M parameters, {model.flops_per_token(o.window) / 1e6:.1f} MFLOP "
-          f"a token, {batches.n_steps} steps of {o.window * o.batch * o.accumulate} tokens", flush=True)
-
-    def losses(step: int):
-        for part in zip(*(x.to(run.device).chunk(o.accumulate) for x in batches.batch(step)), strict=True):
-            tokens, targets, docs = part
-            with precision(run.dtype, run.device):
-                hidden = model.hidden(tokens, docs=None if train.single else docs)
-                nats = cross_entropy_sum(model, hidden.flatten(0, 1), targets.flatten())
-            yield nats / (targets.numel() * o.accumulate), targets.numel()
-
-    def measure(step: int) -> dict[str, float]:
-        nats, n = validation_nats(model, val, o.window, 4 * o.batch, run)
-        run.samples(step, [{"text": text} for text in free_samples(model, run.tokenizer, o.window // 2, o.seed)])
-        return {"val_loss": nats / n, "val_bpb": nats / math.log(2) / val.n_bytes}
-
-    last = fit(run, model, batches.n_steps, losses, measure)
-    run.finish(**last)
-    return run
-
-
-@torch.no_grad()
-def validation_nats(model: Transformer, split, window: int, batch: int, run: Run) -> tuple[float, int]:
-    """Σ −log π over a fixed full pass, and the number of targets."""
-    nats, n = 0.0, 0
-    for tokens, targets, docs, real in eval_windows(split.tokens, split.starts, window, batch):
-        tokens, targets, docs, real = (x.to(run.device) for x in (tokens, targets, docs, real))
-        with precision(run.dtype, run.device):
-            hidden = model.hidden(tokens, docs=None if split.single else docs)
-            nats += float(cross_entropy_sum(model, hidden[real], targets[real]))
-        n += int(real.sum())
-    return nats, n
-
-
-def free_samples(model: Transformer, tokenizer, length: int, seed: int, n: int = 4) -> list[str]:
-    """What the model writes when it is given only a document's beginning."""
-    beginnings = [[tokenizer.eot_id]] * n
-    written = reply_to(model, tokenizer, beginnings, length, seed=seed, temperature=0.8)
-    return reply_texts(tokenizer, written.tokens, written.mask)
-
-
-# ---- stage 2: supervised fine-tuning ---------------------------------------------------------------------------------
-
-def sft(o: SFTOptions) -> Run:
+def sft(o: SFTOptions) -> Run | None:
     """Maximum likelihood on replies alone: the same loss, only where the loss mask of the dialogue is True."""
     if o.reward_from:
         raise UserError("sft reads no reward model: --reward_from has no effect on it")
-    data = prepared(o)
-    model, tokenizer, state = parent(o, data, "pretrain", o.init_from)
-    limit_length(o, model)
-    run = Run("sft", o, {"data": data.fingerprint, "init": state["hash"]}, data, model.config.d_model)
-    if run.finished:
-        return run
-    run.tokenizer = tokenizer
-    model = (run.model if run.state else model).to(run.device)
-    rows, left_out = dialogue_rows(data.records("sft", "train"), tokenizer, data.template, o.max_len)
-    val_rows, _ = dialogue_rows(data.records("sft", "val"), tokenizer, data.template, o.max_len)
-    if not rows or not val_rows:
-        raise UserError(f"sft: no dialogue fits {o.max_len} tokens: raise --max_len, or pretrain with a larger one")
-    n_steps = math.ceil(o.epochs * len(rows) / o.batch)
-    print(f"sft: {len(rows)} dialogues ({left_out} of over {o.max_len} tokens left out), {n_steps} steps of {o.batch}",
-          flush=True)
-    written = min(64, o.max_len // 2)
-    prompts = fitting(data.records("ppo", "val"), tokenizer, data.template, model.config.max_len - written)
-    examples = [r["prompt"] for r in prompts[:8]]
-
-    def nats(batch) -> tuple[Tensor, int]:
-        tokens, flags, docs, _ = (x.to(run.device) for x in pack_rows(batch, o.max_len))
-        where = flags[:, 1:].nonzero()  # the state at t predicts token t + 1
-        where = where[:, 0] * tokens.shape[1] + where[:, 1]
-        with precision(run.dtype, run.device):
-            hidden = model.hidden(tokens, docs=docs, where=where)
-            return cross_entropy_sum(model, hidden, tokens.flatten()[where + 1]), int(flags.sum())
-
-    def losses(step: int):
-        batch = [rows[i] for i in rows_at(len(rows), o.batch, step, o.seed, "sft")]
-        loss, n = nats(batch)
-        yield loss / n, n
-
-    @torch.no_grad()
-    def measure(step: int) -> dict[str, float]:
-        parts = [nats(val_rows[i:i + 128]) for i in range(0, len(val_rows), 128)]
-        ids = [prompt_ids(tokenizer, p, data.template) for p in examples]
-        replies = reply_to(model, tokenizer, ids, written, seed=o.seed)
-        texts = reply_texts(tokenizer, replies.tokens, replies.mask)
-        run.samples(step, [{"prompt": p, "reply": t} for p, t in zip(examples, texts, strict=True)])
-        return {"val_loss": float(sum(x for x, _ in parts)) / sum(n for _, n in parts)}
-
-    last = fit(run, model, n_steps, losses, measure, example_prompts=examples)
-    run.finish(**last)
+    data = open_for(o, o.data)
+    model, tokenizer, state = load_parent(o, data, "pretrain", o.init_from)
+    o = limit_length(o, model.config)
+    run = open_run("sft", o, data, {"init": state["hash"]}, model, tokenizer)
+    if run is None:
+        return None
+    task = SFTTask(run, data)
+    print(f"sft: {len(task.rows)} dialogues ({task.left_out} of over {o.max_len} tokens left out), {task.n_steps} "
+          f"steps of {o.batch}", flush=True)
+    run.finish(**fit(run, task))
     return run
 
 
-# ---- stage 3: the reward model ---------------------------------------------------------------------------------------
+# ---- stage 3: the reward model -------------------------------------------------------------------
 
-def train_reward(o: RewardOptions) -> Run:
-    """Human feedback becomes a function: the SFT trunk learns to predict what people liked."""
-    if o.reward_from:
-        raise UserError("reward makes the reward model: --reward_from has no effect on it; --init_from names the trunk")
-    data = prepared(o)
-    trunk, tokenizer, state = parent(o, data, "sft", o.init_from)
-    limit_length(o, trunk)
-    run = Run("reward", o, {"data": data.fingerprint, "init": state["hash"]}, data, trunk.config.d_model)
-    if run.finished:
-        return run
-    run.tokenizer = tokenizer
-    if run.state:
-        model = run.model
-    else:
-        model = RewardModel(RewardConfig(**{**dataclasses.asdict(trunk.config), "pool": o.pool, "dropout": o.dropout}))
-        model.backbone.load_state_dict(trunk.state_dict())
-        model.initialise_head(torch_seed(o.seed, "reward", "weights"))
-    model.to(run.device)
-    policy = trunk.to(run.device)
-    render = dict(tokenizer=tokenizer, template=data.template, max_len=o.max_len)
-    records, val = (fitting(data.records("reward", split), tokenizer, data.template, render["max_len"] - 8)
-                    for split in ("train", "val"))
-    prompts = fitting(data.records("ppo" if data.has("ppo") else "reward", "train"), tokenizer, data.template,
-                      policy.config.max_len - o.reply_len)
-    kind = feedback_kind(records[0]) if o.loss == "auto" else o.loss
-    if kind != feedback_kind(records[0]):
-        raise UserError(f"--loss {o.loss} does not fit these records, which are for {feedback_kind(records[0])}: "
-                        "use --loss auto")
-    if kind == "label" and not data.has_labels("reward", "val"):
-        raise UserError("reward: all labels set aside for validation are the same, so that nothing can be measured: "
-                        "bring more records, or a file reward_val.jsonl with both")
-    if kind != "pairwise":
-        o.refuse("label_smoothing", why=f"on records for {kind}: it is for pairs")
-    n_steps = math.ceil(o.epochs * len(records) / o.batch)
-    print(f"reward: {len(records)} records ({kind}), {n_steps} steps of {o.batch}", flush=True)
-
-    def losses(step: int):
-        batch = [records[i] for i in rows_at(len(records), o.batch, step, o.seed, "reward")]
-        fields = ("chosen", "rejected") if kind == "pairwise" else ("response",)
-        sides = [judged_rows(batch, **render, field=field, prefix_share=o.prefix_share,
-                             rng=np.random.default_rng(key(o.seed, "reward", "prefix", step))) for field in fields]
-        rows = [row for side in sides for row in side]
-        tokens, flags, docs, where = (x.to(run.device) for x in pack_rows(rows, render["max_len"]))
-        _, real, reply = judged_batch(rows, run.device)
-        with precision(run.dtype, run.device):
-            hidden = model.backbone.hidden(tokens, docs=docs)
-            scores = model.pool(model.head_values(hidden).flatten()[where], real, reply)
-            loss = feedback_loss(kind, scores, batch, o.label_smoothing)
-            if o.lm_coef:
-                worth = (flags & (docs < len(batch)))[:, 1:]  # of a pair, only the chosen reply is worth imitating
-                nats = cross_entropy_sum(model.backbone, hidden[:, :-1][worth], tokens[:, 1:][worth])
-                loss = loss + o.lm_coef * nats / worth.sum()
-        yield loss, int(real.sum())
-
-    def measure(step: int, subset: int = 600) -> dict[str, float]:
-        some = rows_at(len(val), min(subset, len(val)), 0, o.seed, "reward")  # not the first: a file may be sorted
-        return reward_measures(model, [val[i] for i in some], kind, render, run)
-
-    last = fit(run, model, n_steps, losses, measure)
-    if kind == "label":  # on validation; the test texts are scored once, by the report
-        found = evaluate.score_reward_model(model, data, "val", tokenizer, render["max_len"])
-        print(evaluate.table(evaluate.reward_table(found), evaluate.REWARD_COLUMNS), flush=True)
-    chosen = rows_at(len(prompts), o.norm_replies, 0, o.seed, "reward")
-    ids = [prompt_ids(tokenizer, prompts[i]["prompt"], data.template) for i in chosen]
-    replies = reply_to(policy, tokenizer, ids, o.reply_len, temperature=o.temperature, batch_size=128,
-                       seed=key(o.seed, "reward", "reply"))
-    raw = torch.from_numpy(model.score_replies(ids, replies.tokens, replies.mask, run.dtype))
-    model.set_normalisation(raw)
-    texts = reply_texts(tokenizer, replies.tokens, replies.mask)
-    run.samples(n_steps + 1, [{"prompt": prompts[i]["prompt"], "reply": texts[k], "raw_score": round(float(raw[k]), 3)}
-                              for k, i in enumerate(chosen[:32])])  # a resumed run drops these and writes them again
-    run.save(n_steps, model, measured=last, feedback=kind,
-             norm={"temperature": o.temperature, "reply_len": o.reply_len})
-    run.finish(**last, mean=float(model.mean), std=float(model.std))
+def reward(o: RewardOptions) -> Run | None:
+    """`train_reward`; of labels, also the model's table beside the n-gram baseline, on validation."""
+    run = train_reward(o)
+    data = open_for(o, o.data)
+    if run is not None and data.has_labels("reward", "val"):
+        evaluate.print_validation_table(run.model, data, run.tokenizer, run.o.max_len)
     return run
 
 
-def reward_measures(model: RewardModel, records: list[dict], kind: str, render: dict, run: Run) -> dict[str, float]:
-    """On validation: how often the model agrees with people."""
-    if kind == "pairwise":
-        chosen, rejected = (model.score_rows(judged_rows(records, **render, field=f), run.dtype)
-                            for f in ("chosen", "rejected"))
-        return {"val_accuracy": float((chosen > rejected).mean())}
-    scores = model.score_rows(judged_rows(records, **render), run.dtype)
-    if kind == "regression":
-        return {"val_correlation": float(np.corrcoef(scores, [r["score"] for r in records])[0, 1])}
-    labels = np.array([r["label"] for r in records])
-    found = {"val_accuracy": evaluate.accuracy(1 / (1 + np.exp(-scores)), labels)}
-    return found if labels.min() == labels.max() else {"val_auc": evaluate.auc(scores, labels), **found}
+# ---- all stages ----------------------------------------------------------------------------------
 
-
-# ---- stage 4: PPO ----------------------------------------------------------------------------------------------------
-
-def train_ppo(o: PPOOptions) -> Run:
-    """J(π) = E[Σ γᵗ r]: reply, score, find out which tokens were better than expected, make those likelier; again."""
-    data = prepared(o)
-    policy, tokenizer, state = parent(o, data, "sft", o.init_from)
-    reward_model, reward_tokenizer, reward_state = parent(o, data, "reward", o.reward_from, RewardModel)
-    tokenizer.require_same(reward_tokenizer, "the policy and the reward model")
-    if "feedback" not in reward_state:
-        raise UserError(f"{o.reward_from}: a reward model without its scores' mean and spread, which are measured when "
-                        "its training ends: go on with `python train.py reward --resume`")
-    log_odds = reward_state["feedback"] == "label"
-    if o.reward_norm == "auto":
-        o.reward_norm = "logsigmoid" if log_odds else "fixed"
-    elif "sigmoid" in o.reward_norm and not log_odds:
-        raise UserError(f"--reward_norm {o.reward_norm} reads raw scores as log-odds, but this reward model learned "
-                        f"from feedback for {reward_state['feedback']}: use fixed or running")
-    parents = {"data": data.fingerprint, "init": state["hash"], "reward": reward_state["hash"]}
-    run = Run("ppo", o, parents, data, policy.config.d_model)
-    if run.finished:
-        return run
-    for name, value in reward_state.get("norm", {}).items():
-        if "sigmoid" not in o.reward_norm and getattr(o, name) != value:
-            print(f"ppo: warning: the reward model's mean and spread were taken at {name} {value}, not "
-                  f"{getattr(o, name)}", file=sys.stderr)
-    run.tokenizer = tokenizer
-    reference = copy.deepcopy(policy).requires_grad_(False).to(run.device)
-    reward_model = reward_model.requires_grad_(False).to(run.device)
-    if run.state:
-        policy = run.model
-    critic = critic_from(reward_model) if o.critic == "separate" else None
-    actor_critic = ActorCritic(policy, critic).to(run.device)
-    for trained in (policy, *([critic.backbone] if critic else [])):
-        trained.recompute = o.recompute
-    groups = [{"params": list(policy.parameters()), "lr": o.policy_lr},
-              {"params": actor_critic.critic_parameters(), "lr": o.critic_lr}]
-    optimizer = torch.optim.Adam(groups, eps=o.adam_eps, fused=True)
-    moments = RunningMoments(**run.state.get("moments", {}))
-    control = KLController(run.state.get("kl_coef", o.kl_coef), o.kl_target if o.kl_control == "adaptive" else None,
-                           o.kl_horizon)
-    if run.state:
-        (critic or actor_critic.value_head).load_state_dict(run.state["critic"])
-        optimizer.load_state_dict(run.state["optimizer"])
-    judge = ngram_classifier(data, "judge") if data.has("judge") else None
-    room = min(policy.config.max_len, reward_model.config.max_len) - o.reply_len
-    prompts, held_out = ([r["prompt"] for r in fitting(data.records("ppo", split), tokenizer, data.template, room)]
-                         for split in ("train", "val"))
-    held_out = held_out[:o.eval_prompts]
-    tolerance = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2}
-    done = run.state.get("step", 0)
-    decoder_dtype = run.state.get("decoder_dtype", run.dtype if o.rollout_dtype == "auto" else o.rollout_dtype)
-
-    def made_ready() -> Decoder:
-        """The policy ready to write; when compiling pays, the networks' shared trunk is compiled, too."""
-        if run.compile == "on":
-            compile_trunks(policy, reference, reward_model.backbone, *([critic.backbone] if critic else []))
-        return Decoder(policy, decoder_dtype, compile=run.compile == "on")
-
-    decoder = made_ready()
-
-    def save() -> None:
-        run.save(step, policy, critic=(critic or actor_critic.value_head).state_dict(),
-                 optimizer=optimizer.state_dict(), moments=moments.state(), kl_coef=control.coef,
-                 decoder_dtype=decoder_dtype, example_prompts=held_out[:8])
-
-    def measure() -> dict[str, float]:
-        """On the same held-out prompts, with the same random numbers, each time."""
-        found, replies, _ = evaluate.measure_policy(
-            policy, reference, tokenizer, held_out, data.template, reward_model=reward_model, judge=judge,
-            reply_len=o.reply_len, temperature=o.temperature, dtype=run.dtype)
-        run.samples(step, replies[:12])
-        names = ("raw_score", "judge", "judged_positive", "kl", "length", "end_rate", "distinct2", "ref_perplexity")
-        return {f"eval_{k}": found[k] for k in names if k in found}
-
-    step, metrics = done, {}
-    with run.progress(done, o.updates) as bar:
-        if done == 0:
-            run.log(0, **measure())
-        for step in range(done, o.updates):
-            decoder.refresh()
-            train_policy, first = step >= o.critic_warmup, o.critic_warmup
-            factor = learning_rate(step - first, o.updates - first, o.warmup, 1.0, o.final_lr) if train_policy else 1.0
-            set_learning_rate([optimizer], factor)
-            chosen = rows_at(len(prompts), o.batch, step, o.seed, "ppo")
-            ids = [prompt_ids(tokenizer, prompts[i], data.template) for i in chosen]
-            rollout = collect_rollout(actor_critic, reference, reward_model, ids, o, end_id=tokenizer.eom_id, step=step,
-                                      kl_coef=control.coef, moments=moments, dtype=run.dtype, decoder=decoder)
-            learned = update(actor_critic, optimizer, rollout, o, step, train_policy=train_policy, dtype=run.dtype)
-            metrics = rollout_metrics(rollout) | learned
-            if train_policy:
-                control.update(metrics["kl"], o.batch)
-            if judge is not None:
-                P = rollout.tokens.shape[1] - rollout.response_mask.shape[1]
-                texts = reply_texts(tokenizer, rollout.tokens[:, P:], rollout.response_mask)
-                probs = judge.probs([plain_text({"prompt": prompts[i], "response": text})
-                                     for i, text in zip(chosen, texts, strict=True)])
-                metrics |= {"judge": float(probs.mean()), "judged_positive": float((probs > 0.5).mean())}
-            for name, precise in (("ratio_start", run.dtype), ("sampler_gap", decoder_dtype)):
-                if metrics.get(name, 0) > (limit := max(tolerance[run.dtype], tolerance[precise])):
-                    tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {limit:g}, at update "
-                               f"{step + 1}: what is scored is not what was sampled", file=sys.stderr)
-            if metrics["sampler_gap"] > 5e-2 and decoder_dtype != "float32":
-                tqdm.write("ppo: from now on replies are written in float32", file=sys.stderr)
-                decoder_dtype = "float32"
-                decoder = made_ready()
-            step += 1
-            if run.compile_now(step, o.updates, decide_at=first + 2):
-                decoder = made_ready()
-            if step % o.eval_every == 0 or step == o.updates:
-                metrics |= measure()
-            seconds = {"seconds_generate": rollout.seconds["generate"], "seconds_score": rollout.seconds["score"]}
-            run.log(step, **metrics, **seconds, lr=factor * o.policy_lr * train_policy,
-                    critic_lr=factor * o.critic_lr, seconds=run.seconds(),
-                    generate_tokens_per_s=metrics["reply_tokens"] / seconds["seconds_generate"],
-                    train_tokens_per_s=metrics["trained_tokens"] / metrics["seconds_train"])
-            bar.update()
-            bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("score", "judged_positive", "kl", "length", "end_rate")
-                             if k in metrics})
-            if step % o.save_every == 0 or step == o.updates:
-                save()
-            run.stop_if_asked(step, save)
-    run.finish(**{k: v for k, v in metrics.items() if k.startswith("eval_")})
-    return run
-
-
-# ---- all stages ------------------------------------------------------------------------------------------------------
-
-STAGE_OPTIONS = {"pretrain": PretrainOptions, "sft": SFTOptions, "reward": RewardOptions, "ppo": PPOOptions}
-STAGE_FUNCTIONS = {"pretrain": pretrain, "sft": sft, "reward": train_reward, "ppo": train_ppo}
+STAGES: dict[str, tuple[type, Callable[[Any], Run | None]]] = {
+    "pretrain": (PretrainOptions, pretrain),
+    "sft": (SFTOptions, sft),
+    "reward": (RewardOptions, reward),
+    "ppo": (PPOOptions, train_ppo),
+}
 
 
 def run_all(options: dict[str, Common]) -> None:
-    """Run what is missing, in order; then compare the policy before and after, and write report.json and report.md."""
+    """Run what is missing, in order; then compare the policy before and after, and write the report."""
     start = time.perf_counter()
-    given, judge = options["sft"].init_from, options["ppo"].reward_from
-    brought = {"pretrain": given, "reward": judge}
-    check_inputs(prepared(options["ppo"]), [stage for stage in STAGE_FUNCTIONS if not brought.get(stage)], judge)
-    for stage, function in STAGE_FUNCTIONS.items():
-        o = options[stage]
-        o.resume = not o.fresh
-        o.init_from = given if stage == "sft" else ""  # what comes after starts from this run's sft
-        o.reward_from = judge if stage == "ppo" else ""
+    init_from, reward_from = options["sft"].init_from, options["ppo"].reward_from
+    brought = {"pretrain": init_from, "reward": reward_from}
+    data = open_for(options["ppo"], options["ppo"].data)
+    require_inputs(data, [stage for stage in STAGES if not brought.get(stage)], reward_from)
+    for stage, (_, function) in STAGES.items():
         if brought.get(stage):
             print(f"{stage}: skipped, its model is {brought[stage]}")
-        else:
-            function(o)
+            continue
+        o = options[stage]  # what comes after sft starts from this run's sft
+        function(o.replace(resume=not o.fresh, init_from=init_from if stage == "sft" else "",
+                           reward_from=reward_from if stage == "ppo" else ""))
     o = options["ppo"]
-    evaluate.write_report(prepared(o), run_folder(o, ""), reply_len=o.reply_len, temperature=o.temperature, seed=o.seed,
-                          device=pick_device(o.device), n_prompts=o.report_prompts, seconds=time.perf_counter() - start)
+    settings = evaluate.ReplySettings(o.reply_len, o.temperature)
+    evaluate.write_report(data, run_folder(o, ""), seed=o.seed, settings=settings, n_prompts=o.report_prompts,
+                          device=pick_device(o.device), seconds=time.perf_counter() - start)
+
+
+def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
+    """Fail before hours of work: UserError if a stage has no data, or if the reward model is none."""
+    for stage in stages:
+        if stage == "pretrain":
+            data.require_tokenizer()
+        else:
+            data.records(stage, "train")
+    if reward_from:  # what the first stage starts from is soon looked at
+        load_checkpoint(reward_from, "cpu", RewardModel)
 
 
 def main(argv: list[str]) -> int:
     stage, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("all", argv)
-    if stage not in (*STAGE_FUNCTIONS, "all"):
-        near = difflib.get_close_matches(stage, [*STAGE_FUNCTIONS, "all"], 1)
+    if stage not in (*STAGES, "all"):
+        near = difflib.get_close_matches(stage, [*STAGES, "all"], 1)
         raise UserError(f"unknown stage {stage!r}{f'; did you mean {near[0]}?' if near else ''}: use all, "
-                        f"{', '.join(STAGE_FUNCTIONS)}")
+                        f"{', '.join(STAGES)}")
     Interrupt.install()
     keep_freed_memory()
     try:
         if stage == "all":
-            run_all(parse_all(Common, STAGE_OPTIONS, rest, "train.py"))
+            options = parse_all(Common, {name: cls for name, (cls, _) in STAGES.items()}, rest, "train.py")
+            pick_device(options["ppo"].device)  # fail early on a missing device
+            run_all(options)
         else:
-            o = parse(STAGE_OPTIONS[stage], rest, f"train.py {stage}")
+            cls, function = STAGES[stage]
+            o = parse(cls, rest, f"train.py {stage}")
             o.refuse("report_prompts", why=f"on {stage} alone: it is for the report of `train.py all`")
-            run = STAGE_FUNCTIONS[stage](o)
-            if run.finished and run.seconds_before == 0 and not hasattr(run, "tokenizer"):
-                print(f"{stage}: finished already in {run.folder}; --fresh trains it anew")
+            pick_device(o.device)
+            function(o)
     except Interrupted as stop:
         return 128 + stop.args[0]
     return 0

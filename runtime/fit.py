@@ -1,7 +1,14 @@
-"""The loop of maximum likelihood, shared by pretraining, fine-tuning and the reward model."""
+"""The loop of maximum likelihood, shared by pretraining, fine-tuning and the reward model.
+
+    θ ← θ − α · step(∇ L(θ))        one optimizer step a batch, the gradient clipped
+
+A stage describes itself as a `Task`; `fit` steps, measures, logs and saves. Every random draw follows
+from the step alone, so a resumed run continues exactly.
+"""
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,62 +20,80 @@ from runtime.options import UserError
 from runtime.run import Run
 
 
-def fit(run: Run, model: nn.Module, n_steps: int, losses: Callable[[int], Iterator[tuple[Tensor, int]]],
-        measure: Callable[[int], dict[str, float]], **state) -> dict[str, float]:
-    """Gradient descent: at each step add up the gradients of `losses(step)`, clip, step; now and then measure and save.
+class Task(Protocol):
+    """What `fit` needs to know of a stage."""
 
-    losses(step) yields (loss, tokens): parts of one optimizer step, each already divided by the step's token count.
-    Returns the last measurements. Resumes from run.state.
-    """
-    o = run.o
+    n_steps: int
+    extra: dict[str, Any]  # kept in the checkpoint beside the model
+
+    def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
+        """(loss, tokens) of each part of one optimizer step. A loss is already divided by the count of
+        the whole step, so that the parts' gradients add up."""
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Figures on validation, with the model in evaluation mode."""
+
+
+def fit(run: Run, task: Task) -> dict[str, float]:
+    """Train run.model to the task's last step, from where run.state stopped; the last measurements."""
+    o, model, n_steps = run.o, run.model, task.n_steps
     optimizers = make_optimizers(model, o)
     restore(optimizers, run.state)
-    done, tokens, since, last = run.state.get("step", 0), 0, time.perf_counter(), run.state.get("measured", {})
     trunk = getattr(model, "backbone", model)
     trunk.recompute = o.recompute
-    if run.compile == "on":
+    if run.compute.compile == "on":
         compile_trunks(trunk)
+    measured, tokens, since = run.state.get("measured", {}), 0, time.perf_counter()
 
-    def save() -> None:
-        run.save(step + 1, model, optimizers=[x.state_dict() for x in optimizers], measured=last, **state)
+    def save(step: int) -> None:
+        run.save(step, optimizers=[x.state_dict() for x in optimizers], measured=measured, **task.extra)
 
-    with run.progress(done, n_steps) as bar:
-        for step in range(done, n_steps):
+    with run.progress(n_steps) as bar:
+        for step in range(run.step, n_steps):
+            # Learn.
             factor = learning_rate(step, n_steps, o.warmup, o.decay)
             set_learning_rate(optimizers, factor)
             torch.manual_seed(torch_seed(o.seed, run.stage, "dropout", step))
-            model.train()
-            total = 0.0
-            for loss, n in losses(step):
-                loss.backward()
-                total += float(loss.detach())
-                tokens += n
-            norm = float(nn.utils.clip_grad_norm_(model.parameters(), o.clip or math.inf))
-            if not math.isfinite(total + norm):
-                saved = step >= o.save_every or run.state
-                kept = "the last good checkpoint is kept" if saved else "nothing was saved yet"
-                raise UserError(f"{run.stage}: the loss is {total}, its gradient's norm {norm} at step {step + 1}; "
-                                f"{kept}: lower --lr ({o.lr:g}) or --adam_lr, or look for damaged records")
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            if run.compile_now(step + 1, n_steps, decide_at=5):
+            loss, norm, n = gradient_step(run, optimizers, task, step)
+            tokens += n
+            done, last = step + 1, step + 1 == n_steps
+            if run.compute.starts_compiling(done, n_steps, decide_at=5):
                 compile_trunks(trunk)
-            bar.update()
-            measuring = (step + 1) % o.eval_every == 0 or step + 1 == n_steps
-            if measuring or (step + 1) % o.log_every == 0:
-                now = time.perf_counter()
-                metrics = {"loss": total, "lr": factor * o.lr, "grad_norm": norm,
-                           "tokens_per_s": tokens / (now - since), "seconds": run.seconds()}
+            # Measure, log, save.
+            measuring = last or done % o.eval_every == 0
+            if measuring or done % o.log_every == 0:
+                metrics = {"loss": loss, "lr": factor * o.lr, "grad_norm": norm,
+                           "tokens_per_s": tokens / (time.perf_counter() - since), "seconds": run.seconds()}
                 if measuring:
                     model.eval()
-                    last = measure(step + 1)
-                    metrics |= last
-                run.log(step + 1, **metrics)
-                bar.set_postfix(loss=f"{total:.3f}", **{k: f"{v:.3f}" for k, v in last.items() if k.startswith("val_")})
+                    measured = task.measure(done)
+                run.log(done, **metrics, **(measured if measuring else {}))
                 tokens, since = 0, time.perf_counter()
-            if (step + 1) % o.save_every == 0 or step + 1 == n_steps:
-                save()
-            run.stop_if_asked(step + 1, save)
+            bar.update(loss=loss, **{k: v for k, v in measured.items() if k.startswith("val_")})
+            if last or done % o.save_every == 0:
+                save(done)
+            run.stop_if_asked(done, save)
     model.eval()
-    return last
+    return measured
+
+
+def gradient_step(run: Run, optimizers: list[torch.optim.Optimizer], task: Task,
+                  step: int) -> tuple[float, float, int]:
+    """One optimizer step: (loss, gradient norm before clipping, tokens). UserError, before the weights
+    change, if a number is not finite."""
+    o, total, tokens = run.o, 0.0, 0
+    run.model.train()
+    for loss, n in task.losses(step):
+        loss.backward()
+        total += float(loss.detach())
+        tokens += n
+    norm = float(nn.utils.clip_grad_norm_(run.model.parameters(), o.clip or math.inf))
+    if not math.isfinite(total + norm):
+        saved = step >= o.save_every or run.state
+        raise UserError(f"{run.stage}: the loss is {total}, its gradient's norm {norm} at step {step + 1}; "
+                        f"{'the last good checkpoint is kept' if saved else 'nothing was saved yet'}: "
+                        f"lower --lr ({o.lr:g}) or --adam_lr, or look for damaged records")
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return total, norm, tokens

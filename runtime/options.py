@@ -22,12 +22,13 @@ class UserError(Exception):
 
 
 def option(default: Any, help: str, *, source: str = "", choices: tuple | None = None, low: float | None = None,
-           high: float | None = None, smoke: Any = None, base: Any = None) -> Any:
+           high: float | None = None, smoke: Any = None, base: Any = None, compared: bool = True) -> Any:
     """A dataclass field with what --help says of it, the choices or the range (both ends allowed) that a flag's value
     must come from, and its values under --preset smoke and base where they differ."""
     presets = {name: value for name, value in (("smoke", smoke), ("base", base)) if value is not None}
     return dataclasses.field(default=default, metadata={"help": help, "source": source, "choices": choices,
-                                                        "low": low, "high": high, "presets": presets})
+                                                        "low": low, "high": high, "presets": presets,
+                                                        "compared": compared})
 
 
 def as_dict(options: Any) -> dict[str, Any]:
@@ -196,6 +197,16 @@ class Options:
 
     explicit: frozenset[str] = frozenset()
 
+    def replace(self: T, **changes: Any) -> T:
+        """These options with some values changed, as if they had been so from the start."""
+        options = dataclasses.replace(self, **changes)
+        options.explicit = self.explicit
+        return options
+
+    def not_compared(self) -> set[str]:
+        """Names of options that say how a run is started or reported, not what it computes."""
+        return {f.name for f in dataclasses.fields(self) if not f.metadata.get("compared", True)}
+
     def refuse(self, *names: str, why: str) -> None:
         """What has no effect is an error: none of these may have been given as a flag."""
         for name in names:
@@ -213,8 +224,8 @@ class Common(Options):
                              smoke=800, base=50_304, low=262)
     limit: int = option(0, "use only so many distinct texts; 0: all", smoke=800, low=0)
     preset: str = option("demo", "demo: two CPU cores, ten minutes for all; smoke: seconds, for tests; base: one GPU",
-                         choices=("smoke", "demo", "base"))
-    out: str = option("out", "runs are kept in OUT/<data>/<stage>/")
+                         choices=("smoke", "demo", "base"), compared=False)
+    out: str = option("out", "runs are kept in OUT/<data>/<stage>/", compared=False)
     init_from: str = option("", "checkpoint to start from instead of this run's own parent stage; in PPO policy and "
                                 "reference")
     reward_from: str = option("", "reward model for PPO instead of this run's own")
@@ -226,9 +237,9 @@ class Common(Options):
     recompute: bool = option(False, "gradient checkpointing: keep the inputs of blocks alone, compute the rest again "
                                     "for the gradient: less memory, a third more time", source="Chen 2016")
     save_every: int = option(200, "steps (PPO: updates) between checkpoints", smoke=5, low=1)
-    resume: bool = option(False, "go on where the run in this folder stopped")
-    fresh: bool = option(False, "forget the run in this folder and start anew")
-    traceback: bool = option(False, "show where in the code an error arose")
+    resume: bool = option(False, "go on where the run in this folder stopped", compared=False)
+    fresh: bool = option(False, "forget the run in this folder and start anew", compared=False)
+    traceback: bool = option(False, "show where in the code an error arose", compared=False)
 
     def check(self) -> None:
         """Refuse, before anything is done, what does not go together."""
