@@ -206,6 +206,7 @@ class Transformer(nn.Module):
     """Decoder-only language model: tokens (B, T) -> logits (B, T, V) for the token that follows each position."""
 
     config_class = ModelConfig
+    products = "aten"  # of the tied output layer; see runtime.products.use_products
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -280,7 +281,9 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """(…, D) -> logits (…, V)."""
-        return linear(hidden, self.embedding.weight) if self.output is None else self.output(hidden)
+        if self.output is not None:
+            return self.output(hidden)
+        return linear(hidden, self.embedding.weight, self.products)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, docs: Tensor | None = None) -> Tensor:
         return self.head(self.hidden(tokens, mask, docs))
@@ -319,29 +322,31 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
-        """hidden (N, D), weight (V, D), targets (N,) -> scalar float32; `dtype` is that of the matrix products."""
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype,
+                products: str) -> Tensor:
+        """hidden (N, D), weight (V, D), targets (N,) -> scalar float32; `dtype` and `products` are those of the
+        matrix products."""
         training = any(ctx.needs_input_grad)
         total = torch.zeros((), device=hidden.device)
         grad_hidden, grad_weight = torch.empty_like(hidden, dtype=torch.float32), torch.zeros_like(weight)
         w = weight.to(dtype)
         for i in range(0, len(hidden), chunk):
             h, t = hidden[i:i + chunk].to(dtype), targets[i:i + chunk, None]
-            logps = log_softmax(linear(h, w))
+            logps = log_softmax(linear(h, w, products))
             total -= logps.gather(1, t).sum()
             if training:
                 error = logps.exp_()
                 error.scatter_add_(1, t, error.new_full(t.shape, -1.0))
                 error = error.to(dtype)
-                grad_hidden[i:i + chunk] = linear(error, w.T)
-                grad_weight += linear(error.T, h.T)
+                grad_hidden[i:i + chunk] = linear(error, w.T, products)
+                grad_weight += linear(error.T, h.T, products)
         ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad * grad_hidden, grad * grad_weight, None, None, None
+        return grad * grad_hidden, grad * grad_weight, None, None, None, None
 
 
 def cross_entropy_sum(model: Transformer, hidden: Tensor, targets: Tensor, chunk: int = 512) -> Tensor:
@@ -352,7 +357,7 @@ def cross_entropy_sum(model: Transformer, hidden: Tensor, targets: Tensor, chunk
     if not torch.is_grad_enabled():  # the function itself cannot see that no gradient is wanted
         hidden, weight = hidden.detach(), weight.detach()
     with torch.autocast(device, enabled=False):
-        return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, dtype)
+        return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, dtype, model.products)
 
 
 # ---- devices and precision -------------------------------------------------------------------------------------------
@@ -427,7 +432,7 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
         raise UserError(f"{path}: its parts do not fit this version of Mosslet, or each other: "
                         f"{' '.join(str(error).split())[:200]}; use the version that wrote it, or train it again"
                         ) from error
-    use_products(state.get("products", "aten"))  # those that its numbers were made with
+    use_products(model, state.get("products", "aten"))  # those that its numbers were made with
     return model.to(device).eval(), tokenizer, state
 
 

@@ -42,6 +42,7 @@ from runtime.device import compile_trunks, precision
 from runtime.draws import key, rows_at
 from runtime.optim import learning_rate, set_learning_rate
 from runtime.options import Common, UserError, option
+from runtime.products import use_products
 from runtime.run import Run
 from runtime.scan import discounted_sums
 from sample import Decoder, Generation, generate, reply_ids, reply_texts, reply_to
@@ -704,6 +705,8 @@ class PPOTrainer:
         reference = copy.deepcopy(reference).requires_grad_(False).to(run.device)
         self.reward_model = reward_model.requires_grad_(False).to(run.device)
         self.reward_model.rows_at_once = o.micro_batch
+        for network in (reference, self.reward_model):
+            use_products(network, run.compute.products)
         self.scorer = scorer or self.reward_model
         # Prompts that leave room for a reply in every network.
         room = min(run.model.config.max_len, reward_model.config.max_len) - o.reply_len

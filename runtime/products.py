@@ -1,9 +1,9 @@
-"""Matrix products as this processor does them best, and whether torch.compile pays: the one place for such knowledge.
+"""Linear layers and RMSNorm in the forms that are fast on this processor.
 
-Everything here has a plain fall-back that computes the same. On some processors (AMD's, for example) the float32
-products behind `F.linear` reach less than half of what oneDNN's reach, which PyTorch ships, too; so training asks, by
-measuring, which is faster (`pick_products`), and decoding packs its weights once per rollout (`PackedLinear`). Names of
-oneDNN operators are private to PyTorch: where one is missing, `F.linear` is used.
+On some processors (AMD's, for example) the float32 products behind `F.linear` reach less than half of the speed of
+oneDNN's, which PyTorch ships, too. A run therefore measures which is faster (`pick_products`) and tells its models
+(`use_products`). Everything here has a plain fallback that computes the same. The names of oneDNN's operators are
+private to PyTorch: if one is missing, `F.linear` is used.
 """
 import math
 import time
@@ -51,18 +51,12 @@ def _weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     return _product(g.t(), x.t()) if g.shape[1] <= x.shape[1] else _product(x.t(), g.t()).t().contiguous()
 
 
-class _Choice:
-    """What `linear` uses for float32 on CPU: "aten" (F.linear) or "onednn". Set once, before a run's first product."""
-
-    products = "aten"
-
-
-def use_products(name: str) -> None:
-    _Choice.products = name if _onednn is not None else "aten"
-
-
-def products() -> str:
-    return _Choice.products
+def use_products(model: nn.Module, name: str) -> None:
+    """Let all layers of this model compute float32 products on a CPU by "aten" or "onednn". The choice belongs to
+    the layers: another model's stays as it is. Without oneDNN it is always "aten"."""
+    for module in model.modules():
+        if hasattr(module, "products"):
+            module.products = name if _onednn is not None else "aten"
 
 
 def pick_products(device: str, width: int, rows: int = 1024, repeats: int = 7) -> tuple[str, str]:
@@ -82,9 +76,9 @@ def pick_products(device: str, width: int, rows: int = 1024, repeats: int = 7) -
                                                            "oneDNN")
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (…, K), weight (N, K) -> (…, N), as F.linear."""
-    if (_Choice.products == "onednn" and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+def linear(x: Tensor, weight: Tensor, products: str = "aten") -> Tensor:
+    """x (…, K), weight (N, K) -> (…, N), as F.linear; `products` says by whose kernels."""
+    if (products == "onednn" and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")):
         learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         return _Linear.apply(x, weight) if learning else _product(x, weight)
@@ -94,11 +88,13 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """nn.Linear without bias, by `linear`."""
 
+    products = "aten"  # see use_products
+
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.products)
 
 
 class _RMSNorm(torch.autograd.Function):

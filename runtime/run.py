@@ -227,8 +227,8 @@ class Run:
             show(self.o, f"{self.stage}: options")
         self.compute = Compute(self.o, self.stage, model.config.d_model, state)
         self.device, self.dtype = self.compute.device, self.compute.dtype
-        use_products(self.compute.products)
         self.model = model.to(self.device)
+        use_products(self.model, self.compute.products)
 
     def seconds(self) -> float:
         """Seconds of work since the run began, those before a resume included."""
