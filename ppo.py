@@ -25,7 +25,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -52,39 +52,36 @@ from sample import Decoder, Generation, generate, reply_ids, reply_texts, reply_
 class PPOOptions(Common):
     """`python train.py ppo`"""
 
-    dtype: str = option("float32",
-                        "precision of matrix products; the ratio is a small difference of log-probabilities, "
-                        "which bfloat16 rounds", choices=("auto", "float32", "bfloat16"), base="auto")
-    updates: int = option(40, "rollouts, each followed by the epochs below", smoke=6, base=200, low=1)
-    batch: int = option(96, "replies per rollout", smoke=8, base=256, low=1)
-    rollout_rows: int = option(64, "replies written at a time; where one ends, the next prompt takes its place",
-                               smoke=4, base=128, low=1)
-    rollout_dtype: str = option("auto", "precision of writing replies; auto: as --dtype; int8: 8-bit weights, on a CPU",
-                                choices=("auto", "float32", "bfloat16", "int8"))
-    reply_len: int = option(64, "longest reply in tokens; one cut there counts as ended: nothing is added for what "
-                                "might have followed", smoke=16, base=128, low=1)
-    temperature: float = option(1.0, "of sampling and of every log-probability alike",
+    PRESETS: ClassVar = {
+        "smoke": dict(updates=6, batch=8, rollout_rows=4, reply_len=16, norm_replies=64, critic_warmup=1,
+                      save_every=1, eval_every=2, eval_prompts=8, report_prompts=20),
+        "base": dict(dtype="auto", updates=200, batch=256, rollout_rows=128, reply_len=128, micro_batch=32,
+                     policy_lr=1e-5, critic_lr=2e-5, eval_every=20, eval_prompts=256),
+    }
+
+    # The rollout.
+    updates: int = option(40, "rollouts, each followed by --epochs passes", low=1)
+    batch: int = option(96, "replies per rollout", low=1)
+    samples_per_prompt: int = option(1, "replies to each prompt: a group, for estimators such as RLOO", low=1)
+    reply_len: int = option(64, "longest reply in tokens; a truncated reply counts as terminal (no bootstrap value)",
+                            low=1)
+    temperature: float = option(1.0, "of sampling and of every log-probability alike; replies come from the whole "
+                                     "softmax, so top-k and the like are for chatting only",
                                 source="N+: else the ratio does not start at 1")
-    samples_per_prompt: int = option(1, "replies to each prompt; a group for estimators such as RLOO", low=1)
-    norm_replies: int = option(512, "replies of the starting policy that give raw scores their mean and spread",
-                               smoke=64, low=2)
-    epochs: int = option(2, "passes over a rollout", source="4 in N+; MOSS 1", low=1)
-    minibatches: int = option(2, "optimizer steps per pass", source="1 in N+", low=1)
-    micro_batch: int = option(24, "rows per forward and backward; changes memory and speed, nothing else", base=32,
-                              low=1)
-    policy_lr: float = option(5e-4, "Adam's rate for the policy: small models need far more than the papers' 5e-7",
-                              source="measured here; MOSS 5e-7 at 7B, Ziegler's code 1e-5 at 124M", base=1e-5, low=0)
-    critic_lr: float = option(5e-4, "Adam's rate for the critic", base=2e-5, source="measured here; MOSS 1.65e-6 at 7B",
-                              low=0)
-    adam_eps: float = option(1e-8, "Adam's epsilon; it must be small beside a gradient's size, which for a separate "
-                             "critic is 1e-6 to 1e-5 in the demo", source="N+: 1e-5", low=0)
-    warmup: float = option(0.1, "share of the policy's updates over which the rates rise", source="MOSS 0.1",
-                           low=0, high=1)
-    final_lr: float = option(0.1, "rates fall linearly to this share of themselves", source="N+: to 0", low=0, high=1)
-    critic: str = option("separate", "separate: own network, a copy of the reward model; shared: a head on the policy",
-                         choices=("separate", "shared"), source="separate in MOSS and N+")
-    critic_warmup: int = option(2, "first updates that train the critic alone", smoke=1, source="MOSS-RLHF part I",
-                                low=0)
+    rollout_rows: int = option(64, "replies written at a time; when one ends, the next prompt takes its row", low=1)
+    rollout_dtype: str = option("auto", "precision of writing; auto: as --dtype; int8: 8-bit weights, on a CPU",
+                                choices=("auto", "float32", "bfloat16", "int8"))
+    # Rewards.
+    reward_norm: str = option("auto", "fixed: (raw − mean) / spread of the starting policy's scores; running: also "
+                              "divided by the running spread; for reward models trained on labels, whose raw scores "
+                              "are log-odds, also logsigmoid: log P(liked), and sigmoid: 2 P(liked) − 1; auto: "
+                              "logsigmoid for these, else fixed",
+                              choices=("auto", "fixed", "running", "sigmoid", "logsigmoid"), source="MOSS: running")
+    norm_replies: int = option(512, "replies of the starting policy that give raw scores their mean and spread", low=2)
+    reward_clip: float = option(10.0, "clip scores to ± this; those of sigmoid are within ± 1 anyway",
+                                source="MOSS 10", low=0)
+    end_penalty: float = option(1.0, "subtract this, after the clip, from a reply without end token",
+                                source="TRL: 1", low=0)
     kl_coef: float = option(0.09, "price of one nat away from the reference",
                             source="validation, three seeds; MOSS 0.05, swept .05 to .2; N+ 0.05", low=0)
     kl_estimator: str = option("k1", "estimate of KL in the reward", choices=("k1", "k2", "k3"),
@@ -93,41 +90,50 @@ class PPOOptions(Common):
                              choices=("fixed", "adaptive"), source="Ziegler 2019")
     kl_target: float = option(6.0, "nats per reply that adaptive control aims at", source="Ziegler 2019", low=0.01)
     kl_horizon: float = option(10_000, "replies over which adaptive control acts", source="Ziegler 2019", low=1)
+    # Advantages and loss.
     gamma: float = option(1.0, "discount per token", source="N+, MOSS", low=0, high=1)
     lam: float = option(0.95, "GAE's trade of bias for variance",
                         source="Schulman 2016; N+ and MOSS's code 0.95, its paper 0.9", low=0, high=1)
     whiten: bool = option(True, "advantages to mean 0, spread 1 over the rollout", source="N+")
     clip_range: float = option(0.2, "policy ratio clip", source="Schulman 2017, N+, MOSS", low=0)
-    value_clip: float = option(0.2, "value clip around the rollout's values; 0: none", source="N+, MOSS", low=0)
-    value_coef: float = option(0.1, "weight of the value loss beside the policy's, where they share a trunk; of a "
-                                    "separate critic Adam divides it out again", source="N+", low=0)
+    value_clip: float = option(0.2, "value clip around the rollout's values; 0 disables", source="N+, MOSS", low=0)
+    value_coef: float = option(0.1, "weight of the value loss beside the policy's on a shared trunk; no effect with a "
+                                    "separate critic, because Adam is scale-invariant", source="N+", low=0)
     entropy_coef: float = option(0.0, "entropy bonus", source="MOSS: not recommended")
-    max_grad_norm: float = option(1.0, "gradient norm at most, for policy and critic each; 0: any", low=0)
-    reward_norm: str = option("auto", "fixed: the checkpoint's mean and spread; running: divided by the running spread "
-                              "too; for reward models trained on labels, whose raw scores are log-odds, also "
-                              "logsigmoid: log P(liked), and sigmoid: 2 P(liked) − 1; auto: logsigmoid for these, "
-                              "else fixed", choices=("auto", "fixed", "running", "sigmoid", "logsigmoid"),
-                              source="MOSS: running")
-    reward_clip: float = option(10.0, "scores are clipped to ± this; those of sigmoid are within ± 1 anyway",
-                                source="MOSS 10", low=0)
-    end_penalty: float = option(1.0, "subtracted, after the clip, from a reply without end token", source="TRL: 1",
-                                low=0)
-    max_approx_kl: float = option(0.0, "skip the policy's remaining minibatches of an update above this; 0: never",
+    # Optimisation.
+    epochs: int = option(2, "passes over a rollout", source="4 in N+; MOSS 1", low=1)
+    minibatches: int = option(2, "optimizer steps per pass", source="1 in N+", low=1)
+    micro_batch: int = option(24, "rows per forward and backward; changes memory and speed, nothing else", low=1)
+    dtype: str = option("float32", "precision of matrix products; the ratio is a small difference of "
+                        "log-probabilities, which bfloat16 rounds", choices=("auto", "float32", "bfloat16"))
+    critic: str = option("separate", "separate: own network, a copy of the reward model; shared: a head on the policy",
+                         choices=("separate", "shared"), source="separate in MOSS and N+")
+    critic_warmup: int = option(2, "first updates that train the critic alone", source="MOSS-RLHF part I", low=0)
+    policy_lr: float = option(5e-4, "Adam's rate for the policy: small models need far more than the papers' 5e-7",
+                              source="measured here; MOSS 5e-7 at 7B, Ziegler's code 1e-5 at 124M", low=0)
+    critic_lr: float = option(5e-4, "Adam's rate for the critic", source="measured here; MOSS 1.65e-6 at 7B", low=0)
+    adam_eps: float = option(1e-8, "Adam's epsilon; keep it small beside gradients, which for a separate critic are "
+                             "1e-6 to 1e-5 in the demo", source="N+: 1e-5", low=0)
+    warmup: float = option(0.1, "share of the policy's updates over which the rates rise", source="MOSS 0.1",
+                           low=0, high=1)
+    final_lr: float = option(0.1, "rates fall linearly to this share of themselves", source="N+: to 0", low=0, high=1)
+    max_grad_norm: float = option(1.0, "clip policy and critic gradients to this norm; 0 disables", low=0)
+    max_approx_kl: float = option(0.0, "skip the policy's remaining minibatches of an update above this; 0 disables",
                                   source="Spinning Up: 0.015", low=0)
-    save_every: int = option(10, "updates between checkpoints", smoke=1, low=1)
-    eval_every: int = option(10, "updates between measurements on held-out prompts", smoke=2, base=20, low=1)
-    eval_prompts: int = option(128, "held-out prompts measured then", smoke=8, base=256, low=1)
-    report_prompts: int = option(500, "held-out test prompts of the report that `all` ends with", smoke=20, low=1,
-                                compared=False)
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise UserError(f"ppo: --temperature {self.temperature} must be above 0: greedy replies explore nothing")
-        if self.batch % self.minibatches:
-            raise UserError(f"ppo: --batch {self.batch} does not divide into --minibatches {self.minibatches}")
+    # Saving and measuring.
+    save_every: int = option(10, "updates between checkpoints", low=1)
+    eval_every: int = option(10, "updates between measurements on held-out prompts", low=1)
+    eval_prompts: int = option(128, "held-out prompts measured then", low=1)
+    report_prompts: int = option(500, "held-out test prompts of the report that `all` ends with", low=1,
+                                 compared=False)
 
     def check(self) -> None:
         super().check()
+        if self.temperature <= 0:
+            raise UserError(f"ppo: --temperature {self.temperature} must be above 0: greedy replies explore nothing")
+        for name in ("minibatches", "samples_per_prompt"):
+            if self.batch % getattr(self, name):
+                raise UserError(f"ppo: --batch {self.batch} does not divide into --{name} {getattr(self, name)}")
         if self.kl_control == "fixed":
             self.refuse("kl_target", "kl_horizon", why="with --kl_control fixed")
         elif self.kl_coef == 0:

@@ -12,7 +12,7 @@ import dataclasses
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, lo
 from runtime.device import precision
 from runtime.draws import key, rows_at, torch_seed
 from runtime.fit import fit
-from runtime.options import Learning, UserError, option
+from runtime.options import MaximumLikelihoodOptions, UserError, option
 from runtime.run import Run
 from runtime.statistics import accuracy, auc
 
@@ -191,19 +191,23 @@ def feedback_loss(kind: str, scores: Tensor, records: list[dict], label_smoothin
 
 
 @dataclasses.dataclass
-class RewardOptions(Learning):
+class RewardOptions(MaximumLikelihoodOptions):
     """`python train.py reward`"""
+
+    PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
+        "smoke": dict(epochs=1.0, batch=16, max_len=64, eval_every=10),
+        "base": dict(epochs=1.0, max_len=512, lr=0.003, adam_lr=1e-4),
+    }
 
     pool: str = option("mean", "read the score as mean over the reply or at its last token", choices=("mean", "last"),
                        source="last is N+ and InstructGPT; AUC on reviews' validation, three seeds: mean .925 on whole "
                               "texts, .896 on first halves; last .929 and .887")
     loss: str = option("auto", "auto: by the records' fields", choices=("auto", "label", "pairwise", "regression"))
-    epochs: float = option(2.0, "passes over the training records", smoke=1.0, base=1.0, low=0.01)
-    batch: int = option(32, "records per step", smoke=16, low=1)
-    max_len: int = option(128, "longest row in tokens; longer texts are cut, and then carry no end token", smoke=64,
-                          base=512, low=16)
-    lr: float = option(0.01, "learning rate of block matrices (Muon), or of all (AdamW)", base=0.003, low=0)
-    adam_lr: float = option(0.003, "learning rate of embeddings, norms and head, by AdamW", base=1e-4, low=0)
+    epochs: float = option(2.0, "passes over the training records", low=0.01)
+    batch: int = option(32, "records per step", low=1)
+    max_len: int = option(128, "longest row in tokens; longer texts are cut, and then carry no end token", low=16)
+    lr: float = option(0.01, "learning rate of block matrices (Muon), or of all (AdamW)", low=0)
+    adam_lr: float = option(0.003, "learning rate of embeddings, norms and head, by AdamW", low=0)
     warmup: float = option(0.1, "share of the steps over which the learning rate rises", low=0, high=1)
     decay: float = option(0.9, "share of the steps, the last ones, over which it falls to 0", low=0, high=1)
     dropout: float = option(0.1, "the only place where dropout is on", low=0, high=0.9)
@@ -213,7 +217,7 @@ class RewardOptions(Learning):
                                  low=0, high=1)
     label_smoothing: float = option(0.0, "share of labels taken to be wrong (pairwise)", source="MOSS-RLHF part II",
                                     low=0, high=0.5)
-    eval_every: int = option(100, "steps between measurements on validation", smoke=10, low=1)
+    eval_every: int = option(100, "steps between measurements on validation", low=1)
 
 
 # ---- the stage -----------------------------------------------------------------------------------

@@ -410,11 +410,12 @@ def reply_to(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[in
 class SampleOptions(Options):
     """`python sample.py`"""
 
-    checkpoint: str = option("out/reviews/ppo", "checkpoint or folder of a run to sample from (also written --from)")
+    checkpoint: str = option("out/reviews/ppo", "checkpoint or folder of a run to sample from", flag="from")
     prompt: str = option("", "text to reply to or go on from")
     chat: bool = option(False, "talk: each line is a turn; Ctrl-C stops the answer, Ctrl-D leaves")
     file: str = option("", 'JSON Lines with {"prompt"}: replies are printed as JSON Lines')
-    compare: str = option("", "two run folders (as two words, or with a comma): same prompts, same random numbers")
+    compare: str = option("", "two run folders (as two words, or with a comma): same prompts, same random numbers",
+                          words=2)
     best_of: int = option(1, "draw so many replies and print them from worst to best, by the reward model", low=1)
     reward_from: str = option("", "reward model for --best_of; empty: the folder `reward` beside the checkpoint's")
     raw: bool = option(False, "do not put the checkpoint's prompt template around the prompt")
@@ -525,12 +526,6 @@ def compare(folders: list[str], prompts: list, o: SampleOptions) -> None:
 
 
 def main(argv: list[str]) -> None:
-    for i, word in enumerate(argv):
-        if word == "--from" or word.startswith("--from="):  # `from` is a reserved word and cannot be a field
-            argv[i] = "--checkpoint" + word[6:]
-        folders = argv[i + 1:i + 3]
-        if word == "--compare" and len(folders) == 2 and not folders[1].startswith("--"):
-            argv[i + 1:i + 3] = [",".join(folders)]
     o = parse(SampleOptions, argv, "sample.py")
     if o.chat or o.file or o.compare:
         o.refuse("best_of", why="with --chat, --file or --compare: it is for one --prompt")

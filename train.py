@@ -18,7 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from runtime.device import pick_device, precision
 from runtime.draws import rows_at, torch_seed
 from runtime.fit import fit
 from runtime.machine import Interrupt, Interrupted, keep_freed_memory
-from runtime.options import Common, Learning, UserError, option, parse, parse_all, run_main
+from runtime.options import Common, MaximumLikelihoodOptions, UserError, option, parse, parse_all, run_main
 from runtime.run import Run, run_folder
 from sample import reply_texts, reply_to
 
@@ -42,24 +42,31 @@ from sample import reply_texts, reply_to
 # ---- stage 1: pretraining ------------------------------------------------------------------------
 
 @dataclasses.dataclass
-class PretrainOptions(Learning):
+class PretrainOptions(MaximumLikelihoodOptions):
     """`python train.py pretrain`"""
 
-    n_layer: int = option(4, "number of blocks", smoke=2, base=12, low=1)
-    n_head: int = option(4, "heads of queries", smoke=2, base=12, low=1)
-    n_kv_head: int = option(4, "heads of keys and values, shared by groups of query heads", smoke=1, base=12, low=1)
-    d_model: int = option(192, "width of the residual stream", smoke=32, base=768, low=2)
-    d_ff: int = option(512, "width inside the MLP", smoke=64, base=2048, low=1)
-    max_len: int = option(256, "longest row the model is made for, in tokens", smoke=128, base=1024, low=16)
-    tokens: int = option(2_000_000, "tokens to train on", smoke=20_000, base=2_000_000_000, low=1)
-    window: int = option(128, "tokens in a row", smoke=64, base=1024, low=2)
-    batch: int = option(16, "rows per forward and backward", smoke=8, base=32, low=1)
-    accumulate: int = option(1, "batches per optimizer step", base=8, low=1)
+    PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
+        "smoke": dict(n_layer=2, n_head=2, n_kv_head=1, d_model=32, d_ff=64, max_len=128,
+                      tokens=20_000, window=64, batch=8, eval_every=30),
+        "base": dict(n_layer=12, n_head=12, n_kv_head=12, d_model=768, d_ff=2048, max_len=1024,
+                     tokens=2_000_000_000, window=1024, batch=32, accumulate=8, eval_every=1000),
+    }
+
+    n_layer: int = option(4, "number of blocks", low=1)
+    n_head: int = option(4, "heads of queries", low=1)
+    n_kv_head: int = option(4, "heads of keys and values, shared by groups of query heads", low=1)
+    d_model: int = option(192, "width of the residual stream", low=2)
+    d_ff: int = option(512, "width inside the MLP", low=1)
+    max_len: int = option(256, "longest row the model is made for, in tokens", low=16)
+    tokens: int = option(2_000_000, "tokens to train on", low=1)
+    window: int = option(128, "tokens in a row", low=2)
+    batch: int = option(16, "rows per forward and backward", low=1)
+    accumulate: int = option(1, "batches per optimizer step", low=1)
     news_share: float = option(0.15, "share of tokens from newspaper text, placed in the first half of training",
                                low=0, high=1)
     dialogue_share: float = option(0.3, "share of tokens from reviews in dialogue form; else SFT learns it badly",
                                    low=0, high=1)
-    eval_every: int = option(250, "steps between full passes over validation", smoke=30, base=1000, low=1)
+    eval_every: int = option(250, "steps between full passes over validation", low=1)
 
     def check(self) -> None:
         super().check()
@@ -143,17 +150,22 @@ def pretrain(o: PretrainOptions) -> Run | None:
 # ---- stage 2: supervised fine-tuning -------------------------------------------------------------
 
 @dataclasses.dataclass
-class SFTOptions(Learning):
+class SFTOptions(MaximumLikelihoodOptions):
     """`python train.py sft`"""
 
-    epochs: float = option(1.0, "passes over the dialogues", smoke=1.0, low=0.01)
-    batch: int = option(32, "dialogues per step", smoke=16, low=1)
-    max_len: int = option(128, "longest dialogue in tokens; longer ones are left out, never cut", smoke=64, base=512,
+    PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
+        "smoke": dict(batch=16, max_len=64, eval_every=20),
+        "base": dict(max_len=512, lr=0.001, adam_lr=3e-5),
+    }
+
+    epochs: float = option(1.0, "passes over the dialogues", low=0.01)
+    batch: int = option(32, "dialogues per step", low=1)
+    max_len: int = option(128, "longest dialogue in tokens; longer ones are left out, never cut",
                           low=16)
-    lr: float = option(0.005, "learning rate of block matrices (Muon), or of all (AdamW)", base=0.001, low=0)
-    adam_lr: float = option(0.002, "learning rate of embeddings and norms, by AdamW", base=3e-5, low=0)
+    lr: float = option(0.005, "learning rate of block matrices (Muon), or of all (AdamW)", low=0)
+    adam_lr: float = option(0.002, "learning rate of embeddings and norms, by AdamW", low=0)
     decay: float = option(0.9, "share of the steps, the last ones, over which it falls to 0", low=0, high=1)
-    eval_every: int = option(150, "steps between measurements on validation", smoke=20, low=1)
+    eval_every: int = option(150, "steps between measurements on validation", low=1)
 
 
 class SFTTask:

@@ -4,7 +4,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from runtime.options import Learning
+from runtime.options import MaximumLikelihoodOptions
 
 
 class Muon(torch.optim.Optimizer):
@@ -49,7 +49,7 @@ def orthogonal(x: Tensor, steps: int) -> Tensor:
     return x if wide else x.mT
 
 
-def make_optimizers(model: nn.Module, o: Learning) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, o: MaximumLikelihoodOptions) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for embeddings, norms and heads; or AdamW for all."""
     blocks = [p for n, p in model.named_parameters() if p.dim() == 2 and ".blocks." in f".{n}"]
     chosen = {id(p) for p in blocks}
