@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.batches import fitting, judged_rows, make_rows, pad_left, prompt_ids, spread
+from data.batches import drop_long_prompts, make_rows, pad_left, prompt_ids, reward_rows, scatter_tokens
 from data.judge import NgramClassifier, ngram_classifier, plain_text
 from data.prepare import open_data
 from data.prepared import Prepared
@@ -118,7 +118,7 @@ def reply_logprobs(model: Transformer, ids: Sequence[list[int]], replies: Any, s
                          torch.cat((torch.zeros_like(prompt_mask), mask), 1))
         with precision(settings.dtype, device.type):
             hidden = model.hidden(rows.tokens, where=rows.before)
-            parts.append(spread(score_tokens(model, hidden, rows.targets, settings.temperature)[0], mask))
+            parts.append(scatter_tokens(score_tokens(model, hidden, rows.targets, settings.temperature)[0], mask))
     return torch.cat(parts)
 
 
@@ -226,8 +226,9 @@ def policy_table(policies: dict[str, Transformer], reference: Transformer, token
     """(the table's rows, every policy's replies): the same held-out openings and random numbers for each
     policy, and distinct-2 over the same number of bigrams."""
     limits = [m.config.max_len for m in (*policies.values(), reference, reward_model) if m is not None]
-    prompts = [r["prompt"] for r in fitting(data.records("ppo", split), tokenizer, data.template,
-                                            min(limits) - settings.reply_len)][:n_prompts]
+    held_out = drop_long_prompts(data.records("ppo", split), tokenizer, data.template,
+                                 min(limits) - settings.reply_len)
+    prompts = [r["prompt"] for r in held_out][:n_prompts]
     judge = ngram_classifier(data, "judge") if data.has("judge") else None
     lines, replies, tokens = [], {}, []
     for name, policy in policies.items():
@@ -267,8 +268,8 @@ def score_reward_model(model: RewardModel, data: Prepared, split: str, tokenizer
     max_len tokens at most, the baseline everything.
     """
     records, baseline = data.records("reward", split), ngram_classifier(data, "reward")
-    records = fitting(records, tokenizer, data.template, max_len - 8)
-    full, half = (judged_rows(records, tokenizer, data.template, max_len, half=half) for half in (False, True))
+    records = drop_long_prompts(records, tokenizer, data.template, max_len - 8)
+    full, half = (reward_rows(records, tokenizer, data.template, max_len, half=half) for half in (False, True))
     half_replies = [tokenizer.decode(i for i, of_reply in zip(*row, strict=True) if of_reply) for row in half]
     half_texts = [plain_text(r | {"response": text}) for r, text in zip(records, half_replies, strict=True)]
     return {"labels": [r["label"] for r in records],

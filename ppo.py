@@ -33,13 +33,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import evaluate
-from data.batches import Rows, fitting, make_rows, pad_left, prompt_ids, spread
+from data.batches import Rows, drop_long_prompts, make_rows, pad_left, prompt_ids, scatter_tokens
 from data.prepare import open_for
 from data.prepared import Prepared
 from model import Transformer, load_parent, open_run, score_tokens
 from reward import RewardModel, critic_from
 from runtime.device import compile_trunks, precision
-from runtime.draws import key, rows_at
+from runtime.draws import batch_indices, key
 from runtime.optim import learning_rate, set_learning_rate
 from runtime.options import Common, UserError, option
 from runtime.products import use_products
@@ -314,7 +314,7 @@ class Prediction(NamedTuple):
 
     def spread(self, response_mask: Tensor) -> "Prediction":
         """(N,) to (M, R), 0 where the mask is False."""
-        return Prediction(*(spread(x, response_mask) for x in self))
+        return Prediction(*(scatter_tokens(x, response_mask) for x in self))
 
 
 class ActorCritic(nn.Module):
@@ -459,7 +459,7 @@ def score_replies(networks: Networks, replies: Replies, o: PPOOptions) -> tuple[
             part = networks.actor_critic(rows, o.temperature).spread(mask)
             hidden = networks.reference.hidden(rows.tokens, where=rows.before)
             reference, _ = score_tokens(networks.reference, hidden, rows.targets, o.temperature)
-        ref_logprobs[index] = spread(reference, mask)
+        ref_logprobs[index] = scatter_tokens(reference, mask)
         for all_rows, these in zip(prediction, part, strict=True):
             all_rows[index] = these
     return prediction, ref_logprobs
@@ -716,9 +716,10 @@ class PPOTrainer:
         self.scorer = scorer or self.reward_model
         # Prompts that leave room for a reply in every network.
         room = min(run.model.config.max_len, reward_model.config.max_len) - o.reply_len
-        self.prompts, held_out = ([record["prompt"] for record in fitting(data.records("ppo", split), run.tokenizer,
-                                                                          data.template, room)]
-                                  for split in ("train", "val"))
+        self.prompts, held_out = (
+            [record["prompt"] for record in drop_long_prompts(data.records("ppo", split),
+                                                              run.tokenizer, data.template, room)]
+            for split in ("train", "val"))
         # The scale of raw scores, which the critic starts on.
         self.scale = ScoreScale(**state["scale"]) if state else self.measure_scale()
         critic = critic_from(self.reward_model, self.scale.mean, self.scale.std) if o.critic == "separate" else None
@@ -744,7 +745,7 @@ class PPOTrainer:
     def measure_scale(self) -> ScoreScale:
         """Mean and spread of raw scores on replies that the starting policy writes as PPO will."""
         o, run = self.o, self.run
-        index = rows_at(len(self.prompts), o.norm_replies, 0, o.seed, "reward")
+        index = batch_indices(len(self.prompts), o.norm_replies, 0, o.seed, "reward")
         ids = [prompt_ids(run.tokenizer, self.prompts[i], self.template) for i in index]
         replies = reply_to(run.model, run.tokenizer, ids, o.reply_len, temperature=o.temperature, batch_size=128,
                            seed=key(o.seed, "reward", "reply"))
@@ -771,7 +772,7 @@ class PPOTrainer:
         set_learning_rate([self.optimizer], factor)
         # Reply and score.
         self.networks.decoder.refresh()
-        index = rows_at(len(self.prompts), o.batch // o.samples_per_prompt, step, o.seed, "ppo")
+        index = batch_indices(len(self.prompts), o.batch // o.samples_per_prompt, step, o.seed, "ppo")
         prompts = [self.prompts[i] for i in index]
         rollout = collect_rollout(self.networks, [prompt_ids(self.run.tokenizer, p, self.template) for p in prompts],
                                   o, step=step, scorer=self.scorer, scale=self.scale, kl_coef=self.control.coef,

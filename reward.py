@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.batches import fitting, judged_batch, judged_rows, pack_rows
+from data.batches import drop_long_prompts, pack_rows, reward_batch, reward_rows
 from data.prepare import open_for
 from data.prepared import Prepared
 from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, load_parent, open_run)
 from runtime.device import precision
-from runtime.draws import key, rows_at, torch_seed
+from runtime.draws import batch_indices, key, torch_seed
 from runtime.fit import fit
 from runtime.options import MaximumLikelihoodOptions, UserError, option
 from runtime.run import Run
@@ -110,7 +110,7 @@ class RewardModel(nn.Module):
         scores = torch.zeros(len(rows), device=device)
         for i in range(0, len(rows), self.rows_at_once):
             index = order[i:i + self.rows_at_once]
-            tokens, real, reply = judged_batch([rows[j] for j in index], device)
+            tokens, real, reply = reward_batch([rows[j] for j in index], device)
             scores[torch.from_numpy(index).to(device)] = self(tokens, real, reply).float()
         return scores
 
@@ -228,8 +228,9 @@ class RewardTask:
     def __init__(self, run: Run, data: Prepared):
         self.run, self.o = run, run.o
         self.render = dict(tokenizer=run.tokenizer, template=data.template, max_len=run.o.max_len)
-        self.records, self.val = (fitting(data.records("reward", split), run.tokenizer, data.template,
-                                          run.o.max_len - 8) for split in ("train", "val"))
+        self.records, self.val = (
+            drop_long_prompts(data.records("reward", split), run.tokenizer, data.template,
+                              run.o.max_len - 8) for split in ("train", "val"))
         self.kind = self.checked_kind(data)
         self.n_steps = math.ceil(run.o.epochs * len(self.records) / run.o.batch)
         self.extra = {"feedback": self.kind}
@@ -249,14 +250,14 @@ class RewardTask:
     def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
         """The loss of one batch: that of the feedback, and a share of the language model's on the same text."""
         o, run, model = self.o, self.run, self.run.model
-        batch = [self.records[i] for i in rows_at(len(self.records), o.batch, step, o.seed, "reward")]
+        batch = [self.records[i] for i in batch_indices(len(self.records), o.batch, step, o.seed, "reward")]
         # Rows of replies; of pairs all chosen ones before all rejected ones, cut alike by equal random numbers.
         rows = []
         for field in ("chosen", "rejected") if self.kind == "pairwise" else ("response",):
             rng = np.random.default_rng(key(o.seed, "reward", "prefix", step))
-            rows += judged_rows(batch, **self.render, field=field, prefix_share=o.prefix_share, rng=rng)
+            rows += reward_rows(batch, **self.render, field=field, prefix_share=o.prefix_share, rng=rng)
         tokens, learned, docs, where = (x.to(run.device) for x in pack_rows(rows, o.max_len))
-        _, real, reply = judged_batch(rows, run.device)
+        _, real, reply = reward_batch(rows, run.device)
         with precision(run.dtype, run.device):
             hidden = model.backbone.hidden(tokens, docs=docs)
             scores = model.pool(model.head_values(hidden).flatten()[where], real, reply)
@@ -269,7 +270,7 @@ class RewardTask:
 
     def measure(self, step: int, subset: int = 600) -> dict[str, float]:
         """Agreement with people on records of validation drawn from all of it: a file may be sorted."""
-        index = rows_at(len(self.val), min(subset, len(self.val)), 0, self.o.seed, "reward")
+        index = batch_indices(len(self.val), min(subset, len(self.val)), 0, self.o.seed, "reward")
         records = [self.val[i] for i in index]
         fields = ("chosen", "rejected") if self.kind == "pairwise" else ("response",)
         scores = {field: self.raw_scores(records, field) for field in fields}
@@ -279,7 +280,7 @@ class RewardTask:
 
     def raw_scores(self, records: list[dict], field: str) -> np.ndarray:
         """Raw score (n,) of each record's reply in `field`."""
-        rows = judged_rows(records, **self.render, field=field)
+        rows = reward_rows(records, **self.render, field=field)
         with precision(self.run.dtype, self.run.device):
             return self.run.model.score_rows(rows).cpu().double().numpy()
 

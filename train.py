@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 import evaluate
-from data.batches import PackedDocuments, dialogue_rows, eval_windows, fitting, pack_rows, prompt_ids
+from data.batches import PackedDocuments, dialogue_rows, drop_long_prompts, eval_windows, pack_rows, prompt_ids
 from data.prepare import open_for
-from data.prepared import DIALOGUE, NEWS, REVIEW, Prepared
+from data.prepared import Prepared
 from model import ModelConfig, Transformer, cross_entropy_sum, limit_length, load_checkpoint, load_parent, open_run
 from ppo import PPOOptions, train_ppo
 from reward import RewardModel, RewardOptions, train_reward
 from runtime.device import pick_device, precision
-from runtime.draws import rows_at, torch_seed
+from runtime.draws import batch_indices, torch_seed
 from runtime.fit import fit
 from runtime.machine import Interrupt, Interrupted, keep_freed_memory
 from runtime.options import Common, MaximumLikelihoodOptions, UserError, option, parse, parse_all, run_main
@@ -81,12 +81,11 @@ class PretrainTask:
     def __init__(self, run: Run, data: Prepared):
         o = self.o = run.o
         self.run, self.train, self.val = run, data.documents("train"), data.documents("val")
-        shares = {NEWS: o.news_share, REVIEW: 1 - o.news_share - o.dialogue_share, DIALOGUE: o.dialogue_share}
-        self.batches = PackedDocuments(self.train.tokens, self.train.starts, self.train.part, window=o.window,
-                                       batch=o.batch * o.accumulate, total_tokens=o.tokens, seed=o.seed,
-                                       shares=shares if self.train.parts > 1 else None, early={NEWS: 0.5})
-        if self.train.parts < 2:
-            o.refuse("news_share", "dialogue_share", why=f"on {o.data}, which is of one kind: it is for reviews")
+        flags = [name for name in ("news_share", "dialogue_share") if name in o.explicit]
+        mixture = f"news={o.news_share},dialogue={o.dialogue_share}" if flags else ""
+        shares, early = data.mixture(mixture)  # becomes data.mixture(o.mixture)
+        self.batches = PackedDocuments(self.train, window=o.window, batch=o.batch * o.accumulate,
+                                       total_tokens=o.tokens, seed=o.seed, shares=shares, early=early)
         self.n_steps, self.extra = self.batches.n_steps, {}
 
     def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
@@ -180,8 +179,8 @@ class SFTTask:
             raise UserError(f"sft: no dialogue fits {o.max_len} tokens: raise --max_len, or pretrain with a larger one")
         self.n_steps = math.ceil(o.epochs * len(self.rows) / o.batch)
         self.reply_len = min(64, o.max_len // 2)
-        prompts = fitting(data.records("ppo", "val"), run.tokenizer, data.template,
-                          run.model.config.max_len - self.reply_len)
+        prompts = drop_long_prompts(data.records("ppo", "val"), run.tokenizer, data.template,
+                                    run.model.config.max_len - self.reply_len)
         self.examples = [record["prompt"] for record in prompts[:8]]
         self.extra = {"example_prompts": self.examples}
 
@@ -196,7 +195,7 @@ class SFTTask:
 
     def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
         """Mean −log π over the batch's learned tokens."""
-        index = rows_at(len(self.rows), self.o.batch, step, self.o.seed, "sft")
+        index = batch_indices(len(self.rows), self.o.batch, step, self.o.seed, "sft")
         nats, n = self.nats([self.rows[i] for i in index])
         yield nats / n, n
 

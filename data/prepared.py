@@ -1,83 +1,177 @@
-"""A prepared data set, as the stages read it: records by stage and split, and memory-mapped tokens to pretrain on."""
+"""A prepared data set as the stages read it: records by stage and split, and tokens to pretrain on.
+
+The folder holds meta.json (the data set, its options, counts, template and parts), tokenizer.json,
+<stage>_<split>.jsonl, and for each split the documents to pretrain on: pretrain_<split>.bin has the
+tokens, pretrain_<split>.npz where each document starts and which part it belongs to.
+"""
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
 import numpy as np
 
 from data.records import FIELDS, load_records
-from data.tokenizer import CHARACTER_PATTERN, Tokenizer
+from data.tokenizer import Tokenizer
 from runtime.options import UserError
-
-NEWS, REVIEW, DIALOGUE = 0, 1, 2  # parts of `reviews`: newspaper; plain reviews; reviews in the form of dialogues
 
 
 @dataclasses.dataclass
 class Documents:
-    """Tokens of one split for pretraining: `tokens[starts[i]:starts[i + 1]]` is document i, of part `part[i]`. In
-    `reviews` and in your own texts every document begins with <|endoftext|>."""
+    """Tokens of one split for pretraining: document i is `tokens[starts[i]:starts[i + 1]]`, of part
+    number `part[i]`. Documents begin with <|endoftext|>, except a single long text."""
 
-    tokens: np.ndarray
-    starts: np.ndarray
-    part: np.ndarray
-    n_bytes: int  # of the text: the denominator of bits per byte
+    tokens: np.ndarray  # (N,) uint16 or uint32
+    starts: np.ndarray  # (documents + 1,)
+    part: np.ndarray  # (documents,)
+    n_bytes: int  # length of the text in UTF-8: the denominator of bits per byte
 
     @property
     def single(self) -> bool:
-        """One long text, without borders that attention would have to respect."""
+        """Whether this is one long text, without borders that attention would have to respect."""
         return len(self.starts) == 2
-
-    @property
-    def parts(self) -> int:
-        return int(self.part.max()) + 1
 
 
 @dataclasses.dataclass
 class Prepared:
-    """What the stages read of a data set."""
+    """A prepared data set. tokenizer: None without text to pretrain on."""
 
     folder: pathlib.Path
     meta: dict[str, Any]
     tokenizer: Tokenizer | None
 
+    @classmethod
+    def load(cls, folder: pathlib.Path) -> "Prepared":
+        """Open a prepared folder; UserError if it is damaged."""
+        path = folder / "tokenizer.json"
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+            return cls(folder, meta, Tokenizer.from_state(state) if state else None)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder} is damaged ({type(error).__name__}): delete it, and run "
+                            "this again") from None
+
     @property
     def template(self) -> str:
+        """The instruction around a prompt, with `{prompt}` in it."""
         return self.meta["template"]
 
     @property
     def fingerprint(self) -> str:
+        """A hash of all that the prepared files depend on."""
         return self.meta["fingerprint"]
 
-    @property
-    def trains_vocabulary(self) -> bool:
-        """Was a BPE vocabulary of --vocab_size tokens trained on it, rather than characters taken, or none?"""
-        return self.tokenizer is not None and self.tokenizer.pattern != CHARACTER_PATTERN
-
     def has(self, stage: str) -> bool:
+        """Whether there are training records for this stage."""
         return (self.folder / f"{stage}_train.jsonl").exists()
 
     def has_labels(self, stage: str, split: str = "test") -> bool:
-        """Does this stage's feedback say of each text: liked, or not? And are there both in this split?"""
-        return self.has(stage) and {r.get("label") for r in self.records(stage, split)} == {0, 1}
+        """Whether this split's feedback consists of labels, and both 0 and 1 occur."""
+        return (self.has(stage)
+                and {r.get("label") for r in self.records(stage, split)} == {0, 1})
 
     def records(self, stage: str, split: str) -> list[dict]:
-        """A stage's records of a split (train, val, test); UserError where the data set has none for it."""
+        """A stage's records of a split (train, val, test); UserError if there are none."""
         path = self.folder / f"{stage}_{split}.jsonl"
         if not path.exists():
-            raise UserError(f"data set {self.meta['data']} has nothing for the stage {stage}: it holds "
-                            f"{', '.join(self.meta['stages'])}; a {stage} record has "
+            raise UserError(f"data set {self.meta['data']} has nothing for the stage {stage}: it "
+                            f"holds {', '.join(self.meta['stages'])}; a {stage} record has "
                             f"{FIELDS.get(stage, FIELDS['reward'])}")
         return load_records(path, "reward" if stage == "judge" else stage)
 
     def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer; UserError without text to pretrain on."""
         if self.tokenizer is None:
-            raise UserError(f"data set {self.meta['data']} has no text to pretrain on: add records {{\"text\"}} "
-                            f"(pretrain.jsonl), or give the later stages a pretrained --init_from")
+            raise UserError(f"data set {self.meta['data']} has no text to pretrain on: add records "
+                            '{"text"} (pretrain.jsonl), or give the later stages a pretrained '
+                            "--init_from")
         return self.tokenizer
 
     def documents(self, split: str) -> Documents:
-        """The memory-mapped tokens of a split."""
+        """The pretraining text of a split; its tokens are memory-mapped."""
         self.require_tokenizer()
         arrays = np.load(self.folder / f"pretrain_{split}.npz")
-        tokens = np.memmap(self.folder / f"pretrain_{split}.bin", dtype=self.meta["dtype"], mode="r")
+        tokens = np.memmap(self.folder / f"pretrain_{split}.bin", dtype=self.meta["dtype"],
+                           mode="r")
         return Documents(tokens, arrays["starts"], arrays["part"], int(arrays["n_bytes"]))
+
+    def mixture(self, text: str = "") -> tuple[dict[int, float] | None, dict[int, float]]:
+        """(shares, early) for PackedDocuments, from an option such as "news=.15,dialogue=.3".
+
+        shares: of the training tokens, by part number; None if there is one part only. Parts that
+        the text does not name divide what it leaves in the proportions of the data set's own
+        mixture, which holds if the text is empty. early: the first share of training in which a
+        part's documents lie, for parts that end before the training does.
+        UserError if the text is malformed or has no effect on this data.
+        """
+        parts: dict[str, dict] = self.meta["parts"]
+        number = {name: i for i, name in enumerate(parts)}
+        early = {number[name]: part["until"] for name, part in parts.items() if part["until"] < 1}
+        counts = {name: self.meta["counts"].get(f"pretrain_train[{name}]") for name in parts}
+        tokens = {name: count["tokens"] for name, count in counts.items() if count}
+        if len(tokens) < 2:
+            if text:
+                raise UserError(f"--mixture has no effect on {self.meta['data']}: its text has one "
+                                "part only")
+            return None, {}
+        shares = default_shares(tokens, {name: part["share"] for name, part in parts.items()})
+        if text:
+            shares = override_shares(shares, parse_mixture(text, list(shares)), text)
+        return {number[name]: share for name, share in shares.items()}, early
+
+
+# ---- mixtures ------------------------------------------------------------------------------------
+
+def default_shares(tokens: dict[str, int], shares: dict[str, float | None]) -> dict[str, float]:
+    """The share of each part that has tokens: its own, or (None) a part of what the others leave,
+    in proportion to its tokens."""
+    left = 1.0
+    for share in shares.values():
+        left -= share or 0.0
+    open_tokens = sum(n for name, n in tokens.items() if shares[name] is None)
+    return {name: left * (n / open_tokens) if shares[name] is None else shares[name]
+            for name, n in tokens.items()}
+
+
+def parse_mixture(text: str, names: list[str]) -> dict[str, float]:
+    """"news=.15,dialogue=.3" as a dict; UserError for a name that is unknown or repeated, or a
+    share that is no number between 0 and 1."""
+    shares: dict[str, float] = {}
+    for word in text.split(","):
+        name, equals, number = (piece.strip() for piece in word.partition("="))
+        if not equals:
+            raise UserError(f"--mixture {text}: {word.strip()!r} is not NAME=SHARE; write it like "
+                            f"{names[0]}=.5")
+        if name not in names:
+            raise UserError(f"--mixture {text}: this data has no part {name!r}; its parts are "
+                            f"{', '.join(names)}")
+        if name in shares:
+            raise UserError(f"--mixture {text}: {name} has two shares; give one")
+        try:
+            shares[name] = float(number)
+        except ValueError:
+            raise UserError(f"--mixture {text}: {number!r} is not a number; write a share of the "
+                            f"tokens such as {name}=.5") from None
+        if not 0 <= shares[name] <= 1:  # NaN, too, is refused
+            raise UserError(f"--mixture {text}: the share of {name} must be from 0 to 1")
+    return shares
+
+
+def override_shares(default: dict[str, float], shares: dict[str, float],
+                    text: str) -> dict[str, float]:
+    """`default` with these shares in it; the other parts divide what they leave as in `default`.
+    UserError if that is below 0, or if there is no part to take it."""
+    left = 1.0
+    for share in shares.values():
+        left -= share
+    others = sum(share for name, share in default.items() if name not in shares)
+    if left < -1e-9:
+        raise UserError(f"--mixture {text}: the shares are {1 - left:g} together, more than 1: "
+                        "lower one")
+    if left > 1e-9 and not others:
+        raise UserError(f"--mixture {text}: the shares are {1 - left:g} together, and no part is "
+                        "left for the others: raise one, or leave one part out")
+    left = max(0.0, left)
+    return {name: shares[name] if name in shares else left * (share / others if others else 0.0)
+            for name, share in default.items()}

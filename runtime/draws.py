@@ -1,4 +1,8 @@
-"""Random draws: every one follows from (seed, stage, purpose, step or epoch, row) alone."""
+"""Random draws: each one is a function of (seed, stage, purpose, step or epoch, row) and nothing else.
+
+Batch composition, device, threads and earlier draws have no influence, so there is no random state
+to save: a resumed run asks for the draws of its next step and gets those of the uninterrupted run.
+"""
 import functools
 from collections.abc import Sequence
 
@@ -8,34 +12,54 @@ from torch import Tensor
 
 STAGES = {"pretrain": 1, "sft": 2, "reward": 3, "ppo": 4}
 
-PURPOSES = {"order": 1, "plan": 2, "window": 3, "weights": 4, "dropout": 5, "prefix": 6, "reply": 7, "minibatch": 8}
+PURPOSES = {
+    "order": 1,  # order of the records in an epoch
+    "plan": 2,  # order of the documents in pretraining
+    "window": 3,  # windows of a single long text
+    "weights": 4,  # initial weights
+    "dropout": 5,
+    "prefix": 6,  # which replies the reward model sees cut, and where
+    "reply": 7,  # tokens of sampled replies
+    "minibatch": 8,  # order of a rollout's rows in an epoch of PPO
+}
 
 
 def key(seed: int, stage: str, purpose: str, *index: int) -> list[int]:
-    """What a draw follows from. Purposes are told apart at a fixed place, so no two share a stream of numbers (numpy
-    ignores zeros at a key's end: [7] and [7, 0] are one stream)."""
+    """Seed sequence of one random stream; (stage, purpose) sit at fixed positions, so streams never
+    overlap.
+
+    No number of STAGES or PURPOSES is 0: numpy ignores zeros at the end, [7] and [7, 0] are one
+    stream.
+
+    >>> key(0, "ppo", "reply", 12)
+    [0, 4, 7, 12]
+    """
     return [seed, STAGES[stage], PURPOSES[purpose], *index]
 
 
+def torch_seed(seed: int, stage: str, purpose: str, *index: int) -> int:
+    """A seed for torch's generators, derived from `key` of the same arguments."""
+    return int(np.random.SeedSequence(key(seed, stage, purpose, *index)).generate_state(1)[0])
+
+
 def uniform_numbers(seed: int | Sequence[int], rows: Sequence[int], n: int) -> Tensor:
-    """(len(rows), n) float32 in [0, 1): row b's numbers follow from (seed, rows[b]), whatever shares its batch."""
+    """(len(rows), n) float32 in [0, 1). Row b depends on (seed, rows[b]) only, not on its batch."""
     seed = [seed] if isinstance(seed, int) else list(seed)
-    return torch.from_numpy(np.stack([np.random.default_rng([*seed, int(row)]).random(n, np.float32) for row in rows]))
+    numbers = [np.random.default_rng([*seed, int(row)]).random(n, np.float32) for row in rows]
+    return torch.from_numpy(np.stack(numbers))
 
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(n: int, seed: int, stage: str, epoch: int) -> np.ndarray:
-    """A permutation of 0…n−1, anew for each epoch."""
+    """(n,): a permutation of 0…n−1, another one in each epoch."""
     return np.random.default_rng(key(seed, stage, "order", epoch)).permutation(n)
 
 
-def rows_at(n: int, batch: int, step: int, seed: int, stage: str) -> np.ndarray:
-    """Which rows step `step` takes, (batch,): the epochs' permutations one after another, cut into batches. A batch at
-    the border of two epochs takes from both, so every row is seen equally often and no batch is short."""
-    at = np.arange(step * batch, (step + 1) * batch)
-    return np.array([epoch_order(n, seed, stage, int(i // n))[i % n] for i in at])
+def batch_indices(n: int, batch: int, step: int, seed: int, stage: str) -> np.ndarray:
+    """(batch,): the indices, out of n records, that make up the batch of this step.
 
-
-def torch_seed(*words) -> int:
-    """A seed for torch's own generators from what `key` takes."""
-    return int(np.random.SeedSequence(key(*words)).generate_state(1)[0])
+    The permutations of all epochs form one sequence, which is cut into batches. So a batch may
+    span two epochs, no batch is short, and all records are used equally often.
+    """
+    positions = range(step * batch, (step + 1) * batch)
+    return np.array([epoch_order(n, seed, stage, i // n)[i % n] for i in positions])

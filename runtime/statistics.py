@@ -1,79 +1,58 @@
-"""Agreement of scores and labels, and intervals by bootstrap."""
+"""Agreement of scores with labels, comparison of systems, and intervals by bootstrap."""
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from runtime.options import UserError
 
 
-def _not_empty(*arrays: Sequence) -> list[np.ndarray]:
-    arrays = [np.asarray(a) for a in arrays]
-    if not len(arrays[0]) or len({len(a) for a in arrays}) > 1:
-        raise UserError(f"nothing to measure: got {', '.join(str(len(a)) for a in arrays)} values; an evaluation set "
-                        f"must not be empty, nor scores and labels differ in number")
+def _as_arrays(*sequences: Sequence) -> list[np.ndarray]:
+    """The sequences as arrays; UserError if they are empty or differ in length."""
+    arrays = [np.asarray(sequence) for sequence in sequences]
+    lengths = [len(array) for array in arrays]
+    if min(lengths) == 0 or len(set(lengths)) > 1:
+        raise UserError(f"nothing to measure: got {', '.join(map(str, lengths))} values; an "
+                        "evaluation set must not be empty, nor scores and labels differ in number")
     return arrays
 
 
+# ---- scores against labels -----------------------------------------------------------------------
+
 def auc(scores: Sequence[float], labels: Sequence[int]) -> float:
-    """Area under the ROC curve: the chance that a liked text scores above a disliked one, ties counting half.
+    """Area under the ROC curve: the probability that a text with label 1 scores above one with
+    label 0; ties count one half. UserError if all labels are the same.
 
     >>> auc([1, 2, 3, 2], [0, 0, 1, 1])
     0.875
     """
-    scores, labels = _not_empty(scores, labels)
+    scores, labels = _as_arrays(scores, labels)
     _, rank, count = np.unique(scores, return_inverse=True, return_counts=True)
-    middle = (count.cumsum() - (count - 1) / 2)[rank]  # ranks from 1, ties at their mean
+    mean_rank = (count.cumsum() - (count - 1) / 2)[rank]  # from 1; tied scores share their mean
     n = int(labels.sum())
     if n in (0, len(labels)):
         raise UserError("AUC needs liked and disliked texts; all labels are the same")
-    return float((middle[labels == 1].sum() - n * (n + 1) / 2) / (n * (len(labels) - n)))
+    return float((mean_rank[labels == 1].sum() - n * (n + 1) / 2) / (n * (len(labels) - n)))
 
 
 def accuracy(probs: Sequence[float], labels: Sequence[int]) -> float:
-    """Share of texts on the right side of one half."""
-    probs, labels = _not_empty(probs, labels)
+    """Share of texts whose probability is on their label's side of one half."""
+    probs, labels = _as_arrays(probs, labels)
     return float(((probs > 0.5) == labels).mean())
 
 
 def calibration_error(probs: Sequence[float], labels: Sequence[int], bins: int = 10) -> float:
-    """Expected calibration error (Naeini 2015): mean distance, over texts, of their bin's predicted and observed share.
+    """Expected calibration error (Naeini 2015): the difference between the mean probability and the
+    share of label 1 in each bin, averaged over texts.
 
     >>> round(calibration_error([.9, .9, .1, .1], [1, 0, 0, 0]), 6)
     0.25
     """
-    probs, labels = _not_empty(probs, labels)
-    which = np.minimum((probs * bins).astype(int), bins - 1)
-    gaps = np.bincount(which, probs, bins) - np.bincount(which, labels, bins)
+    probs, labels = _as_arrays(probs, labels)
+    bin_of = np.minimum((probs * bins).astype(int), bins - 1)
+    gaps = np.bincount(bin_of, probs, bins) - np.bincount(bin_of, labels, bins)
     return float(np.abs(gaps).sum() / len(probs))
-
-
-def bootstrap(measure: Callable[..., float], *arrays: Sequence, n: int = 1000, seed: int = 0, level: float = 0.95,
-              basic: bool = False) -> tuple[float, float, float]:
-    """(value, low, high): the measure on all texts, and the middle `level` of it over n resamples of the texts.
-
-    All arrays are resampled together, so a measure of two systems on the same texts is paired. A resample without a
-    value (all labels the same) is left out. basic: the interval is reflected about the value, for measures that
-    resampling pushes to one side, as it does a calibration error (upwards, and never below 0).
-    """
-    arrays = _not_empty(*arrays)
-    rng, found = np.random.default_rng(seed), []
-    for _ in range(n):
-        index = rng.integers(len(arrays[0]), size=len(arrays[0]))
-        try:
-            found.append(measure(*(a[index] for a in arrays)))
-        except UserError:
-            continue
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]) if found else (math.nan, math.nan)
-    value = float(measure(*arrays))
-    if basic:
-        low, high = max(0.0, 2 * value - high), 2 * value - low
-    return value, float(low), float(high)
-
-
-def interval(measure: Callable[..., float], *arrays: Sequence, **settings) -> str:
-    """value [low, high], as tables show it."""
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(measure, *arrays, **settings))
 
 
 def positive_share(probs: Sequence[float]) -> float:
@@ -81,14 +60,51 @@ def positive_share(probs: Sequence[float]) -> float:
     return float((np.asarray(probs) > 0.5).mean())
 
 
-def paired_auc_difference(scores: Sequence[Sequence[float]], baseline: Sequence[float], labels: Sequence[int],
-                          **settings) -> tuple[float, float, float]:
-    """(value, low, high) of mean AUC over several systems (seeds) minus the baseline's, paired over texts."""
-    columns = np.stack([*scores, baseline], 1)
-    return bootstrap(lambda s, y: float(np.mean([auc(c, y) for c in s.T[:-1]])) - auc(s.T[-1], y), columns, labels,
-                     **settings)
+# ---- intervals -----------------------------------------------------------------------------------
+
+def bootstrap(measure: Callable[..., float], *arrays: Sequence, n: int = 1000, seed: int = 0,
+              basic: bool = False) -> tuple[float, float, float]:
+    """(value, low, high): the measure on all texts, and its 95 % interval over n resamples.
+
+    All arrays are resampled together, so a difference between two systems on the same texts is
+    paired. A resample on which the measure raises UserError (all labels the same) is skipped; if
+    none is left, low and high are NaN.
+    basic: reflect the interval about the value. This suits measures with a bias under resampling,
+    such as a calibration error, which resampling raises and which is never below 0.
+    """
+    arrays = _as_arrays(*arrays)
+    rng, resampled = np.random.default_rng(seed), []
+    for _ in range(n):
+        index = rng.integers(len(arrays[0]), size=len(arrays[0]))
+        try:
+            resampled.append(measure(*(a[index] for a in arrays)))
+        except UserError:
+            continue
+    low, high = np.quantile(resampled, [0.025, 0.975]) if resampled else (math.nan, math.nan)
+    value = float(measure(*arrays))
+    if basic:
+        low, high = max(0.0, 2 * value - high), 2 * value - low
+    return value, float(low), float(high)
 
 
-def win_rate(a: Sequence[float], b: Sequence[float], **settings) -> tuple[float, float, float]:
-    """(value, low, high): on what share of the prompts a's reply is scored above b's, ties counting half."""
+def interval(measure: Callable[..., float], *arrays: Sequence, **settings: Any) -> str:
+    """`bootstrap` as the tables show it: "value [low, high]"."""
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(measure, *arrays, **settings))
+
+
+def paired_auc_difference(scores: Sequence[Sequence[float]], baseline: Sequence[float],
+                          labels: Sequence[int], **settings: Any) -> tuple[float, float, float]:
+    """(value, low, high): mean AUC of several systems (seeds) minus the baseline's AUC, all on the
+    same texts. settings: those of `bootstrap`."""
+    def difference(columns: np.ndarray, labels: np.ndarray) -> float:
+        *systems, base = columns.T
+        return float(np.mean([auc(s, labels) for s in systems])) - auc(base, labels)
+
+    return bootstrap(difference, np.stack([*scores, baseline], 1), labels, **settings)
+
+
+def win_rate(a: Sequence[float], b: Sequence[float],
+             **settings: Any) -> tuple[float, float, float]:
+    """(value, low, high): share of prompts on which a's reply scores above b's; ties count one half.
+    settings: those of `bootstrap`."""
     return bootstrap(lambda x, y: float((x > y).mean() + (x == y).mean() / 2), a, b, **settings)

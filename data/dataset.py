@@ -1,0 +1,125 @@
+"""What a data set is: one `DataSet` record, and the writer that its `build` fills a folder with.
+
+    def build(folder, files, vocab_size):
+        texts = files[0].read_text(encoding="utf-8").splitlines()
+        tokenizer = train_bpe(texts, vocab_size)
+        out = DataWriter(folder, tokenizer)
+        out.records("sft", "train", [{"prompt": "…", "response": "…"}])
+        return out
+
+    DATA_SET = DataSet("mine", source=…, build=build, options=("source", "vocab_size"))
+
+Written to data/sets/mine.py, these lines make `--data=mine` a data set like any other. A script can
+call `data.sets.register(DataSet(…))` instead.
+"""
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from data.records import write_records
+from data.tokenizer import Tokenizer
+from runtime.options import UserError
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part of a data set's pretraining text: how much of it is read, and when."""
+
+    share: float | None = None  # of all training tokens; None: what is left, by number of tokens
+    until: float = 1.0  # its documents lie in this first share of training
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """A data set: where its raw files come from, and how they become what the stages read.
+
+    name: what --data calls it.
+    source: source(path, downloads) returns the raw files, in a fixed order. They are found at
+        `path` (--source) or, if that is None, downloaded into the folder `downloads`.
+        None: the data set has no raw files.
+    build: build(folder, files, **options) writes the prepared files into `folder` through the
+        DataWriter that it returns. Its keyword arguments are those of `options` but for source.
+    template: the instruction around a prompt, such as "Continue: {prompt}".
+    mixture: shares of the pretraining text by the part's name. Parts without an entry take what is
+        left.
+    options: which of --source, --vocab_size and --limit have an effect. Others are refused.
+    version: to be raised when `build` writes something else from the same files; otherwise data
+        prepared earlier is used again.
+    """
+
+    name: str
+    source: Callable[[pathlib.Path | None, pathlib.Path], list[pathlib.Path]] | None
+    build: Callable[..., "DataWriter"]
+    template: str = "{prompt}"
+    mixture: dict[str, Part] = dataclasses.field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        """ValueError for a record that contradicts itself."""
+        if not set(self.options) <= {"source", "vocab_size", "limit"}:
+            raise ValueError(f"data set {self.name}: options are source, vocab_size and limit, not "
+                             f"{', '.join(self.options)}")
+        if "source" in self.options and self.source is None:
+            raise ValueError(f"data set {self.name}: without a source it has no option source")
+        if sum(part.share or 0 for part in self.mixture.values()) > 1 + 1e-9:
+            raise ValueError(f"data set {self.name}: the shares of its mixture are more than 1 "
+                             "together")
+
+
+class DataWriter:
+    """Writes a data set into a folder: tokens to pretrain on, and records for each stage.
+
+    tokenizer: None for data without pretraining text. parts: names of the kinds of that text; part
+    number i is parts[i]. counts: what was written so far, by file.
+    """
+
+    def __init__(self, folder: pathlib.Path, tokenizer: Tokenizer | None,
+                 parts: Sequence[str] = ("text",)):
+        self.folder, self.tokenizer, self.parts = folder, tokenizer, tuple(parts)
+        self.counts: dict[str, int | dict[str, int]] = {}
+        self.dtype = "uint16" if tokenizer is None or tokenizer.n_vocab <= 2**16 else "uint32"
+
+    def documents(self, split: str, documents: Sequence[tuple[str, list[int]]],
+                  n_bytes: int) -> None:
+        """Write the pretraining text of a split: (part, ids) of each document.
+
+        n_bytes: length of the text in UTF-8, without what we added; bits per byte divide by it.
+        """
+        if not documents:
+            raise UserError(f"no text for the {split} split: there are too few texts to divide; "
+                            "bring more")
+        lengths = [len(ids) for _, ids in documents]
+        numbers = [self.parts.index(part) for part, _ in documents]
+        tokens = np.concatenate([np.array(ids, self.dtype) for _, ids in documents])
+        tokens.tofile(self.folder / f"pretrain_{split}.bin")
+        np.savez(self.folder / f"pretrain_{split}.npz", starts=np.cumsum([0, *lengths]),
+                 n_bytes=n_bytes, part=np.array(numbers, np.uint8))
+        for number in sorted(set(numbers)):
+            of_part = [length for length, n in zip(lengths, numbers, strict=True) if n == number]
+            self.counts[f"pretrain_{split}[{self.parts[number]}]"] = {
+                "documents": len(of_part), "tokens": sum(of_part)}
+
+    def records(self, stage: str, split: str, records: Sequence[dict]) -> None:
+        """Write a stage's records of a split (see data/records.py); `judge` has those of reward."""
+        self.counts[f"{stage}_{split}"] = len(records)
+        write_records(self.folder / f"{stage}_{split}.jsonl", records)
+
+
+# ---- splits --------------------------------------------------------------------------------------
+
+def text_hash(text: str) -> int:
+    """A 64-bit number that depends on the text alone; splits and other choices follow from it."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def split_of(text: str, borders: tuple[int, int] = (80, 90)) -> str:
+    """The split that a text belongs to: of 100 texts, train takes those below the first border, val
+    those below the second, test the others."""
+    percentile = text_hash("split " + text) % 100
+    return SPLITS[(percentile >= borders[0]) + (percentile >= borders[1])]

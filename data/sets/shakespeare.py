@@ -1,0 +1,52 @@
+"""Shakespeare's plays, character by character: pretraining only, split as in nanoGPT."""
+import pathlib
+import urllib.request
+
+from data.bpe import train_chars
+from data.dataset import DataSet, DataWriter
+from runtime.options import UserError
+
+URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt")
+
+
+def raw_files(path: pathlib.Path | None, downloads: pathlib.Path) -> list[pathlib.Path]:
+    """The text file: `path` itself, tinyshakespeare.txt in that folder, or a download."""
+    if path is not None:
+        return [path / "tinyshakespeare.txt" if path.is_dir() else path]
+    path = downloads / "shakespeare.txt"
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(URL, timeout=30) as answer:
+                content = answer.read()
+        except OSError as error:
+            raise UserError(f"{URL} could not be downloaded ({error}); bring the file and give its "
+                            "path as --source") from None
+        downloads.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".tmp").write_bytes(content)
+        path.with_suffix(".tmp").replace(path)
+    return [path]
+
+
+def read(path: pathlib.Path) -> str:
+    """The text of the file; UserError if it cannot be read or is too short to be split."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--source {path}: cannot be read: {error}") from None
+    if len(text) < 1000:
+        raise UserError(f"the text has only {len(text)} characters; the yardstick is Shakespeare's "
+                        "1,115,394")
+    return text
+
+
+def build(folder: pathlib.Path, files: list[pathlib.Path]) -> DataWriter:
+    """One document a split: the first nine tenths of the text to train on, the rest to validate."""
+    text = read(files[0])
+    out = DataWriter(folder, train_chars(text))
+    border = int(0.9 * len(text))
+    for split, part in (("train", text[:border]), ("val", text[border:])):
+        out.documents(split, [("text", out.tokenizer.encode(part))], len(part.encode()))
+    return out
+
+
+DATA_SET = DataSet("shakespeare", source=raw_files, build=build, options=("source",))
