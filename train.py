@@ -62,17 +62,9 @@ class PretrainOptions(MaximumLikelihoodOptions):
     window: int = option(128, "tokens in a row", low=2)
     batch: int = option(16, "rows per forward and backward", low=1)
     accumulate: int = option(1, "batches per optimizer step", low=1)
-    news_share: float = option(0.15, "share of tokens from newspaper text, placed in the first half of training",
-                               low=0, high=1)
-    dialogue_share: float = option(0.3, "share of tokens from reviews in dialogue form; else SFT learns it badly",
-                                   low=0, high=1)
+    mixture: str = option("", "shares of the data set's parts, such as news=.15,dialogue=.3; the other parts take what "
+                              "is left; empty: the data set's own")
     eval_every: int = option(250, "steps between full passes over validation", low=1)
-
-    def check(self) -> None:
-        super().check()
-        if self.news_share + self.dialogue_share > 1:
-            raise UserError(f"pretrain: --news_share {self.news_share} and --dialogue_share {self.dialogue_share} are "
-                            "more than 1 together: lower one; what they leave is for plain reviews")
 
 
 class PretrainTask:
@@ -81,9 +73,7 @@ class PretrainTask:
     def __init__(self, run: Run, data: Prepared):
         o = self.o = run.o
         self.run, self.train, self.val = run, data.documents("train"), data.documents("val")
-        flags = [name for name in ("news_share", "dialogue_share") if name in o.explicit]
-        mixture = f"news={o.news_share},dialogue={o.dialogue_share}" if flags else ""
-        shares, early = data.mixture(mixture)  # becomes data.mixture(o.mixture)
+        shares, early = data.mixture(o.mixture)
         self.batches = PackedDocuments(self.train, window=o.window, batch=o.batch * o.accumulate,
                                        total_tokens=o.tokens, seed=o.seed, shares=shares, early=early)
         self.n_steps, self.extra = self.batches.n_steps, {}
