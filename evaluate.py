@@ -26,7 +26,7 @@ from data.prepare import open_data
 from data.prepared import Prepared
 from data.records import prompt_text
 from data.tokenizer import Tokenizer
-from model import Transformer, checkpoint_path, load_checkpoint, score_tokens
+from model import Transformer, checkpoint_path, load_checkpoint, token_logprobs
 from reward import RewardModel
 from runtime.device import pick_device, precision
 from runtime.machine import replace_text
@@ -118,7 +118,7 @@ def reply_logprobs(model: Transformer, ids: Sequence[list[int]], replies: Any, s
                          torch.cat((torch.zeros_like(prompt_mask), mask), 1))
         with precision(settings.dtype, device.type):
             hidden = model.hidden(rows.tokens, where=rows.before)
-            parts.append(scatter_tokens(score_tokens(model, hidden, rows.targets, settings.temperature)[0], mask))
+            parts.append(scatter_tokens(token_logprobs(model, hidden, rows.targets, settings.temperature)[0], mask))
     return torch.cat(parts)
 
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from data.prepared import Prepared
 from data.tokenizer import Tokenizer
 from runtime.decoding import KVCache
-from runtime.machine import in_pieces, save_whole
+from runtime.machine import row_chunks, save_whole
 from runtime.options import Common, UserError
 from runtime.products import Linear, RMSNorm, linear, use_products
 from runtime.run import Run, RunFolder, read_config, run_folder
@@ -288,6 +288,10 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None, docs: Tensor | None = None) -> Tensor:
         return self.head(self.hidden(tokens, mask, docs))
 
+    def matrix_parameters(self) -> list[nn.Parameter]:
+        """The blocks' matrices: what Muon trains."""
+        return [p for p in self.blocks.parameters() if p.dim() == 2]
+
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
@@ -309,9 +313,21 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return F.log_softmax(logits if temperature == 1 else logits.float() / temperature, dim=-1, dtype=torch.float32)
 
 
-def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log-probability of each target: logits (…, V), targets (…) -> (…) float32."""
-    return log_softmax(logits, temperature).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, temperature: float = 1.0,
+                   train_entropy: bool = False) -> tuple[Tensor, Tensor]:
+    """hidden (N, D), targets (N,) -> log-probability of each target and entropy of each distribution, (N,) in nats.
+
+    The logits are computed in float32 whatever the trunk's precision: a bfloat16 logit of 10 is rounded by up to
+    0.03, as much as one update moves it. Logits of a large vocabulary never exist for all N tokens at once.
+    train_entropy=False detaches the entropy.
+    """
+    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            logps = log_softmax(model.head(hidden.float()), temperature)  # (N, V)
+        of_entropy = logps if train_entropy else logps.detach()
+        return logps.gather(1, targets[:, None])[:, 0], -(of_entropy.exp() * of_entropy).sum(1)
+
+    return row_chunks(score, len(model.output_weight), hidden, targets)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -363,22 +379,6 @@ def cross_entropy_sum(model: Transformer, hidden: Tensor, targets: Tensor, chunk
 # ---- devices and precision -------------------------------------------------------------------------------------------
 
 
-def score_tokens(model: Transformer, hidden: Tensor, targets: Tensor, temperature: float,
-                 train_entropy: bool = False) -> tuple[Tensor, Tensor]:
-    """hidden (N, D), targets (N,) -> log-probability of each target and entropy of each distribution, (N,) in nats.
-
-    The logits are computed in float32 whatever the trunk's precision: a bfloat16 logit of 10 is rounded by up to 0.03,
-    as much as one update moves it. Of a large vocabulary they are never there for all N tokens at once.
-    """
-    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(hidden.device.type, enabled=False):
-            logps = log_softmax(model.head(hidden.float()), temperature)  # (N, V)
-        of_entropy = logps if train_entropy else logps.detach()
-        return logps.gather(1, targets[:, None])[:, 0], -(of_entropy.exp() * of_entropy).sum(1)
-
-    return in_pieces(score, len(model.output_weight), hidden, targets)
-
-
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 def weights_hash(model: nn.Module) -> str:
@@ -412,8 +412,8 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
     """
     path = checkpoint_path(path)
     if not path.exists():
-        stage = path.parent.name if path.parent.name in ("pretrain", "sft", "reward", "ppo") else "all"
-        inside = sorted(str(found.parent) for found in path.parent.glob("*/checkpoint.pt"))
+        inside = sorted(str(other.parent) for other in path.parent.glob("*/checkpoint.pt"))
+        stage = path.parent.name if path.name == "checkpoint.pt" else "all"
         raise UserError(f"{path}: no checkpoint there; " + (f"did you mean {' or '.join(inside)}?" if inside else
                         f"make it with `python train.py {stage}` (--out says where), or name one that is there"))
     try:

@@ -36,7 +36,7 @@ import evaluate
 from data.batches import Rows, drop_long_prompts, make_rows, pad_left, prompt_ids, scatter_tokens
 from data.prepare import open_for
 from data.prepared import Prepared
-from model import Transformer, load_parent, open_run, score_tokens
+from model import Transformer, load_parent, open_run, token_logprobs
 from reward import RewardModel, critic_from
 from runtime.device import compile_trunks, precision
 from runtime.draws import batch_indices, key
@@ -346,7 +346,7 @@ class ActorCritic(nn.Module):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_policy):
             hidden = self.policy.hidden(rows.tokens, where=rows.before)
-            logprobs, entropy = score_tokens(self.policy, hidden, rows.targets, temperature, train_entropy)
+            logprobs, entropy = token_logprobs(self.policy, hidden, rows.targets, temperature, train_entropy)
         if self.critic is not None:
             values = self.critic.head_values(self.critic.backbone.hidden(rows.tokens, where=rows.before))
         else:
@@ -458,7 +458,7 @@ def score_replies(networks: Networks, replies: Replies, o: PPOOptions) -> tuple[
         with precision(networks.dtype, device.type):
             part = networks.actor_critic(rows, o.temperature).spread(mask)
             hidden = networks.reference.hidden(rows.tokens, where=rows.before)
-            reference, _ = score_tokens(networks.reference, hidden, rows.targets, o.temperature)
+            reference, _ = token_logprobs(networks.reference, hidden, rows.targets, o.temperature)
         ref_logprobs[index] = scatter_tokens(reference, mask)
         for all_rows, these in zip(prediction, part, strict=True):
             all_rows[index] = these

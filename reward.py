@@ -66,6 +66,10 @@ class RewardModel(nn.Module):
         self.score_head.weight.copy_(noise / math.sqrt(width + 1))
         self.score_head.bias.zero_()
 
+    def matrix_parameters(self) -> list[nn.Parameter]:
+        """The trunk's matrices: what Muon trains."""
+        return self.backbone.matrix_parameters()
+
     def head_values(self, hidden: Tensor) -> Tensor:
         """(…, D) -> (…): the scalar head, in float32 whatever the trunk's precision."""
         with torch.autocast(hidden.device.type, enabled=False):

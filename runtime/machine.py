@@ -96,7 +96,7 @@ def processor() -> str:
 NUMBERS_AT_ONCE = {"cpu": 2**26, "mps": 2**26, "cuda": 2**28}  # in float32 a quarter of a GiB, or one, for an array
 
 
-def in_pieces(function: Callable[..., tuple[Tensor, ...]], numbers: int, *rows: Tensor) -> tuple[Tensor, ...]:
+def row_chunks(function: Callable[..., tuple[Tensor, ...]], numbers: int, *rows: Tensor) -> tuple[Tensor, ...]:
     """function(*rows), where the function treats each row by itself and holds so many numbers for each in between.
     Above NUMBERS_AT_ONCE in all, one piece of the rows is done after another, and a backward computes each piece anew,
     so that they are never all held at once: that costs the time of one more forward."""

@@ -33,6 +33,8 @@ def option(default: Any, help: str, *, source: str = "", choices: tuple | None =
     value takes, which are joined by commas; compared=False for an option that does not change what
     a run computes.
     """
+    if unknown := set(more) - {"flag", "words", "compared"}:
+        raise TypeError(f"option: unknown {', '.join(unknown)}")
     return dataclasses.field(default=default, metadata={"help": help, "source": source,
                                                         "choices": choices,
                                                         "low": low, "high": high, **more})
