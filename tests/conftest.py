@@ -23,6 +23,28 @@ CONTRADICTED = "酒店位置不错，离地铁站很近，就是房间有点小�
 QUOTED = "昨天刚刚收到货，包装完整无缺没有任何破损"  # 20 characters: reviews that share them must stay together
 
 
+TINY = dict(vocab_size=70, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_len=96)  # a model's shape
+
+
+def loud(model):
+    """Matrices times 8: an untrained model's distributions become peaked, so mistakes show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+    return model
+
+
+def noise(*shape, seed=0):
+    """Standard normal numbers that follow from the seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logprobs_of(logits, targets):
+    """log softmax(logits)[target]: logits (…, V), targets (…) -> (…)."""
+    return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+
+
 def equal(a, b):
     """Are two nests of dicts and lists the same, tensors bit by bit?"""
     if isinstance(a, torch.Tensor):
@@ -79,12 +101,8 @@ def world(reviews_source, tmp_path_factory):
     root = tmp_path_factory.mktemp("parents")
     lm = Transformer(ModelConfig(vocab_size=500, n_layer=1, n_head=2, n_kv_head=1, d_model=32, d_ff=32, max_len=128))
     judge = RewardModel(RewardConfig(**dataclasses.asdict(lm.config)))
-    with torch.no_grad():
-        for p in [*lm.parameters(), *judge.backbone.parameters()]:
-            if p.dim() == 2:
-                p.mul_(8)
-        judge.mean.fill_(.3)
-        judge.std.fill_(.7)
+    loud(lm)
+    loud(judge.backbone)
     for stage, net in (("pretrain", lm), ("sft", lm), ("reward", judge)):
         save_checkpoint(root / stage, net, data.tokenizer, stage=stage, step=1, feedback="label",
                         template=data.template)
@@ -96,11 +114,11 @@ def command(world, tmp_path, monkeypatch):
     """command(stage, *words) parses the options of a stage on the small world."""
     import train
     from runtime.options import parse
-    monkeypatch.setattr(train, "prepared", lambda o: world.data)
+    monkeypatch.setattr("data.prepare.open_data", lambda *_, **__: world.data)
 
     def parsed(stage, *words):
         given = {"sft": ["--init_from", world.root / "pretrain"], "reward": ["--init_from", world.root / "sft"],
                  "ppo": ["--init_from", world.root / "sft", "--reward_from", world.root / "reward"]}.get(stage, [])
-        return parse(train.STAGE_OPTIONS[stage], [*map(str, ["--preset=smoke", "--dtype=float32", "--out", tmp_path,
+        return parse(train.STAGES[stage][0], [*map(str, ["--preset=smoke", "--dtype=float32", "--out", tmp_path,
                                                              *given, *words])], "x")
     return parsed
