@@ -112,6 +112,14 @@ class PretrainTask:
                                                seed=self.o.seed, temperature=0.8))
 
 
+def new_model(o: PretrainOptions, vocab_size: int) -> Transformer:
+    """An untrained model of the options' shape, its weights drawn by the seed."""
+    shape = {name: getattr(o, name) for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "max_len")}
+    model = Transformer(ModelConfig(vocab_size=vocab_size, **shape))
+    model.initialise(torch_seed(o.seed, "pretrain", "weights"))
+    return model
+
+
 def pretrain(o: PretrainOptions) -> Run | None:
     """Maximum likelihood on plain text: θ ← θ + α ∇ Σ log π(next token | tokens before it, of the same document)."""
     if o.init_from or o.reward_from:
@@ -119,10 +127,7 @@ def pretrain(o: PretrainOptions) -> Run | None:
                         "with sft, reward or ppo")
     data = open_for(o, o.data)
     tokenizer = data.require_tokenizer()
-    shape = {name: getattr(o, name) for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "max_len")}
-    model = Transformer(ModelConfig(vocab_size=tokenizer.n_vocab, **shape))
-    model.initialise(torch_seed(o.seed, "pretrain", "weights"))
-    run = open_run("pretrain", o, data, {}, model, tokenizer)
+    run = open_run("pretrain", o, data, {}, new_model(o, tokenizer.n_vocab), tokenizer)
     if run is None:
         return None
     task = PretrainTask(run, data)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import model as model_module
 from data.bpe import train_bpe
 from model import (ModelConfig, Transformer, attend, attention_allowed, cross_entropy_sum,
-                   load_checkpoint, save_checkpoint, token_logprobs, weights_hash)
+                   load_checkpoint, log_softmax, save_checkpoint, token_logprobs, weights_hash)
 from reward import RewardModel
 from runtime.decoding import KVCache
 from runtime.device import pick_dtype, precision
@@ -142,11 +142,13 @@ def test_chunked_cross_entropy_equals_the_plain_one(model):
         assert torch.allclose(p.grad, 0.5 * expected[name], rtol=1e-3, atol=1e-5), name
 
 
-def test_log_probabilities_are_those_of_the_tempered_softmax():
-    logits, targets = torch.randn(4, 9), torch.tensor([0, 3, 8, 2])
-    expected = (logits / 0.7).softmax(-1)[torch.arange(4), targets].log()
-    assert torch.allclose(token_logprobs(logits, targets, 0.7), expected, atol=1e-6)
-    assert token_logprobs(logits.bfloat16(), targets).dtype == torch.float32
+@torch.no_grad()
+def test_log_probabilities_and_entropy_are_those_of_the_tempered_softmax(model):
+    hidden, targets = torch.randn(4, CONFIG.d_model), torch.tensor([0, 3, 8, 2])
+    probs = (model.head(hidden) / 0.7).softmax(-1)
+    logprobs, entropy = token_logprobs(model, hidden, targets, 0.7)
+    assert torch.allclose(logprobs, probs[torch.arange(4), targets].log(), atol=1e-5)
+    assert torch.allclose(entropy, -(probs * probs.log()).sum(1), atol=1e-4)
 
 
 def test_parameters_and_flops_are_counted(model):
@@ -278,7 +280,8 @@ def test_half_precision_logits_are_normalised_in_float32():
     logits = (5 * torch.randn(64, 900, generator=torch.Generator().manual_seed(0))).bfloat16()
     targets = torch.arange(64)
     exact = logits.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    assert torch.allclose(token_logprobs(logits, targets).double(), exact, atol=1e-5)
+    logprobs = log_softmax(logits).gather(1, targets[:, None])[:, 0]
+    assert torch.allclose(logprobs.double(), exact, atol=1e-5)
     lm = Transformer(CONFIG)
     hidden, targets = torch.randn(256, 32, generator=torch.Generator().manual_seed(1)) * 30, torch.arange(256) % 40
     with precision("bfloat16", "cpu"):

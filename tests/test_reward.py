@@ -5,18 +5,17 @@ import pytest
 import torch
 
 from model import ModelConfig
-from reward import RewardConfig, RewardModel, feedback_kind, feedback_loss, label_loss, pairwise_loss, regression_loss
+from reward import (PythonReward, RewardConfig, RewardModel, critic_from, feedback_kind, feedback_loss,
+                    label_loss, pairwise_loss, regression_loss)
 from runtime.options import UserError
+from tests.conftest import equal, loud
 
 CONFIG = dict(vocab_size=60, n_layer=2, n_head=2, n_kv_head=2, d_model=16, d_ff=32, max_len=32)
 
 
 def reward_model(pool: str) -> RewardModel:
     model = RewardModel(RewardConfig(**CONFIG, pool=pool))
-    with torch.no_grad():
-        for p in model.backbone.parameters():
-            if p.dim() == 2:
-                p.mul_(8)
+    loud(model.backbone)
     return model.eval()
 
 
@@ -60,7 +59,8 @@ def test_nan_in_a_pad_changes_no_score():
 def test_scores_of_rows_keep_their_order_and_do_not_depend_on_the_batch():
     model, rng = reward_model("mean"), torch.Generator().manual_seed(0)
     texts = [torch.randint(0, 50, (n,), generator=rng).tolist() for n in (9, 4, 12, 7, 5)]
-    scored = model.score_rows([(ids, [False] * 2 + [True] * (len(ids) - 2)) for ids in texts], batch=2)
+    model.rows_at_once = 2
+    scored = model.score_rows([(ids, [False] * 2 + [True] * (len(ids) - 2)) for ids in texts])
     for ids, score in zip(texts, scored, strict=True):
         real = torch.ones(1, len(ids), dtype=torch.bool)
         assert score == pytest.approx(float(model(torch.tensor([ids]), real, torch.arange(len(ids))[None] > 1)[0]),
@@ -85,20 +85,42 @@ def test_the_end_token_is_read():
     assert not torch.allclose(model(tokens, mask), model(ended, mask))
 
 
-def test_normalisation_gives_its_replies_mean_0_and_spread_1():
-    model, raw = reward_model("mean"), torch.tensor([1.0, 3.0, 8.0])
-    model.set_normalisation(raw)
-    scores = model.normalise(raw)
-    assert torch.allclose(scores.mean(), torch.tensor(0.0), atol=1e-6)
-    assert torch.allclose(scores.std(correction=0), torch.tensor(1.0), atol=1e-6)
-    with pytest.raises(UserError, match="same score"):
-        model.set_normalisation(torch.ones(600))
+def test_a_critics_values_are_scores_on_the_scale_it_is_given():
+    model = reward_model("mean").eval()
+    critic = critic_from(model, mean=2.0, std=0.5)
+    tokens, ones = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.bool)
+    assert torch.allclose(critic(tokens, ones), (model(tokens, ones) - 2.0) / 0.5, atol=1e-5)
+    assert all(p.requires_grad for p in critic.parameters())
+
+
+def test_an_older_reward_models_weights_load_without_their_mean_and_spread():
+    model = reward_model("mean")
+    old = model.state_dict() | {"mean": torch.tensor(3.0), "std": torch.tensor(2.0)}
+    fresh = RewardModel(model.config)
+    fresh.load_state_dict(old)
+    assert equal(fresh.state_dict(), model.state_dict())
+
+
+def test_a_python_reward_reads_texts_without_their_end_token():
+    read = []
+
+    class Letters:
+        eom_id = -1
+        decode = staticmethod(lambda ids: "".join(map(chr, ids)))
+
+    def count(prompts, replies):
+        read.extend(zip(prompts, replies, strict=True))
+        return [reply.count("a") for reply in replies]
+
+    scores = PythonReward(count, Letters).scores([[104, 105]], [[97, 98, 97, -1]])
+    assert read == [("hi", "aba")]
+    assert scores.tolist() == [2.0]
 
 
 def test_the_head_starts_with_the_stated_spread():
     wide = RewardModel(ModelConfig(**{**CONFIG, "d_model": 1024, "n_head": 2, "n_kv_head": 2}))
     assert abs(float(wide.score_head.weight.std()) * math.sqrt(1025) - 1) < 0.1
-    assert float(wide.score_head.bias) == 0 and (float(wide.mean), float(wide.std)) == (0, 1)
+    assert float(wide.score_head.bias) == 0
 
 
 @pytest.mark.parametrize("delta,expected", [(0.0, math.log(2)), (-20.0, 20.000000002061154), (20.0, 2.0611536e-09)])
