@@ -3,6 +3,7 @@ import dataclasses
 import itertools
 import pathlib
 import random
+import signal
 import sys
 import types
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 from data.prepare import open_data  # noqa: E402
 from model import ModelConfig, Transformer, save_checkpoint  # noqa: E402
 from reward import RewardConfig, RewardModel  # noqa: E402
+from runtime.machine import Interrupt  # noqa: E402
 
 torch.set_num_threads(1)  # tensors are small here: more threads only wait for one another
 
@@ -84,6 +86,16 @@ def write_reviews_source(folder: pathlib.Path) -> None:
     news = [f"本报/r {names[i % 5]}/ns １月/t {i % 28 + 1}日/t 讯/Ng 记者/n 从/p [国家/n 统计局/n]nt 获悉/v ，/w "
             f"今年/t 经济/n 增长/v 第{i}/m 次/q 。/w" for i in range(120)]
     (folder / "tag" / "199801.txt").write_text("\n".join(news) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    """A command takes Ctrl-C and SIGTERM for itself; after a test they are pytest's again."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    Interrupt.number = 0
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

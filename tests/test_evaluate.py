@@ -9,17 +9,17 @@ import pytest
 import torch
 
 import evaluate
-import train
 from data.batches import prompt_ids
 from data.bpe import train_bpe
 from data.judge import NgramClassifier, ngram_classifier, plain_text
 from data.prepare import open_data
-from evaluate import best_of_n_kl, distinct_n, measure_policy, reply_statistics, table, text_plot
-from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint, token_logprobs
+from evaluate import ReplySettings, best_of_n_kl, distinct_n, measure_policy, reply_statistics, table, text_plot
+from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint
+from ppo import train_ppo
 from reward import RewardModel
 from runtime.options import UserError, run_main
 from runtime.statistics import accuracy, auc, bootstrap, calibration_error, paired_auc_difference, win_rate
-from tests.conftest import made_up_reviews
+from tests.conftest import logprobs_of, made_up_reviews
 
 
 def test_auc_is_the_share_of_pairs_in_the_right_order():
@@ -163,18 +163,20 @@ def test_a_policys_measures_equal_those_of_its_replies_alone():
         with torch.no_grad():
             model.embedding.weight.mul_(8)
     prompts = ["书", "好看", "的书好"]
-    found, records, rows = measure_policy(policy, reference, tokenizer, prompts, "{prompt}", reply_len=12, seed=3)
+    found, records, rows = measure_policy(policy, reference, tokenizer, prompts, "{prompt}",
+                                          settings=ReplySettings(reply_len=12, seed=3))
     kl, nats = [], 0.0
     for prompt, row in zip(prompts, rows, strict=True):
         ids = prompt_ids(tokenizer, prompt)
-        of = [token_logprobs(m(torch.tensor([ids + row]))[0, len(ids) - 1:-1], torch.tensor(row))
+        of = [logprobs_of(m(torch.tensor([ids + row]))[0, len(ids) - 1:-1], torch.tensor(row))
               for m in (policy, reference)]
         kl.append(float((of[0] - of[1]).sum()))
         nats -= float(of[1].sum())
     assert [r["kl"] for r in records] == pytest.approx(kl, abs=.01) and found["kl"] == pytest.approx(np.mean(kl), 1e-4)
     assert found["ref_perplexity"] == pytest.approx(np.exp(nats / sum(map(len, rows))), rel=1e-4)
     assert found["length"] == np.mean([len(r) for r in rows])
-    again, _, _ = measure_policy(policy, reference, tokenizer, prompts, "{prompt}", reply_len=12, seed=3, batch_size=1)
+    again, _, _ = measure_policy(policy, reference, tokenizer, prompts, "{prompt}",
+                                 settings=ReplySettings(reply_len=12, seed=3, rows_at_once=1))
     assert again == pytest.approx(found, rel=1e-4)
 
 
@@ -219,24 +221,23 @@ def test_a_policys_scores_and_kl_are_those_of_its_ids_at_the_sampling_temperatur
     with torch.no_grad():
         other.embedding.weight.mul_(1.1)
     asked = [r["prompt"] for r in data.records("ppo", "val")[:6]]
-    found, records, rows = measure_policy(sft, other, tokenizer, asked, data.template, reward_model=judge, reply_len=10,
-                                          temperature=temperature)
+    found, records, rows = measure_policy(sft, other, tokenizer, asked, data.template, reward_model=judge,
+                                          settings=ReplySettings(reply_len=10, temperature=temperature))
     ids = [prompt_ids(tokenizer, p, data.template) for p in asked]
     for p, row, record in zip(ids, rows, records, strict=True):
-        a, b = (token_logprobs(m(torch.tensor([p + row]))[0, len(p) - 1:-1], torch.tensor(row), temperature).sum()
+        a, b = (logprobs_of(m(torch.tensor([p + row]))[0, len(p) - 1:-1] / temperature, torch.tensor(row)).sum()
                 for m in (sft, other))
         assert record["kl"] == pytest.approx(float(a - b), abs=.01)
-        score, = judge.score_rows([(p + row, [False] * len(p) + [True] * len(row))])
-        assert record["raw_score"] == pytest.approx(score, abs=2e-3)
+        assert record["raw_score"] == pytest.approx(float(judge.scores([p], [row])), abs=2e-3)
     assert found["raw_score"] == pytest.approx(np.mean([r["raw_score"] for r in records]), abs=2e-3)
 
 
 def test_the_tables_lines_are_measured_alike_and_by_the_judge(world):
     (sft, tokenizer, _), data = load_checkpoint(world.root / "sft"), world.data
     table_rows, replies = evaluate.policy_table({"A": sft, "B": sft}, sft, tokenizer, data, reward_model=None,
-                                                n_prompts=20, reply_len=10, split="val")
+                                                n_prompts=20, settings=ReplySettings(reply_len=10), split="val")
     assert replies["A"] == replies["B"] and table_rows[0]["kl"] == 0  # the same openings and random numbers
-    real = evaluate.reference_lines(data, tokenizer, 10, "val")
+    real = evaluate.people_wrote(data, tokenizer, 10, "val")
     counts = [sum(max(0, len(row) - 1) for row in rows) for _, _, rows in real]
     counts.append(sum(r["tokens"] - 1 for r in replies["A"]))
     assert [r["name"] for r in table_rows] == ["A", "B", *(name for name, _, _ in real)]
@@ -258,8 +259,8 @@ def test_reward_model_and_baseline_read_the_same_halves_and_learned_from_the_sam
 
 
 def test_the_report_says_which_reply_the_judge_prefers(command, world, tmp_path):
-    train.train_ppo(command("ppo", "--updates=3", "--policy_lr=.03", "--report_prompts=20"))
-    root, sizes = tmp_path / "reviews", dict(n_prompts=20, reply_len=16, temperature=1.0)
+    train_ppo(command("ppo", "--updates=4", "--policy_lr=.1", "--report_prompts=20"))
+    root, sizes = tmp_path / "reviews", dict(n_prompts=20, settings=ReplySettings(reply_len=16))
     save_checkpoint(root / "reward", load_checkpoint(world.root / "reward", cls=RewardModel)[0], world.data.tokenizer,
                     options={"max_len": 128})
     config = json.loads((root / "ppo/config.json").read_text())
@@ -285,7 +286,7 @@ def test_a_full_disk_while_the_judge_is_kept_is_one_clear_line(world, tmp_path):
 def test_real_lines_answer_held_out_openings(world):
     held = {r["prompt"] for r in world.data.records("ppo", "val")}
     assert any(r["prompt"] not in held for r in world.data.records("reward", "val"))
-    lines = evaluate.reference_lines(world.data, world.data.tokenizer, 64, "val")
+    lines = evaluate.people_wrote(world.data, world.data.tokenizer, 64, "val")
     assert lines and all(r["prompt"] in held for _, records, _ in lines for r in records)
 
 
@@ -305,6 +306,6 @@ def test_openings_leave_room_in_the_reward_model_too(world):
     (sft, tokenizer, _), data = load_checkpoint(world.root / "sft"), world.data
     longest = max(len(prompt_ids(tokenizer, r["prompt"], data.template)) for r in data.records("ppo", "val"))
     short = RewardModel(dataclasses.replace(sft.config, max_len=longest + 9))
-    rows, _ = evaluate.policy_table({"A": sft}, sft, tokenizer, data, reward_model=short, n_prompts=500, reply_len=10,
-                                    split="val")
+    rows, _ = evaluate.policy_table({"A": sft}, sft, tokenizer, data, reward_model=short, n_prompts=500, split="val",
+                                    settings=ReplySettings(reply_len=10))
     assert 0 < rows[0]["replies"] < len(data.records("ppo", "val"))

@@ -8,7 +8,6 @@ the file anew, and its commit says why they changed:
 import json
 import math
 import pathlib
-import signal
 import tempfile
 
 import pytest
@@ -26,7 +25,7 @@ CLOCK = ("seconds", "_per_s")  # whatever has this in its name depends on the ma
 def golden_run(folder: pathlib.Path) -> dict:
     """Run all stages; {"stages": {stage: logged lines, unrounded}, "policies": the report's table}."""
     logged: dict[str, list[dict]] = {}
-    log, handlers = Run.log, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    log = Run.log
 
     def keep(run: Run, step: int, **metrics) -> None:
         numbers = {k: v for k, v in metrics.items() if not any(word in k for word in CLOCK) and v == v}
@@ -40,8 +39,6 @@ def golden_run(folder: pathlib.Path) -> dict:
                     "--sft.log_every=1", "--reward.log_every=1"])
     finally:
         Run.log = log
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     report = json.loads((folder / "out" / "reviews" / "report.json").read_text(encoding="utf-8"))
     return {"stages": {stage: lines[:STEPS] for stage, lines in logged.items()}, "policies": report["policies"]}
 

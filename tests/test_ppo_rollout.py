@@ -36,7 +36,8 @@ def test_rollout_arrays_equal_a_row_computed_alone():
         logps = log_softmax(actor_critic.policy(ids)[0, start - 1:-1])
         assert torch.allclose(rollout.logprobs[b, :n], logps.gather(1, ids[0, start:, None])[:, 0], atol=1e-5)
         assert torch.allclose(rollout.entropy[b, :n], -(logps.exp() * logps).sum(1), atol=1e-4)
-        values = actor_critic.critic.head_values(actor_critic.critic.backbone.hidden(ids))[0, start - 1:-1]  # each before its token
+        critic = actor_critic.critic
+        values = critic.head_values(critic.backbone.hidden(ids))[0, start - 1:-1]  # each before its token
         assert torch.allclose(rollout.values[b, :n], values, atol=1e-5)
         reply = torch.arange(ids.shape[1])[None] >= start
         assert torch.allclose(rollout.raw_scores[b], reward_model(ids, torch.ones_like(reply), reply)[0], atol=1e-5)
@@ -72,7 +73,8 @@ def test_metrics_are_means_over_real_tokens():
          for i, name in enumerate(("sampled_logprobs", "logprobs", "ref_logprobs", "entropy", "values", "rewards",
                                    "advantages", "returns"))}
     rollout = Rollout(tokens=torch.zeros(2, 5), mask=torch.cat((bools([[1], [1]]), mask), 1), response_mask=mask,
-                      ended=bools([1, 0]), group=torch.arange(2), raw_scores=torch.tensor([3.0, 1.0]), scores=torch.tensor([.5, .1]),
+                      ended=bools([1, 0]), group=torch.arange(2), raw_scores=torch.tensor([3.0, 1.0]),
+                      scores=torch.tensor([.5, .1]),
                       kl_coef=.07, seconds={}, **x)
     found, real = rollout_metrics(rollout), {k: v[mask].double().numpy() for k, v in x.items()}
     kl, returns = real["logprobs"] - real["ref_logprobs"], real["returns"]

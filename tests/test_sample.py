@@ -9,12 +9,13 @@ import torch
 
 import sample as sample_module
 from data.records import apply_template
-from model import ModelConfig, Transformer, log_softmax, token_logprobs
+from model import ModelConfig, Transformer, log_softmax
 from reward import RewardConfig, RewardModel
 from runtime import device
 from runtime.options import UserError, run_main
 from sample import (Decoder, SampleOptions, Speaker, chat, draw, filter_logits, generate,
-                    penalise_repetition, uniform_numbers)
+                    penalise_repetition, reply_ids, uniform_numbers)
+from tests.conftest import logprobs_of
 
 needs_compiler = pytest.mark.skipif(bool(device.compiler_fault()), reason=device.compiler_fault())
 CONFIG = ModelConfig(vocab_size=50, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=32, max_len=40)
@@ -88,7 +89,7 @@ def test_int8_writes_nearly_the_same_distribution(model, rows, compiled):
     out = generate(model, tokens, mask, 12, seed=3, decoder=decoder)
     whole, seen = torch.cat((tokens, out.tokens), 1), torch.cat((mask, out.mask), 1)
     with torch.no_grad():
-        expected = token_logprobs(model(whole, seen)[:, tokens.shape[1] - 1:-1], out.tokens)
+        expected = logprobs_of(model(whole, seen)[:, tokens.shape[1] - 1:-1], out.tokens)
     gap = (out.logprobs - expected).abs().mean()
     assert 1e-4 < gap < 0.05  # not exact, and not far off
 
@@ -280,7 +281,7 @@ def test_best_of_scores_the_very_ids_that_were_sampled(model):
     tokens, mask = prompts([4, 2, 3])
     out = generate(model, tokens, mask, 8, end_id=7, seed=1)
     ids = [t[m].tolist() for t, m in zip(tokens, mask, strict=True)]
-    for i, score in enumerate(judge.score_replies(ids, out.tokens, out.mask)):
+    for i, score in enumerate(judge.scores(ids, reply_ids(out)).tolist()):
         row = torch.tensor([ids[i] + out.tokens[i, out.mask[i]].tolist()])
         reply = torch.arange(row.shape[1])[None] >= len(ids[i])
         assert score == pytest.approx(float(judge(row, torch.ones_like(reply), reply)[0]), abs=1e-5)
