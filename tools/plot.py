@@ -117,15 +117,15 @@ def series(runs: list[Run], stage: str, key: str) -> tuple[np.ndarray, np.ndarra
 
 def to_draw(runs: list[Run]) -> list[tuple[Panel, dict[str, tuple[np.ndarray, np.ndarray]]]]:
     """The panels that have something to show, each with its curves; none raises UserError."""
-    found = []
+    panels = []
     for panel in PANELS:
         curves = {key: series(runs, panel.stage, key) for key in panel.keys}
         curves = {key: (steps, values) for key, (steps, values) in curves.items() if len(steps)}
         if curves:
-            found.append((panel, curves))
-    if not found:
+            panels.append((panel, curves))
+    if not panels:
         raise UserError("nothing to draw: these runs share no step of any metric; draw them one by one")
-    return found
+    return panels
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------

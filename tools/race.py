@@ -20,10 +20,11 @@ from collections.abc import Iterator
 
 import torch
 
-from data.prepare import CACHE, shakespeare_text
+from data.prepare import CACHE
+from data.sets import shakespeare
 from runtime.machine import processor
 from runtime.options import Options, UserError, as_dict, option, parse, run_main
-from tools.bench import ratio, say, spread
+from tools.measure import median_range, ratio, say
 
 WINDOW, BATCH, STEPS = 64, 12, 2000
 
@@ -43,7 +44,8 @@ class RaceOptions(Options):
 def their_run(o: RaceOptions, seed: int) -> Iterator[tuple[int, float, float]]:
     """(step, seconds of training so far, loss on all of validation), every 50 steps from the thousandth on."""
     from model import GPT, GPTConfig
-    text = shakespeare_text(o.source or None, CACHE)
+    source = pathlib.Path(o.source) if o.source else None
+    text = shakespeare.read(shakespeare.raw_files(source, CACHE / "downloads")[0])
     number = {c: i for i, c in enumerate(sorted(set(text)))}
     data = torch.tensor([number[c] for c in text])
     train, val = data[:int(0.9 * len(data))], data[int(0.9 * len(data)):]
@@ -113,17 +115,17 @@ def main(argv: list[str]) -> None:
                      f"{took / seconds:.2f}"))
         print(rows[-1], flush=True)
     say(f"Seconds to a validation loss of {o.loss} ({processor()}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}): {spread(theirs, 1)} against {spread(ours, 1)}, ratio {ratio(theirs, ours)}", rows, (
+        f"{torch.__version__}): {median_range(theirs, 1)} against {median_range(ours, 1)}, ratio {ratio(theirs, ours)}", rows, (
             "seed", "nanoGPT s", "its step", "its loss", "ours s", "our steps", "our loss", "ratio"))
 
 
 def print_their_run(options: dict, seed: int) -> None:
     """The first measurement of nanoGPT that reaches the loss, or its last one, as a JSON line."""
     o = RaceOptions(**options)
-    for found in their_run(o, seed):
-        if found[2] <= o.loss:
+    for measurement in their_run(o, seed):
+        if measurement[2] <= o.loss:
             break
-    print(json.dumps(found))
+    print(json.dumps(measurement))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ REWARD = {"name": "", "auc": "AUC", "accuracy": "accuracy", "calibration": "cali
 
 
 def read(folder: pathlib.Path, name: str) -> dict:
-    """One JSON file of a run; UserError where it is not there."""
+    """One JSON file of a run; UserError if it is not there."""
     path = folder / name
     if not path.exists():
         raise UserError(f"{path}: not there; the command that trained these runs makes it when all stages are done "
@@ -35,13 +35,13 @@ def read(folder: pathlib.Path, name: str) -> dict:
 
 def mean_and_range(rows: list[dict], name: str) -> dict:
     """Each column's mean with [lowest, highest]."""
-    found = {"name": name}
+    row = {"name": name}
     for key in rows[0]:
         values = [r[key] for r in rows]
         if all(isinstance(v, float) for v in values):
             digits = 3 if max(values) < 10 else 1
-            found[key] = f"{np.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
-    return found
+            row[key] = f"{np.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+    return row
 
 
 def policy_rows(folders: list[pathlib.Path]) -> list[dict]:
