@@ -6,7 +6,8 @@
     python sample.py --from out/reviews/sft --prompt "这本书" --best_of 16      sixteen replies, the best one last
     python sample.py --compare out/reviews/sft out/reviews/ppo     same openings and random numbers, one below the other
 
-`generate` is also the rollout engine of PPO: there it draws from the whole softmax at one temperature, nothing else.
+`generate` is also the rollout engine of PPO: there it draws from the whole softmax at one
+temperature, nothing else.
 """
 import codecs
 import dataclasses
@@ -32,22 +33,25 @@ from runtime.device import pick_device, pick_dtype
 from runtime.draws import uniform_numbers
 from runtime.options import Options, UserError, option, parse, run_main
 
-# ---- choosing one token ----------------------------------------------------------------------------------------------
+# ---- choosing one token --------------------------------------------------------------------------
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make tokens that already stand in the text less likely (Keskar 2019): logits (B, V), seen (B, V) bool."""
+    """Make tokens that already stand in the text less likely (Keskar 2019): logits (B, V), seen (B,
+    V) bool."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Keep the k likeliest tokens, then the smallest set of them that holds probability p (Holtzman 2020); (B, V)."""
+    """Keep the k likeliest tokens, then the smallest set of them that holds probability p (Holtzman
+    2020); (B, V)."""
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probs = ordered.softmax(-1)
-        beyond = probs.cumsum(-1) - probs >= top_p  # mass before this token already suffices; never true for the first
+        # mass before this token already suffices; never true for the first
+        beyond = probs.cumsum(-1) - probs >= top_p
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
     return logits
 
@@ -57,9 +61,10 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
 
     weights (B, V) ≥ 0, probabilities up to a factor, u (B,) in [0, 1) -> (B,).
 
-    In two steps, which read the vocabulary once: sums of blocks of 64 tokens say in which block the token lies, and
-    only that block is cumulated. A threshold is u times the last sum and kept below it, so that a token of weight 0 is
-    never picked: not by u = 0, because its cumulated value does not exceed its predecessor's, nor by rounding.
+    In two steps, which read the vocabulary once: sums of blocks of 64 tokens say in which block the
+    token lies, and only that block is cumulated. A threshold is u times the last sum and kept below
+    it, so that a token of weight 0 is never picked: not by u = 0, because its cumulated value does
+    not exceed its predecessor's, nor by rounding.
     """
     def first_above(cumulated: Tensor, threshold: Tensor) -> Tensor:
         total = cumulated[:, -1:]
@@ -77,7 +82,8 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
 
 
 def choose(logits: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(token, its log-probability), each (B,), from logits (B, V) at their temperature; u None: the likeliest."""
+    """(token, its log-probability), each (B,), from logits (B, V) at their temperature; u None: the
+    likeliest."""
     logits = logits - logits.amax(1, keepdim=True)
     weights = logits.exp()
     token = logits.argmax(1) if u is None else draw(weights, u)
@@ -87,22 +93,25 @@ def choose(logits: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
 # ---- the two halves of decoding ------------------------------------------------------------------
 
 def prefill(model: Transformer, tokens: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
-    """Read whole prompts (B, P), left-padded, into the cache; logits (B, V) of the token after each."""
+    """Read whole prompts (B, P), left-padded, into the cache; logits (B, V) of the token after
+    each."""
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     allowed = None if bool(mask.all()) else attention_allowed(mask, None)
     last = torch.arange(1, len(tokens) + 1, device=tokens.device) * tokens.shape[1] - 1
     return model.head(model.trunk(tokens, positions, allowed, cache, last))
 
 
-def decode_step(model: Transformer, token: Tensor, slot: Tensor, start: Tensor, cache: KVCache, span: Tensor) -> Tensor:
-    """One token per row (B,), at position `slot` (B,) of the cache, its text from position `start` (B,) on
-    -> logits (B, V). span: the positions to read (KVCache.span)."""
+def decode_step(model: Transformer, token: Tensor, slot: Tensor, start: Tensor, cache: KVCache,
+                span: Tensor) -> Tensor:
+    """One token per row (B,), at position `slot` (B,) of the cache, its text from position `start`
+    (B,) on -> logits (B, V). span: the positions to read (KVCache.span)."""
     return model.head(model.step(token, slot, start, span, cache))
 
 
-def sample_step(model: Transformer, token: Tensor, slot: Tensor, start: Tensor, cache: KVCache, span: Tensor, u: Tensor,
-                temperature: float) -> tuple[Tensor, Tensor]:
-    """A step and the choice of its token, as one function to compile: (token, log-probability), each (B,)."""
+def sample_step(model: Transformer, token: Tensor, slot: Tensor, start: Tensor, cache: KVCache,
+                span: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """A step and the choice of its token, as one function to compile: (token, log-probability),
+    each (B,)."""
     return choose(decode_step(model, token, slot, start, cache, span).float() / temperature, u)
 
 
@@ -110,20 +119,24 @@ _step_numbers = itertools.count()
 
 
 class Decoder:
-    """A model made ready to write: its weights packed, room for keys and values, its steps compiled.
+    """A model made ready to write: its weights packed, room for keys and values, its steps
+    compiled.
 
-    `generate` makes one if none is given. Whoever writes many times keeps one, and calls `refresh` after the
-    weights have changed, which compiles nothing anew. One thread writes with it at a time.
+    `generate` makes one if none is given. Whoever writes many times keeps one, and calls `refresh`
+    after the weights have changed, which compiles nothing anew. One thread writes with it at a
+    time.
     """
 
     def __init__(self, model: Transformer, dtype: str | None = None, compile: bool = False):
         self.model, self.compile, self.device = model, compile, model.embedding.weight.device
-        self.dtype = {"bfloat16": torch.bfloat16, "int8": torch.int8}.get(dtype, model.embedding.weight.dtype)
+        self.dtype = {"bfloat16": torch.bfloat16, "int8": torch.int8}.get(dtype,
+                                                                          model.embedding.weight.dtype)
         if self.dtype == torch.int8 and self.device.type != "cpu":
             raise UserError("int8 is for writing on a CPU; on this device use bfloat16")
         self.copies: dict[int, Transformer] = {}  # with packed weights, by rows
         self.steps: dict[tuple[int, float], Callable] = {}  # compiled, by rows and temperature
-        self.caches: dict[tuple[int, int], KVCache] = {}  # that of the last call, by rows and length
+        # that of the last call, by rows and length
+        self.caches: dict[tuple[int, int], KVCache] = {}
         self.in_use = threading.Lock()
 
     def refresh(self) -> None:
@@ -134,7 +147,8 @@ class Decoder:
             cache.kv.zero_()  # had weights been NaN, what they left here would count for 0 · NaN
 
     def model_for(self, rows: int) -> Transformer:
-        """The model with weights packed for steps of so many rows. An eager copy serves fewer rows, too."""
+        """The model with weights packed for steps of so many rows. An eager copy serves fewer rows,
+        too."""
         rows = rows if self.compile else max((rows, *self.copies))
         if rows not in self.copies:
             if not self.compile:
@@ -155,9 +169,10 @@ class Decoder:
     def step(self, rows: int, temperature: float) -> Callable:
         """`sample_step`, compiled once for each number of rows, whatever the length.
 
-        Each has a code object of its own, so on a CPU none of torch.compile's guards need be checked at every
-        token: what they would guard is fixed by this decoder and the key. (On a GPU they also ensure that 32-bit
-        indices suffice.) On a CPU calls go through C++, not Python.
+        Each has a code object of its own, so on a CPU none of torch.compile's guards need be
+        checked at every token: what they would guard is fixed by this decoder and the key. (On a
+        GPU they also ensure that 32-bit indices suffice.) On a CPU calls go through C++, not
+        Python.
         """
         if not self.compile:
             return sample_step
@@ -167,9 +182,11 @@ class Decoder:
                 options = {"cpp_wrapper": True, "memory_planning": True, "size_asserts": False}
                 if skip := getattr(torch.compiler, "skip_all_guards_unsafe", None):
                     options["guard_filter_fn"] = skip
-            name = f"sample_step_{next(_step_numbers)}"  # dynamic sizes are remembered by name, even across models
+            # dynamic sizes are remembered by name, even across models
+            name = f"sample_step_{next(_step_numbers)}"
             code = sample_step.__code__.replace(co_name=name)
-            self.steps[rows, temperature] = torch.compile(types.FunctionType(code, sample_step.__globals__),
+            self.steps[rows, temperature] = torch.compile(types.FunctionType(code,
+                                                                             sample_step.__globals__),
                                                           options=options)
         return self.steps[rows, temperature]
 
@@ -178,7 +195,8 @@ class Decoder:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from logits. PPO uses the plain softmax at a temperature, nothing else."""
+    """How a token is chosen from logits. PPO uses the plain softmax at a temperature, nothing else.
+    """
 
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0
@@ -191,8 +209,10 @@ class Sampling:
         """The whole softmax at a temperature: then step and choice are one compiled function."""
         return self.temperature > 0 and self == Sampling(self.temperature)
 
-    def choose(self, logits: Tensor, seen: Tensor | None, u: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(token, its log-probability), each (B,), from logits (B, V). seen (B, V): tokens of the text so far."""
+    def choose(self, logits: Tensor, seen: Tensor | None, u: Tensor | None) -> tuple[Tensor,
+                                                                                     Tensor]:
+        """(token, its log-probability), each (B,), from logits (B, V). seen (B, V): tokens of the
+        text so far."""
         logits = logits.float()
         if self.suppress:
             logits[:, list(self.suppress)] = -torch.inf
@@ -205,8 +225,8 @@ class Sampling:
 
 @dataclasses.dataclass
 class Generation:
-    """tokens (B, R) int64, mask (B, R) bool: True up to and including the end token, logprobs (B, R) float32.
-    After the end: id 0, mask False, log-probability 0."""
+    """tokens (B, R) int64, mask (B, R) bool: True up to and including the end token, logprobs (B,
+    R) float32. After the end: id 0, mask False, log-probability 0."""
 
     tokens: Tensor
     mask: Tensor
@@ -214,27 +234,32 @@ class Generation:
 
 
 class Writer:
-    """Replies in progress. Each of B rows answers one prompt; when its reply ends, the next prompt takes the row
-    (continuous batching)."""
+    """Replies in progress. Each of B rows answers one prompt; when its reply ends, the next prompt
+    takes the row (continuous batching)."""
 
     CHECK_EVERY = 8  # steps between checks for ended rows: each check makes a GPU wait
 
-    def __init__(self, decoder: Decoder, prompts: tuple[Tensor, Tensor], reply_len: int, sampling: Sampling,
-                 rows: int, u: Tensor | None, end_id: int | None, on_token: Callable[[Tensor, Tensor], None] | None):
-        """prompts: tokens and mask, each (n, P). u (n, reply_len): uniform numbers, None for greedy replies."""
+    def __init__(self, decoder: Decoder, prompts: tuple[Tensor, Tensor], reply_len: int,
+                 sampling: Sampling, rows: int, u: Tensor | None, end_id: int | None,
+                 on_token: Callable[[Tensor, Tensor], None] | None):
+        """prompts: tokens and mask, each (n, P). u (n, reply_len): uniform numbers, None for greedy
+        replies."""
         self.decoder, (self.tokens, self.mask), self.sampling, self.u = decoder, prompts, sampling, u
         self.end_id, self.on_token = -1 if end_id is None else end_id, on_token  # −1 is no token
         n, self.P, self.R, device = len(self.tokens), self.tokens.shape[1], reply_len, self.tokens.device
         self.out = Generation(torch.zeros(n, self.R, dtype=torch.int64, device=device),
                               torch.zeros(n, self.R, dtype=torch.bool, device=device),
                               torch.zeros(n, self.R, device=device))
-        # Of each row: its prompt's number, the tokens written, the last of them, where its text starts in the cache.
+        # Of each row: its prompt's number, the tokens written, the last of them, where its text
+        # starts in the cache.
         self.rows, self.next_prompt = rows, 0
-        self.prompt, self.length, self.token, self.start = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self.prompt, self.length, self.token, self.start = torch.zeros(4, rows, dtype=torch.int64,
+                                                                       device=device)
         self.running = torch.zeros(rows, dtype=torch.bool, device=device)
         self.seen = None
         if sampling.repetition_penalty != 1:
-            self.seen = torch.zeros(rows, decoder.model.config.vocab_size, dtype=torch.bool, device=device)
+            self.seen = torch.zeros(rows, decoder.model.config.vocab_size, dtype=torch.bool,
+                                    device=device)
         self.cache = decoder.cache(rows, self.P + self.R)
         self._prepare_steps()
 
@@ -274,12 +299,15 @@ class Writer:
         if self.seen is not None:
             read = torch.where(mask, tokens, tokens[:, -1:])
             self.seen[at] = torch.zeros_like(self.seen[at]).scatter_(1, read, True)
-        self.token[at], logprob = self.sampling.choose(logits, None if self.seen is None else self.seen[at],
-                                                       None if self.u is None else self.u[prompt, 0])
+        self.token[at], logprob = self.sampling.choose(logits,
+                                                       None if self.seen is None else self.seen[at],
+                                                       None if self.u is None
+                                                       else self.u[prompt, 0])
         self._record(at, self.token[at, None], logprob[:, None])
 
     def _record(self, at: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
-        """Store k new tokens (len(at), k) of rows `at`, each up to its end token or limit; ended rows stop running."""
+        """Store k new tokens (len(at), k) of rows `at`, each up to its end token or limit; ended
+        rows stop running."""
         column = self.length[at, None] + torch.arange(tokens.shape[1], device=at.device)
         is_end = tokens.eq(self.end_id)
         real = self.running[at, None] & (column < self.R) & (is_end.cumsum(1) - is_end.long() == 0)
@@ -291,12 +319,14 @@ class Writer:
         self.running[at] &= ~(is_end & real).any(1) & (self.length[at] < self.R)
 
     def _shrink(self, running: int) -> None:
-        """Drop ended rows where that pays. Copying the cache costs about one step's reading of it; a compiled step
-        is made for its number of rows, so compiled rows shrink to a quarter at once, or not at all."""
+        """Drop ended rows where that pays. Copying the cache costs about one step's reading of it;
+        a compiled step is made for its number of rows, so compiled rows shrink to a quarter at
+        once, or not at all."""
         if self.decoder.compile:
             if self.rows < 32 or running > self.rows // 4:
                 return
-            keep = torch.cat((self.running.nonzero()[:, 0], (~self.running).nonzero()[:, 0]))[:self.rows // 4]
+            keep = torch.cat((self.running.nonzero()[:, 0],
+                              (~self.running).nonzero()[:, 0]))[:self.rows // 4]
         else:
             if self.rows - running <= 0.1 * self.rows:
                 return
@@ -310,7 +340,8 @@ class Writer:
     def _advance(self) -> None:
         """Write up to CHECK_EVERY tokens in every row."""
         longest = int(self.length[self.running].max())
-        k = min(1 if self.on_token else self.CHECK_EVERY, self.R - int(self.length[self.running].min()))
+        k = min(1 if self.on_token else self.CHECK_EVERY,
+                self.R - int(self.length[self.running].min()))
         ahead = self.length + torch.arange(k, device=self.length.device)[:, None]  # (k, B)
         slot = self.P - 1 + ahead.clamp(max=self.R)  # full rows stay at R
         u = [None] * k if self.u is None else self.u[self.prompt, ahead.clamp(max=self.R - 1)]
@@ -318,8 +349,8 @@ class Writer:
         for j in range(k):
             span = self.cache.span(min(self.P + longest + j, self.P + self.R))
             if self.sampling.plain:
-                self.token, logprob = self.step(self.model, self.token, slot[j], self.start, self.cache, span, u[j],
-                                                self.sampling.temperature)
+                self.token, logprob = self.step(self.model, self.token, slot[j], self.start,
+                                                self.cache, span, u[j], self.sampling.temperature)
             else:
                 if self.seen is not None:
                     self.seen.scatter_(1, self.token[:, None], True)
@@ -327,25 +358,29 @@ class Writer:
                 self.token, logprob = self.sampling.choose(logits, self.seen, u[j])
             tokens.append(self.token)
             logprobs.append(logprob)
-        self._record(torch.arange(self.rows, device=slot.device), torch.stack(tokens, 1), torch.stack(logprobs, 1))
+        self._record(torch.arange(self.rows, device=slot.device), torch.stack(tokens, 1),
+                     torch.stack(logprobs, 1))
 
 
 def require_room(model: Transformer, prompt: int, reply: int) -> None:
     """UserError if a prompt and a reply of so many tokens exceed the model's max_len."""
     if prompt + reply > model.config.max_len:
-        raise UserError(f"a prompt of {prompt} tokens and a reply of up to {reply} exceed the model's "
-                        f"{model.config.max_len} (max_len): shorten the prompt, or lower --max_new_tokens")
+        raise UserError(f"a prompt of {prompt} tokens and a reply of up to {reply} exceed the "
+                        f"model's {model.config.max_len} (max_len): shorten the prompt, or lower "
+                        "--max_new_tokens")
 
 
 @torch.no_grad()
-def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: int, *, end_id: int | None = None,
-             seed: int | Sequence[int] = 0, decoder: Decoder | None = None, sampling: Sampling | None = None,
-             **settings: Any) -> Generation:
+def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: int, *,
+             end_id: int | None = None,
+             seed: int | Sequence[int] = 0, decoder: Decoder | None = None,
+             sampling: Sampling | None = None, **settings: Any) -> Generation:
     """Continue each prompt by up to max_new_tokens tokens.
 
-    tokens (B, P) int64 and mask (B, P) bool: left-padded prompts. logprobs belong to the distribution drawn from
-    (greedy: to that at temperature 1, after the repetition penalty and `suppress`). decoder: one kept from an earlier
-    call for this model, which then decides the dtype. Settings are the fields of `Sampling`, in place of one, and
+    tokens (B, P) int64 and mask (B, P) bool: left-padded prompts. logprobs belong to the
+    distribution drawn from (greedy: to that at temperature 1, after the repetition penalty and
+    `suppress`). decoder: one kept from an earlier call for this model, which then decides the
+    dtype. Settings are the fields of `Sampling`, in place of one, and
 
     - rows (B,): global row numbers, by default 0…B−1; reply b uses the uniform numbers of (seed, rows[b]) only
     - batch_size: at most so many replies are written at a time; where one ends, the next prompt takes its place
@@ -353,8 +388,8 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
       CPU); None: as the weights are
     - on_token(rows, tokens): called after each step with the indices of the rows still being written
 
-    UserError if prompt and reply exceed the model's max_len. ValueError if the decoder is writing already, in another
-    thread or around this call.
+    UserError if prompt and reply exceed the model's max_len. ValueError if the decoder is writing
+    already, in another thread or around this call.
     """
     rows, batch_size, dtype, on_token = (settings.pop(name, None) for name in
                                          ("rows", "batch_size", "dtype", "on_token"))
@@ -369,66 +404,75 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
         raise ValueError("generate: dropout is on; call model.eval() first")
     decoder = decoder or Decoder(model, dtype)
     if decoder.model is not model:
-        raise ValueError("generate: this decoder was made for another model, and would write with that")
+        raise ValueError("generate: this decoder was made for another model, and would write with "
+                         "that")
     if not decoder.in_use.acquire(blocking=False):
-        raise ValueError("generate: this decoder is writing already; give each thread, and each call inside on_token, "
-                         "a decoder of its own")
+        raise ValueError("generate: this decoder is writing already; give each thread, and each "
+                         "call inside on_token, a decoder of its own")
     try:
         u = None
         if sampling.temperature > 0:
-            u = uniform_numbers(seed, range(n) if rows is None else rows, max_new_tokens).to(tokens.device)
+            u = uniform_numbers(seed, range(n) if rows is None else rows,
+                                max_new_tokens).to(tokens.device)
         first = int(mask.any(0).int().argmax())  # columns before it are padding in every row
-        return Writer(decoder, (tokens[:, first:], mask[:, first:]), max_new_tokens, sampling, min(n, batch_size or n),
-                      u, end_id, on_token).write()
+        return Writer(decoder, (tokens[:, first:], mask[:, first:]), max_new_tokens, sampling,
+                      min(n, batch_size or n), u, end_id, on_token).write()
     finally:
         decoder.in_use.release()
 
 
-# ---- from texts to texts ---------------------------------------------------------------------------------------------
+# ---- from texts to texts -------------------------------------------------------------------------
 
 def reply_ids(replies: Generation) -> list[list[int]]:
     """The ids of each reply, its end token included."""
-    return [tokens[mask].tolist() for tokens, mask in zip(replies.tokens, replies.mask, strict=True)]
+    return [tokens[mask].tolist() for tokens, mask in zip(replies.tokens, replies.mask,
+                                                          strict=True)]
 
 
 def reply_texts(tokenizer: Tokenizer, replies: Generation) -> list[str]:
     """Each reply as text, without the end token."""
-    return [tokenizer.decode([i for i in ids if i != tokenizer.eom_id]) for ids in reply_ids(replies)]
+    return [tokenizer.decode([i for i in ids if i != tokenizer.eom_id])
+            for ids in reply_ids(replies)]
 
 
-def reply_to(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_new_tokens: int,
-             **settings) -> Generation:
+def reply_to(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[int]],
+             max_new_tokens: int, **settings) -> Generation:
     """`generate` for prompts given as lists of ids; settings are those of `generate`."""
     tokens, mask = pad_left(prompts, tokenizer.pad_id)
     device = model.embedding.weight.device
-    return generate(model, tokens.to(device), mask.to(device), max_new_tokens, end_id=tokenizer.eom_id, **settings)
+    return generate(model, tokens.to(device), mask.to(device), max_new_tokens,
+                    end_id=tokenizer.eom_id, **settings)
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class SampleOptions(Options):
     """`python sample.py`"""
 
-    checkpoint: str = option("out/reviews/ppo", "checkpoint or folder of a run to sample from", flag="from")
+    checkpoint: str = option("out/reviews/ppo", "checkpoint or folder of a run to sample from",
+                             flag="from")
     prompt: str = option("", "text to reply to or go on from")
     chat: bool = option(False, "talk: each line is a turn; Ctrl-C stops the answer, Ctrl-D leaves")
     file: str = option("", 'JSON Lines with {"prompt"}: replies are printed as JSON Lines')
-    compare: str = option("", "two run folders (as two words, or with a comma): same prompts, same random numbers",
-                          words=2)
-    best_of: int = option(1, "draw so many replies and print them from worst to best, by the reward model", low=1)
-    reward_from: str = option("", "reward model for --best_of; empty: the folder `reward` beside the checkpoint's")
+    compare: str = option("", "two run folders (as two words, or with a comma): same prompts, same "
+                              "random numbers", words=2)
+    best_of: int = option(1, "draw so many replies and print them from worst to best, by the "
+                             "reward model", low=1)
+    reward_from: str = option("", "reward model for --best_of; empty: the folder `reward` beside "
+                                  "the checkpoint's")
     raw: bool = option(False, "do not put the checkpoint's prompt template around the prompt")
     max_new_tokens: int = option(64, "longest reply, in tokens", low=1)
     temperature: float = option(1.0, "below 1 sharper, above 1 flatter, 0 greedy", low=0)
     top_k: int = option(0, "draw among the k likeliest tokens; 0: all", source="Fan 2018", low=0)
-    top_p: float = option(1.0, "draw among the likeliest tokens that hold this probability", source="Holtzman 2020",
-                          low=0.001, high=1)
-    repetition_penalty: float = option(1.0, "divide the logits of tokens already written", source="Keskar 2019",
-                                       low=0.01)
+    top_p: float = option(1.0, "draw among the likeliest tokens that hold this probability",
+                          source="Holtzman 2020", low=0.001, high=1)
+    repetition_penalty: float = option(1.0, "divide the logits of tokens already written",
+                                       source="Keskar 2019", low=0.01)
     seed: int = option(0, "random numbers of the replies", low=0)
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = option("float32", "of matrix products (int8: CPU)", choices=("auto", "float32", "bfloat16", "int8"))
+    dtype: str = option("float32", "of matrix products (int8: CPU)",
+                        choices=("auto", "float32", "bfloat16", "int8"))
     traceback: bool = option(False, "show where in the code an error arose")
 
 
@@ -449,9 +493,10 @@ class Speaker:
 
     def replies(self, prompts: list[list[int]], rows=None, on_token=None) -> Generation:
         o, t = self.o, self.tokenizer
-        return reply_to(self.model, t, prompts, o.max_new_tokens, temperature=o.temperature, top_k=o.top_k,
-                        top_p=o.top_p, repetition_penalty=o.repetition_penalty, seed=o.seed, rows=rows,
-                        batch_size=None if on_token else 64, dtype=self.dtype,
+        return reply_to(self.model, t, prompts, o.max_new_tokens, temperature=o.temperature,
+                        top_k=o.top_k,
+                        top_p=o.top_p, repetition_penalty=o.repetition_penalty, seed=o.seed,
+                        rows=rows, batch_size=None if on_token else 64, dtype=self.dtype,
                         suppress=[i for i in t.special_ids if i != t.eom_id], on_token=on_token)
 
     def texts(self, prompts: list[list[int]]) -> tuple[list[str], Generation]:
@@ -460,7 +505,8 @@ class Speaker:
         return reply_texts(self.tokenizer, replies), replies
 
     def stream(self, prompt: list[int], rows=None, before: str = "") -> str:
-        """Print `before`, then a reply while it is written; what was written until Ctrl-C is kept."""
+        """Print `before`, then a reply while it is written; what was written until Ctrl-C is kept.
+        """
         decoder, written = codecs.getincrementaldecoder("utf-8")("replace"), []
         print(before, end="", flush=True)
 
@@ -478,9 +524,11 @@ class Speaker:
 
 
 def chat(speaker: Speaker) -> None:
-    """A conversation: the whole history is the prompt of every answer; the oldest turns go when it grows too long."""
+    """A conversation: the whole history is the prompt of every answer; the oldest turns go when it
+    grows too long."""
     if speaker.bare:
-        raise UserError(f"{speaker.o.checkpoint}: pretraining teaches no talk; use --prompt, or an sft checkpoint")
+        raise UserError(f"{speaker.o.checkpoint}: pretraining teaches no talk; use --prompt, or an "
+                        "sft checkpoint")
     messages, turn = [], 0
     while True:
         try:
@@ -490,14 +538,17 @@ def chat(speaker: Speaker) -> None:
             return
         if not line:
             continue
-        asked = [*messages, {"role": "user", "content": line if messages else apply_template(speaker.template, line)}]
+        asked = [*messages, {"role": "user", "content": line if messages
+                             else apply_template(speaker.template, line)}]
         room = speaker.model.config.max_len - speaker.o.max_new_tokens
-        while len(ids := speaker.tokenizer.render_chat(asked, reply=True)[0]) > room and len(asked) > 2:
+        while len(ids := speaker.tokenizer.render_chat(asked,
+                                                       reply=True)[0]) > room and len(asked) > 2:
             asked = asked[2:]
         if len(ids) > room:
             print(f"(that is too long by {len(ids) - room} tokens: say it shorter)")
             continue
-        messages = [*asked, {"role": "assistant", "content": speaker.stream(ids, rows=[turn], before="MOSS: ")}]
+        messages = [*asked, {"role": "assistant", "content": speaker.stream(ids, rows=[turn],
+                                                                            before="MOSS: ")}]
         turn += 1
 
 
@@ -516,7 +567,8 @@ def best_of(speaker: Speaker, prompt: str, n: int) -> None:
 def compare(folders: list[str], prompts: list, o: SampleOptions) -> None:
     """The same prompts and random numbers through two checkpoints."""
     if len(folders) != 2:
-        raise UserError(f"--compare needs two run folders, got {len(folders)}: --compare out/mine/sft out/mine/ppo")
+        raise UserError(f"--compare needs two run folders, got {len(folders)}: --compare "
+                        "out/mine/sft out/mine/ppo")
     speakers = [Speaker(f, o) for f in folders]
     texts = [s.texts([s.ids(p) for p in prompts])[0] for s in speakers]
     for prompt, *replies in zip(prompts, *texts, strict=True):
@@ -538,7 +590,8 @@ def main(argv: list[str]) -> None:
     if o.best_of == 1:
         o.refuse("reward_from", why="without --best_of: nothing is scored")
     if o.compare:
-        prompts = [r["prompt"] for r in load_records(o.file, "ppo")] if o.file else [o.prompt] if o.prompt else None
+        prompts = [r["prompt"] for r in load_records(o.file,
+                                                     "ppo")] if o.file else [o.prompt] if o.prompt else None
         folders = o.compare.split(",")
         compare(folders, prompts or load_checkpoint(folders[-1])[2].get("example_prompts", [""]), o)
         return
@@ -550,13 +603,15 @@ def main(argv: list[str]) -> None:
         prompts = [r["prompt"] for r in load_records(o.file, "ppo")]
         texts, replies = speaker.texts([speaker.ids(p) for p in prompts])
         for prompt, text, mask in zip(prompts, texts, replies.mask, strict=True):
-            print(json.dumps({"prompt": prompt, "response": text, "tokens": int(mask.sum())}, ensure_ascii=False))
+            print(json.dumps({"prompt": prompt, "response": text, "tokens": int(mask.sum())},
+                             ensure_ascii=False))
     elif o.prompt and o.best_of > 1:
         best_of(speaker, o.prompt, o.best_of)
     elif o.prompt:
         speaker.stream(speaker.ids(o.prompt), before=o.prompt)
     else:
-        raise UserError("nothing to do: give --prompt TEXT, --chat, --file FILE or --compare DIR DIR")
+        raise UserError("nothing to do: give --prompt TEXT, --chat, --file FILE or --compare DIR "
+                        "DIR")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ class UserError(Exception):
 # ---- declaring -----------------------------------------------------------------------------------
 
 def option(default: Any, help: str, *, source: str = "", choices: tuple | None = None,
-           low: float | None = None,
-           high: float | None = None, **more: Any) -> Any:
+           low: float | None = None, high: float | None = None, **more: Any) -> Any:
     """A dataclass field with what --help says of it and the choices or the range (both ends
     allowed) of its values.
 

@@ -1,9 +1,10 @@
 """Linear layers and RMSNorm in the forms that are fast on this processor.
 
-On some processors (AMD's, for example) the float32 products behind `F.linear` reach less than half of the speed of
-oneDNN's, which PyTorch ships, too. A run therefore measures which is faster (`pick_products`) and tells its models
-(`use_products`). Everything here has a plain fallback that computes the same. The names of oneDNN's operators are
-private to PyTorch: if one is missing, `F.linear` is used.
+On some processors (AMD's, for example) the float32 products behind `F.linear` reach less than half
+of the speed of oneDNN's, which PyTorch ships, too. A run therefore measures which is faster
+(`pick_products`) and tells its models (`use_products`). Everything here has a plain fallback that
+computes the same. The names of oneDNN's operators are private to PyTorch: if one is missing,
+`F.linear` is used.
 """
 import math
 import time
@@ -12,16 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-_reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if _onednn is not None else None
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise",
+                  None) if torch.backends.mkldnn.is_available() else None
+_reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight",
+                   None) if _onednn is not None else None
 
 
-# ---- float32 products of training ------------------------------------------------------------------------------------
+# ---- float32 products of training ----------------------------------------------------------------
 
 _library = torch.library.Library("mosslet", "FRAGMENT")
 _library.define("product(Tensor a, Tensor b) -> Tensor")
 _library.impl("product", lambda a, b: _onednn(a, b, None, "none", [], ""), "CPU")
-_product = torch.ops.mosslet.product  # a (…, K) @ b (N, K)ᵀ by oneDNN, whatever their strides; opaque to the compiler
+# a (…, K) @ b (N, K)ᵀ by oneDNN, whatever their strides; opaque to the compiler
+_product = torch.ops.mosslet.product
 
 
 @torch.library.register_fake("mosslet::product")
@@ -42,38 +46,43 @@ class _Linear(torch.autograd.Function):
         x, w = ctx.saved_tensors
         g = g.contiguous()
         grad_x = _product(g, w.t()) if ctx.needs_input_grad[0] else None
-        return grad_x, _weight_gradient(g.flatten(0, -2), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        return grad_x, _weight_gradient(g.flatten(0, -2),
+                                        x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
 
 
 def _weight_gradient(g: Tensor, x: Tensor) -> Tensor:
-    """gᵀ x of g (M, N), x (M, K) -> (N, K). What stands first in a product is copied when it is transposed, so that
-    should be the narrower one."""
-    return _product(g.t(), x.t()) if g.shape[1] <= x.shape[1] else _product(x.t(), g.t()).t().contiguous()
+    """gᵀ x of g (M, N), x (M, K) -> (N, K). What stands first in a product is copied when it is
+    transposed, so that should be the narrower one."""
+    return _product(g.t(), x.t()) if g.shape[1] <= x.shape[1] else _product(x.t(),
+                                                                            g.t()).t().contiguous()
 
 
 def use_products(model: nn.Module, name: str) -> None:
-    """Let all layers of this model compute float32 products on a CPU by "aten" or "onednn". The choice belongs to
-    the layers: another model's stays as it is. Without oneDNN it is always "aten"."""
+    """Let all layers of this model compute float32 products on a CPU by "aten" or "onednn". The
+    choice belongs to the layers: another model's stays as it is. Without oneDNN it is always
+    "aten"."""
     for module in model.modules():
         if hasattr(module, "products"):
             module.products = name if _onednn is not None else "aten"
 
 
 def pick_products(device: str, width: int, rows: int = 1024, repeats: int = 7) -> tuple[str, str]:
-    """("aten" or "onednn", why): whose float32 products are faster here, by measuring rows x width x 4·width."""
+    """("aten" or "onednn", why): whose float32 products are faster here, by measuring rows x width
+    x 4·width."""
     if device != "cpu" or _onednn is None or width < 128:
         return "aten", "nothing to choose at this width or on this device"
     x, w = torch.randn(rows, width), torch.randn(4 * width, width)
     best = {F.linear: math.inf, _product: math.inf}
-    for _ in range(repeats):  # in turns, and the best of each, so that what else the machine does favours neither
+    # in turns, and the best of each, so that what else the machine does favours neither
+    for _ in range(repeats):
         for multiply in best:
             start = time.perf_counter()
             multiply(x, w)
             best[multiply] = min(best[multiply], time.perf_counter() - start)
     aten, onednn = best.values()
-    return ("onednn" if onednn < 0.9 * aten else "aten"), (f"a {rows}x{width}x{4 * width} product takes "
-                                                           f"{1e3 * aten:.2f} ms by F.linear, {1e3 * onednn:.2f} by "
-                                                           "oneDNN")
+    return ("onednn" if onednn < 0.9 * aten else "aten"), (f"a {rows}x{width}x{4 * width} product "
+                                                           f"takes {1e3 * aten:.2f} ms by "
+                                                           f"F.linear, {1e3 * onednn:.2f} by oneDNN")
 
 
 def linear(x: Tensor, weight: Tensor, products: str = "aten") -> Tensor:
@@ -98,7 +107,8 @@ class Linear(nn.Linear):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = n w with n = x / sqrt(mean x² + ε), over the last dimension: x (…, D), w (D,). Where g is the gradient of y,
+    """y = n w with n = x / sqrt(mean x² + ε), over the last dimension: x (…, D), w (D,). Where g is
+    the gradient of y,
 
         ∂x = (g w − n · mean(g w n)) / sqrt(mean x² + ε),        ∂w = Σ g n.
     """
@@ -121,7 +131,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm, on a CPU in fewer passes over memory: PyTorch composes its own there from separate operations."""
+    """nn.RMSNorm, on a CPU in fewer passes over memory: PyTorch composes its own there from
+    separate operations."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler fuses it itself

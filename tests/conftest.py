@@ -1,4 +1,5 @@
-"""Shared by all tests: the repository on the path, and a small made-up source of the default data set's layout."""
+"""Shared by all tests: the repository on the path, and a small made-up source of the default data
+set's layout."""
 import dataclasses
 import itertools
 import pathlib
@@ -25,7 +26,8 @@ CONTRADICTED = "酒店位置不错，离地铁站很近，就是房间有点小�
 QUOTED = "昨天刚刚收到货，包装完整无缺没有任何破损"  # 20 characters: reviews that share them must stay together
 
 
-TINY = dict(vocab_size=70, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_len=96)  # a model's shape
+# a model's shape
+TINY = dict(vocab_size=70, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_len=96)
 
 
 def loud(model):
@@ -70,12 +72,14 @@ def made_up_reviews(liked: bool) -> list[str]:
 
 
 def write_reviews_source(folder: pathlib.Path) -> None:
-    """The three files that `reviews` is made from, with repeats, contradictions and quotations in them."""
+    """The three files that `reviews` is made from, with repeats, contradictions and quotations in
+    them."""
     (folder / "sentiment").mkdir(parents=True)
     (folder / "tag").mkdir()
     good, bad = made_up_reviews(True), made_up_reviews(False)
     rng = random.Random(0)
-    long = ["".join(chr(rng.randrange(0x4E00, 0x4F00)) for _ in range(90)) for _ in range(20)]  # too long for a reply
+    # too long for a reply
+    long = ["".join(chr(rng.randrange(0x4E00, 0x4F00)) for _ in range(90)) for _ in range(20)]
     said = ["很热情", "态度好", "有耐心", "回复快", "专业", "细心"]
     quoting = [f"{QUOTED}，{i}号客服{x}" for i, x in enumerate(said)]
     good += [REPEATED, REPEATED + "！！", REPEATED.replace("，", " "), CONTRADICTED, *long, *quoting]
@@ -109,9 +113,11 @@ def reviews_source(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def world(reviews_source, tmp_path_factory):
     """A prepared data set, and tiny untrained parents for every stage."""
-    data = open_data("reviews", source=str(reviews_source), vocab_size=500, cache=tmp_path_factory.mktemp("cache"))
+    data = open_data("reviews", source=str(reviews_source), vocab_size=500,
+                     cache=tmp_path_factory.mktemp("cache"))
     root = tmp_path_factory.mktemp("parents")
-    lm = Transformer(ModelConfig(vocab_size=500, n_layer=1, n_head=2, n_kv_head=1, d_model=32, d_ff=32, max_len=128))
+    lm = Transformer(ModelConfig(vocab_size=500, n_layer=1, n_head=2, n_kv_head=1, d_model=32,
+                                 d_ff=32, max_len=128))
     judge = RewardModel(RewardConfig(**dataclasses.asdict(lm.config)))
     loud(lm)
     loud(judge.backbone)
@@ -129,8 +135,11 @@ def command(world, tmp_path, monkeypatch):
     monkeypatch.setattr("data.prepare.open_data", lambda *_, **__: world.data)
 
     def parsed(stage, *words):
-        given = {"sft": ["--init_from", world.root / "pretrain"], "reward": ["--init_from", world.root / "sft"],
-                 "ppo": ["--init_from", world.root / "sft", "--reward_from", world.root / "reward"]}.get(stage, [])
-        return parse(train.STAGES[stage][0], [*map(str, ["--preset=smoke", "--dtype=float32", "--out", tmp_path,
+        given = {"sft": ["--init_from", world.root / "pretrain"],
+                 "reward": ["--init_from", world.root / "sft"],
+                 "ppo": ["--init_from", world.root / "sft", "--reward_from",
+                         world.root / "reward"]}.get(stage, [])
+        return parse(train.STAGES[stage][0], [*map(str, ["--preset=smoke", "--dtype=float32",
+                                                         "--out", tmp_path,
                                                              *given, *words])], "x")
     return parsed

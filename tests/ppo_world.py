@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from model import ModelConfig, Transformer
-from ppo import (ActorCritic, Minibatch, Networks, PPOOptions, Prediction, Rollout, ScoreScale, collect_rollout,
-                 ppo_loss, ratio_metrics)
+from ppo import (ActorCritic, Minibatch, Networks, PPOOptions, Prediction, Rollout, ScoreScale,
+                 collect_rollout, ppo_loss, ratio_metrics)
 from reward import RewardConfig, RewardModel, critic_from
 from tests.conftest import loud
 
@@ -27,7 +27,8 @@ def bools(rows) -> torch.Tensor:
 
 
 def options(**changes) -> PPOOptions:
-    return PPOOptions(**{"preset": "smoke", "batch": 8, "minibatches": 2, "epochs": 2, "reply_len": 12,
+    return PPOOptions(**{"preset": "smoke", "batch": 8, "minibatches": 2, "epochs": 2,
+                         "reply_len": 12,
                          "micro_batch": 3, **changes})
 
 
@@ -48,10 +49,12 @@ def prompts(n: int = 8) -> list[list[int]]:
     return [rng.integers(6, 40, rng.integers(1, 7)).tolist() for _ in range(n)]
 
 
-def rollout_of(nets: Nets, o: PPOOptions, step: int = 0, dtype: str = "float32", decoder=None, **more) -> Rollout:
+def rollout_of(nets: Nets, o: PPOOptions, step: int = 0, dtype: str = "float32", decoder=None,
+               **more) -> Rollout:
     networks = Networks(nets.actor_critic, nets.reference, END, dtype, decoder)
     settings = {"scorer": nets.reward_model, "scale": ScoreScale(), "kl_coef": .1, **more}
-    return collect_rollout(networks, prompts(o.batch // o.samples_per_prompt), o, step=step, **settings)
+    return collect_rollout(networks, prompts(o.batch // o.samples_per_prompt), o, step=step,
+                           **settings)
 
 
 def optimizer_of(actor_critic: ActorCritic, lr: float = 1e-2) -> torch.optim.Optimizer:
@@ -70,9 +73,13 @@ def arrays(B: int = 6, R: int = 9, seed: int = 0) -> tuple[dict[str, torch.Tenso
 def loss_of(x: dict[str, torch.Tensor], mask: torch.Tensor, n_tokens=None, loss=ppo_loss,
             **changes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(loss, means of its metrics) of such arrays."""
-    rollout = types.SimpleNamespace(response_mask=mask, logprobs=x["old_logprobs"], ref_logprobs=x["old_logprobs"],
-                                    values=x["old_values"], advantages=x["advantages"], returns=x["returns"])
-    batch = Minibatch.of(rollout, torch.arange(len(mask)), mask.sum() if n_tokens is None else n_tokens)
+    rollout = types.SimpleNamespace(response_mask=mask, logprobs=x["old_logprobs"],
+                                    ref_logprobs=x["old_logprobs"],
+                                    values=x["old_values"], advantages=x["advantages"],
+                                    returns=x["returns"])
+    batch = Minibatch.of(rollout, torch.arange(len(mask)),
+                         mask.sum() if n_tokens is None else n_tokens)
     new = Prediction(x["logprobs"], x["entropy"], x["values"])
     value, metrics = loss(batch, new, options(**changes))
-    return value, {name: mean.detach() for name, (mean, _) in {**metrics, **ratio_metrics(batch, new)}.items()}
+    return value, {name: mean.detach() for name, (mean, _) in {**metrics,
+                                                               **ratio_metrics(batch, new)}.items()}

@@ -1,8 +1,9 @@
 """A device that is not there: a stand-in for a GPU that complains where a GPU would.
 
-Its tensors say that they are on `cuda`; behind each stands one on the CPU, which does the work. An operation between
-the two kinds fails as it does on a GPU, and so does reading one as a NumPy array. Not shown by this: the GPU's own
-kernels, torch.compile and autocast there; those are for test_cuda.py.
+Its tensors say that they are on `cuda`; behind each stands one on the CPU, which does the work. An
+operation between the two kinds fails as it does on a GPU, and so does reading one as a NumPy array.
+Not shown by this: the GPU's own kernels, torch.compile and autocast there; those are for
+test_cuda.py.
 """
 import contextlib
 
@@ -12,16 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 MOVES = ("copy_", "_to_copy")
-INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")  # a GPU's tensor takes indices of either kind
+# a GPU's tensor takes indices of either kind
+INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
 
 
 class There(torch.Tensor):
-    """A tensor of the stand-in device. To PyTorch it is one of `meta`, the device that has no memory."""
+    """A tensor of the stand-in device. To PyTorch it is one of `meta`, the device that has no
+    memory."""
 
     @staticmethod
     def __new__(cls, inner):
-        there = torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype,
-                                                    storage_offset=inner.storage_offset(), device="meta")
+        there = torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(),
+                                                    dtype=inner.dtype,
+                                                    storage_offset=inner.storage_offset(),
+                                                    device="meta")
         there.inner = inner
         return there
 
@@ -34,9 +39,11 @@ class There(torch.Tensor):
         if function in (torch.Tensor.cpu, torch.Tensor.tolist):
             here = args[0].to("cpu")
             return here if function is torch.Tensor.cpu else here.tolist()
-        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):  # a list would be put on `meta`, and lost
+        # a list would be put on `meta`, and lost
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            args = (args[0], tuple(torch.tensor(i) if isinstance(i, list) else i for i in index), *args[2:])
+            args = (args[0], tuple(torch.tensor(i) if isinstance(i, list) else i for i in index),
+                    *args[2:])
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 
@@ -46,13 +53,15 @@ class There(torch.Tensor):
 
 
 def computed(function, args, kwargs):
-    """Do on the CPU what was asked for, if a GPU would do it, and say that the result is where it would be."""
+    """Do on the CPU what was asked for, if a GPU would do it, and say that the result is where it
+    would be."""
     name = function.overloadpacket.__name__
     there, here = [], []
     for x in tree_leaves((args, kwargs)):
         if isinstance(x, torch.Tensor):
             (there if isinstance(x, There) else here).append(x)
-    if there and any(x.dim() for x in here) and name not in MOVES:  # a CPU's tensor without dimensions is a number
+    # a CPU's tensor without dimensions is a number
+    if there and any(x.dim() for x in here) and name not in MOVES:
         of_values = [args[0], *args[2:3]] if name in INDEXED else []
         if not of_values or not all(isinstance(x, There) for x in of_values if x.dim()):
             raise RuntimeError(f"{name}: expected all tensors to be on the same device")
@@ -79,7 +88,8 @@ class Named(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         def other(x):
-            return torch.device("meta") if isinstance(x, str | torch.device) and str(x).startswith("cuda") else x
+            return torch.device("meta") if isinstance(x, str
+                                                      | torch.device) and str(x).startswith("cuda") else x
 
         kwargs = {k: other(x) if k == "device" else x for k, x in (kwargs or {}).items()}
         args = [*map(other, args)] if function is not torch.device else args

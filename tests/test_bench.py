@@ -1,4 +1,5 @@
-"""The bench counts what it says it counts, measures in turns, and leaves out peers that are not there."""
+"""The bench counts what it says it counts, measures in turns, and leaves out peers that are not
+there."""
 import json
 import math
 import subprocess
@@ -12,7 +13,8 @@ from sample import generate
 from tests.conftest import ROOT
 from tools import bench, bench_ppo, measure
 
-SHAPE = ModelConfig(vocab_size=40, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=24, max_len=64)
+SHAPE = ModelConfig(vocab_size=40, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=24,
+                    max_len=64)
 
 
 def test_the_products_of_a_step_are_all_weights_of_the_model():
@@ -26,7 +28,8 @@ def test_the_operations_of_an_update_are_those_of_its_products():
     o = PPOOptions(batch=4, minibatches=1, micro_batch=2, epochs=3, reply_len=5)
     _, gflop = bench_ppo.bare_update(SHAPE, "separate", torch.float32, o, prompt=7)
     qkv, rest = 16 * 32, 16 * 16 + 16 * 48 + 24 * 16
-    weights = 2 * (2 * 12 * (2 * qkv + rest) + 2 * 5 * rest) + 2 * 5 * 16 * 40  # two models, two layers; logits of one
+    # two models, two layers; logits of one
+    weights = 2 * (2 * 12 * (2 * qkv + rest) + 2 * 5 * rest) + 2 * 5 * 16 * 40
     attention = 2 * 2 * 6 * (2 * 2) * 12 * 12 * 8  # models, layers, products, rows x heads
     assert math.isclose(gflop * 1e9, 3 * 2 * (6 * weights + 2 * attention), rel_tol=1e-9)
 
@@ -59,20 +62,23 @@ def test_advantages_are_measured_on_ragged_rows():
     assert mask[:, 0].all()
     rewards, values = torch.randn(40, 30), torch.randn(40, 30)
     expected, _ = gae(rewards, values, mask, 1.0, 0.95)
-    assert torch.allclose(bench.gae_by_columns(rewards, values, mask, 1.0, 0.95), expected, atol=1e-4)
+    assert torch.allclose(bench.gae_by_columns(rewards, values, mask, 1.0, 0.95), expected,
+                          atol=1e-4)
 
 
 def test_a_missing_peer_is_said_and_left_out(capsys, tmp_path):
     assert measure.peer(measure.BenchOptions(), "trl_ppo.py") is None and not capsys.readouterr().out
-    assert measure.peer(measure.BenchOptions(peers=True, peers_folder=str(tmp_path)), "trl_ppo.py") is None
+    assert measure.peer(measure.BenchOptions(peers=True, peers_folder=str(tmp_path)),
+                        "trl_ppo.py") is None
     assert "not there, so this peer is left out" in capsys.readouterr().out
     (tmp_path / "broken.py").write_text("raise SystemExit('no such package')")
-    assert measure.peer(measure.BenchOptions(peers=True, peers_folder=str(tmp_path)), "broken.py") is None
+    assert measure.peer(measure.BenchOptions(peers=True, peers_folder=str(tmp_path)),
+                        "broken.py") is None
     assert "no such package" in capsys.readouterr().out
 
 
 def test_the_command_ends_in_one_json_line():
-    done = subprocess.run([sys.executable, "-m", "tools.bench", "limits", "--repeats", "1"], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "tools.bench", "limits", "--repeats", "1"],
+                          cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.strip().splitlines()[-1])["limits"]["copy_GB_s"] > 0

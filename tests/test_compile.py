@@ -35,31 +35,38 @@ def test_a_compiled_trunk_learns_the_same_whatever_the_rows_and_lengths():
 
 
 def test_compiling_is_for_long_work():
-    assert device.compile_pays("auto", "cpu", 60) == (False, "about 60 s lie ahead; compiling pays from 300 on")
+    assert device.compile_pays("auto", "cpu", 60) == (False,
+                                                      "about 60 s lie ahead; compiling pays from "
+                                                      "300 on")
     assert not device.compile_pays("auto", "mps", 1e9)[0]
     if not device.compiler_fault():
-        assert device.compile_pays("auto", "cpu", 3000)[0] and device.compile_pays("on", "cpu", 0)[0]
+        assert device.compile_pays("auto", "cpu", 3000)[0] and device.compile_pays("on", "cpu",
+                                                                                   0)[0]
 
 
 @pytest.mark.parametrize("hidden", ["compiler", "headers"])
 def test_without_a_compiler_one_line_says_so_and_everything_runs_eagerly(tmp_path, hidden):
-    """The compiler is hidden by a PATH that has Python alone; the headers by another place to look for them."""
+    """The compiler is hidden by a PATH that has Python alone; the headers by another place to look
+    for them."""
     (tmp_path / "bin").mkdir()
     for name in ("python3", "git") + (("g++", "gcc", "as", "ld") if hidden == "headers" else ()):
         if found := sys.executable if name == "python3" else shutil.which(name):
             (tmp_path / "bin" / name).symlink_to(found)
     hide = "import sysconfig, runpy, sys; paths = sysconfig.get_paths\n" \
            "sysconfig.get_paths = lambda *a, **k: paths(*a, **k) | {'include': '/nowhere'}\n"
-    (tmp_path / "mine.jsonl").write_text("".join(f'{{"text": "第{i}句话很好，值得看。"}}\n' for i in range(300)),
-                                         encoding="utf-8")
+    (tmp_path / "mine.jsonl").write_text("".join(f'{{"text": "第{i}句话很好，值得看。"}}\n'
+                                                 for i in range(300)), encoding="utf-8")
     code = (hide if hidden == "headers" else "import runpy, sys\n") + (
-        f"sys.argv = ['train.py', 'pretrain', '--preset', 'smoke', '--data', {str(tmp_path / 'mine.jsonl')!r}, "
-        f"'--out', {str(tmp_path / 'out')!r}, '--compile', 'on']\n"
-        f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')")
-    environment = os.environ | {"PATH": str(tmp_path / "bin"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "sys.argv = ['train.py', 'pretrain', '--preset', 'smoke', '--data', "
+        f"{str(tmp_path / 'mine.jsonl')!r}, '--out', {str(tmp_path / 'out')!r}, '--compile', "
+        f"'on']\nsys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(ROOT / 'train.py')!r}, "
+        "run_name='__main__')")
+    environment = os.environ | {"PATH": str(tmp_path / "bin"),
+                                "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
                                 "OMP_NUM_THREADS": "1"}
     environment.pop("CXX", None)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     said = [line for line in done.stdout.splitlines() if "torch.compile does not work here" in line]
     assert len(said) == 1 and "compile off" in said[0]

@@ -1,4 +1,5 @@
-"""Writing with packed weights: each layer finds its own, compiled equals eager, and threads do not mix."""
+"""Writing with packed weights: each layer finds its own, compiled equals eager, and threads do not
+mix."""
 import copy
 import threading
 
@@ -37,7 +38,8 @@ def test_packed_products_equal_plain_ones_and_follow_the_weights(by, rows, dtype
         expected = F.linear(x.to(dtype), weight.detach().to(dtype))
         assert layer(x).dtype == dtype
         assert layer(x).shape == (rows, 1, 24)
-        assert torch.allclose(layer(x).float(), expected.float(), atol=1e-5 if dtype == torch.float32 else 0.07)
+        assert torch.allclose(layer(x).float(), expected.float(),
+                              atol=1e-5 if dtype == torch.float32 else 0.07)
         with torch.no_grad():
             weight.mul_(-2)
         layer.refresh()
@@ -45,7 +47,8 @@ def test_packed_products_equal_plain_ones_and_follow_the_weights(by, rows, dtype
 
 @pytest.mark.parametrize("vnni", [True, False])
 @pytest.mark.parametrize("rows,width", [(1, 64), (1, 344), (8, 64), (40, 344)])
-def test_products_in_int8_are_plain_ones_but_for_rounding_and_follow_the_weights(rows, width, vnni, monkeypatch):
+def test_products_in_int8_are_plain_ones_but_for_rounding_and_follow_the_weights(rows, width, vnni,
+                                                                                 monkeypatch):
     if not vnni:  # the plain fall-back
         monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     weight = nn.Parameter(noise(48, width))
@@ -54,13 +57,15 @@ def test_products_in_int8_are_plain_ones_but_for_rounding_and_follow_the_weights
         weight[:, 5] *= 5  # an outlier sets the step of its row
     layer, x = Int8Linear(weight, torch.bfloat16, rows), noise(rows, 1, width, seed=3)
     for _ in range(2):
-        for inputs, error in ((x, 0.02), (x.repeat(1, 5, 1), 0.006)):  # a step's rows, and a prompt's
+        # a step's rows, and a prompt's
+        for inputs, error in ((x, 0.02), (x.repeat(1, 5, 1), 0.006)):
             expected = F.linear(inputs, weight.detach())
             found = layer(inputs)
             assert found.dtype == torch.bfloat16 and found.shape == expected.shape
             off = (found.float() - expected).norm() / expected.norm()
             assert off < error and not found[..., 3].any()
-            assert off > 0.005 or inputs is not x  # a step's really are rounded: bfloat16 alone is .003 off
+            # a step's really are rounded: bfloat16 alone is .003 off
+            assert off > 0.005 or inputs is not x
         with torch.no_grad():
             weight.mul_(-2)
         layer.refresh()
@@ -96,7 +101,8 @@ def test_each_layer_of_a_decoder_finds_its_own_weight(by, rows, dtype, tied):
     use_products(model, by)
     out = generate(model, tokens, torch.ones_like(tokens).bool(), 12, dtype=dtype)
     expected = logprobs_of(model(torch.cat((tokens, out.tokens), 1))[:, 5:-1], out.tokens)
-    assert (out.logprobs - expected).abs().mean() < {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.06}[dtype]
+    assert (out.logprobs - expected).abs().mean() < {"float32": 1e-5, "bfloat16": 0.03,
+                                                     "int8": 0.06}[dtype]
 
 
 # ---- compiled equals eager -----------------------------------------------------------------------
@@ -116,7 +122,8 @@ def test_a_compiled_decoder_writes_the_same_with_one_graph_for_all_lengths_and_w
         mask[-1, :length // 2] = rows == 1
         fast = generate(model, tokens, mask, 20, seed=seed, decoder=decoder)
         plain = generate(model, tokens, mask, 20, seed=seed)
-        assert torch.equal(fast.tokens, plain.tokens) and torch.allclose(fast.logprobs, plain.logprobs, atol=1e-4)
+        assert torch.equal(fast.tokens, plain.tokens) and torch.allclose(fast.logprobs,
+                                                                         plain.logprobs, atol=1e-4)
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.05 * noise(*p.shape, seed=seed))
@@ -127,12 +134,14 @@ def test_a_compiled_decoder_writes_the_same_with_one_graph_for_all_lengths_and_w
 @needs_compiler
 def test_weights_of_another_type_are_another_step():
     """On a CPU no guard would notice that the graph of float32 norms is given bfloat16 ones."""
-    model, tokens = loud_model(), torch.randint(1, 70, (3, 5), generator=torch.Generator().manual_seed(0))
+    model, tokens = loud_model(), torch.randint(1, 70, (3, 5),
+                                                generator=torch.Generator().manual_seed(0))
     settings = dict(seed=1, mask=torch.ones(3, 5, dtype=torch.bool), max_new_tokens=16)
     generate(model, tokens, decoder=Decoder(model, "bfloat16", compile=True), **settings)
     half = copy.deepcopy(model).bfloat16()
     fast = generate(half, tokens, decoder=Decoder(half, compile=True), **settings)
-    gap = fast.logprobs - logprobs_of(half(torch.cat((tokens, fast.tokens), 1))[:, 4:-1], fast.tokens)
+    gap = fast.logprobs - logprobs_of(half(torch.cat((tokens, fast.tokens), 1))[:, 4:-1],
+                                      fast.tokens)
     assert gap.abs().mean() < 0.1
 
 
@@ -141,10 +150,12 @@ def test_compiled_rows_are_refilled_and_dropped_as_eager_ones_are():
     model, before = loud_model(), graphs()
     tokens = torch.randint(1, 70, (44, 7), generator=torch.Generator().manual_seed(5))
     mask = torch.arange(7) >= torch.arange(44)[:, None] % 5  # prompts of 3 to 7 tokens
-    settings = dict(end_id=3, seed=4, batch_size=32)  # 12 prompts wait; below 9 rows, those go on alone
+    # 12 prompts wait; below 9 rows, those go on alone
+    settings = dict(end_id=3, seed=4, batch_size=32)
     fast = generate(model, tokens, mask, 40, decoder=Decoder(model, compile=True), **settings)
     plain = generate(model, tokens, mask, 40, **settings)
-    assert torch.equal(fast.tokens, plain.tokens) and torch.allclose(fast.logprobs, plain.logprobs, atol=1e-4)
+    assert torch.equal(fast.tokens, plain.tokens) and torch.allclose(fast.logprobs, plain.logprobs,
+                                                                     atol=1e-4)
     assert plain.mask.sum(1).unique().numel() > 5 and graphs() - before == 2  # of 32 rows, and of 8
 
 
@@ -152,7 +163,8 @@ def test_compiled_rows_are_refilled_and_dropped_as_eager_ones_are():
 
 PROMPT = torch.arange(8)[None] + 5
 SETTINGS = [("float32", False), ("bfloat16", False), ("int8", False),
-            *(pytest.param(dtype, True, marks=needs_compiler) for dtype in ("float32", "bfloat16", "int8"))]
+            *(pytest.param(dtype, True, marks=needs_compiler)
+              for dtype in ("float32", "bfloat16", "int8"))]
 
 
 def in_threads(*works) -> list[BaseException]:
@@ -196,10 +208,12 @@ def test_two_models_in_two_threads_write_what_each_writes_alone(dtype, compiled,
 
 
 def test_calls_without_a_decoder_do_not_mix_in_threads():
-    models, mask, together = [loud_model(1), loud_model(2, n_layer=1)], torch.ones_like(PROMPT).bool(), [[], []]
+    models, mask, together = [loud_model(1), loud_model(2,
+                                                        n_layer=1)], torch.ones_like(PROMPT).bool(), [[], []]
 
     def work(i: int) -> None:
-        together[i] += [generate(models[i], PROMPT, mask, 16, seed=seed).tokens for seed in range(10)]
+        together[i] += [generate(models[i], PROMPT, mask, 16, seed=seed).tokens
+                        for seed in range(10)]
 
     assert in_threads(lambda: work(0), lambda: work(1)) == []
     for i in (0, 1):

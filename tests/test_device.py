@@ -1,4 +1,5 @@
-"""Every stage and the sampler compute the same on another device, and mix no devices (see tests/stand_in.py)."""
+"""Every stage and the sampler compute the same on another device, and mix no devices (see
+tests/stand_in.py)."""
 import json
 
 import pytest
@@ -23,7 +24,8 @@ def test_the_stand_in_complains_where_a_gpu_would(stand_in):
     assert there[torch.tensor([2])].tolist() == [2.0] and (there * torch.tensor(2)).cpu().tolist() == [0.0, 2.0, 4.0]
     there[[2, 0]] = -1.0
     assert there.tolist() == [-1.0, 1.0, -1.0]
-    for mixed in (lambda: here + there, lambda: here[there.long()], lambda: there.gather(0, torch.tensor([1])),
+    for mixed in (lambda: here + there, lambda: here[there.long()],
+                  lambda: there.gather(0, torch.tensor([1])),
                   lambda: torch.cat((here, there)), lambda: here.add_(there),
                   lambda: there.index_put((here.long(),), here)):
         with pytest.raises(RuntimeError):
@@ -36,23 +38,29 @@ PPO = [[], ["--critic=shared", "--kl_control=adaptive", "--entropy_coef=.01", "-
             "--reward_norm=running", "--recompute=true"]]
 
 
-@pytest.mark.parametrize("stage,words", [("pretrain", []), ("sft", []), ("reward", []), *(("ppo", w) for w in PPO)])
+@pytest.mark.parametrize("stage,words", [("pretrain", []), ("sft", []), ("reward", []),
+                                         *(("ppo", w) for w in PPO)])
 def test_a_stage_computes_the_same_on_another_device(command, stand_in, tmp_path, stage, words):
     found = {}
     for device in ("cpu", "cuda"):
-        run = train.STAGES[stage][1](command(stage, *words, f"--device={device}", f"--out={tmp_path / device}"))
+        run = train.STAGES[stage][1](command(stage, *words, f"--device={device}",
+                                             f"--out={tmp_path / device}"))
         lines = map(json.loads, (run.folder.path / "metrics.jsonl").read_text().splitlines())
-        found[device] = [{k: v for k, v in line.items() if "seconds" not in k and not k.endswith("_per_s")}
+        found[device] = [{k: v for k, v in line.items() if "seconds" not in k
+                          and not k.endswith("_per_s")}
                          for line in lines]
     for here, there in zip(found["cpu"], found["cuda"], strict=True):
-        assert there == pytest.approx(here, rel=.02, abs=.02)  # norms and products may be rounded in another way
+        # norms and products may be rounded in another way
+        assert there == pytest.approx(here, rel=.02, abs=.02)
 
 
 def test_replies_are_the_same_on_another_device(stand_in):
-    model = Transformer(ModelConfig(vocab_size=60, n_layer=1, n_head=2, n_kv_head=1, d_model=16, d_ff=16, max_len=48))
+    model = Transformer(ModelConfig(vocab_size=60, n_layer=1, n_head=2, n_kv_head=1, d_model=16,
+                                    d_ff=16, max_len=48))
     tokens = torch.randint(1, 60, (5, 7))
     mask = torch.arange(7) >= torch.tensor([0, 3, 1, 6, 0])[:, None]
-    settings = dict(seed=3, end_id=7, batch_size=2, top_k=9, top_p=.9, repetition_penalty=1.2, suppress=[4])
+    settings = dict(seed=3, end_id=7, batch_size=2, top_k=9, top_p=.9, repetition_penalty=1.2,
+                    suppress=[4])
     here = generate(model, tokens, mask, 20, **settings)
     model, tokens, mask = model.to("cuda"), tokens.to("cuda"), mask.to("cuda")
     there = generate(model, tokens, mask, 20, **settings)

@@ -1,4 +1,5 @@
-"""The loop of maximum likelihood: rates, clipping, what is logged and saved, and what is never stepped on."""
+"""The loop of maximum likelihood: rates, clipping, what is logged and saved, and what is never
+stepped on."""
 import math
 
 import pytest
@@ -30,13 +31,16 @@ class Toy:
 @pytest.fixture
 def run_of(world, tmp_path):
     def made(*words):
-        o = parse(SFTOptions, ["--dtype=float32", "--compile=off", f"--out={tmp_path}", *words], "x")
+        o = parse(SFTOptions, ["--dtype=float32", "--compile=off", f"--out={tmp_path}", *words],
+                  "x")
         folder = RunFolder(o, "sft", {})
-        run = Run(folder, Transformer(ModelConfig(**TINY)), world.data.tokenizer, "{prompt}", {}, save_checkpoint)
+        run = Run(folder, Transformer(ModelConfig(**TINY)), world.data.tokenizer, "{prompt}", {},
+                  save_checkpoint)
         run.logged, run.saved = [], []
         run.log = lambda step, **metrics: run.logged.append({"step": step, **metrics})
         save = run.save
-        run.save = lambda step, **state: (run.saved.append((step, weights_hash(run.model), state)), save(step, **state))
+        run.save = lambda step, **state: (run.saved.append((step, weights_hash(run.model), state)),
+                                          save(step, **state))
         return run
     return made
 
@@ -56,11 +60,12 @@ def test_without_a_checkpoint_the_message_does_not_promise_one(run_of):
 
 
 def test_the_loop_logs_the_rate_it_uses_and_clips_the_gradient(run_of, monkeypatch):
-    run, used, real = run_of("--optimizer=adamw", "--lr=.1", "--log_every=1", "--warmup=.5", "--decay=0",
-                             "--clip=.01"), [], torch.optim.AdamW.step
+    run, used, real = run_of("--optimizer=adamw", "--lr=.1", "--log_every=1", "--warmup=.5",
+                             "--decay=0", "--clip=.01"), [], torch.optim.AdamW.step
 
     def step(self, *arguments):
-        norm = torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]).norm()
+        norm = torch.cat([p.grad.flatten() for group in self.param_groups
+                          for p in group["params"]]).norm()
         used.append((self.param_groups[0]["lr"], float(norm)))
         return real(self, *arguments)
 

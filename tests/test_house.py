@@ -1,5 +1,6 @@
-"""The structure of the house: who may import whom, how long files and functions may be, and what the reasons for
-exceptions are. The table of places is that of the design: six chapters on two foundations."""
+"""The structure of the house: who may import whom, how long files and functions may be, and what
+the reasons for exceptions are. The table of places is that of the design: six chapters on two
+foundations."""
 import ast
 import io
 import pathlib
@@ -10,7 +11,8 @@ import pytest
 
 from tests.conftest import ROOT
 
-CHAPTERS = ["model", "reward", "sample", "evaluate", "ppo", "train"]  # each may import those before it
+# each may import those before it
+CHAPTERS = ["model", "reward", "sample", "evaluate", "ppo", "train"]
 CEILINGS = {"model": 450, "reward": 400, "sample": 450, "evaluate": 350, "ppo": 600, "train": 300}
 FOLDER_CEILINGS = {"runtime": 250, "data": 250, "data.sets": 250, "tools": 300}
 LONGEST_FUNCTION, MOST_PARAMETERS = 60, 8  # lines from def to end; parameters without self
@@ -43,12 +45,15 @@ def code_lines(path: pathlib.Path) -> int:
     """Lines without blank lines, comments and docstrings."""
     text, docstrings = path.read_text(encoding="utf-8"), set()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if isinstance(node, ast.Expr) and isinstance(node.value,
+                                                     ast.Constant) and isinstance(node.value.value,
+                                                                                  str):
             docstrings |= set(range(node.lineno, node.end_lineno + 1))
-    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
-              tokenize.ENCODING)
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+              tokenize.ENDMARKER, tokenize.ENCODING)
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    lines = {line for t in tokens if t.type not in layout for line in range(t.start[0], t.end[0] + 1)}
+    lines = {line for t in tokens if t.type not in layout
+             for line in range(t.start[0], t.end[0] + 1)}
     return len(lines - docstrings)
 
 
@@ -58,13 +63,15 @@ def functions(module: str) -> list[tuple[str, int, int]]:
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             a = node.args
-            names = [x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs) if x.arg not in ("self", "cls")]
+            names = [x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs)
+                     if x.arg not in ("self", "cls")]
             found.append((node.name, node.end_lineno - node.lineno + 1, len(names)))
     return found
 
 
 def may_import(importer: str, imported: str) -> bool:
-    """Downwards only: tools use everything, chapters those before them, data runtime, runtime itself."""
+    """Downwards only: tools use everything, chapters those before them, data runtime, runtime
+    itself."""
     folder = imported.split(".")[0]
     if importer in CHAPTERS:
         before = CHAPTERS[:CHAPTERS.index(importer)]
@@ -105,7 +112,8 @@ def test_a_file_stays_below_its_ceiling(module):
 @pytest.mark.parametrize("module", FILES)
 def test_functions_are_short_and_take_few_parameters(module):
     over = [(name, lines, parameters) for name, lines, parameters in functions(module)
-            if (lines > LONGEST_FUNCTION or parameters > MOST_PARAMETERS) and (module, name) not in EXCEPTIONS]
+            if (lines > LONGEST_FUNCTION or parameters > MOST_PARAMETERS)
+            and (module, name) not in EXCEPTIONS]
     assert over == []
 
 
@@ -118,7 +126,8 @@ def test_exceptions_are_few_and_needed():
 
 @pytest.mark.parametrize("module", [m for m in FILES if m.startswith("runtime.")])
 def test_runtime_names_no_stage(module):
-    """It would be the same in a project that trains something else; the table of random streams apart."""
+    """It would be the same in a project that trains something else; the table of random streams
+    apart."""
     words = {node.value for node in ast.walk(TREES[module]) if isinstance(node, ast.Constant)}
     assert module == "runtime.draws" or not words & {"pretrain", "sft", "reward", "ppo"}
 

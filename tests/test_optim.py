@@ -8,7 +8,8 @@ from tests.conftest import noise
 
 def test_muon_in_batches_equals_torchs_own():
     shapes = [(12, 8), (12, 8), (8, 12), (8, 8)]
-    ours, theirs = ([nn.Parameter(noise(*s, seed=i)) for i, s in enumerate(shapes)] for _ in range(2))
+    ours, theirs = ([nn.Parameter(noise(*s, seed=i)) for i, s in enumerate(shapes)]
+                    for _ in range(2))
     a = Muon(ours, lr=0.02, weight_decay=0.1, steps=3)
     b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, ns_steps=3)
     for step in range(4):

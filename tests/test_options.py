@@ -4,8 +4,8 @@ from typing import ClassVar
 
 import pytest
 
-from runtime.options import (Options, UserError, as_dict, option, parse, parse_all, presets_of, run_main,
-                             show)
+from runtime.options import (Options, UserError, as_dict, option, parse, parse_all, presets_of,
+                             run_main, show)
 
 
 @dataclasses.dataclass
@@ -37,7 +37,8 @@ def test_default_preset_and_flag_take_precedence_in_this_order():
 
 
 @pytest.mark.parametrize("words,name,value", [
-    (["--kl_coef=.1"], "kl_coef", 0.1), (["--kl-coef", "1e-4"], "kl_coef", 1e-4), (["--resume"], "resume", True),
+    (["--kl_coef=.1"], "kl_coef", 0.1), (["--kl-coef", "1e-4"], "kl_coef", 1e-4),
+    (["--resume"], "resume", True),
     (["--resume=false"], "resume", False),
     (["--resume", "false"], "resume", False), (["--updates=2_000"], "updates", 2000),
     (["--kl_coef=-1"], "kl_coef", -1.0), (["--kl_coef", "-1"], "kl_coef", -1.0)])
@@ -53,7 +54,8 @@ def test_a_switch_does_not_swallow_what_follows():
 @pytest.mark.parametrize("words,message", [
     (["--kl_coeff=1"], "did you mean --kl_coef"), (["--kl_coeff", "1"], "did you mean --kl_coef"),
     (["--updates=two"], "--updates: 'two' is not a whole number"),
-    (["--updates=1.5"], "whole number"), (["--updates=0"], "--updates: 0 is out of range: at least 1$"),
+    (["--updates=1.5"], "whole number"), (["--updates=0"],
+                                          "--updates: 0 is out of range: at least 1$"),
     (["--lam=2"], "at least 0 and at most 1"), (["--lam=nan"], "not a finite number"),
     (["--critic=both"], "not one of separate, shared"), (["--updates"], "value is missing"),
     (["updates=3"], "no option"), (["--resume=maybe"], "true or false"),
@@ -64,9 +66,11 @@ def test_what_cannot_be_understood_is_an_error(words, message):
 
 
 def test_several_stages_share_a_command_line():
-    o = parse_all(Shared, {"a": Stage, "b": Stage}, ["--seed=3", "--a.kl_coef=.2", "--preset", "smoke", "--b.updates",
+    o = parse_all(Shared, {"a": Stage, "b": Stage}, ["--seed=3", "--a.kl_coef=.2", "--preset",
+                                                     "smoke", "--b.updates",
                                                      "9"], "x")
-    assert (o["a"].seed, o["b"].seed, o["a"].kl_coef, o["b"].kl_coef, o["b"].updates, o["a"].updates) == (3, 3, 0.2,
+    assert (o["a"].seed, o["b"].seed, o["a"].kl_coef, o["b"].kl_coef, o["b"].updates,
+            o["a"].updates) == (3, 3, 0.2,
                                                                                                           0.5, 9, 2)
     with pytest.raises(UserError, match="a.kl_coef"):
         parse_all(Shared, {"a": Stage}, ["--a.klcoef=1"], "x")

@@ -32,8 +32,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CI": "true"}
 def process(*words, **more):
     """Run one command as a user does; its finished process."""
     return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=ENVIRONMENT,
-                          capture_output=True,
-                          text=True, timeout=300, **more)
+                          capture_output=True, text=True, timeout=300, **more)
 
 
 def mosslet(*words, input=""):
@@ -125,8 +124,7 @@ def test_ppo_optimises_the_reward_model_that_was_trained(root, reviews_source):
     last = [r for r in lines(root / "ppo" / "samples.jsonl") if r["step"] == o["updates"]]
     for model, same in ((trained, True), (RewardModel(trained.config), False)):
         _, again, _ = measure_policy(policy, policy, tokenizer, prompts, state["template"],
-                                     reward_model=model,
-                                     settings=ReplySettings(o["reply_len"]))
+                                     reward_model=model, settings=ReplySettings(o["reply_len"]))
         assert [r["reply"] for r in again] == [r["reply"] for r in last]
         equal = [abs(a["raw_score"] - b["raw_score"]) < 2e-3 for a,
                  b in zip(again, last, strict=True)]
@@ -168,8 +166,7 @@ def copy_parents(root, out, stage):
 
 
 MORE_STATE = ("--critic_warmup=0", "--reward_norm=running", "--kl_control=adaptive",
-              "--kl_horizon=50",
-              "--critic=shared")
+              "--kl_horizon=50", "--critic=shared")
 
 
 class Killed(BaseException):
@@ -359,8 +356,7 @@ def test_checkpoints_that_do_not_fit_each_other_are_refused(root, reviews_source
 def test_a_loss_that_explodes_stops_and_names_the_step(root, reviews_source, tmp_path):
     copy_parents(root, tmp_path, "sft")
     done = train("sft", "--optimizer=adamw", "--lr=1e30", "--warmup=0", "--clip=1e30",
-                 source=reviews_source,
-                 out=tmp_path)
+                 source=reviews_source, out=tmp_path)
     assert done.returncode == 2 and "at step" in done.stderr and "lower --lr" in done.stderr
     assert "Traceback" not in done.stderr
 

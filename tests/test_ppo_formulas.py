@@ -5,16 +5,19 @@ import numpy as np
 import pytest
 import torch
 
-from ppo import KLController, RunningMoments, ScoreScale, gae, kl_estimate, masked_mean, token_rewards, whiten
+from ppo import KLController, ScoreScale, gae, kl_estimate, masked_mean, token_rewards, whiten
 from runtime.options import UserError
+from runtime.statistics import RunningMoments
 from tests.ppo_world import bools, options
 
 
 @pytest.mark.parametrize("rewards,gamma,lam,expected", [
-    ([-.1, .2, 1], 1, .95, [.52675, .765, .7]), ([0, 0, 1], 1, 1, [.5, .6, .7]), ([0, 0, 1], .9, 0, [-.14, -.13, .7])])
+    ([-.1, .2, 1], 1, .95, [.52675, .765, .7]), ([0, 0, 1], 1, 1, [.5, .6, .7]),
+    ([0, 0, 1], .9, 0, [-.14, -.13, .7])])
 def test_gae_at_known_values(rewards, gamma, lam, expected):
     values = torch.tensor([[.5, .4, .3]])
-    advantages, returns = gae(torch.tensor([rewards], dtype=torch.float32), values, bools([[1, 1, 1]]), gamma, lam)
+    advantages, returns = gae(torch.tensor([rewards], dtype=torch.float32), values,
+                              bools([[1, 1, 1]]), gamma, lam)
     assert torch.allclose(advantages, torch.tensor([expected]), atol=1e-6)
     assert torch.allclose(returns, torch.tensor([expected]) + values, atol=1e-6)
 
@@ -27,7 +30,8 @@ def gae_loop(rewards, values, mask, gamma, lam):
         after, next_value = 0.0, 0.0
         for t in reversed(range(R)):
             if mask[b, t]:
-                after = float(rewards[b, t]) + gamma * next_value - float(values[b, t]) + gamma * lam * after
+                after = float(rewards[b, t]) + gamma * next_value - float(values[b,
+                                                                                 t]) + gamma * lam * after
                 advantages[b, t], next_value = after, float(values[b, t])
     return advantages
 
@@ -46,13 +50,15 @@ def test_blocked_gae_equals_the_loop_on_ragged_rows(R, gamma, lam):
 
 def test_gae_takes_tensors_however_they_lie():
     rewards, values, mask = torch.randn(64, 4).t(), torch.randn(64, 4).t(), torch.ones(4, 64).bool()
-    for a, b in zip(gae(rewards, values, mask), gae(rewards.contiguous(), values.contiguous(), mask), strict=True):
+    for a, b in zip(gae(rewards, values, mask), gae(rewards.contiguous(), values.contiguous(),
+                                                    mask), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("d,k1,k2,k3", [(.5, .5, .125, .106531), (-1, -1, .5, .718282)])
 def test_kl_estimators_at_known_values(d, k1, k2, k3):
-    found = [float(kl_estimate(torch.tensor([d]), torch.tensor([0.0]), kind)) for kind in ("k1", "k2", "k3")]
+    found = [float(kl_estimate(torch.tensor([d]), torch.tensor([0.0]), kind))
+             for kind in ("k1", "k2", "k3")]
     assert found == pytest.approx([k1, k2, k3], abs=1e-6)
 
 
@@ -72,7 +78,8 @@ def test_adaptive_kl_at_the_known_value_and_fixed_stays():
     assert fixed.coef == .2
 
 
-@pytest.mark.parametrize("kl,factor", [(9, 1 + .2 * 256 / 1e4), (0, 1 - .2 * 256 / 1e4), (6.6, 1 + .1 * 256 / 1e4)])
+@pytest.mark.parametrize("kl,factor", [(9, 1 + .2 * 256 / 1e4), (0, 1 - .2 * 256 / 1e4),
+                                       (6.6, 1 + .1 * 256 / 1e4)])
 def test_adaptive_kl_is_clipped_on_both_sides(kl, factor):
     control = KLController(.2, target=6)
     control.update(kl, 256)
@@ -80,10 +87,12 @@ def test_adaptive_kl_is_clipped_on_both_sides(kl, factor):
 
 
 def test_masked_means_at_known_values():
-    x, mask = torch.tensor([[1., 2, 0], [3, 4, 5], [7, 0, 0]]), bools([[1, 1, 0], [1, 1, 1], [1, 0, 0]])
+    x, mask = torch.tensor([[1., 2, 0], [3, 4, 5], [7, 0, 0]]), bools([[1, 1, 0], [1, 1, 1],
+                                                                       [1, 0, 0]])
     assert float(masked_mean(x, mask)) == pytest.approx(22 / 6)
     y = torch.tensor([[1., 3, 9], [2, 4, 0], [8, 0, 0]])
-    row_means = [float(masked_mean(row, torch.arange(3) < n)) for row, n in zip(y, (2, 2, 1), strict=True)]
+    row_means = [float(masked_mean(row, torch.arange(3) < n)) for row,
+                 n in zip(y, (2, 2, 1), strict=True)]
     assert np.mean(row_means) == pytest.approx(13 / 3)
     assert float(masked_mean(x, torch.zeros_like(mask))) == 0
 
@@ -151,6 +160,7 @@ def test_running_moments_equal_those_of_everything_at_once():
 def test_half_precision_inputs_give_float32_as_exact_as_float32():
     x, mask = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.ones(4, 300).bool()
     zero = torch.zeros(4)
-    for f in (lambda x: masked_mean(x, mask), lambda x: whiten(x, mask), lambda x: token_rewards(zero, x, -x, mask, .1),
+    for f in (lambda x: masked_mean(x, mask), lambda x: whiten(x, mask),
+              lambda x: token_rewards(zero, x, -x, mask, .1),
               lambda x: torch.stack(gae(x, x, mask))):
         assert f(x).dtype == torch.float32 and torch.equal(f(x), f(x.float()))

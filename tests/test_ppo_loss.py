@@ -19,7 +19,8 @@ def test_what_stands_under_a_false_mask_changes_nothing(poison):
         loss.backward()
         results.append((loss.detach(), metrics, x["logprobs"].grad, x["values"].grad))
         rewards = token_rewards(torch.ones(6), x["logprobs"], x["old_logprobs"], mask, .1)
-        results[-1] += (rewards, *gae(rewards, x["values"].detach(), mask), masked_mean(x["entropy"].detach(), mask))
+        results[-1] += (rewards, *gae(rewards, x["values"].detach(), mask),
+                        masked_mean(x["entropy"].detach(), mask))
     for a, b in zip(*results, strict=True):
         assert a == b if isinstance(a, dict) else torch.equal(a, b)
         assert isinstance(a, dict) or torch.isfinite(a).all()
@@ -50,10 +51,12 @@ def test_the_loss_of_a_minibatch_is_the_sum_of_its_micro_batches():
 
 
 def one(logprob, advantage, value=0., old_value=0., ret=0., **changes):
-    """(loss, metrics, the log-probability's gradient, the value's) of a single token whose old log-probability is 0."""
+    """(loss, metrics, the log-probability's gradient, the value's) of a single token whose old
+    log-probability is 0."""
     leaf = lambda v: torch.tensor([[float(v)]], requires_grad=True)  # noqa: E731
     x = {"logprobs": leaf(logprob), "values": leaf(value), "old_logprobs": torch.zeros(1, 1),
-         "advantages": torch.tensor([[float(advantage)]]), "old_values": torch.tensor([[float(old_value)]]),
+         "advantages": torch.tensor([[float(advantage)]]),
+         "old_values": torch.tensor([[float(old_value)]]),
          "returns": torch.tensor([[float(ret)]]), "entropy": torch.zeros(1, 1)}
     loss, metrics = loss_of(x, bools([[1]]), **changes)
     loss.backward()
@@ -61,7 +64,8 @@ def one(logprob, advantage, value=0., old_value=0., ret=0., **changes):
 
 
 @pytest.mark.parametrize("ratio,advantage,expected,flows", [
-    (1.5, 1, -1.2, False), (1.5, -1, 1.5, True), (.5, 1, -.5, True), (.5, -1, .8, False), (1.1, 1, -1.1, True)])
+    (1.5, 1, -1.2, False), (1.5, -1, 1.5, True), (.5, 1, -.5, True), (.5, -1, .8, False),
+    (1.1, 1, -1.1, True)])
 def test_the_clip_stops_the_gradient_only_where_it_went_too_far(ratio, advantage, expected, flows):
     loss, metrics, grad, _ = one(math.log(ratio), advantage, value_coef=0)
     assert loss == pytest.approx(expected, abs=1e-6)
@@ -73,14 +77,17 @@ def test_the_clip_stops_the_gradient_only_where_it_went_too_far(ratio, advantage
 def test_the_value_clip_takes_the_larger_error():
     assert one(0, 0, value=1., old_value=0., ret=1., value_coef=1)[0] == pytest.approx(.5 * .8**2)
     assert one(0, 0, value=1., old_value=0., ret=0., value_coef=1)[0] == pytest.approx(.5 * 1**2)
-    assert one(0, 0, value=1., old_value=0., ret=1., value_coef=1, value_clip=0)[0] == pytest.approx(0)
+    assert one(0, 0, value=1., old_value=0., ret=1., value_coef=1,
+               value_clip=0)[0] == pytest.approx(0)
 
 
 def test_the_gradient_of_the_loss_is_the_policy_gradient():
     x, mask = arrays(seed=4)
     x["logprobs"] = x["old_logprobs"].clone().double().requires_grad_()
     loss_of(x, mask, value_coef=0)[0].backward()
-    assert torch.allclose(x["logprobs"].grad, torch.where(mask, -x["advantages"].double() / mask.sum(), 0), atol=1e-9)
+    assert torch.allclose(x["logprobs"].grad, torch.where(mask,
+                                                          -x["advantages"].double() / mask.sum(),
+                                                          0), atol=1e-9)
 
 
 def test_the_loss_by_its_formula():
@@ -89,6 +96,7 @@ def test_the_loss_by_its_formula():
     r = {k: v[mask].double() for k, v in x.items()}
     ratio, A, G = (r["logprobs"] - r["old_logprobs"]).exp(), r["advantages"], r["returns"]
     clipped = r["old_values"] + (r["values"] - r["old_values"]).clamp(-.3, .3)
-    expected = torch.maximum(-A * ratio, -A * ratio.clamp(.8, 1.2)).mean() - .4 * r["entropy"].mean() \
+    expected = torch.maximum(-A * ratio, -A * ratio.clamp(.8,
+                                                          1.2)).mean() - .4 * r["entropy"].mean() \
         + .7 * .5 * torch.maximum((r["values"] - G)**2, (clipped - G)**2).mean()
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)

@@ -20,7 +20,8 @@ def test_what_is_scored_is_what_was_sampled(temperature):
     rollout = rollout_of(nets_of(), options(temperature=temperature))
     metrics = rollout_metrics(rollout)
     assert metrics["sampler_gap"] < 1e-4
-    assert metrics["kl"] == 0 and torch.equal(rollout.logprobs, rollout.ref_logprobs)  # the first update's, exactly
+    # the first update's, exactly
+    assert metrics["kl"] == 0 and torch.equal(rollout.logprobs, rollout.ref_logprobs)
     assert rollout.ended.any() and not rollout.ended.all()  # the case is not trivial
 
 
@@ -34,13 +35,16 @@ def test_rollout_arrays_equal_a_row_computed_alone():
         n = int(rollout.response_mask[b].sum())
         start = ids.shape[1] - n
         logps = log_softmax(actor_critic.policy(ids)[0, start - 1:-1])
-        assert torch.allclose(rollout.logprobs[b, :n], logps.gather(1, ids[0, start:, None])[:, 0], atol=1e-5)
+        assert torch.allclose(rollout.logprobs[b, :n], logps.gather(1, ids[0, start:, None])[:, 0],
+                              atol=1e-5)
         assert torch.allclose(rollout.entropy[b, :n], -(logps.exp() * logps).sum(1), atol=1e-4)
         critic = actor_critic.critic
-        values = critic.head_values(critic.backbone.hidden(ids))[0, start - 1:-1]  # each before its token
+        # each before its token
+        values = critic.head_values(critic.backbone.hidden(ids))[0, start - 1:-1]
         assert torch.allclose(rollout.values[b, :n], values, atol=1e-5)
         reply = torch.arange(ids.shape[1])[None] >= start
-        assert torch.allclose(rollout.raw_scores[b], reward_model(ids, torch.ones_like(reply), reply)[0], atol=1e-5)
+        assert torch.allclose(rollout.raw_scores[b], reward_model(ids, torch.ones_like(reply),
+                                                                  reply)[0], atol=1e-5)
         assert bool(rollout.ended[b]) == (int(ids[0, -1]) == END)
         assert ids[0, :start].tolist() == prompts()[b]
     for name in ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
@@ -59,8 +63,10 @@ def test_kl_is_measured_against_the_reference_and_priced(estimator):
     for b in range(8):
         ids, n = rollout.tokens[b, rollout.mask[b]], int(mask[b].sum())
         logps = log_softmax(nets[1](ids[None])[0, -n - 1:-1])
-        assert torch.allclose(rollout.ref_logprobs[b, :n], logps.gather(1, ids[-n:, None])[:, 0], atol=1e-5)
-    expected = token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask, .1, estimator)
+        assert torch.allclose(rollout.ref_logprobs[b, :n], logps.gather(1, ids[-n:, None])[:, 0],
+                              atol=1e-5)
+    expected = token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask, .1,
+                             estimator)
     assert torch.equal(rollout.rewards, expected)
     free = token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask, 0.0)
     assert (rollout.rewards - free).abs().max() > .01  # the price is felt
@@ -69,17 +75,19 @@ def test_kl_is_measured_against_the_reference_and_priced(estimator):
 
 def test_metrics_are_means_over_real_tokens():
     mask = bools([[1, 1, 1, 0], [1, 0, 0, 0]])
-    x = {name: torch.randn(2, 4, generator=torch.Generator().manual_seed(i)).masked_fill(~mask, math.nan)
-         for i, name in enumerate(("sampled_logprobs", "logprobs", "ref_logprobs", "entropy", "values", "rewards",
-                                   "advantages", "returns"))}
-    rollout = Rollout(tokens=torch.zeros(2, 5), mask=torch.cat((bools([[1], [1]]), mask), 1), response_mask=mask,
-                      ended=bools([1, 0]), group=torch.arange(2), raw_scores=torch.tensor([3.0, 1.0]),
-                      scores=torch.tensor([.5, .1]),
+    x = {name: torch.randn(2, 4, generator=torch.Generator().manual_seed(i)).masked_fill(~mask,
+                                                                                         math.nan)
+         for i, name in enumerate(("sampled_logprobs", "logprobs", "ref_logprobs", "entropy",
+                                   "values", "rewards", "advantages", "returns"))}
+    rollout = Rollout(tokens=torch.zeros(2, 5), mask=torch.cat((bools([[1], [1]]), mask), 1),
+                      response_mask=mask, ended=bools([1, 0]), group=torch.arange(2),
+                      raw_scores=torch.tensor([3.0, 1.0]), scores=torch.tensor([.5, .1]),
                       kl_coef=.07, seconds={}, **x)
     found, real = rollout_metrics(rollout), {k: v[mask].double().numpy() for k, v in x.items()}
     kl, returns = real["logprobs"] - real["ref_logprobs"], real["returns"]
     expected = {"score": .3, "raw_score": 2, "kl": kl.sum() / 2, "kl_per_token": kl.mean(),
-                "entropy": real["entropy"].mean(), "length": 2, "end_rate": .5, "kl_coef": .07, "reply_tokens": 4,
+                "entropy": real["entropy"].mean(), "length": 2, "end_rate": .5, "kl_coef": .07,
+                "reply_tokens": 4,
                 "ref_perplexity": np.exp(-real["ref_logprobs"].mean()),
                 "sampler_gap": np.abs(real["sampled_logprobs"] - real["logprobs"]).mean(),
                 "explained_variance": 1 - (returns - real["values"]).var() / returns.var()}
@@ -89,7 +97,8 @@ def test_metrics_are_means_over_real_tokens():
 def test_discounts_reach_the_advantages():
     rollout = rollout_of(nets_of(), options(gamma=.9, lam=.5, whiten=False))
     expected = gae(rollout.rewards, rollout.values, rollout.response_mask, .9, .5)
-    assert torch.equal(rollout.advantages, expected[0]) and torch.equal(rollout.returns, expected[1])
+    assert torch.equal(rollout.advantages, expected[0]) and torch.equal(rollout.returns,
+                                                                        expected[1])
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
@@ -109,8 +118,10 @@ def test_the_critic_does_not_see_the_token_whose_value_it_gives():
     flags = bools([[0, 0, 0, 1, 1, 1, 1, 1]])
     other = tokens.clone()
     other[0, 5] = (other[0, 5] + 1) % 40
-    a, b = (actor_critic(make_rows(t, torch.ones_like(flags), flags), 1.0)[2] for t in (tokens, other))
-    assert torch.equal(a[:3], b[:3]) and not torch.equal(a[3:], b[3:])  # the third value is the one before token 5
+    a, b = (actor_critic(make_rows(t, torch.ones_like(flags), flags), 1.0)[2]
+            for t in (tokens, other))
+    # the third value is the one before token 5
+    assert torch.equal(a[:3], b[:3]) and not torch.equal(a[3:], b[3:])
 
 
 def test_advantages_are_whitened_but_returns_are_not():
@@ -118,7 +129,8 @@ def test_advantages_are_whitened_but_returns_are_not():
     plain, white = (rollout_of(nets, options(whiten=w)) for w in (False, True))
     assert torch.equal(plain.returns, white.returns)
     mask = plain.response_mask
-    assert torch.allclose(plain.returns, torch.where(mask, plain.advantages + plain.values, 0), atol=1e-6)
+    assert torch.allclose(plain.returns, torch.where(mask, plain.advantages + plain.values, 0),
+                          atol=1e-6)
     assert abs(float(masked_mean(white.advantages, mask))) < 1e-6
     assert float(masked_mean(white.advantages**2, mask)) == pytest.approx(1, abs=1e-4)
 
@@ -143,8 +155,10 @@ def test_rollouts_follow_from_seed_and_step_alone():
 
 
 def test_rows_lose_their_padding_and_find_their_columns_again():
-    tokens, mask = torch.tensor([[0, 0, 1, 2, 3, 0], [4, 5, 6, 7, 8, 9]]), bools([[0, 0, 1, 1, 1, 0],
-                                                                                  [1, 1, 1, 1, 1, 1]])
+    tokens, mask = torch.tensor([[0, 0, 1, 2, 3, 0], [4, 5, 6, 7, 8, 9]]), bools([[0, 0, 1, 1, 1,
+                                                                                   0],
+                                                                                  [1, 1, 1, 1, 1,
+                                                                                   1]])
     reply = bools([[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]])
     rows = make_rows(tokens, mask, reply)
     assert rows.tokens[0, :3].tolist() == [1, 2, 3] and rows.real.sum(1).tolist() == [3, 6]
@@ -160,7 +174,9 @@ def test_logits_and_values_are_float32_under_autocast():
         logprobs, _, values = nets[0](rows, 1.0)
         hidden = nets[0].policy.hidden(rows.tokens).flatten(0, 1)[rows.before].float()
         critic = nets[0].critic.backbone.hidden(rows.tokens).flatten(0, 1)[rows.before].float()
-    expected = log_softmax(hidden @ nets[0].policy.embedding.weight.T).gather(1, rows.targets[:, None])[:, 0]
+    expected = log_softmax(hidden @ nets[0].policy.embedding.weight.T).gather(1, rows.targets[:,
+                                                                                           None])[:,
+                                                                                                  0]
     head = nets[0].critic.score_head
     assert torch.allclose(logprobs, expected, atol=1e-5)
     assert torch.allclose(values, (critic @ head.weight.T + head.bias)[:, 0], atol=1e-5)
@@ -175,7 +191,8 @@ def test_a_large_vocabularys_logits_are_never_there_at_once(monkeypatch, train_e
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
+            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,))
+                         if isinstance(x, torch.Tensor))
             return out
 
     def scored():

@@ -1,4 +1,5 @@
-"""PPOTrainer and its stage: what it starts from, what it carries from update to update, and what it warns of."""
+"""PPOTrainer and its stage: what it starts from, what it carries from update to update, and what it
+warns of."""
 import json
 
 import pytest
@@ -48,7 +49,8 @@ def test_the_scale_of_scores_is_measured_at_ppos_own_temperature_and_length(trai
            for i in batch_indices(len(openings), 20, 0, 0, "reward")]
     replies = reply_to(sft, tokenizer, ids, 9, temperature=.7, seed=key(0, "reward", "reply"))
     with torch.no_grad():
-        raw = load_checkpoint(world.root / "reward", cls=RewardModel)[0].scores(ids, reply_ids(replies))
+        raw = load_checkpoint(world.root / "reward", cls=RewardModel)[0].scores(ids,
+                                                                                reply_ids(replies))
     assert trainer.scale.mean == pytest.approx(float(raw.mean()), rel=1e-4)
     assert trainer.scale.std == pytest.approx(float(raw.std(correction=0)), rel=1e-4)
 
@@ -82,14 +84,17 @@ def test_a_reward_checkpoint_of_an_older_version_still_serves(command, world, tm
     assert train_ppo(command("ppo", "--updates=2", f"--reward_from={tmp_path / 'old'}")) is not None
 
 
-def test_a_reward_model_that_learned_nothing_is_told_before_any_update(trainer_of, world, monkeypatch):
-    monkeypatch.setattr(RewardModel, "scores", lambda self, prompts, replies: torch.ones(len(prompts)))
+def test_a_reward_model_that_learned_nothing_is_told_before_any_update(trainer_of, world,
+                                                                       monkeypatch):
+    monkeypatch.setattr(RewardModel, "scores", lambda self, prompts,
+                        replies: torch.ones(len(prompts)))
     with pytest.raises(UserError, match="learned nothing"):
         trainer_of()
 
 
 @pytest.mark.parametrize("asked,feedback,expected", [
-    ("auto", "label", "logsigmoid"), ("auto", "pairwise", "fixed"), ("auto", "unknown scores", "fixed"),
+    ("auto", "label", "logsigmoid"), ("auto", "pairwise", "fixed"),
+    ("auto", "unknown scores", "fixed"),
     ("running", "pairwise", "running"), ("sigmoid", "label", "sigmoid")])
 def test_the_reward_norm_follows_from_the_feedback(asked, feedback, expected):
     assert ppo.chosen_reward_norm(asked, feedback) == expected
@@ -104,14 +109,16 @@ def test_the_networks_are_the_trained_ones_and_the_others_never_move(trainer_of,
     trainer = trainer_of("--critic_warmup=0", "--updates=2")
     for step in (0, 1):
         trainer.update(step)
-    assert weights_hash(trainer.reward_model) == load_checkpoint(world.root / "reward", cls=RewardModel)[2]["hash"]
+    assert weights_hash(trainer.reward_model) == load_checkpoint(world.root / "reward",
+                                                                 cls=RewardModel)[2]["hash"]
     assert weights_hash(trainer.networks.reference) == load_checkpoint(world.root / "sft")[2]["hash"]
     assert weights_hash(trainer.run.model) != load_checkpoint(world.root / "sft")[2]["hash"]
     assert not trainer.reward_model.training
 
 
 def test_adam_steps_as_the_options_say(trainer_of):
-    policy, critic = trainer_of("--adam_eps=.003", "--policy_lr=.001", "--critic_lr=.002").optimizer.param_groups
+    policy, critic = trainer_of("--adam_eps=.003", "--policy_lr=.001",
+                                "--critic_lr=.002").optimizer.param_groups
     assert (policy["eps"], critic["eps"]) == (.003, .003)
     assert (policy["lr"], critic["lr"]) == (.001, .002)
 
@@ -130,16 +137,20 @@ def interrupt_after(done: int, saving: bool = True):
 
 def test_the_critic_warms_up_alone_and_held_out_measures_repeat(command, monkeypatch, tmp_path):
     trained, real = [], ppo.update
-    monkeypatch.setattr(ppo, "update", lambda *a, **k: trained.append(k["train_policy"]) or real(*a, **k))
+    monkeypatch.setattr(ppo, "update", lambda *a, **k: trained.append(k["train_policy"])
+                        or real(*a, **k))
     train_ppo(command("ppo", "--updates=4", "--critic_warmup=2", "--policy_lr=0", "--eval_every=1"))
     assert trained == [False, False, True, True]
-    measured = [{k: v for k, v in line.items() if k.startswith("eval_")} for line in metrics(tmp_path)]
+    measured = [{k: v for k, v in line.items() if k.startswith("eval_")}
+                for line in metrics(tmp_path)]
     assert len(measured) == 5
     assert all(m == measured[0] for m in measured)  # a policy that stands still
 
 
-def test_ppo_resumes_after_the_warm_up_as_if_nothing_had_happened(command, world, tmp_path, monkeypatch):
-    more = ("--updates=5", "--kl_control=adaptive", "--kl_horizon=50", "--reward_norm=running", "--policy_lr=.01")
+def test_ppo_resumes_after_the_warm_up_as_if_nothing_had_happened(command, world, tmp_path,
+                                                                  monkeypatch):
+    more = ("--updates=5", "--kl_control=adaptive", "--kl_horizon=50", "--reward_norm=running",
+            "--policy_lr=.01")
     train_ppo(command("ppo", *more))
     uninterrupted = checkpoint(tmp_path)
     with monkeypatch.context() as m:
@@ -162,12 +173,16 @@ def test_ppo_resumes_after_the_warm_up_as_if_nothing_had_happened(command, world
 
 def test_an_independent_opinion_of_every_rollout_is_logged(trainer_of, world, monkeypatch):
     rollouts, real = [], ppo.collect_rollout
-    monkeypatch.setattr(ppo, "collect_rollout", lambda *a, **k: rollouts.append(real(*a, **k)) or rollouts[-1])
+    monkeypatch.setattr(ppo, "collect_rollout", lambda *a,
+                        **k: rollouts.append(real(*a, **k)) or rollouts[-1])
     logged, tokenizer = trainer_of("--samples_per_prompt=2").update(0), world.data.tokenizer
     asked = world.data.records("ppo", "train")
-    openings = [asked[i]["prompt"] for i in batch_indices(len(asked), 4, 0, 0, "ppo") for _ in range(2)]
-    replies = [tokenizer.decode(i for i in ids if i != tokenizer.eom_id) for ids in reply_ids(rollouts[0].generation)]
-    probs = ngram_classifier(world.data, "judge").probs([a + b for a, b in zip(openings, replies, strict=True)])
+    openings = [asked[i]["prompt"] for i in batch_indices(len(asked), 4, 0, 0, "ppo")
+                for _ in range(2)]
+    replies = [tokenizer.decode(i for i in ids if i != tokenizer.eom_id)
+               for ids in reply_ids(rollouts[0].generation)]
+    probs = ngram_classifier(world.data, "judge").probs([a + b for a,
+                                                         b in zip(openings, replies, strict=True)])
     assert logged["judge"] == pytest.approx(float(probs.mean()), abs=1e-6)
 
 
@@ -175,7 +190,8 @@ def test_an_independent_opinion_of_every_rollout_is_logged(trainer_of, world, mo
 
 @pytest.mark.parametrize("name", ["sampler_gap", "ratio_start"])
 @pytest.mark.parametrize("dtype,limit", [("float32", 1e-4), ("bfloat16", 2e-2)])
-def test_a_gap_between_what_is_scored_and_sampled_is_warned_of(trainer_of, capsys, name, dtype, limit):
+def test_a_gap_between_what_is_scored_and_sampled_is_warned_of(trainer_of, capsys, name, dtype,
+                                                               limit):
     trainer = trainer_of(f"--dtype={dtype}")
     trainer.check_gaps({"sampler_gap": 0.0, name: limit / 2}, 0)
     assert capsys.readouterr().err == ""
@@ -183,7 +199,9 @@ def test_a_gap_between_what_is_scored_and_sampled_is_warned_of(trainer_of, capsy
     assert f"warning: {name} is {2 * limit:.1e}" in capsys.readouterr().err
 
 
-def test_replies_written_in_int8_are_scored_as_trained_and_given_up_where_too_far_off(command, tmp_path, monkeypatch):
+def test_replies_written_in_int8_are_scored_as_trained_and_given_up_where_too_far_off(command,
+                                                                                      tmp_path,
+                                                                                      monkeypatch):
     real, size = ppo.rollout_metrics, iter([None, 0.06, None])
     monkeypatch.setattr(ppo, "rollout_metrics", lambda r: real(r) | {
         k: v for k, v in {"sampler_gap": next(size)}.items() if v is not None})

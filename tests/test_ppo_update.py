@@ -22,12 +22,14 @@ def test_a_compiled_update_equals_the_eager_one_but_for_rounding():
     for compiled in (False, True):
         nets = nets_of()
         if compiled:
-            device.compile_trunks(nets[0].policy, nets[0].critic.backbone, nets[1], nets[2].backbone)
+            device.compile_trunks(nets[0].policy, nets[0].critic.backbone, nets[1],
+                                  nets[2].backbone)
         rollout = rollout_of(nets, o, decoder=Decoder(nets[0].policy, compile=compiled))
         learned = update(nets[0], optimizer_of(nets[0]), rollout, o, 0)
         found.append((rollout, learned, list(nets[0].parameters())))
     (a, x, p), (b, y, q) = found
-    assert torch.equal(a.tokens, b.tokens) and torch.equal(b.logprobs, b.ref_logprobs) and y["ratio_start"] < 1e-5
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(b.logprobs,
+                                                           b.ref_logprobs) and y["ratio_start"] < 1e-5
     for name in ("logprobs", "values", "rewards", "advantages", "returns", "sampled_logprobs"):
         assert torch.allclose(getattr(a, name), getattr(b, name), atol=1e-3), name
     assert y["policy_loss"] == pytest.approx(x["policy_loss"], abs=1e-3)
@@ -39,22 +41,25 @@ def test_the_first_ratio_is_one(temperature):
     nets, o = nets_of(), options(temperature=temperature, epochs=1, minibatches=1)
     found = update(nets[0], optimizer_of(nets[0]), rollout_of(nets, o), o, 0)
     assert found["ratio_start"] < 1e-6 and found["clip_frac"] == 0 and found["approx_kl"] < 1e-9
-    again = update(nets[0], optimizer_of(nets[0]), rollout_of(nets, options(temperature=1.0)), options(temperature=.5),
-                   1)
+    again = update(nets[0], optimizer_of(nets[0]), rollout_of(nets, options(temperature=1.0)),
+                   options(temperature=.5), 1)
     assert again["ratio_start"] > 1e-2  # scoring at another temperature is seen
 
 
 @pytest.mark.parametrize("change", [
-    {"clip_range": .001}, {"value_clip": .0}, {"value_clip": .001}, {"value_coef": .5}, {"entropy_coef": .1},
-    {"max_grad_norm": .01}, {"epochs": 1}, {"minibatches": 4}, {"temperature": .9}, {"seed": 1}, {"step": 1}])
+    {"clip_range": .001}, {"value_clip": .0}, {"value_clip": .001}, {"value_coef": .5},
+    {"entropy_coef": .1},
+    {"max_grad_norm": .01}, {"epochs": 1}, {"minibatches": 4}, {"temperature": .9}, {"seed": 1},
+    {"step": 1}])
 def test_every_option_of_the_update_has_an_effect(change):
     ends = []
     for changed in ({}, change):
-        nets, o = nets_of(critic="shared"), options(epochs=2, minibatches=2, value_clip=.01, max_grad_norm=10.0)
+        nets, o = nets_of(critic="shared"), options(epochs=2, minibatches=2, value_clip=.01,
+                                                    max_grad_norm=10.0)
         rollout = rollout_of(nets, o)
         settings = {k: v for k, v in changed.items() if k != "step"}
-        update(nets[0], torch.optim.SGD(nets[0].parameters(), lr=.5), rollout, dataclasses.replace(o, **settings),
-               changed.get("step", 0))
+        update(nets[0], torch.optim.SGD(nets[0].parameters(), lr=.5), rollout,
+               dataclasses.replace(o, **settings), changed.get("step", 0))
         ends.append(torch.cat([p.detach().flatten() for p in nets[0].parameters()]))
     assert not torch.allclose(*ends, atol=1e-7)
 
@@ -67,7 +72,8 @@ def test_micro_batches_change_nothing(critic):
         with torch.random.fork_rng():
             update(nets[0], torch.optim.SGD(nets[0].parameters(), lr=.5), rollout_of(nets, o), o, 0)
         ends.append(torch.cat([p.detach().flatten() for p in nets[0].parameters()]))
-    assert torch.allclose(ends[0], ends[1], atol=2e-5) and torch.allclose(ends[0], ends[2], atol=2e-5)
+    assert torch.allclose(ends[0], ends[1], atol=2e-5) and torch.allclose(ends[0], ends[2],
+                                                                          atol=2e-5)
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
@@ -77,7 +83,8 @@ def test_critic_warm_up_leaves_the_policy_alone(critic):
     values = [p.detach().clone() for p in nets[0].value_module.parameters()]
     found = update(nets[0], optimizer_of(nets[0]), rollout_of(nets, o), o, 0, train_policy=False)
     assert all(torch.equal(v, nets[0].policy.state_dict()[k]) for k, v in before.items())
-    assert any(not torch.equal(a, b) for a, b in zip(values, nets[0].value_module.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(values, nets[0].value_module.parameters(),
+                                                     strict=True))
     assert "ratio_start" not in found and "policy_grad_norm" not in found and found["skipped_minibatches"] == 0
 
 
@@ -85,9 +92,11 @@ def test_too_large_a_kl_skips_the_step_and_adams_momentum():
     nets, o = nets_of(), options(max_approx_kl=1e-12, minibatches=1, epochs=3)
     optimizer = optimizer_of(nets[0])
     found = update(nets[0], optimizer, rollout_of(nets, o), o, 0)
-    assert found["skipped_minibatches"] == 2  # the first has ratio 1; after its step the rest are too far
+    # the first has ratio 1; after its step the rest are too far
+    assert found["skipped_minibatches"] == 2
     steps = {int(optimizer.state[p]["step"]) for p in nets[0].policy.parameters()}
-    assert steps == {1} and {int(optimizer.state[p]["step"]) for p in nets[0].value_module.parameters()
+    assert steps == {1} and {int(optimizer.state[p]["step"])
+                             for p in nets[0].value_module.parameters()
                              if p in optimizer.state} == {3}
 
 
@@ -104,7 +113,8 @@ def test_a_largest_gradient_norm_of_0_limits_nothing():
         update(nets[0], optimizer_of(nets[0]), rollout_of(nets, o), o, 0)
         moved.append(nets[0].state_dict())
     assert all(torch.equal(moved[0][name], moved[1][name]) for name in moved[0])
-    assert not torch.equal(moved[0]["policy.embedding.weight"], nets_of()[0].policy.embedding.weight)
+    assert not torch.equal(moved[0]["policy.embedding.weight"],
+                           nets_of()[0].policy.embedding.weight)
 
 
 def test_a_loss_that_is_not_finite_stops_before_any_step():
@@ -125,8 +135,10 @@ def test_a_loss_that_is_not_finite_stops_before_any_step():
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("critic,reward_norm", [("separate", "sigmoid"), ("shared", "fixed")])
 def test_ppo_learns_a_reward_it_can_reach(seed, critic, reward_norm):
-    """A bandit with a known best arm: the score is the share of one token. Its probability rises, whatever the seed."""
-    policy, reward_model = Transformer(ModelConfig(**SHAPE)), RewardModel(RewardConfig(**SHAPE, pool="mean"))
+    """A bandit with a known best arm: the score is the share of one token. Its probability rises,
+    whatever the seed."""
+    policy, reward_model = Transformer(ModelConfig(**SHAPE)), RewardModel(RewardConfig(**SHAPE,
+                                                                                       pool="mean"))
     policy.initialise(seed)
     with torch.no_grad():  # a reward model that reads token 9 and nothing else
         reward_model.backbone.embedding.weight.zero_()
@@ -136,9 +148,11 @@ def test_ppo_learns_a_reward_it_can_reach(seed, critic, reward_norm):
             block.mlp.down.weight.zero_()
         reward_model.score_head.weight.zero_()
         reward_model.score_head.weight[0, 0] = 1
-    nets = Nets(ActorCritic(policy, critic_from(reward_model) if critic == "separate" else None), copy.deepcopy(policy),
+    nets = Nets(ActorCritic(policy, critic_from(reward_model) if critic == "separate" else None),
+                copy.deepcopy(policy),
             reward_model.requires_grad_(False))
-    o = options(reward_norm=reward_norm, batch=16, reply_len=6, epochs=2, end_penalty=0.0, seed=seed)
+    o = options(reward_norm=reward_norm, batch=16, reply_len=6, epochs=2, end_penalty=0.0,
+                seed=seed)
     optimizer, shares = optimizer_of(nets[0], 6e-3), []
     for step in range(25):
         rollout = rollout_of(nets, o, step)
@@ -153,8 +167,10 @@ def test_bfloat16_leaves_weights_scores_and_ratio_in_float32():
     rollout = rollout_of(nets, o, dtype="bfloat16")
     plain = rollout_of(nets_of(), o)
     assert not torch.equal(rollout.logprobs, plain.logprobs)  # it was bfloat16
-    floats = [v for v in vars(rollout).values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
-    assert {x.dtype for x in floats} == {torch.float32} and torch.equal(rollout.logprobs, rollout.ref_logprobs)
+    floats = [v for v in vars(rollout).values() if isinstance(v, torch.Tensor)
+              and v.is_floating_point()]
+    assert {x.dtype for x in floats} == {torch.float32} and torch.equal(rollout.logprobs,
+                                                                        rollout.ref_logprobs)
     found = update(nets[0], optimizer, rollout, o, 0, dtype="bfloat16")
     assert found["ratio_start"] < 2e-2
     assert {p.dtype for p in nets[0].parameters()} == {torch.float32}
@@ -165,22 +181,26 @@ def test_bfloat16_leaves_weights_scores_and_ratio_in_float32():
 def test_the_metrics_of_an_update_do_not_depend_on_micro_batches(critic):
     found = []
     for size in (8, 3, 1):
-        nets, o = nets_of(critic=critic), options(micro_batch=size, epochs=1, minibatches=1, entropy_coef=.01)
+        nets, o = nets_of(critic=critic), options(micro_batch=size, epochs=1, minibatches=1,
+                                                  entropy_coef=.01)
         rollout = rollout_of(nets, o)
-        shifted = torch.where(rollout.response_mask, rollout.logprobs - .3, 0)  # so that nothing is just 0
+        # so that nothing is just 0
+        shifted = torch.where(rollout.response_mask, rollout.logprobs - .3, 0)
         rollout = dataclasses.replace(rollout, logprobs=shifted)
         found.append(update(nets[0], torch.optim.SGD(nets[0].parameters(), lr=.1), rollout, o, 0))
-    keys = ("policy_loss", "value_loss", "approx_kl", "clip_frac", "value_clip_frac", "ratio_start", "policy_grad_norm",
-            "critic_grad_norm", "trained_tokens")
+    keys = ("policy_loss", "value_loss", "approx_kl", "clip_frac", "value_clip_frac", "ratio_start",
+            "policy_grad_norm", "critic_grad_norm", "trained_tokens")
     for other in found[1:]:
-        assert {k: other[k] for k in keys} == pytest.approx({k: found[0][k] for k in keys}, rel=1e-3, abs=1e-6)
+        assert {k: other[k] for k in keys} == pytest.approx({k: found[0][k] for k in keys},
+                                                            rel=1e-3, abs=1e-6)
     assert found[0]["approx_kl"] > 0 and found[0]["ratio_start"] == pytest.approx(.3, abs=1e-3)
 
 
 def test_the_metrics_of_an_update_are_means_over_all_its_tokens():
     nets, o = nets_of(), options(epochs=1, minibatches=4)
     rollout = rollout_of(nets, o)
-    shifted = torch.where(rollout.response_mask, rollout.logprobs - .1 * torch.arange(8.)[:, None], 0)
+    shifted = torch.where(rollout.response_mask, rollout.logprobs - .1 * torch.arange(8.)[:, None],
+                          0)
     rollout = dataclasses.replace(rollout, logprobs=shifted)
     still = torch.optim.SGD(nets[0].parameters(), lr=0.0)
     parts = update(nets[0], still, rollout, o, 0)
@@ -194,10 +214,12 @@ def test_each_epoch_has_its_own_minibatches(monkeypatch):
     seen, nets, o = [], nets_of(), options(epochs=3, minibatches=2)
     rollout, real = rollout_of(nets, o), type(rollout_of(nets, o)).by_length
     monkeypatch.setattr(type(rollout), "by_length",
-                        lambda self, i, n: seen.append(tuple(sorted(i.tolist()))) or real(self, i, n))
+                        lambda self, i, n: seen.append(tuple(sorted(i.tolist())))
+                        or real(self, i, n))
     update(nets[0], optimizer_of(nets[0]), rollout, o, 0)
     assert len(seen) == 6 and len(set(seen)) > 2
-    assert all(sorted(seen[k] + seen[k + 1]) == list(range(8)) for k in (0, 2, 4))  # every row once an epoch
+    # every row once an epoch
+    assert all(sorted(seen[k] + seen[k + 1]) == list(range(8)) for k in (0, 2, 4))
 
 
 def test_clips_can_act_under_every_preset():

@@ -1,4 +1,5 @@
-"""Linear layers and RMSNorm compute what PyTorch's own do, and a choice of products belongs to its model."""
+"""Linear layers and RMSNorm compute what PyTorch's own do, and a choice of products belongs to its
+model."""
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,5 @@
-"""A run: its folder is locked and compared, its choices are kept, its log is cut at the checkpoint's step."""
+"""A run: its folder is locked and compared, its choices are kept, its log is cut at the
+checkpoint's step."""
 import json
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from tests.conftest import TINY
 def open_sft(command, world):
     """open_sft(*words, init=…) opens a run of the stage sft with a tiny model."""
     def opened(*words, init="one") -> Run | None:
-        return open_run("sft", command("sft", *words), world.data, {"init": init}, Transformer(ModelConfig(**TINY)),
-                        world.data.tokenizer)
+        return open_run("sft", command("sft", *words), world.data, {"init": init},
+                        Transformer(ModelConfig(**TINY)), world.data.tokenizer)
     return opened
 
 
@@ -80,7 +81,8 @@ def test_numbers_that_are_no_numbers_are_left_out_of_the_log(open_sft):
     run = open_sft()
     with run.progress(4):
         run.log(1, loss=float("nan"), kl=0.123456789)
-    assert json.loads((run.folder.path / "metrics.jsonl").read_text()) == {"step": 1, "kl": 0.123457}
+    assert json.loads((run.folder.path / "metrics.jsonl").read_text()) == {"step": 1,
+                                                                           "kl": 0.123457}
 
 
 def test_fresh_deletes_nothing_before_training_begins(open_sft):
@@ -126,7 +128,8 @@ def test_two_processes_do_not_share_a_folder(command, tmp_path):
 
 
 @pytest.mark.parametrize("took,chosen", [(10.0, "on"), (0.5, "off")])
-def test_auto_decides_to_compile_once_by_the_step_before_and_says_so(command, monkeypatch, capsys, took, chosen):
+def test_auto_decides_to_compile_once_by_the_step_before_and_says_so(command, monkeypatch, capsys,
+                                                                     took, chosen):
     monkeypatch.setattr("runtime.device.compiler_fault", lambda device="cpu": "")
     compute = Compute(command("sft", "--compile=auto"), "sft", 32, {})
     assert not compute.starts_compiling(4, 100, decide_at=5)
@@ -152,7 +155,8 @@ def test_a_log_file_gets_a_line_with_rate_and_remaining_time_every_30_seconds(mo
 @pytest.mark.parametrize("words,resume,expected", [
     (["ppo", "--kl_coef=.1"], False, "python train.py ppo --kl_coef=.1 --resume"),
     (["ppo", "--resume"], True, "python train.py ppo --resume"),
-    (["sft", "--fresh", "--data", "my texts"], False, "python train.py sft --data 'my texts' --resume"),
+    (["sft", "--fresh", "--data", "my texts"], False, "python train.py sft --data 'my texts' "
+                                                      "--resume"),
     (["--seed=1"], True, "python train.py --seed=1"), ([], True, "python train.py")])
 def test_the_command_that_resumes_is_the_one_typed(command, monkeypatch, words, resume, expected):
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
@@ -161,7 +165,8 @@ def test_the_command_that_resumes_is_the_one_typed(command, monkeypatch, words, 
 
 def test_a_run_is_complete_when_its_constructor_returns(command, world):
     folder = RunFolder(command("sft"), "sft", {})
-    run = Run(folder, Transformer(ModelConfig(**TINY)), world.data.tokenizer, "{prompt}", {}, save_checkpoint)
+    run = Run(folder, Transformer(ModelConfig(**TINY)), world.data.tokenizer, "{prompt}", {},
+              save_checkpoint)
     attributes = set(vars(run))
     with run.progress(1):
         run.save(1)

@@ -65,8 +65,7 @@ def test_a_reward_in_python(trainer_of, world):
         return [float(sum(reply.count(word) for word in "很不好满意推荐")) for reply in replies]
 
     trainer = trainer_of("--batch=32", "--rollout_rows=32", "--kl_coef=0", "--end_penalty=0",
-                         "--policy_lr=.01",
-                         "--updates=12", "--eval_prompts=32",
+                         "--policy_lr=.01", "--updates=12", "--eval_prompts=32",
                          scorer=PythonReward(praise, world.data.tokenizer))
     before = trainer.measure(0)["eval_raw_score"]
     for step in range(12):
@@ -88,8 +87,7 @@ def test_a_data_set_of_ones_own(toy_set, tmp_path, monkeypatch):
         for split in ("train", "val", "test"):
             texts = [f"{split} one two three {i}" for i in range(60)]
             out.documents(split, [("text", [tokenizer.eot_id, *tokenizer.encode(t)])
-                                  for t in texts],
-                          sum(map(len, texts)))
+                                  for t in texts], sum(map(len, texts)))
             out.records("sft", split, [{"prompt": f"one {i}", "response": f"two {i}"}
                                        for i in range(60)])
             out.records("ppo", split, [{"prompt": f"one {i}"} for i in range(60)])

@@ -8,8 +8,9 @@
     python -m tools.bench ppo --peers --peer_python PYTHON       whole PPO updates; with --peers in turns with TRL's
     python -m tools.bench growth              time against context, batch and length; peak memory against what is held
 
-Each figure is a median of --repeats measurements taken in turns with what it is compared to; the last line is JSON. The
-peers (transformers' generate, TRL's PPOTrainer) run by the scripts in --peers_folder under another Python.
+Each figure is a median of --repeats measurements taken in turns with what it is compared to; the
+last line is JSON. The peers (transformers' generate, TRL's PPOTrainer) run by the scripts in
+--peers_folder under another Python.
 """
 import json
 import os
@@ -29,21 +30,22 @@ from runtime.machine import keep_freed_memory, processor
 from runtime.options import UserError, parse, run_main
 from sample import Decoder, generate
 from tools.bench_ppo import growth, ppo
-from tools.measure import (BASE, SMALL, TYPES, BenchOptions, in_turns, limits, median_range, peer, best_products,
-                           random_model, random_prompts, ratio, say, seconds, several, step_products)
+from tools.measure import (BASE, SMALL, TYPES, BenchOptions, in_turns, limits, median_range, peer,
+                           best_products, random_model, random_prompts, ratio, say, seconds,
+                           several, step_products)
 
 PROMPT, NEW = 32, 96
 SECTIONS = ("limits", "decode", "gae", "train", "ppo", "growth")
 
-# ---- decoding -------------------------------------------------------------------------------------
+# ---- decoding ------------------------------------------------------------------------------------
 
 def bare_step(config: ModelConfig, batch: int, dtype: torch.dtype) -> Callable[[], float]:
-    """A function that loops the bare products of one decoding step, each form that there is, and returns the seconds of
-    the fastest form: the limit of a step.
+    """A function that loops the bare products of one decoding step, each form that there is, and
+    returns the seconds of the fastest form: the limit of a step.
 
-    Between two rounds as many bytes are copied as the step's keys and values have on average, so that the working set,
-    and with it what is still in the processor's cache, is the step's own: what the copies take is their part of the
-    limit.
+    Between two rounds as many bytes are copied as the step's keys and values have on average, so
+    that the working set, and with it what is still in the processor's cache, is the step's own:
+    what the copies take is their part of the limit.
     """
     weights = [torch.randn(n_out, n_in).to(dtype) for n_in, n_out in step_products(config)]
     xs = [torch.randn(batch, w.shape[1]).to(dtype) for w in weights]
@@ -78,9 +80,11 @@ def sampler_gap(model: Transformer, tokens: Tensor, reply, dtype: str) -> float:
 
 
 def decode(o: BenchOptions) -> list[dict]:
-    """Replies of equal length: tokens a second, the decoding step against its limit, and transformers' generate."""
+    """Replies of equal length: tokens a second, the decoding step against its limit, and
+    transformers' generate."""
     found, compiles = [], not compiler_fault()
-    for shape, config, batch in (("small", SMALL, 1), ("small", SMALL, 32), ("small", SMALL, 128), ("base", BASE, 1),
+    for shape, config, batch in (("small", SMALL, 1), ("small", SMALL, 32), ("small", SMALL, 128),
+                                 ("base", BASE, 1),
                                  ("base", BASE, 32)):
         bare = {name: bare_step(config, batch, dtype) for name, dtype in TYPES.items()}
         exact = min(TYPES, key=lambda name: min(bare[name]() for _ in range(3)))
@@ -102,13 +106,16 @@ def decode(o: BenchOptions) -> list[dict]:
                 prompt_alone = seconds(generate, model, tokens, mask, 1, decoder=decoder)
                 rates[name].append(batch * NEW / whole)
                 steps[name].append((whole - prompt_alone) / (NEW - 1))
-            line = peer(o, "hf_generate.py", "--shape", "tiny" if shape == "small" else "124M", "--batch", str(batch),
+            line = peer(o, "hf_generate.py", "--shape", "tiny" if shape == "small" else "124M",
+                        "--batch", str(batch),
                         "--dtype", "bf16" if exact == "bfloat16" else "fp32", "--runs", "1")
             theirs += [line["tokens_per_s"]] if line else []
         for name in decoders:
-            found.append({"shape": shape, "batch": batch, "dtype": name, "tokens_per_s": median_range(rates[name], 0),
+            found.append({"shape": shape, "batch": batch, "dtype": name,
+                          "tokens_per_s": median_range(rates[name], 0),
                           "step_ms": median_range([1e3 * t for t in steps[name]]),
-                          "limit_ms": median_range([1e3 * t for t in limits]) if name == exact else "–",
+                          "limit_ms": median_range([1e3 * t for t in limits]) if name == exact
+                          else "–",
                           "share": ratio(limits, steps[name]) if name == exact else "–",
                           "sampler_gap": f"{gap[name]:.1e}", "first_call_s": first[name],
                           "transformers": f"{median_range(theirs, 0)} {exact}" if theirs else "–",
@@ -129,35 +136,41 @@ class EndingDecoder(Decoder):
 
         def step(*arguments):
             token, logprob = inner(*arguments)
-            return torch.where(torch.rand(len(token), generator=stream) < self.CHANCE, self.END, token), logprob
+            return torch.where(torch.rand(len(token), generator=stream) < self.CHANCE, self.END,
+                               token), logprob
         return step
 
 
 def uneven(o: BenchOptions, n: int = 256, rows: int = 32) -> dict:
-    """Replies of uneven length: places of ended ones are taken by the next prompts, against all rows kept."""
+    """Replies of uneven length: places of ended ones are taken by the next prompts, against all
+    rows kept."""
     compiles = not compiler_fault()
     model, (tokens, mask) = random_model(SMALL), random_prompts(SMALL, n)
     bare = {name: bare_step(SMALL, rows, dtype) for name, dtype in TYPES.items()}
     dtype = min(TYPES, key=lambda name: bare[name]())
     refilled, kept = EndingDecoder(model, dtype, compiles), Decoder(model, dtype, compiles)
-    replies = generate(model, tokens, mask, NEW, decoder=refilled, end_id=EndingDecoder.END, batch_size=rows)
+    replies = generate(model, tokens, mask, NEW, decoder=refilled, end_id=EndingDecoder.END,
+                       batch_size=rows)
     times = in_turns({
         "kept": lambda: [generate(model, tokens[i:i + rows], mask[i:i + rows], NEW, decoder=kept)
                          for i in range(0, n, rows)],
-        "refilled": lambda: generate(model, tokens, mask, NEW, decoder=refilled, end_id=EndingDecoder.END,
-                                     batch_size=rows)}, o.repeats)
-    found = {"prompts": n, "rows": rows, "dtype": dtype, "mean_length": round(float(replies.mask.sum()) / n, 1),
+        "refilled": lambda: generate(model, tokens, mask, NEW, decoder=refilled,
+                                     end_id=EndingDecoder.END, batch_size=rows)}, o.repeats)
+    found = {"prompts": n, "rows": rows, "dtype": dtype,
+             "mean_length": round(float(replies.mask.sum()) / n, 1),
              "kept_s": median_range(times["kept"]), "refilled_s": median_range(times["refilled"]),
              "ratio": ratio(times["kept"], times["refilled"])}
-    say("Replies of uneven length: all rows kept to the end, against free rows taken by the next prompts",
-        [list(found.values())], list(found))
+    say("Replies of uneven length: all rows kept to the end, against free rows taken by the next "
+        "prompts", [list(found.values())], list(found))
     return found
 
 
-# ---- advantages -----------------------------------------------------------------------------------
+# ---- advantages ----------------------------------------------------------------------------------
 
-def gae_by_columns(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """The usual form: a Python loop from the last column to the first, (B, R); 0 where the mask is False."""
+def gae_by_columns(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
+                   lam: float) -> Tensor:
+    """The usual form: a Python loop from the last column to the first, (B, R); 0 where the mask is
+    False."""
     rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
     advantages, later = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     for t in range(rewards.shape[1] - 1, -1, -1):
@@ -179,26 +192,32 @@ def advantages(o: BenchOptions) -> list[dict]:
     compiled = torch.compile(gae) if not compiler_fault() else None
     for shape in ((96, 64), (64, 512), (256, 1024), (512, 4096)):
         g = torch.Generator().manual_seed(0)
-        rewards, values, mask = torch.randn(shape, generator=g), torch.randn(shape, generator=g), ragged_mask(*shape)
+        rewards, values, mask = torch.randn(shape, generator=g), torch.randn(shape,
+                                                                             generator=g), ragged_mask(*shape)
         exact = gae_by_columns(rewards.double(), values.double(), mask, gamma, lam)
-        error = float((gae(rewards, values, mask, gamma, lam)[0] - exact).abs().max() / exact.abs().max())
-        calls = max(10, 2**22 // rewards.numel())  # of ours, which together take about as long as one of the loop
+        error = float((gae(rewards, values, mask, gamma,
+                           lam)[0] - exact).abs().max() / exact.abs().max())
+        # of ours, which together take about as long as one of the loop
+        calls = max(10, 2**22 // rewards.numel())
         of = (rewards, values, mask, gamma, lam)
         works = {"loop": lambda of=of: gae_by_columns(*of),
                  "ours": lambda of=of, calls=calls: several(lambda: gae(*of), calls)}
         if compiled:
             works["compiled"] = lambda of=of, calls=calls: several(lambda: compiled(*of), calls)
         times = in_turns(works, max(o.repeats, 5))
-        ms = {name: [1e3 * t / (1 if name == "loop" else calls) for t in ts] for name, ts in times.items()}
+        ms = {name: [1e3 * t / (1 if name == "loop" else calls) for t in ts] for name,
+              ts in times.items()}
         table.append({"shape": f"{shape[0]} x {shape[1]}", "loop_ms": median_range(ms["loop"]),
-                      "ours_ms": median_range(ms["ours"], 3), "ratio": ratio(ms["loop"], ms["ours"]),
-                      "compiled_ms": median_range(ms["compiled"], 3) if compiled else "–", "error": f"{error:.1e}"})
-    say("Advantages and returns of ragged rows (γ 1, λ .95, float32)", [list(row.values()) for row in table],
-        list(table[0]))
+                      "ours_ms": median_range(ms["ours"], 3),
+                      "ratio": ratio(ms["loop"], ms["ours"]),
+                      "compiled_ms": median_range(ms["compiled"], 3) if compiled else "–",
+                      "error": f"{error:.1e}"})
+    say("Advantages and returns of ragged rows (γ 1, λ .95, float32)",
+        [list(row.values()) for row in table], list(table[0]))
     return table
 
 
-# ---- command line ---------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 def main(argv: list[str]) -> None:
     section, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("all", argv)
@@ -208,12 +227,16 @@ def main(argv: list[str]) -> None:
     keep_freed_memory()
     if fault := compiler_fault():
         print(f"torch.compile does not work here, so everything runs eagerly: {fault}")
-    results = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+    results = {"processor": processor(), "threads": torch.get_num_threads(),
+               "torch": torch.__version__,
                "products": best_products(), "load": os.getloadavg()[0], "limits": limits(o)}
-    parts = {"decode": lambda: {"equal": decode(o), "uneven": uneven(o)}, "gae": lambda: advantages(o),
-             "train": lambda: ppo(o, learning_only=True), "ppo": lambda: ppo(o), "growth": lambda: growth(o)}
+    parts = {"decode": lambda: {"equal": decode(o), "uneven": uneven(o)},
+             "gae": lambda: advantages(o),
+             "train": lambda: ppo(o, learning_only=True), "ppo": lambda: ppo(o),
+             "growth": lambda: growth(o)}
     for name, part in parts.items():
-        if section in (name, "all") and not (section == "all" and name == "train"):  # `ppo` holds it
+        # `ppo` holds it
+        if section in (name, "all") and not (section == "all" and name == "train"):
             results[name] = part()
     print(json.dumps(results))
 

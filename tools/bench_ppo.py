@@ -1,4 +1,5 @@
-"""How fast a PPO update is, what it holds, and how time grows: the parts train, ppo and growth of tools/bench.py."""
+"""How fast a PPO update is, what it holds, and how time grows: the parts train, ppo and growth of
+tools/bench.py."""
 import copy
 import dataclasses
 import pathlib
@@ -14,40 +15,46 @@ from reward import RewardModel, critic_from
 from runtime.device import compile_trunks, compiler_fault
 from runtime.products import _onednn, _product, _weight_gradient, use_products
 from sample import Decoder, generate
-from tools.measure import (SMALL, TYPES, BenchOptions, best_products, fastest, median_range, peer, product_forms,
-                           random_model, random_prompts, ratio, say, seconds, step_products)
+from tools.measure import (SMALL, TYPES, BenchOptions, best_products, fastest, median_range, peer,
+                           product_forms, random_model, random_prompts, ratio, say, seconds,
+                           step_products)
 
-# ---- a PPO update ---------------------------------------------------------------------------------
+# ---- a PPO update --------------------------------------------------------------------------------
 
 class Update:
     """Four networks of one shape, and updates of 64 episodes of 64 + 64 tokens."""
 
-    def __init__(self, dtype: str, compiles: bool, critic: str = "separate", episodes: int = 64, prompt: int = 64,
-                 reply: int = 64, epochs: int = 4, config: ModelConfig = SMALL):
+    def __init__(self, dtype: str, compiles: bool, critic: str = "separate", episodes: int = 64,
+                 prompt: int = 64, reply: int = 64, epochs: int = 4, config: ModelConfig = SMALL):
         self.step, self.prompt, policy = 0, prompt, random_model(config)
         reference = copy.deepcopy(policy).requires_grad_(False)
         self.reward_model = RewardModel(config).requires_grad_(False)
         use_products(self.reward_model, best_products())
-        self.actor_critic = ActorCritic(policy, critic_from(self.reward_model) if critic == "separate" else None)
+        self.actor_critic = ActorCritic(policy, critic_from(self.reward_model)
+                                        if critic == "separate" else None)
         if compiles:
             trunks = [policy, reference, self.reward_model.backbone]
-            compile_trunks(*trunks, *([self.actor_critic.critic.backbone] if critic == "separate" else []))
-        self.networks = Networks(self.actor_critic, reference, -2, dtype, Decoder(policy, dtype, compiles))
+            compile_trunks(*trunks, *([self.actor_critic.critic.backbone] if critic == "separate"
+                                      else []))
+        self.networks = Networks(self.actor_critic, reference, -2, dtype,
+                                 Decoder(policy, dtype, compiles))
         groups = [{"params": list(policy.parameters()), "lr": 1e-5},
                   {"params": list(self.actor_critic.value_module.parameters()), "lr": 1e-5}]
         self.optimizer = torch.optim.Adam(groups, eps=1e-8, fused=True)
-        self.o = PPOOptions(batch=episodes, rollout_rows=episodes, reply_len=reply, epochs=epochs, minibatches=1,
-                            micro_batch=min(16, episodes), reward_norm="fixed")
+        self.o = PPOOptions(batch=episodes, rollout_rows=episodes, reply_len=reply, epochs=epochs,
+                            minibatches=1, micro_batch=min(16, episodes), reward_norm="fixed")
         self.reward_model.rows_at_once = self.o.micro_batch
 
     def collect(self) -> Rollout:
         rng = np.random.default_rng(self.step)
-        prompts = rng.integers(3, self.reward_model.config.vocab_size, (self.o.batch, self.prompt)).tolist()
-        return collect_rollout(self.networks, prompts, self.o, step=self.step, scorer=self.reward_model,
-                               scale=ScoreScale(), kl_coef=0.05)
+        prompts = rng.integers(3, self.reward_model.config.vocab_size,
+                               (self.o.batch, self.prompt)).tolist()
+        return collect_rollout(self.networks, prompts, self.o, step=self.step,
+                               scorer=self.reward_model, scale=ScoreScale(), kl_coef=0.05)
 
     def learn(self, rollout: Rollout) -> dict[str, float]:
-        return update(self.actor_critic, self.optimizer, rollout, self.o, self.step, dtype=self.networks.dtype)
+        return update(self.actor_critic, self.optimizer, rollout, self.o, self.step,
+                      dtype=self.networks.dtype)
 
     def __call__(self) -> dict[str, float]:
         """Seconds of each phase of one update, and the gap that is watched in a run."""
@@ -62,19 +69,22 @@ class Update:
 
 def bare_update(config: ModelConfig, critic: str, dtype: torch.dtype, o: PPOOptions,
                 prompt: int) -> tuple[float, float]:
-    """(seconds, GFLOP) of the matrix products of one update's learning, each in its fastest form: for every weight one
-    forward and two backward ones, the last layer's and the output's only where replies are; of attention its two
-    forward and four backward ones."""
+    """(seconds, GFLOP) of the matrix products of one update's learning, each in its fastest form:
+    for every weight one forward and two backward ones, the last layer's and the output's only where
+    replies are; of attention its two forward and four backward ones."""
     rows = o.micro_batch * (prompt + o.reply_len)
     chosen = o.micro_batch * o.reply_len
     layer = step_products(config)[:4]
-    trunk = [(rows, *p) for p in layer] * (config.n_layer - 1) + [(rows, *layer[0])] + [(chosen, *p) for p in layer[1:]]
+    trunk = [(rows, *p) for p in layer] * (config.n_layer - 1) + [(rows, *layer[0])] + [(chosen, *p)
+                                                                                        for p in layer[1:]]
     head = [(chosen, config.d_model, config.vocab_size)]
     took, total, flop = {}, 0.0, 0.0
     for m, n_in, n_out in trunk * (2 if critic == "separate" else 1) + head:
-        kind = torch.float32 if (n_out == config.vocab_size) else dtype  # the logits are float32 in any case
+        # the logits are float32 in any case
+        kind = torch.float32 if (n_out == config.vocab_size) else dtype
         if (m, n_in, n_out) not in took:
-            x, w, g = (torch.randn(shape).to(kind) for shape in ((m, n_in), (n_out, n_in), (m, n_out)))
+            x, w, g = (torch.randn(shape).to(kind) for shape in ((m, n_in), (n_out, n_in),
+                                                                 (m, n_out)))
             forms = [[lambda x=x, w=w: F.linear(x, w), lambda x=x, w=w: _product(x, w)],
                      [lambda g=g, w=w: g @ w, lambda g=g, w=w: _product(g, w.t())],
                      [lambda g=g, x=x: g.t() @ x, lambda g=g, x=x: _weight_gradient(g, x)]]
@@ -82,7 +92,8 @@ def bare_update(config: ModelConfig, critic: str, dtype: torch.dtype, o: PPOOpti
         total += took[m, n_in, n_out]
         flop += 6e-9 * m * n_in * n_out
     length, count = prompt + o.reply_len, o.micro_batch * config.n_head
-    q, scores = torch.randn(count, length, config.head_dim).to(dtype), torch.randn(count, length, length).to(dtype)
+    q, scores = torch.randn(count, length, config.head_dim).to(dtype), torch.randn(count, length,
+                                                                                   length).to(dtype)
     models = 2 if critic == "separate" else 1
     attention = 3 * (fastest([lambda: q @ q.mT]) + fastest([lambda: scores @ q])) * config.n_layer * models
     flop += 6 * 2e-9 * count * length * length * config.head_dim * config.n_layer * models
@@ -91,10 +102,12 @@ def bare_update(config: ModelConfig, critic: str, dtype: torch.dtype, o: PPOOpti
 
 
 def ppo(o: BenchOptions, learning_only: bool = False) -> list[dict]:
-    """Updates in both precisions, eager and compiled, with a critic of its own and with a shared trunk."""
+    """Updates in both precisions, eager and compiled, with a critic of its own and with a shared
+    trunk."""
     found, compiles = [], not compiler_fault()
     theirs: dict[str, list[float]] = {"": [], "--bf16": []}
-    settings = [("separate", dtype, compiled) for dtype in TYPES for compiled in (False, True)[:1 + compiles]]
+    settings = [("separate", dtype, compiled) for dtype in TYPES
+                for compiled in (False, True)[:1 + compiles]]
     if not learning_only:
         settings += [("shared", dtype, compiles) for dtype in TYPES]
     updates, first = {}, {}
@@ -105,7 +118,8 @@ def ppo(o: BenchOptions, learning_only: bool = False) -> list[dict]:
     for _ in range(o.repeats):
         for (critic, dtype, compiled), work in updates.items():
             row = work()
-            row["bare"], row["GFLOP"] = bare_update(SMALL, critic, TYPES[dtype], work.o, 64)  # in turns: it drifts, too
+            # in turns: it drifts, too
+            row["bare"], row["GFLOP"] = bare_update(SMALL, critic, TYPES[dtype], work.o, 64)
             results[critic, dtype, compiled].append(row)
         for flag in theirs if not learning_only else ():
             if line := peer(o, "trl_ppo.py", "1", *flag.split()):
@@ -113,7 +127,8 @@ def ppo(o: BenchOptions, learning_only: bool = False) -> list[dict]:
     for (critic, dtype, compiled), rows in results.items():
         flop = rows[0]["GFLOP"]
         row = {"critic": critic, "dtype": dtype, "compiled": compiled,
-               **{f"{k}_s": median_range([r[k] for r in rows]) for k in ("generate", "score", "train", "total")},
+               **{f"{k}_s": median_range([r[k] for r in rows])
+                  for k in ("generate", "score", "train", "total")},
                "GFLOP": round(flop), "GFLOP_s": median_range([flop / r["train"] for r in rows], 0),
                "bare_s": median_range([r["bare"] for r in rows]),
                "share": ratio([r["bare"] for r in rows], [r["train"] for r in rows]),
@@ -122,22 +137,25 @@ def ppo(o: BenchOptions, learning_only: bool = False) -> list[dict]:
         for flag, label in (("", "TRL_float32"), ("--bf16", "TRL_bf16")):
             if theirs[flag]:
                 row[f"{label}_s"] = median_range(theirs[flag])
-                row[f"times_{label}"] = ratio(theirs[flag], [r["total"] for r in rows][:len(theirs[flag])])
+                row[f"times_{label}"] = ratio(theirs[flag],
+                                              [r["total"] for r in rows][:len(theirs[flag])])
         found.append(row)
-    say("PPO updates: 64 episodes of 64 + 64 tokens, 4 epochs, micro-batches of 16, models of 12.2 M parameters",
-        [list(row.values()) for row in found], list(found[0]))
+    say("PPO updates: 64 episodes of 64 + 64 tokens, 4 epochs, micro-batches of 16, models of 12.2 "
+        "M parameters", [list(row.values()) for row in found], list(found[0]))
     return found
 
 
-# ---- growth ---------------------------------------------------------------------------------------
+# ---- growth --------------------------------------------------------------------------------------
 
 def peak_bytes(work: Callable[[], object]) -> tuple[int, int]:
     """(resident memory before, its peak during the work), where Linux tells; else zeros."""
     try:
         pathlib.Path("/proc/self/clear_refs").write_text("5")
-        before = int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
+        before = int(next(line for line in open("/proc/self/status")
+                          if line.startswith("VmRSS")).split()[1])
         work()
-        peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+        peak = int(next(line for line in open("/proc/self/status")
+                        if line.startswith("VmHWM")).split()[1])
         return 1024 * before, 1024 * peak
     except OSError:
         work()
@@ -158,8 +176,9 @@ def memory_growth(dtype: str) -> list[tuple]:
     before, peak = peak_bytes(lambda: work.learn(rollouts[0]))
     activations = 2 * 2048 * (6 * (12 * 384 + 3 * 1024)) * 4 + 1024 * 4096 * 4 * 2
     phases.append(("update", before, peak, 3 * trained + activations))
-    say(f"Peak memory in MB (weights of the four networks: {weights / 1e6:.0f}); needed: a rollout's keys, values and "
-        "packed weights; an update's gradients, Adam's moments and one micro-batch's activations of policy and critic",
+    say(f"Peak memory in MB (weights of the four networks: {weights / 1e6:.0f}); needed: a "
+        "rollout's keys, values and packed weights; an update's gradients, Adam's moments and one "
+        "micro-batch's activations of policy and critic",
         [(name, *(round(x / 1e6) for x in (b, p, p - b, need))) for name, b, p, need in phases],
         ("phase", "before", "peak", "more", "needed"))
     return phases
@@ -178,7 +197,8 @@ def context_growth(o: BenchOptions, dtype: str) -> list[tuple]:
             with_reply.append(seconds(generate, model, tokens, mask, 64, decoder=decoder))
             alone.append(seconds(generate, model, tokens, mask, 1, decoder=decoder))
         size = torch.finfo(TYPES[dtype]).bits // 8
-        rows.append((context, median_range([1e3 * (a - b) / 63 for a, b in zip(with_reply, alone, strict=True)]),
+        rows.append((context, median_range([1e3 * (a - b) / 63 for a,
+                                            b in zip(with_reply, alone, strict=True)]),
                      median_range([1e3 * b for b in alone], 0),
                      round(2 * config.n_layer * 8 * context * config.d_model * size / 1e6, 1)))
     say(f"Decoding 8 rows at a context of so many tokens, {dtype}", rows,
@@ -189,20 +209,25 @@ def context_growth(o: BenchOptions, dtype: str) -> list[tuple]:
 def batch_growth(o: BenchOptions, dtype: str) -> list[tuple]:
     """(episodes, tokens each, seconds, µs a token) of one epoch's update."""
     rows = []
-    for episodes, prompt, reply in ((16, 64, 64), (32, 64, 64), (64, 64, 64), (16, 128, 128), (16, 256, 256)):
+    for episodes, prompt, reply in ((16, 64, 64), (32, 64, 64), (64, 64, 64), (16, 128, 128),
+                                    (16, 256, 256)):
         work = Update(dtype, False, episodes=episodes, prompt=prompt, reply=reply, epochs=1,
                       config=dataclasses.replace(SMALL, max_len=512))
         work()
         times = [work()["total"] for _ in range(o.repeats)]
         per_token = [1e6 * t / episodes / (prompt + reply) for t in times]
         rows.append((episodes, prompt + reply, median_range(times), median_range(per_token, 0)))
-    say(f"One epoch's update, eager, {dtype}", rows, ("episodes", "tokens each", "seconds", "µs a token"))
+    say(f"One epoch's update, eager, {dtype}", rows, ("episodes", "tokens each", "seconds",
+                                                      "µs a token"))
     return rows
 
 
 def growth(o: BenchOptions) -> dict:
     """Tables in which nothing may grow faster than it must."""
-    half, full = (fastest(product_forms(2048, 384, 1024, t)) for t in (torch.bfloat16, torch.float32))
+    half, full = (fastest(product_forms(2048, 384, 1024, t))
+                  for t in (torch.bfloat16, torch.float32))
     dtype = "bfloat16" if half < full else "float32"
-    # Memory first: freed memory is kept, so later it would show the largest of all that came before.
-    return {"memory": memory_growth(dtype), "decode": context_growth(o, dtype), "update": batch_growth(o, dtype)}
+    # Memory first: freed memory is kept, so later it would show the largest of all that came
+    # before.
+    return {"memory": memory_growth(dtype), "decode": context_growth(o, dtype),
+            "update": batch_growth(o, dtype)}

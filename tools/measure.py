@@ -1,4 +1,5 @@
-"""What the benchmarks share: models and prompts to measure on, measuring in turns, the limits of this machine."""
+"""What the benchmarks share: models and prompts to measure on, measuring in turns, the limits of
+this machine."""
 import dataclasses
 import functools
 import json
@@ -18,8 +19,12 @@ from runtime.machine import processor
 from runtime.options import Options, option
 from runtime.products import _onednn, _product, pick_products, use_products
 
-SMALL = ModelConfig(vocab_size=4096, n_layer=6, n_head=6, n_kv_head=6, d_model=384, d_ff=1024, max_len=256)  # 12.2 M
-BASE = ModelConfig(vocab_size=32_000, n_layer=12, n_head=12, n_kv_head=12, d_model=768, d_ff=2048, max_len=256)  # 110 M
+# 12.2 M
+SMALL = ModelConfig(vocab_size=4096, n_layer=6, n_head=6, n_kv_head=6, d_model=384, d_ff=1024,
+                    max_len=256)
+# 110 M
+BASE = ModelConfig(vocab_size=32_000, n_layer=12, n_head=12, n_kv_head=12, d_model=768, d_ff=2048,
+                   max_len=256)
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -49,11 +54,12 @@ def random_model(config: ModelConfig) -> Transformer:
 
 
 def random_prompts(config: ModelConfig, n: int, length: int = 32) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(1, config.vocab_size, (n, length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(1, config.vocab_size, (n, length),
+                           generator=torch.Generator().manual_seed(0))
     return tokens, torch.ones_like(tokens).bool()
 
 
-# ---- measuring ------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------
 
 def seconds(work: Callable, *arguments, **settings) -> float:
     """How long one call takes."""
@@ -67,8 +73,10 @@ def several(work: Callable[[], object], n: int) -> None:
         work()
 
 
-def in_turns(works: dict[str, Callable[[], object]], repeats: int, inner: int = 1) -> dict[str, list[float]]:
-    """Seconds of one call of each, measured `repeats` times in turns, after one call that is not counted."""
+def in_turns(works: dict[str, Callable[[], object]], repeats: int, inner: int = 1) -> dict[str,
+                                                                                           list[float]]:
+    """Seconds of one call of each, measured `repeats` times in turns, after one call that is not
+    counted."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for i in range(-1, repeats):
         for name, work in works.items():
@@ -102,7 +110,8 @@ def say(title: str, rows: Sequence[Sequence[object]], columns: Sequence[str]) ->
 
 
 def peer(o: BenchOptions, script: str, *arguments: str) -> dict | None:
-    """The JSON line that a peer's script ends with; None where it cannot run, which is said once."""
+    """The JSON line that a peer's script ends with; None where it cannot run, which is said once.
+    """
     path = pathlib.Path(o.peers_folder) / script
     if not o.peers or not path.exists():
         if o.peers:
@@ -110,12 +119,13 @@ def peer(o: BenchOptions, script: str, *arguments: str) -> dict | None:
         return None
     done = subprocess.run([o.peer_python, str(path), *arguments], capture_output=True, text=True)
     if done.returncode:
-        print(f"{path}: left out, it ends with: {done.stderr.strip().splitlines()[-1][:150] if done.stderr else ''}")
+        print(f"{path}: left out, it ends with: "
+              f"{done.stderr.strip().splitlines()[-1][:150] if done.stderr else ''}")
         return None
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-# ---- limits ---------------------------------------------------------------------------------------
+# ---- limits --------------------------------------------------------------------------------------
 
 def bandwidth() -> float:
     """Bytes read and written a second by copying 256 MB."""
@@ -124,8 +134,10 @@ def bandwidth() -> float:
     return 2 * 4 * 2**26 / fastest([lambda: target.copy_(source)])
 
 
-def product_forms(rows: int, n_in: int, n_out: int, dtype: torch.dtype) -> list[Callable[[], Tensor]]:
-    """x (rows, n_in) @ w (n_out, n_in)ᵀ in the ways that there are here, and both gradients' products likewise."""
+def product_forms(rows: int, n_in: int, n_out: int, dtype: torch.dtype) -> list[Callable[[],
+                                                                                         Tensor]]:
+    """x (rows, n_in) @ w (n_out, n_in)ᵀ in the ways that there are here, and both gradients'
+    products likewise."""
     x, w = torch.randn(rows, n_in).to(dtype), torch.randn(n_out, n_in).to(dtype)
     forms = [lambda: F.linear(x, w)]
     if _onednn is not None:
@@ -142,14 +154,15 @@ def limits(o: BenchOptions) -> dict:
             plain = fastest(product_forms(rows, n_in, n_out, dtype)[:1])
             found[f"{name}_{rows}x{n_in}x{n_out}_GFLOP_s"] = round(2e-9 * rows * n_in * n_out / best)
             found[f"{name}_{rows}x{n_in}x{n_out}_F.linear_GFLOP_s"] = round(2e-9 * rows * n_in * n_out / plain)
-    say(f"Limits of this machine ({processor()}, {torch.get_num_threads()} threads, torch {torch.__version__})",
-        found.items(), ("limit", "value"))
+    say(f"Limits of this machine ({processor()}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__})", found.items(), ("limit", "value"))
     return found
 
 
 def step_products(config: ModelConfig) -> list[tuple[int, int]]:
     """(n_in, n_out) of every product of one decoding step."""
     heads = (config.n_head + 2 * config.n_kv_head) * config.head_dim
-    layer = [(config.d_model, heads), (config.d_model, config.d_model), (config.d_model, 2 * config.d_ff),
+    layer = [(config.d_model, heads), (config.d_model, config.d_model),
+             (config.d_model, 2 * config.d_ff),
              (config.d_ff, config.d_model)]
     return layer * config.n_layer + [(config.d_model, config.vocab_size)]

@@ -54,8 +54,7 @@ def their_run(o: RaceOptions, seed: int) -> Iterator[tuple[int, float, float]]:
     train, val = data[:int(0.9 * len(data))], data[int(0.9 * len(data)):]
     torch.manual_seed(seed)
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=WINDOW, bias=False,
-                          vocab_size=len(number),
-                          dropout=0.0))
+                          vocab_size=len(number), dropout=0.0))
     optimizer = model.configure_optimizers(1e-1, 1e-3, (0.9, 0.99), "cpu")
 
     @torch.no_grad()
@@ -120,8 +119,7 @@ def main(argv: list[str]) -> None:
         theirs.append(took)
         ours.append(seconds)
         rows.append((seed, f"{took:.1f}", step, f"{loss:.3f}", f"{seconds:.1f}", o.steps,
-                     f"{reached:.3f}",
-                     f"{took / seconds:.2f}"))
+                     f"{reached:.3f}", f"{took / seconds:.2f}"))
         print(rows[-1], flush=True)
     say(f"Seconds to a validation loss of {o.loss} ({processor()}, {torch.get_num_threads()} "
         f"threads, torch {torch.__version__}): {median_range(theirs, 1)} against "
