@@ -34,9 +34,8 @@ class Panel:
     unit: str
     keys: tuple[str, ...]
     labels: tuple[str, ...] = ()  # a legend, only where two training curves share the panel
-    # the axis ends here where curves begin far below, so that the rest stays readable
-    floor: float = -math.inf
-    text: bool = False            # drawn without matplotlib, too
+    floor: float = -math.inf  # the axis ends here, if curves begin far below
+    text: bool = False  # drawn without matplotlib, too
 
 
 PANELS = (
@@ -125,10 +124,20 @@ def series(runs: list[Run], stage: str, key: str) -> tuple[np.ndarray, np.ndarra
                                           float)
 
 
-def to_draw(runs: list[Run]) -> list[tuple[Panel, dict[str, tuple[np.ndarray, np.ndarray]]]]:
-    """The panels that have something to show, each with its curves; none raises UserError."""
+def to_draw(runs: list[Run],
+            titles: str = "") -> list[tuple[Panel, dict[str, tuple[np.ndarray, np.ndarray]]]]:
+    """The panels that have something to show, each with its curves; UserError if there are none.
+
+    titles: those to draw, separated by commas; empty: all.
+    """
+    wanted = [title.strip().lower() for title in titles.split(",") if title.strip()]
+    if unknown := set(wanted) - {panel.title.lower() for panel in PANELS}:
+        raise UserError(f"--panels: there is no {', '.join(sorted(unknown))}; the panels are "
+                        f"{', '.join(dict.fromkeys(panel.title for panel in PANELS))}")
     panels = []
     for panel in PANELS:
+        if wanted and panel.title.lower() not in wanted:
+            continue
         curves = {key: series(runs, panel.stage, key) for key in panel.keys}
         curves = {key: (steps, values) for key, (steps, values) in curves.items() if len(steps)}
         if curves:
@@ -177,11 +186,11 @@ def draw_panel(ax: "Axes", panel: Panel, curves: dict[str, tuple[np.ndarray, np.
         ax.legend(fontsize=8, frameon=False)
 
 
-def draw(runs: list[Run], title: str) -> "Figure":
+def draw(runs: list[Run], title: str, titles: str = "") -> "Figure":
     """One page of all panels that have something to show. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
-    panels = to_draw(runs)
+    panels = to_draw(runs, titles)
     columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(3.6 * columns, 2.6 * rows + 0.8), layout="constrained",
@@ -226,6 +235,7 @@ class PlotOptions:
 
     out: str = option("", "picture to write (.png, .pdf, .svg); empty: curves.png in DIR, of "
                           "several runs curves-<n>-runs.png in the first DIR")
+    panels: str = option("", "titles of the panels to draw, separated by commas; empty: all")
     traceback: bool = option(False, "show where in the code an error arose")
 
 
@@ -240,7 +250,8 @@ def main(argv: list[str]) -> None:
                                               else f"curves-{len(runs)}-runs.png"))
     name = folders[0].resolve().name
     try:
-        figure = draw(runs, name if len(runs) == 1 else f"{name}, {len(runs)} runs")
+        figure = draw(runs, name if len(runs) == 1 else f"{name}, {len(runs)} runs",
+                      o.panels)
     except ImportError:
         print(draw_as_text(runs))
         print("\nfor all curves as a picture, install the extra: python -m pip install matplotlib")
