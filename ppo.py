@@ -389,10 +389,6 @@ class Networks:
     dtype: str = "float32"  # of matrix products
     decoder: Decoder | None = None  # the policy ready to write; None: made for each rollout
 
-    @property
-    def device(self) -> torch.device:
-        return self.actor_critic.policy.embedding.weight.device
-
 
 # ---- the rollout ---------------------------------------------------------------------------------
 
@@ -457,8 +453,9 @@ def sample_replies(networks: Networks, prompts: Sequence[list[int]], o: PPOOptio
     All draws follow from (seed, stage, step, row).
     """
     repeats = o.samples_per_prompt
-    prompt, prompt_mask = pad_left([ids for ids in prompts for _ in range(repeats)], 0)
-    prompt, prompt_mask = prompt.to(networks.device), prompt_mask.to(networks.device)
+    device = networks.reference.embedding.weight.device
+    prompt, prompt_mask = (x.to(device) for x in
+                           pad_left([ids for ids in prompts for _ in range(repeats)], 0))
     reply = generate(networks.actor_critic.policy, prompt, prompt_mask, o.reply_len,
                      temperature=o.temperature,
                      end_id=networks.end_id, seed=key(o.seed, "ppo", "reply", step),
@@ -466,14 +463,14 @@ def sample_replies(networks: Networks, prompts: Sequence[list[int]], o: PPOOptio
     return Replies(tokens=torch.cat((prompt, reply.tokens), 1),
                    mask=torch.cat((prompt_mask, reply.mask), 1),
                    response_mask=reply.mask, ended=(reply.tokens.eq(networks.end_id) & reply.mask).any(1),
-                   group=torch.arange(len(prompt), device=prompt.device) // repeats,
+                   group=torch.arange(len(prompt), device=device) // repeats,
                    sampled_logprobs=reply.logprobs)
 
 
 def score_replies(networks: Networks, replies: Replies, o: PPOOptions) -> tuple[Prediction, Tensor]:
     """(the policy's and the critic's prediction, the reference's log-probabilities), arrays (B, R).
     """
-    shape, device = replies.response_mask.shape, networks.device
+    shape, device = replies.response_mask.shape, replies.tokens.device
     prediction = Prediction(*torch.zeros(3, *shape, device=device))
     ref_logprobs = torch.zeros(shape, device=device)
     for index in replies.by_length(torch.arange(shape[0], device=device), o.micro_batch):
@@ -502,8 +499,9 @@ def collect_rollout(networks: Networks, prompts: Sequence[list[int]], o: PPOOpti
     written = time.perf_counter()
     prediction, ref_logprobs = score_replies(networks, replies, o)
     repeated = [ids for ids in prompts for _ in range(o.samples_per_prompt)]
-    with precision(networks.dtype, networks.device.type):
-        raw_scores = scorer.scores(repeated, reply_ids(replies.generation)).to(networks.device)
+    device = replies.tokens.device
+    with precision(networks.dtype, device.type):
+        raw_scores = scorer.scores(repeated, reply_ids(replies.generation)).to(device)
     scores = scale.paid(raw_scores, replies.ended, o)
     rewards = token_rewards(scores, prediction.logprobs, ref_logprobs, replies.response_mask,
                             kl_coef, o.kl_estimator)
