@@ -178,7 +178,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Normalise, look around, add; normalise, think, add."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): pre-norm residual branches."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -202,7 +202,8 @@ class Block(nn.Module):
 
 
 def attention_allowed(mask: Tensor | None, docs: Tensor | None) -> Tensor | None:
-    """Who may look at whom: (B, 1, T, T) bool, [query, key]. None means plain causal attention.
+    """Which keys each query may attend to: (B, 1, T, T) bool, [query, key]. None means plain causal
+    attention.
 
     A query sees itself and earlier keys that are real tokens of its own document. A pad sees at
     least itself: a softmax over no key at all is NaN, and 0 * NaN would reach every real row
@@ -269,16 +270,16 @@ class Transformer(nn.Module):
         cos, sin = (t.reshape(-1, 1, T, t.shape[-1]) for t in (cos, sin))
         x, last = self.embedding(tokens), len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            rest = (cos, sin, allowed, cache, i, where if i == last else None)
+            others = (cos, sin, allowed, cache, i, where if i == last else None)
             again = self.recompute and torch.is_grad_enabled()
-            x = checkpoint(block, x, *rest, use_reentrant=False) if again else block(x, *rest)
+            x = checkpoint(block, x, *others, use_reentrant=False) if again else block(x, *others)
         return self.norm(x)
 
     def hidden(self, tokens: Tensor, mask: Tensor | None = None, docs: Tensor | None = None,
                where: Tensor | None = None) -> Tensor:
         """Final hidden states (B, T, D), or (N, D) of the positions `where` (N,) alone.
 
-        mask (B, T) bool: True at real tokens; padding may stand left or right. Positions count real
+        mask (B, T) bool: True at real tokens; padding may be left or right. Positions count real
         tokens, so a padded row equals the row alone. docs (B, T) int: attention only between equal
         numbers (packed documents).
         """
@@ -293,7 +294,7 @@ class Transformer(nn.Module):
              cache: KVCache) -> Tensor:
         """One token per row: token (B,) -> final hidden states (B, D).
 
-        A row's text stands in the cache from place `start` (B,) on, and this token at `slot` (B,);
+        A row's text begins at position `start` (B,) of the cache, and this token is at `slot` (B,);
         span (n, S) is cache.span(L), where L is at least the largest slot + 1: places that it
         leaves out are not read.
         """
@@ -430,14 +431,14 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def checkpoint_path(path: str | os.PathLike) -> pathlib.Path:
-    """A run's folder stands for the checkpoint.pt inside it."""
+    """The checkpoint.pt of a run's folder, or the file itself."""
     path = pathlib.Path(path)
     return path if path.suffix == ".pt" else path / "checkpoint.pt"
 
 
 def save_checkpoint(path: str | os.PathLike, model: nn.Module, tokenizer: Tokenizer,
                     **state: Any) -> None:
-    """Write everything needed to go on. `state` may hold tensors, numbers, strings, lists and
+    """Write everything needed to resume. `state` may hold tensors, numbers, strings, lists and
     dicts."""
     save_whole(checkpoint_path(path), {
         "kind": type(model).__name__, "config": dataclasses.asdict(model.config),
@@ -504,7 +505,7 @@ def load_parent(o: Common, data: Prepared, stage: str, path: str,
     other_vocabulary = data.tokenizer is not None and data.tokenizer.to_state() != tokenizer.to_state()
     if "vocab_size" in o.explicit and other_vocabulary:
         raise UserError(f"--vocab_size {o.vocab_size} contradicts {where}, whose vocabulary of "
-                        f"{c.vocab_size} tokens is used: leave it out, or pretrain anew")
+                        f"{c.vocab_size} tokens is used: leave it out, or pretrain again")
     return model, tokenizer, state
 
 

@@ -401,7 +401,7 @@ class Replies:
     response_mask: Tensor  # (B, R) bool: reply tokens up to and including the end token
     ended: Tensor  # (B,) bool: the end token was written
     group: Tensor  # (B,) int64: equal numbers answer the same prompt
-    sampled_logprobs: Tensor  # (B, R) float32: what the decoder said while drawing
+    sampled_logprobs: Tensor  # (B, R) float32: the decoder's, while it drew the tokens
 
     @property
     def generation(self) -> Generation:
@@ -694,7 +694,8 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
 
 def clip_gradients(actor_critic: ActorCritic, max_norm: float,
                    policy_active: bool) -> dict[str, Tensor]:
-    """Clip policy and critic gradients, each to this norm (0: not at all); returns the norms before.
+    """Clip policy and critic gradients, each to this norm (0: not at all); returns the norms
+    before.
     """
     groups = {"critic_grad_norm": actor_critic.value_module}
     if policy_active:
@@ -803,7 +804,8 @@ class PPOTrainer:
                               "ppo")
         prompts = [self.prompts[i] for i in index]
         ids = [prompt_ids(self.run.tokenizer, prompt, self.template) for prompt in prompts]
-        rollout = collect_rollout(self.networks, ids, o, step=step, scorer=self.scorer, scale=self.scale,
+        rollout = collect_rollout(self.networks, ids, o, step=step, scorer=self.scorer,
+                                  scale=self.scale,
                                   kl_coef=self.control.coef, estimator=self.estimator)
         # Learn.
         learned = update(self.networks.actor_critic, self.optimizer, rollout, o, step,

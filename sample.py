@@ -36,7 +36,7 @@ from runtime.options import Options, UserError, option, parse, run_main
 # ---- choosing one token --------------------------------------------------------------------------
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make tokens that already stand in the text less likely (Keskar 2019): logits (B, V), seen (B,
+    """Make tokens that occur in the text already less likely (Keskar 2019): logits (B, V), seen (B,
     V) bool."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
@@ -123,7 +123,7 @@ class Decoder:
     compiled.
 
     `generate` makes one if none is given. Whoever writes many times keeps one, and calls `refresh`
-    after the weights have changed, which compiles nothing anew. One thread writes with it at a
+    after the weights have changed, which compiles nothing again. One thread writes with it at a
     time.
     """
 
@@ -147,7 +147,7 @@ class Decoder:
             cache.kv.zero_()  # had weights been NaN, what they left here would count for 0 · NaN
 
     def model_for(self, rows: int) -> Transformer:
-        """The model with weights packed for steps of so many rows. An eager copy serves fewer rows,
+        """The model with weights packed for steps of `rows` rows. An eager copy serves fewer rows,
         too."""
         rows = rows if self.compile else max((rows, *self.copies))
         if rows not in self.copies:
@@ -383,7 +383,7 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
     dtype. Settings are the fields of `Sampling`, in place of one, and
 
     - rows (B,): global row numbers, by default 0…B−1; reply b uses the uniform numbers of (seed, rows[b]) only
-    - batch_size: at most so many replies are written at a time; where one ends, the next prompt takes its place
+    - batch_size: the most replies written at a time; when one ends, the next prompt takes its row
     - dtype: "bfloat16": matrix products and the cache in bfloat16; "int8": weights rounded to 8 bits besides (on a
       CPU); None: as the weights are
     - on_token(rows, tokens): called after each step with the indices of the rows still being written
@@ -399,7 +399,7 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
     n, P = tokens.shape
     require_room(model, P, max_new_tokens)
     if not bool(mask.any(1).all()):
-        raise UserError("an empty prompt: give at least one token to go on from")
+        raise UserError("an empty prompt: give at least one token to continue")
     if model.training and model.config.dropout:
         raise ValueError("generate: dropout is on; call model.eval() first")
     decoder = decoder or Decoder(model, dtype)
@@ -452,12 +452,12 @@ class SampleOptions(Options):
 
     checkpoint: str = option("out/reviews/ppo", "checkpoint or folder of a run to sample from",
                              flag="from")
-    prompt: str = option("", "text to reply to or go on from")
+    prompt: str = option("", "text to reply to or to continue")
     chat: bool = option(False, "talk: each line is a turn; Ctrl-C stops the answer, Ctrl-D leaves")
     file: str = option("", 'JSON Lines with {"prompt"}: replies are printed as JSON Lines')
     compare: str = option("", "two run folders (as two words, or with a comma): same prompts, same "
                               "random numbers", words=2)
-    best_of: int = option(1, "draw so many replies and print them from worst to best, by the "
+    best_of: int = option(1, "number of replies to draw and print from worst to best, by the "
                              "reward model", low=1)
     reward_from: str = option("", "reward model for --best_of; empty: the folder `reward` beside "
                                   "the checkpoint's")
@@ -476,7 +476,7 @@ class SampleOptions(Options):
     traceback: bool = option(False, "show where in the code an error arose")
 
 
-class Speaker:
+class ChatSession:
     """A loaded checkpoint with the settings of one command."""
 
     def __init__(self, path: str, o: SampleOptions):
@@ -505,7 +505,7 @@ class Speaker:
         return reply_texts(self.tokenizer, replies), replies
 
     def stream(self, prompt: list[int], rows=None, before: str = "") -> str:
-        """Print `before`, then a reply while it is written; what was written until Ctrl-C is kept.
+        """Print `before`, then a reply while it is written; Ctrl-C keeps what was written.
         """
         decoder, written = codecs.getincrementaldecoder("utf-8")("replace"), []
         print(before, end="", flush=True)
@@ -523,11 +523,11 @@ class Speaker:
         return self.tokenizer.decode(written)
 
 
-def chat(speaker: Speaker) -> None:
+def chat(session: ChatSession) -> None:
     """A conversation: the whole history is the prompt of every answer; the oldest turns go when it
     grows too long."""
-    if speaker.bare:
-        raise UserError(f"{speaker.o.checkpoint}: pretraining teaches no talk; use --prompt, or an "
+    if session.bare:
+        raise UserError(f"{session.o.checkpoint}: pretraining teaches no talk; use --prompt, or an "
                         "sft checkpoint")
     messages, turn = [], 0
     while True:
@@ -539,26 +539,26 @@ def chat(speaker: Speaker) -> None:
         if not line:
             continue
         asked = [*messages, {"role": "user", "content": line if messages
-                             else apply_template(speaker.template, line)}]
-        room = speaker.model.config.max_len - speaker.o.max_new_tokens
-        while len(ids := speaker.tokenizer.render_chat(asked,
+                             else apply_template(session.template, line)}]
+        room = session.model.config.max_len - session.o.max_new_tokens
+        while len(ids := session.tokenizer.render_chat(asked,
                                                        reply=True)[0]) > room and len(asked) > 2:
             asked = asked[2:]
         if len(ids) > room:
             print(f"(that is too long by {len(ids) - room} tokens: say it shorter)")
             continue
-        messages = [*asked, {"role": "assistant", "content": speaker.stream(ids, rows=[turn],
+        messages = [*asked, {"role": "assistant", "content": session.stream(ids, rows=[turn],
                                                                             before="MOSS: ")}]
         turn += 1
 
 
-def best_of(speaker: Speaker, prompt: str, n: int) -> None:
+def best_of(session: ChatSession, prompt: str, n: int) -> None:
     """Draw n replies, print them from worst to best by the reward model."""
-    where = speaker.o.reward_from or str(checkpoint_path(speaker.o.checkpoint).parent.parent / "reward")
-    reward_model, tokenizer, _ = load_checkpoint(where, speaker.device, RewardModel)
-    tokenizer.require_same(speaker.tokenizer, f"{where} and {speaker.o.checkpoint}")
-    ids = [speaker.ids(prompt)] * n
-    texts, replies = speaker.texts(ids)
+    where = session.o.reward_from or str(checkpoint_path(session.o.checkpoint).parent.parent / "reward")
+    reward_model, tokenizer, _ = load_checkpoint(where, session.device, RewardModel)
+    tokenizer.require_same(session.tokenizer, f"{where} and {session.o.checkpoint}")
+    ids = [session.ids(prompt)] * n
+    texts, replies = session.texts(ids)
     scores = reward_model.scores(ids, reply_ids(replies))
     for i in scores.argsort().tolist():
         print(f"{scores[i]:+.2f}  {texts[i]}")
@@ -569,8 +569,8 @@ def compare(folders: list[str], prompts: list, o: SampleOptions) -> None:
     if len(folders) != 2:
         raise UserError(f"--compare needs two run folders, got {len(folders)}: --compare "
                         "out/mine/sft out/mine/ppo")
-    speakers = [Speaker(f, o) for f in folders]
-    texts = [s.texts([s.ids(p) for p in prompts])[0] for s in speakers]
+    sessions = [ChatSession(f, o) for f in folders]
+    texts = [s.texts([s.ids(p) for p in prompts])[0] for s in sessions]
     for prompt, *replies in zip(prompts, *texts, strict=True):
         print(f"\n» {prompt_text(prompt)}")
         for folder, reply in zip(folders, replies, strict=True):
@@ -595,20 +595,20 @@ def main(argv: list[str]) -> None:
         folders = o.compare.split(",")
         compare(folders, prompts or load_checkpoint(folders[-1])[2].get("example_prompts", [""]), o)
         return
-    speaker = Speaker(o.checkpoint, o)
+    session = ChatSession(o.checkpoint, o)
     if o.chat:
         sys.stdin.reconfigure(errors="replace")  # a byte that is not UTF-8 does not end the talk
-        chat(speaker)
+        chat(session)
     elif o.file:
         prompts = [r["prompt"] for r in load_records(o.file, "ppo")]
-        texts, replies = speaker.texts([speaker.ids(p) for p in prompts])
+        texts, replies = session.texts([session.ids(p) for p in prompts])
         for prompt, text, mask in zip(prompts, texts, replies.mask, strict=True):
             print(json.dumps({"prompt": prompt, "response": text, "tokens": int(mask.sum())},
                              ensure_ascii=False))
     elif o.prompt and o.best_of > 1:
-        best_of(speaker, o.prompt, o.best_of)
+        best_of(session, o.prompt, o.best_of)
     elif o.prompt:
-        speaker.stream(speaker.ids(o.prompt), before=o.prompt)
+        session.stream(session.ids(o.prompt), before=o.prompt)
     else:
         raise UserError("nothing to do: give --prompt TEXT, --chat, --file FILE or --compare DIR "
                         "DIR")

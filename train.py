@@ -110,7 +110,7 @@ class PretrainTask:
         return nats, n
 
     def free_texts(self, n: int = 4) -> list[str]:
-        """What the model writes when it is given only a document's beginning."""
+        """What the model writes after the token that begins a document."""
         tokenizer = self.run.tokenizer
         return reply_texts(tokenizer, reply_to(self.run.model, tokenizer, [[tokenizer.eot_id]] * n,
                                                self.o.window // 2,

@@ -80,15 +80,16 @@ def compiler_fault(device: str = "cpu") -> str:
         fine = torch.equal(torch.compile(lambda x: 2 * x + 1)(x), 2 * x + 1)
         return "" if fine else "torch.compile computes something else than was asked for"
     except Exception as error:  # whatever the compiler, the linker or triton say
-        said = str(error)
-        if "omp.h" in said or "gomp" in said or "fopenmp" in said:
+        message = str(error)
+        if "omp.h" in message or "gomp" in message or "fopenmp" in message:
             return "OpenMP is missing: install libgomp (with clang: libomp-dev)"
-        lines = [line for line in said.splitlines() if line.strip()]
+        lines = [line for line in message.splitlines() if line.strip()]
         return f"it fails with {type(error).__name__}: {lines[0][:150] if lines else ''}"
 
 
 def compile_pays(asked: str, device: str, seconds_ahead: float) -> tuple[bool, str]:
-    """(compile?, why) for `--compile on` or `auto`, when about so many seconds of work lie ahead.
+    """(compile?, why) for `--compile on` or `auto`, with about `seconds_ahead` seconds of work to
+    do.
     """
     least = COMPILE_FROM.get(device, math.inf)
     if asked == "auto" and seconds_ahead < least:

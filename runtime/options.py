@@ -59,13 +59,13 @@ class Options:
     explicit: frozenset[str] = frozenset()
 
     def replace(self: T, **changes: Any) -> T:
-        """These options with some values changed, as if they had been so from the start."""
+        """A copy of these options with some values changed."""
         options = dataclasses.replace(self, **changes)
         options.explicit = self.explicit
         return options
 
     def refuse(self, *names: str, why: str) -> None:
-        """What has no effect is an error: UserError if one of these was given as a flag."""
+        """UserError if one of these was given as a flag: an option without effect is an error."""
         for name in names:
             if name in self.explicit:
                 raise UserError(f"--{name} has no effect {why}")
@@ -267,11 +267,11 @@ class Common(Options):
                              "downloading them")
     vocab_size: int = option(4096, "tokens of the vocabulary that is trained on the data, six "
                                    "special ones included", low=262)
-    limit: int = option(0, "use only so many distinct texts; 0: all", low=0)
+    limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
     preset: str = option("demo", "demo: two CPU cores, ten minutes for all; smoke: seconds, for "
                                  "tests; base: one GPU",
                          choices=("smoke", "demo", "base"), compared=False)
-    out: str = option("out", "runs are kept in OUT/<data>/<stage>/", compared=False)
+    out: str = option("out", "runs are written to OUT/<data>/<stage>/", compared=False)
     init_from: str = option("", "checkpoint to start from instead of this run's own parent stage; "
                                 "in PPO policy and reference")
     reward_from: str = option("", "reward model for PPO instead of this run's own")
@@ -286,8 +286,8 @@ class Common(Options):
                                     "compute the rest again for the gradient: less memory, a third "
                                     "more time", source="Chen 2016")
     save_every: int = option(200, "steps (PPO: updates) between checkpoints", low=1)
-    resume: bool = option(False, "go on where the run in this folder stopped", compared=False)
-    fresh: bool = option(False, "forget the run in this folder and start anew", compared=False)
+    resume: bool = option(False, "resume the run in this folder", compared=False)
+    fresh: bool = option(False, "delete the run in this folder and start again", compared=False)
     traceback: bool = option(False, "show where in the code an error arose", compared=False)
 
     def check(self) -> None:

@@ -51,7 +51,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _weight_gradient(g: Tensor, x: Tensor) -> Tensor:
-    """gᵀ x of g (M, N), x (M, K) -> (N, K). What stands first in a product is copied when it is
+    """gᵀ x of g (M, N), x (M, K) -> (N, K). The left operand of a product is copied when it is
     transposed, so that should be the narrower one."""
     return _product(g.t(), x.t()) if g.shape[1] <= x.shape[1] else _product(x.t(),
                                                                             g.t()).t().contiguous()

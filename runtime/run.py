@@ -37,7 +37,8 @@ except ImportError:  # Windows has no such locks
 class Compute:
     """Device, precision of matrix products, whose float32 products, and whether to compile.
 
-    What `auto` decided when a run began is kept in its checkpoint, so a resumed run computes alike.
+    What `auto` decided when a run began is kept in its checkpoint, so a resumed run computes the
+    same way.
     """
 
     def __init__(self, o: Common, stage: str, width: int, state: dict[str, Any]):

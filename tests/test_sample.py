@@ -13,7 +13,7 @@ from model import ModelConfig, Transformer, log_softmax
 from reward import RewardConfig, RewardModel
 from runtime import device
 from runtime.options import UserError, run_main
-from sample import (Decoder, SampleOptions, Speaker, chat, draw, filter_logits, generate,
+from sample import (Decoder, SampleOptions, ChatSession, chat, draw, filter_logits, generate,
                     penalise_repetition, reply_ids, uniform_numbers)
 from tests.conftest import logprobs_of
 
@@ -314,20 +314,20 @@ def test_a_prompt_that_is_too_long_is_one_clear_line(world, capsys):
 # ---- the command line ----------------------------------------------------------------------------
 
 def test_control_tokens_other_than_the_end_are_never_written(world, monkeypatch):
-    speaker, asked, real = Speaker(str(world.root / "sft"),
+    session, asked, real = ChatSession(str(world.root / "sft"),
                                    SampleOptions(device="cpu")), [], sample_module.reply_to
     monkeypatch.setattr(sample_module, "reply_to", lambda *a,
                         **k: asked.append(k["suppress"]) or real(*a, **k))
-    _, replies = speaker.texts([speaker.ids("好")] * 3)
-    special = set(speaker.tokenizer.special_ids)
-    assert set(asked[0]) == special - {speaker.tokenizer.eom_id}
+    _, replies = session.texts([session.ids("好")] * 3)
+    special = set(session.tokenizer.special_ids)
+    assert set(asked[0]) == special - {session.tokenizer.eom_id}
     assert not set(replies.tokens[replies.mask].tolist()) & set(asked[0])
 
 
 def test_a_chat_puts_the_template_around_its_first_line_alone_and_outlives_a_long_one(world,
                                                                                       monkeypatch,
                                                                                       capsys):
-    speaker, lines, asked = Speaker(str(world.root / "sft"), SampleOptions(device="cpu")), ["书",
+    session, lines, asked = ChatSession(str(world.root / "sft"), SampleOptions(device="cpu")), ["书",
                                                                                             "好" * 400, "好"], []
 
     def typed(_) -> str:
@@ -335,9 +335,9 @@ def test_a_chat_puts_the_template_around_its_first_line_alone_and_outlives_a_lon
             raise EOFError  # Ctrl-D
         return lines.pop(0)
     monkeypatch.setattr("builtins.input", typed)
-    monkeypatch.setattr(speaker, "stream", lambda ids, rows, before: asked.append(ids) or "答")
-    chat(speaker)
+    monkeypatch.setattr(session, "stream", lambda ids, rows, before: asked.append(ids) or "答")
+    chat(session)
     turns = [{"role": "user", "content": apply_template(world.data.template, "书")},
              {"role": "assistant", "content": "答"}, {"role": "user", "content": "好"}]
-    assert asked == [speaker.tokenizer.render_chat(turns[:n], reply=True)[0] for n in (1, 3)]
+    assert asked == [session.tokenizer.render_chat(turns[:n], reply=True)[0] for n in (1, 3)]
     assert "too long" in capsys.readouterr().out

@@ -82,7 +82,7 @@ def sampler_gap(model: Transformer, tokens: Tensor, reply, dtype: str) -> float:
 def decode(o: BenchOptions) -> list[dict]:
     """Replies of equal length: tokens a second, the decoding step against its limit, and
     transformers' generate."""
-    found, compiles = [], not compiler_fault()
+    table, compiles = [], not compiler_fault()
     for shape, config, batch in (("small", SMALL, 1), ("small", SMALL, 32), ("small", SMALL, 128),
                                  ("base", BASE, 1),
                                  ("base", BASE, 32)):
@@ -111,7 +111,7 @@ def decode(o: BenchOptions) -> list[dict]:
                         "--dtype", "bf16" if exact == "bfloat16" else "fp32", "--runs", "1")
             theirs += [line["tokens_per_s"]] if line else []
         for name in decoders:
-            found.append({"shape": shape, "batch": batch, "dtype": name,
+            table.append({"shape": shape, "batch": batch, "dtype": name,
                           "tokens_per_s": median_range(rates[name], 0),
                           "step_ms": median_range([1e3 * t for t in steps[name]]),
                           "limit_ms": median_range([1e3 * t for t in limits]) if name == exact
@@ -120,10 +120,10 @@ def decode(o: BenchOptions) -> list[dict]:
                           "sampler_gap": f"{gap[name]:.1e}", "first_call_s": first[name],
                           "transformers": f"{median_range(theirs, 0)} {exact}" if theirs else "–",
                           "ratio": ratio(rates[name], theirs) if theirs else "–"})
-            print(json.dumps(found[-1]), flush=True)
+            print(json.dumps(table[-1]), flush=True)
     say(f"Decoding {PROMPT} + {NEW} tokens ({'compiled' if compiles else 'eager'})",
-        [list(row.values()) for row in found], list(found[0]))
-    return found
+        [list(row.values()) for row in table], list(table[0]))
+    return table
 
 
 class EndingDecoder(Decoder):
@@ -156,13 +156,13 @@ def uneven(o: BenchOptions, n: int = 256, rows: int = 32) -> dict:
                          for i in range(0, n, rows)],
         "refilled": lambda: generate(model, tokens, mask, NEW, decoder=refilled,
                                      end_id=EndingDecoder.END, batch_size=rows)}, o.repeats)
-    found = {"prompts": n, "rows": rows, "dtype": dtype,
+    result = {"prompts": n, "rows": rows, "dtype": dtype,
              "mean_length": round(float(replies.mask.sum()) / n, 1),
              "kept_s": median_range(times["kept"]), "refilled_s": median_range(times["refilled"]),
              "ratio": ratio(times["kept"], times["refilled"])}
     say("Replies of uneven length: all rows kept to the end, against free rows taken by the next "
-        "prompts", [list(found.values())], list(found))
-    return found
+        "prompts", [list(result.values())], list(result))
+    return result
 
 
 # ---- advantages ----------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def bare_update(config: ModelConfig, critic: str, dtype: torch.dtype, o: PPOOpti
 def ppo(o: BenchOptions, learning_only: bool = False) -> list[dict]:
     """Updates in both precisions, eager and compiled, with a critic of its own and with a shared
     trunk."""
-    found, compiles = [], not compiler_fault()
+    table, compiles = [], not compiler_fault()
     theirs: dict[str, list[float]] = {"": [], "--bf16": []}
     settings = [("separate", dtype, compiled) for dtype in TYPES
                 for compiled in (False, True)[:1 + compiles]]
@@ -139,10 +139,10 @@ def ppo(o: BenchOptions, learning_only: bool = False) -> list[dict]:
                 row[f"{label}_s"] = median_range(theirs[flag])
                 row[f"times_{label}"] = ratio(theirs[flag],
                                               [r["total"] for r in rows][:len(theirs[flag])])
-        found.append(row)
+        table.append(row)
     say("PPO updates: 64 episodes of 64 + 64 tokens, 4 epochs, micro-batches of 16, models of 12.2 "
-        "M parameters", [list(row.values()) for row in found], list(found[0]))
-    return found
+        "M parameters", [list(row.values()) for row in table], list(table[0]))
+    return table
 
 
 # ---- growth --------------------------------------------------------------------------------------

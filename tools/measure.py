@@ -147,16 +147,16 @@ def product_forms(rows: int, n_in: int, n_out: int, dtype: torch.dtype) -> list[
 
 def limits(o: BenchOptions) -> dict:
     """What the machine can do."""
-    found = {"copy_GB_s": round(bandwidth() / 1e9, 1)}
+    limit_of = {"copy_GB_s": round(bandwidth() / 1e9, 1)}
     for rows, n_in, n_out in ((2048, 2048, 2048), (2048, 384, 1024)):
         for name, dtype in TYPES.items():
             best = fastest(product_forms(rows, n_in, n_out, dtype))
             plain = fastest(product_forms(rows, n_in, n_out, dtype)[:1])
-            found[f"{name}_{rows}x{n_in}x{n_out}_GFLOP_s"] = round(2e-9 * rows * n_in * n_out / best)
-            found[f"{name}_{rows}x{n_in}x{n_out}_F.linear_GFLOP_s"] = round(2e-9 * rows * n_in * n_out / plain)
+            limit_of[f"{name}_{rows}x{n_in}x{n_out}_GFLOP_s"] = round(2e-9 * rows * n_in * n_out / best)
+            limit_of[f"{name}_{rows}x{n_in}x{n_out}_F.linear_GFLOP_s"] = round(2e-9 * rows * n_in * n_out / plain)
     say(f"Limits of this machine ({processor()}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__})", found.items(), ("limit", "value"))
-    return found
+        f"{torch.__version__})", limit_of.items(), ("limit", "value"))
+    return limit_of
 
 
 def step_products(config: ModelConfig) -> list[tuple[int, int]]:
