@@ -7,6 +7,8 @@ flag. Unknown and ineffective options are errors. This module has no project imp
 """
 import dataclasses
 import difflib
+import inspect
+import itertools
 import math
 import sys
 import traceback
@@ -45,9 +47,16 @@ def as_dict(options: Any) -> dict[str, Any]:
 
 
 def presets_of(cls: type) -> dict[str, dict[str, Any]]:
-    """{preset: {option: value}} of a class, over those of its parents."""
+    """{preset: {option: value}} of a class: its own block over those of its parents.
+
+    A class that redefines an option gives it a default of its own, so the parents' preset values
+    of that option no longer apply; the class repeats those that it wants.
+    """
     merged: dict[str, dict[str, Any]] = {}
     for base in reversed(cls.__mro__):
+        redefined = inspect.get_annotations(base)
+        merged = {preset: {name: value for name, value in values.items() if name not in redefined}
+                  for preset, values in merged.items()}
         for preset, values in vars(base).get("PRESETS", {}).items():
             merged[preset] = merged.get(preset, {}) | values
     return merged
@@ -76,9 +85,11 @@ class Options:
 
 
 # ---- parsing -------------------------------------------------------------------------------------
+# Not argparse: it would need a private attribute to read -1e-4 as a value, cannot take one or two
+# words, and was no shorter with the same messages.
 
-BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False,
-         "off": False}
+BOOLS = {"true": True, "1": True, "yes": True, "on": True,
+         "false": False, "0": False, "no": False, "off": False}
 
 
 def _type(field: dataclasses.Field) -> str:
@@ -86,14 +97,14 @@ def _type(field: dataclasses.Field) -> str:
 
 
 def _convert(field: dataclasses.Field, text: str | None, flag: str) -> Any:
-    """The text after a flag as the field's type; None: no value was given."""
+    """The text after a flag as the field's type, checked; None: the flag stands alone."""
     kind, m = _type(field), field.metadata
+    if text is None and kind != "bool":
+        example = "TEXT" if field.default == "" else repr(field.default)
+        raise UserError(f"{flag}: a value is missing; write {flag}={example}, for example")
     try:
         if kind == "bool":
             value = BOOLS[(text or "true").lower()]
-        elif text is None:
-            raise UserError(f"{flag}: a value is missing; write {flag}={field.default!r}, for "
-                            "example")
         else:
             value = {"int": int, "float": float, "str": str}[kind](text)
     except (KeyError, ValueError):
@@ -104,45 +115,55 @@ def _convert(field: dataclasses.Field, text: str | None, flag: str) -> Any:
     if m.get("choices") and value not in m["choices"]:
         raise UserError(f"{flag}: {text!r} is not one of {', '.join(map(str, m['choices']))}")
     low, high = m.get("low"), m.get("high")
-    if not ((low is None or value >= low) and (high is None or value <= high)):
+    if (low is not None and value < low) or (high is not None and value > high):
         wanted = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
         raise UserError(f"{flag}: {text} is out of range: {' and '.join(wanted)}")
     return value
 
 
+def _fields(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Fields by the names of their flags, each after the prefix."""
+    return {prefix + name: f for f in dataclasses.fields(cls)
+            for name in (f.name, f.metadata.get("flag")) if name}
+
+
+def _field_named(name: str, flag: str, fields: dict[str, dataclasses.Field],
+                 prog: str) -> dataclasses.Field:
+    """The field of a flag; UserError that offers the nearest name if there is none."""
+    if name not in fields:
+        near = difflib.get_close_matches(name, list(fields), 1)
+        guess = f"; did you mean --{near[0]}?" if near else ""
+        raise UserError(f"{prog}: unknown option {flag}{guess} (--help lists all)")
+    return fields[name]
+
+
+def _value_words(field: dataclasses.Field, following: list[str]) -> list[str]:
+    """Those of the following words that are the field's value: for a switch true, false and the
+    like, else whatever is no flag (so a negative number is a value)."""
+    def is_value(word: str) -> bool:
+        return word.lower() in BOOLS if _type(field) == "bool" else not word.startswith("--")
+
+    return list(itertools.takewhile(is_value, following[:field.metadata.get("words", 1)]))
+
+
 def _given(argv: list[str], fields: dict[str, dataclasses.Field], prog: str) -> dict[str, Any]:
-    """The values that argv gives, by name. A bool's value follows `=`, or is the word true or
-    false."""
+    """The values that argv gives, by the fields' names (with their prefixes)."""
     values, i = {}, 0
     while i < len(argv):
-        word = argv[i]
-        if not word.startswith("--") or word == "--":
-            raise UserError(f"{word!r} is no option: options are written --name=value or --name "
-                            "value; see --help")
-        flag, equals, text = word.partition("=")
+        flag, equals, text = argv[i].partition("=")
+        if not flag.startswith("--") or flag == "--":
+            raise UserError(f"{argv[i]!r} is no option: options are written --name=value or "
+                            "--name value; see --help")
+        i += 1
         name = flag[2:].replace("-", "_")
-        if name not in fields:
-            near = difflib.get_close_matches(name, list(fields), 1)
-            guess = f"; did you mean --{near[0]}?" if near else ""
-            raise UserError(f"{prog}: unknown option {flag}{guess} (--help lists all)")
-        field, i = fields[name], i + 1
+        field = _field_named(name, flag, fields, prog)
         if not equals:
-            is_value = (lambda x: x.lower() in BOOLS) if _type(field) == "bool" else lambda x: not x.startswith("--")
-            words = []
-            while i < len(argv) and len(words) < field.metadata.get("words",
-                                                                    1) and is_value(argv[i]):
-                words.append(argv[i])
-                i += 1
+            words = _value_words(field, argv[i:])
             text = ",".join(words) if words else None
-        values[field.name if name == field.metadata.get("flag") else name] = _convert(field, text,
-                                                                                      flag)
+            i += len(words)
+        prefix, dot, _ = name.rpartition(".")
+        values[prefix + dot + field.name] = _convert(field, text, flag)
     return values
-
-
-def _fields(cls: type) -> dict[str, dataclasses.Field]:
-    """Fields by the names of their flags."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    return fields | {f.metadata["flag"]: f for f in fields.values() if f.metadata.get("flag")}
 
 
 def _build(cls: type[T], given: dict[str, Any]) -> T:
@@ -177,9 +198,8 @@ def parse_all(common: type, stages: dict[str, type], argv: list[str], prog: str)
         print(_help({"": common, **{f"{stage}.": cls for stage, cls in stages.items()}}, prog))
         raise SystemExit(0)
     fields = _fields(common)
-    fields |= {f"{stage}.{f.name}": f for stage, cls in stages.items()
-               for f in dataclasses.fields(cls)
-               if not _shared(f, fields)}
+    fields |= {flag: f for stage, cls in stages.items()
+               for flag, f in _fields(cls, f"{stage}.").items() if not _shared(f, fields)}
     given: dict[str, dict[str, Any]] = {stage: {} for stage in stages}
     for name, value in _given(argv, fields, prog).items():
         stage, dot, own = name.rpartition(".")
@@ -238,11 +258,10 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     except BrokenPipeError:  # whoever read our output (head, less) has seen enough
         sys.stdout = None
         return 141
-    # a full disk, a missing right: the system's own words say what and where
-    except OSError as error:
+    except OSError as error:  # a full disk, a missing right: the system says what and where
         if "--traceback" in argv:
             traceback.print_exc()
-        print(f"error: {error}; look at the path, the right to write there and the free space",
+        print(f"error: {error}; check the path, the rights and the free space",
               file=sys.stderr)
         return 2
     except KeyboardInterrupt:
