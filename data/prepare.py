@@ -121,7 +121,7 @@ def open_for(o: Options, data: str) -> Prepared:
 class PrepareOptions(Options):
     """`python -m data.prepare NAME`"""
 
-    source: str = option("", "folder or archive with the raw files, instead of downloading them")
+    source: str = option("", "folder or archive with the raw files; empty: download them")
     vocab_size: int = option(4096, "tokens of the vocabulary, six special ones included", low=262)
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
     traceback: bool = option(False, "show where in the code an error arose")

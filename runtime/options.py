@@ -280,34 +280,37 @@ class Common(Options):
         "base": dict(vocab_size=50_304),
     }
 
+    # The data.
     data: str = option("reviews", "data set by name (reviews, shakespeare), or your own .jsonl "
                                   "file or folder")
-    source: str = option("", "folder or archive with the data set's raw files, instead of "
-                             "downloading them")
+    source: str = option("", "folder or archive with the data set's raw files; empty: download "
+                             "them")
     vocab_size: int = option(4096, "tokens of the vocabulary that is trained on the data, six "
                                    "special ones included", low=262)
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
+    # The run.
     preset: str = option("demo", "demo: two CPU cores, ten minutes for all; smoke: seconds, for "
                                  "tests; base: one GPU",
                          choices=("smoke", "demo", "base"), compared=False)
     out: str = option("out", "runs are written to OUT/<data>/<stage>/", compared=False)
-    init_from: str = option("", "checkpoint to start from instead of this run's own parent stage; "
-                                "in PPO policy and reference")
-    reward_from: str = option("", "reward model for PPO instead of this run's own")
-    seed: int = option(0, "decides every random draw", low=0)
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = option("auto", "precision of matrix products; auto measures",
-                        choices=("auto", "float32", "bfloat16"))
-    compile: str = option("auto", "torch.compile; auto: where it works and enough work lies ahead "
-                                  "to pay for it, as the first steps tell",
-                          choices=("auto", "on", "off"))
-    recompute: bool = option(False, "gradient checkpointing: keep the inputs of blocks alone, "
-                                    "compute the rest again for the gradient: less memory, a third "
-                                    "more time", source="Chen 2016")
+    init_from: str = option("", "checkpoint to start from; empty: this run's own parent stage; in "
+                                "PPO it is both policy and reference")
+    reward_from: str = option("", "reward model for PPO; empty: this run's own")
+    seed: int = option(0, "every random draw follows from it", low=0)
     save_every: int = option(200, "steps (PPO: updates) between checkpoints", low=1)
     resume: bool = option(False, "resume the run in this folder", compared=False)
     fresh: bool = option(False, "delete the run in this folder and start again", compared=False)
     traceback: bool = option(False, "show where in the code an error arose", compared=False)
+    # The machine.
+    device: str = option("auto", "device to compute on", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("auto", "precision of matrix products; auto measures",
+                        choices=("auto", "float32", "bfloat16"))
+    compile: str = option("auto", "torch.compile; auto: if it works here and the first steps show "
+                                  "that the remaining ones are worth it",
+                          choices=("auto", "on", "off"))
+    recompute: bool = option(False, "gradient checkpointing: store only each block's input and "
+                                    "recompute the block in backward; less memory, a third more "
+                                    "time", source="Chen 2016")
 
     def check(self) -> None:
         """Refuse, before anything is done, what does not go together."""
@@ -323,20 +326,24 @@ class MaximumLikelihoodOptions(Common):
         "base": dict(lr=0.01, adam_lr=0.003),
     }
 
-    optimizer: str = option("muon", "muon: block matrices by Muon, the rest by AdamW; adamw: all "
-                                    "by AdamW",
+    # The optimizer.
+    optimizer: str = option("muon", "muon: block matrices by Muon, everything else by AdamW; "
+                                    "adamw: everything by AdamW",
                             choices=("muon", "adamw"), source="Jordan 2024; Loshchilov 2019")
     muon_steps: int = option(3, "Newton-Schulz iterations of Muon",
                              source="measured: 3 learn as well as 5 here", low=1)
-    lr: float = option(0.02, "learning rate of block matrices (Muon), or of all (AdamW)", low=0)
-    adam_lr: float = option(0.01, "learning rate of embeddings, norms and heads, by AdamW", low=0)
     weight_decay: float = option(0.0, "decoupled weight decay of block matrices",
                                  source="Loshchilov 2019", low=0)
+    clip: float = option(1.0, "clip gradients to this norm; 0 disables", low=0)
+    # The learning rate and its schedule.
+    lr: float = option(0.02, "learning rate of block matrices (muon) or of everything (adamw)",
+                       low=0)
+    adam_lr: float = option(0.01, "AdamW's learning rate for embeddings, norms and heads", low=0)
     warmup: float = option(0.03, "share of the steps over which the learning rate rises", low=0,
                            high=1)
-    decay: float = option(0.4, "share of the steps, the last ones, over which it falls to 0", low=0,
+    decay: float = option(0.4, "share of the steps, at the end, over which it falls to 0", low=0,
                           high=1)
-    clip: float = option(1.0, "largest gradient norm; 0: any", low=0)
+    # The log.
     log_every: int = option(10, "steps between lines of metrics.jsonl", low=1)
 
     def check(self) -> None:
