@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from data.prepared import Prepared
 from data.tokenizer import Tokenizer
 from runtime.decoding import KVCache
+from runtime.draws import STAGES
 from runtime.machine import row_chunks, save_whole
 from runtime.options import Common, UserError
 from runtime.products import Linear, RMSNorm, linear, use_products
@@ -416,9 +417,6 @@ def cross_entropy_sum(model: Transformer, hidden: Tensor, targets: Tensor,
         return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, dtype, model.products)
 
 
-# ---- devices and precision -----------------------------------------------------------------------
-
-
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 def weights_hash(model: nn.Module) -> str:
@@ -456,7 +454,7 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
     path = checkpoint_path(path)
     if not path.exists():
         inside = sorted(str(other.parent) for other in path.parent.glob("*/checkpoint.pt"))
-        stage = path.parent.name if path.name == "checkpoint.pt" else "all"
+        stage = path.parent.name if path.parent.name in STAGES else "all"
         raise UserError(f"{path}: no checkpoint there; " + (f"did you mean {' or '.join(inside)}?"
                                                             if inside else
                         f"make it with `python train.py {stage}` (--out says where), or name one "

@@ -425,7 +425,7 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
 
 def reply_ids(replies: Generation) -> list[list[int]]:
     """The ids of each reply, its end token included."""
-    return [tokens[mask].tolist() for tokens, mask in zip(replies.tokens, replies.mask,
+    return [tokens[mask].tolist() for tokens, mask in zip(replies.tokens.cpu(), replies.mask.cpu(),
                                                           strict=True)]
 
 

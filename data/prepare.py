@@ -79,7 +79,10 @@ def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, lim
 def fingerprint_of(data_set: DataSet, options: dict[str, int], files: list[pathlib.Path]) -> str:
     """A hash of all that the prepared files depend on: record, options and raw files."""
     mixture = {name: dataclasses.astuple(part) for name, part in data_set.mixture.items()}
-    digests = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+    try:
+        digests = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}; check --source") from None
     state = [VERSION, data_set.name, data_set.version, data_set.template, mixture, options, digests]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
 

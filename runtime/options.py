@@ -162,6 +162,7 @@ def _given(argv: list[str], fields: dict[str, dataclasses.Field], prog: str) -> 
             text = ",".join(words) if words else None
             i += len(words)
         prefix, dot, _ = name.rpartition(".")
+        values.pop(prefix + dot + field.name, None)  # the last of two flags counts, and counts last
         values[prefix + dot + field.name] = _convert(field, text, flag)
     return values
 

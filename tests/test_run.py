@@ -85,6 +85,13 @@ def test_numbers_that_are_no_numbers_are_left_out_of_the_log(open_sft):
                                                                            "kl": 0.123457}
 
 
+def test_a_users_own_field_named_step_does_not_move_a_sample(open_sft):
+    run = open_sft()
+    with run.progress(4):
+        run.samples(2, [{"step": "mine", "text": "a"}])
+    assert json.loads((run.folder.path / "samples.jsonl").read_text())["step"] == 2
+
+
 def test_fresh_deletes_nothing_before_training_begins(open_sft):
     begin(open_sft(), 3)
     run = open_sft("--fresh")
