@@ -148,7 +148,7 @@ class Attention(nn.Module):
         n, B, S = allowed.shape
         # (n, B, G, S, K)
         keys, values = cache.kv[2 * layer][:n, :, :, :S], cache.kv[2 * layer + 1][:n, :, :, :S]
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             # (B, G, n * S, K)
             keys, values = (t.movedim(0, 2).flatten(2, 3) for t in (keys, values))
             allowed = allowed.transpose(0, 1).reshape(B, 1, 1, n * S)

@@ -142,7 +142,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
-        if self.fuses and torch.compiler.is_compiling():
+        if self.fuses and torch.compiler.is_dynamo_compiling():
             return (x[..., None, :].float() * self.weight.float()).sum(-1).to(self.dtype)
         if self.is_packed:  # as a matrix: oneDNN would reshape it at a higher price
             return torch.ops.mosslet.packed_linear(x.flatten(0, -2), self.number,

@@ -135,7 +135,9 @@ class RMSNorm(nn.RMSNorm):
     separate operations."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # the compiler fuses it itself
+        # The compiler fuses it itself. (Not is_compiling(): that is True in every thread while one
+        # of them compiles, so another thread would compute by the wrong form.)
+        if torch.compiler.is_dynamo_compiling():
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         if x.device.type != "cpu" or x.dtype != torch.float32:  # a GPU has one kernel for it
             return super().forward(x)

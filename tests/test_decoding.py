@@ -207,6 +207,24 @@ def test_two_models_in_two_threads_write_what_each_writes_alone(dtype, compiled,
     assert not torch.equal(together[0][0], together[1][0])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_an_eager_model_writes_the_same_while_another_thread_compiles(dtype):
+    model, mask, meanwhile = loud_model(), torch.ones_like(PROMPT).bool(), []
+
+    def write() -> None:
+        meanwhile.append(generate(model, PROMPT, mask, 24, seed=1, dtype=dtype))
+
+    def backend(graph, inputs):  # torch.compile calls it in the middle of its work
+        assert in_threads(write) == []
+        return graph.forward
+
+    write()
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(3))
+    alone, beside = meanwhile
+    assert torch.equal(beside.tokens, alone.tokens)
+    assert torch.equal(beside.logprobs, alone.logprobs)
+
+
 def test_calls_without_a_decoder_do_not_mix_in_threads():
     models, mask, together = [loud_model(1), loud_model(2,
                                                         n_layer=1)], torch.ones_like(PROMPT).bool(), [[], []]
