@@ -1,100 +1,110 @@
-"""Byte-pair encoding, trained by ourselves (Sennrich 2016)."""
+"""Training of vocabularies: byte-pair encoding (Sennrich 2016), or the characters of a text."""
 import heapq
 import sys
 from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
-import regex  # tiktoken's own dependency: the same classes of characters as in its encoder
+import regex  # a dependency of tiktoken: has the character classes of its encoder
 from tqdm import tqdm
 
 from data.tokenizer import CHARACTER_PATTERN, PATTERN, SPECIAL_TOKENS, Tokenizer
 from runtime.options import UserError
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
-    """Learn a vocabulary of vocab_size tokens: 256 bytes, merges, and our six special tokens.
+def train_chars(text: str) -> Tokenizer:
+    """A vocabulary of the text's characters, in code-point order, and the special tokens."""
+    return Tokenizer([c.encode() for c in sorted(set(text))], CHARACTER_PATTERN)
 
-    Pairs are counted once; a merge then changes only the counts of pairs at the places where it happens. The most
-    frequent pair is found in a heap whose outdated entries are skipped when they come up. Ties go to the smaller ids,
-    so the result is determined by the texts. Too little text gives a smaller vocabulary and says so.
+
+def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
+    """Learn a vocabulary of vocab_size tokens: 256 bytes, merges, and the six special tokens.
+
+    Each round merges the most frequent pair of neighbouring tokens into a new token. Ties go to the
+    smaller ids, so the texts determine the result. If no pair occurs twice any more, the vocabulary
+    stays smaller, and that is printed. UserError if vocab_size leaves no room for the bytes.
+
+    Counts are kept up to date: a merge changes only those of the pairs around it. The most frequent
+    pair is on top of a heap, whose outdated entries are skipped when they come up.
     """
     if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise UserError(f"vocab_size {vocab_size} is too small: the bytes and our special tokens alone are "
-                        f"{256 + len(SPECIAL_TOKENS)}")
+        raise UserError(f"vocab_size {vocab_size} is too small: the bytes and our special tokens "
+                        f"alone are {256 + len(SPECIAL_TOKENS)}")
     pieces: Counter[str] = Counter()
-    split = regex.compile(PATTERN)
+    pattern = regex.compile(PATTERN)
     for text in texts:
-        pieces.update(split.findall(text))
+        pieces.update(pattern.findall(text))
     corpus = _Corpus(pieces)
     heap = [(-count, pair) for pair, count in corpus.pair_counts.items()]
     heapq.heapify(heap)
     ranks = [bytes([b]) for b in range(256)]
     ids = {token: i for i, token in enumerate(ranks)}
     target = vocab_size - len(SPECIAL_TOKENS)
-    with tqdm(total=target - 256, desc="vocabulary", unit="merge", disable=None if progress else True,
-              dynamic_ncols=True) as bar:
+    with tqdm(total=target - 256, desc="vocabulary", unit="merge",
+              disable=None if progress else True, dynamic_ncols=True) as bar:
         while len(ranks) < target and heap:
             count, pair = heapq.heappop(heap)
             if -count != corpus.pair_counts[pair]:
-                continue  # outdated: the pair's present count stands elsewhere in the heap
+                continue  # outdated: another entry of the heap has the present count
             if count >= -1:
-                break  # a pair seen once is no pattern
-            merged = ranks[pair[0]] + ranks[pair[1]]
-            if merged not in ids:  # other pairs can spell the same bytes; tiktoken knows a token by its bytes
-                ids[merged] = len(ranks)
-                ranks.append(merged)
+                break  # a pair that occurs once is no pattern
+            token = ranks[pair[0]] + ranks[pair[1]]
+            if token not in ids:  # tiktoken finds tokens by their bytes, so each has to be unique
+                ids[token] = len(ranks)
+                ranks.append(token)
                 bar.update()
-            for changed in corpus.merge(pair, ids[merged]):
+            for changed in corpus.merge(pair, ids[token]):
                 if corpus.pair_counts[changed] > 0:
                     heapq.heappush(heap, (-corpus.pair_counts[changed], changed))
     tokenizer = Tokenizer(ranks)
     if tokenizer.n_vocab < vocab_size:
-        print(f"vocabulary: the text has patterns for {tokenizer.n_vocab} tokens only, not {vocab_size}",
-              file=sys.stderr)
+        print(f"vocabulary: the text has patterns for {tokenizer.n_vocab} tokens only, not "
+              f"{vocab_size}", file=sys.stderr)
     return tokenizer
 
 
 class _Corpus:
-    """All distinct pieces in one array of ids, −1 between them; how often each occurs; and how often each pair does."""
+    """The distinct pieces of the texts as one array of ids, −1 between them.
+
+    weights: how often the piece at each position occurs. pair_counts: how often each pair of
+    neighbouring ids occurs.
+    """
 
     def __init__(self, pieces: Counter[str]):
         encoded = [piece.encode() for piece in pieces]
         lengths = np.array([len(e) + 1 for e in encoded], np.int64)
         self.ids = np.full(int(lengths.sum()) + 1, -1, np.int32)
-        real = np.ones(len(self.ids), bool)
-        real[np.concatenate(([0], lengths.cumsum()))] = False
-        self.ids[real] = np.frombuffer(b"".join(encoded), np.uint8)
-        self.weights = np.concatenate(([0], np.repeat(np.array(list(pieces.values()), np.int64), lengths)))
+        is_token = np.ones(len(self.ids), bool)
+        is_token[np.concatenate(([0], lengths.cumsum()))] = False
+        self.ids[is_token] = np.frombuffer(b"".join(encoded), np.uint8)
+        occurrences = np.array(list(pieces.values()), np.int64)
+        self.weights = np.concatenate(([0], np.repeat(occurrences, lengths)))
         self.pair_counts: Counter[tuple[int, int]] = Counter()
         self._count(np.arange(len(self.ids) - 1), 1)
 
     def _count(self, positions: np.ndarray, sign: int) -> set[tuple[int, int]]:
-        """Add (or with −1 subtract) the pairs that begin at these positions; returns which pairs they are."""
+        """Add (sign 1) or subtract (−1) the pairs that begin at these positions; returns them."""
         left, right = self.ids[positions].astype(np.int64), self.ids[positions + 1]
         inside = (left >= 0) & (right >= 0)
-        codes, which = np.unique((left << 32 | right)[inside], return_inverse=True)
-        counts = np.bincount(which, self.weights[positions[inside]], len(codes)).astype(np.int64)
+        codes, inverse = np.unique((left << 32 | right)[inside], return_inverse=True)
+        counts = np.bincount(inverse, self.weights[positions[inside]], len(codes))
         pairs = list(zip((codes >> 32).tolist(), (codes & 0xFFFFFFFF).tolist(), strict=True))
-        for pair, count in zip(pairs, counts.tolist(), strict=True):
+        for pair, count in zip(pairs, counts.astype(np.int64).tolist(), strict=True):
             self.pair_counts[pair] += sign * count
         return set(pairs)
 
     def merge(self, pair: tuple[int, int], new: int) -> set[tuple[int, int]]:
-        """Replace a pair by its token everywhere; returns the pairs whose counts changed."""
+        """Replace a pair by the token `new` everywhere; returns the pairs whose counts changed."""
         at = np.flatnonzero((self.ids[:-1] == pair[0]) & (self.ids[1:] == pair[1]))
-        if pair[0] == pair[1]:  # in a run of equal ids take every second place: aaa is (aa)a
+        if pair[0] == pair[1]:  # in a run of equal ids, take every second position: aaa is (aa)a
             n = np.arange(len(at))
-            at = at[(n - np.maximum.accumulate(np.where(np.diff(at, prepend=-2) != 1, n, 0))) % 2 == 0]
-        changed = self._count(np.unique(np.concatenate((at - 1, at, at + 1))), -1)  # pairs that touch a match go
+            run_start = np.maximum.accumulate(np.where(np.diff(at, prepend=-2) != 1, n, 0))
+            at = at[(n - run_start) % 2 == 0]
+        # Subtract all pairs that touch a match, merge, and add those that touch the new token.
+        changed = self._count(np.unique(np.concatenate((at - 1, at, at + 1))), -1)
         self.ids[at] = new
         keep = np.ones(len(self.ids), bool)
-        keep[at + 1] = False  # its right half goes, and all that follows moves up
+        keep[at + 1] = False
         self.ids, self.weights = self.ids[keep], self.weights[keep]
-        at = at - np.arange(len(at))
+        at = at - np.arange(len(at))  # each match moves left by the tokens removed before it
         return changed | self._count(np.unique(np.concatenate((at - 1, at))), 1)
-
-
-def train_chars(text: str) -> Tokenizer:
-    """The text's own characters in code-point order, as nanoGPT takes for Shakespeare, and our special tokens."""
-    return Tokenizer([c.encode() for c in sorted(set(text))], CHARACTER_PATTERN)

@@ -163,8 +163,8 @@ def override_shares(default: dict[str, float], shares: dict[str, float],
     """`default` with these shares in it; the other parts divide what they leave as in `default`.
     UserError if that is below 0, or if there is no part to take it."""
     left = 1.0
-    for share in shares.values():
-        left -= share
+    for name in default:
+        left -= shares.get(name, 0.0)
     others = sum(share for name, share in default.items() if name not in shares)
     if left < -1e-9:
         raise UserError(f"--mixture {text}: the shares are {1 - left:g} together, more than 1: "

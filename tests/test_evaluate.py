@@ -1,8 +1,7 @@
-"""Measures: textbook values, paired intervals, and a judge that learns what is there to learn."""
+"""Measures of replies and of policies, and the report."""
 import copy
 import dataclasses
 import json
-import types
 
 import numpy as np
 import pytest
@@ -12,58 +11,11 @@ import evaluate
 import train
 from data.batches import prompt_ids
 from data.bpe import train_bpe
-from data.judge import NgramClassifier, ngram_classifier, plain_text
-from data.prepare import open_data
+from data.judge import ngram_classifier
 from evaluate import best_of_n_kl, distinct_n, measure_policy, reply_statistics, table, text_plot
 from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint, token_logprobs
 from reward import RewardModel
-from runtime.options import UserError, run_main
-from runtime.statistics import accuracy, auc, bootstrap, calibration_error, paired_auc_difference, win_rate
-from tests.conftest import made_up_reviews
-
-
-def test_auc_is_the_share_of_pairs_in_the_right_order():
-    rng = np.random.default_rng(0)
-    scores, labels = rng.integers(0, 8, 60), rng.integers(0, 2, 60)
-    pairs = [(a > b) + (a == b) / 2 for a in scores[labels == 1] for b in scores[labels == 0]]
-    assert auc(scores, labels) == pytest.approx(np.mean(pairs))
-    assert auc([1, 2, 3], [0, 0, 1]) == 1 and auc([3, 2, 1], [0, 0, 1]) == 0 and auc([5, 5], [0, 1]) == .5
-
-
-def test_accuracy_and_calibration():
-    assert accuracy([.9, .2, .6], [1, 0, 0]) == pytest.approx(2 / 3)
-    rng = np.random.default_rng(1)
-    p = rng.random(40_000)
-    assert calibration_error(p, rng.random(40_000) < p) < .02
-    assert calibration_error(np.full(100, .95), np.tile([1, 0], 50)) == pytest.approx(.45)
-
-
-@pytest.mark.parametrize("measure", [auc, accuracy, calibration_error])
-def test_empty_and_unequal_sets_are_errors(measure):
-    for a, b in (([], []), ([1, 2], [1])):
-        with pytest.raises(UserError, match="nothing to measure"):
-            measure(a, b)
-    with pytest.raises(UserError, match="all labels are the same"):
-        auc([1, 2], [1, 1])
-
-
-def test_the_bootstrap_covers_a_mean_as_theory_says():
-    x = np.random.default_rng(2).normal(3, 2, 400)
-    value, low, high = bootstrap(lambda a: float(a.mean()), x)
-    assert value == pytest.approx(x.mean())
-    assert (high - low) / 2 == pytest.approx(1.96 * x.std() / 20, rel=.1)
-    assert bootstrap(lambda a: float(a.mean()), x) == (value, low, high)  # the same seed, the same interval
-
-
-def test_a_paired_interval_is_narrower_than_an_unpaired_one():
-    rng = np.random.default_rng(3)
-    labels = rng.integers(0, 2, 500)
-    shared = labels + rng.normal(0, 1, 500)
-    a, b = shared + rng.normal(0, .1, 500) + .1 * labels, shared + rng.normal(0, .1, 500)
-    value, low, high = paired_auc_difference([a, a], b, labels, n=300)
-    assert value == pytest.approx(auc(a, labels) - auc(b, labels)) and low < value < high
-    alone = bootstrap(auc, a, labels, n=300)
-    assert high - low < .5 * (alone[2] - alone[1])
+from runtime.options import UserError
 
 
 def test_distinct_n_counts_over_equal_numbers():
@@ -78,78 +30,8 @@ def test_statistics_of_replies():
     assert found == {"length": 6, "end_rate": .75, "identical": .5, "short": .5}
 
 
-def test_win_rates_count_ties_half():
-    assert win_rate([1, 1, 1, 0], [0, 0, 1, 1])[0] == pytest.approx(.625)
-
-
 def test_best_of_n_bound_at_known_values():
     assert [round(best_of_n_kl(n), 3) for n in (1, 4, 16, 64, 256)] == [0, .636, 1.835, 3.175, 4.549]
-
-
-# ---- the n-gram classifier -------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def reviews():
-    texts = made_up_reviews(True) + made_up_reviews(False)
-    labels = [1] * 400 + [0] * 400
-    order = np.random.default_rng(0).permutation(800)
-    return [texts[i] for i in order], [labels[i] for i in order]
-
-
-def test_it_learns_and_saves(reviews, tmp_path):
-    texts, labels = reviews
-    classifier = NgramClassifier(n_features=2**14).fit(texts[:600], labels[:600])
-    assert auc(classifier.logits(texts[600:]), labels[600:]) > .99
-    torch.save(classifier.state_dict(), tmp_path / "c.pt")
-    again = NgramClassifier.from_state(torch.load(tmp_path / "c.pt", weights_only=True))
-    assert np.array_equal(again.logits(texts[600:]), classifier.logits(texts[600:]))
-
-
-def test_its_hash_is_the_same_everywhere():
-    found = NgramClassifier()._hashes("好书好")
-    assert sorted(found.values()) == [1, 1, 1, 1, 2]  # 书, 好书, 书好, 好书好, and 好 twice
-
-    def by_definition(gram: str) -> int:
-        h = len(gram)
-        for c in gram:
-            h = (h * 0x9E3779B97F4A7C15 + ord(c)) * 0xBF58476D1CE4E5B9 % 2**64
-            h ^= h >> 29
-        return h % 2**18
-
-    assert set(found) == {by_definition(g) for g in ("好", "书", "好书", "书好", "好书好")}
-
-
-def test_order_matters_to_it_through_longer_grams_only():
-    a, b = NgramClassifier(orders=(1,)), NgramClassifier(orders=(1, 2))
-    assert a._hashes("好不") == a._hashes("不好") and b._hashes("好不") != b._hashes("不好")
-
-
-def test_noise_teaches_it_nothing_that_generalises(reviews):
-    texts, _ = reviews
-    labels = np.random.default_rng(5).integers(0, 2, 800)
-    classifier = NgramClassifier(n_features=2**14).fit(texts[:600], labels[:600])
-    assert abs(auc(classifier.logits(texts[600:]), labels[600:]) - .5) < .12
-
-
-def test_its_optimum_has_no_gradient(reviews):
-    texts, labels = reviews
-    classifier = NgramClassifier(n_features=2**14, l2=1e-3).fit(texts[:200], labels[:200])
-    rows, features, values = classifier._features(texts[:200])
-    values = classifier._scaled(rows, features, values, 200)
-    error = torch.from_numpy(classifier.probs(texts[:200])).float() - torch.tensor(labels[:200]).float()
-    grad = torch.zeros(2**14).index_add(0, features, error[rows] * values / 200) + 1e-3 * classifier.weight
-    assert grad.abs().max() < 1e-4 and abs(error.mean()) < 1e-4
-
-
-def test_baseline_and_judge_learn_from_different_halves(reviews_source, tmp_path):
-    data = open_data("reviews", source=str(reviews_source), vocab_size=400, cache=tmp_path)
-    for half in ("reward", "judge"):
-        records, test = data.records(half, "train"), [plain_text(r) for r in data.records("reward", "test")]
-        expected = NgramClassifier().fit([plain_text(r) for r in records], [r["label"] for r in records])
-        for _ in range(2):  # fitted, then found again
-            assert np.allclose(ngram_classifier(data, half).logits(test), expected.logits(test), atol=1e-4)
-    mine, others = ({plain_text(r) for r in data.records(half, "train")} for half in ("reward", "judge"))
-    assert not mine & others
 
 
 # ---- policies --------------------------------------------------------------------------------------------------------
@@ -176,26 +58,6 @@ def test_a_policys_measures_equal_those_of_its_replies_alone():
     assert found["length"] == np.mean([len(r) for r in rows])
     again, _, _ = measure_policy(policy, reference, tokenizer, prompts, "{prompt}", reply_len=12, seed=3, batch_size=1)
     assert again == pytest.approx(found, rel=1e-4)
-
-
-def test_a_calibration_error_has_an_interval_that_covers_it():
-    """Where it is small its resamples are biased upwards, and the plain interval misses it mostly."""
-    rng, covered = np.random.default_rng(0), {True: 0, False: 0}
-    truth = rng.random(400_000)
-    drawn = lambda p: (rng.random(len(p)) < .05 + .9 * p).astype(int)
-    exact = calibration_error(truth, drawn(truth))
-    for _ in range(100):
-        probs = rng.random(1600)
-        labels = drawn(probs)
-        for basic in covered:
-            _, low, high = bootstrap(calibration_error, probs, labels, n=200, basic=basic)
-            covered[basic] += low <= exact <= high
-    assert covered[True] >= 82 and covered[False] <= 35  # measured over 400: 91 % and 20 %
-
-
-def test_opening_and_reply_are_read_as_one_text():
-    assert plain_text({"prompt": "这本", "response": "书"}) == "这本书"
-    assert plain_text({"prompt": [{"role": "user", "content": "a"}], "response": "b"}) == "ab"
 
 
 def test_tables_and_plots_of_text():
@@ -276,29 +138,11 @@ def test_the_report_says_which_reply_the_judge_prefers(command, world, tmp_path)
     assert {p["after"]["reply"] for p in report["pairs"]} <= {r["reply"] for r in replies["PPO"]}
 
 
-def test_a_full_disk_while_the_judge_is_kept_is_one_clear_line(world, tmp_path):
-    (tmp_path / "ngrams_judge.tmp").symlink_to("/dev/full")
-    data = types.SimpleNamespace(folder=tmp_path, records=world.data.records)
-    assert run_main(lambda argv: ngram_classifier(data, "judge") and 0, []) == 2
-
-
 def test_real_lines_answer_held_out_openings(world):
     held = {r["prompt"] for r in world.data.records("ppo", "val")}
     assert any(r["prompt"] not in held for r in world.data.records("reward", "val"))
     lines = evaluate.reference_lines(world.data, world.data.tokenizer, 64, "val")
     assert lines and all(r["prompt"] in held for _, records, _ in lines for r in records)
-
-
-def test_the_judge_is_the_same_whenever_it_is_fitted():
-    rng, threads = np.random.default_rng(0), torch.get_num_threads()
-    texts = ["".join(map(chr, row)) for row in rng.integers(0x4E00, 0x4E80, (800, 50))]  # enough for several threads
-    labels = rng.integers(0, 2, 800)
-    torch.set_num_threads(4)
-    try:
-        a, b = (NgramClassifier().fit(texts, labels) for _ in range(2))
-        assert torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias) and torch.get_num_threads() == 4
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_openings_leave_room_in_the_reward_model_too(world):

@@ -1,0 +1,141 @@
+"""The n-gram classifier learns what is there to learn, is the same each time, and its two halves share no text."""
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from data.judge import NgramClassifier, ngram_classifier, plain_text
+from data.prepare import open_data
+from runtime.options import run_main
+from runtime.statistics import auc
+from tests.conftest import made_up_reviews
+
+
+@pytest.fixture(scope="module")
+def reviews():
+    """(texts, labels) of 800 made-up reviews, mixed."""
+    texts, labels = made_up_reviews(True) + made_up_reviews(False), [1] * 400 + [0] * 400
+    order = np.random.default_rng(0).permutation(800)
+    return [texts[i] for i in order], [labels[i] for i in order]
+
+
+@pytest.fixture(scope="module")
+def fitted(reviews):
+    """A classifier that learned from the first 600."""
+    texts, labels = reviews
+    return NgramClassifier(n_features=2**14).fit(texts[:600], labels[:600])
+
+
+@pytest.fixture(scope="module")
+def data(reviews_source, tmp_path_factory):
+    return open_data("reviews", source=str(reviews_source), vocab_size=400, cache=tmp_path_factory.mktemp("cache"))
+
+
+def test_it_learns(reviews, fitted):
+    texts, labels = reviews
+    assert auc(fitted.logits(texts[600:]), labels[600:]) > .99
+
+
+def test_its_probabilities_are_those_of_its_log_odds(reviews, fitted):
+    logits = fitted.logits(reviews[0][600:])
+    assert np.allclose(fitted.probs(reviews[0][600:]), 1 / (1 + np.exp(-logits)))
+
+
+def test_a_saved_one_says_the_same(reviews, fitted, tmp_path):
+    torch.save(fitted.state_dict(), tmp_path / "c.pt")
+    loaded = NgramClassifier.from_state(torch.load(tmp_path / "c.pt", weights_only=True))
+    assert np.array_equal(loaded.logits(reviews[0][600:]), fitted.logits(reviews[0][600:]))
+    assert loaded.settings() == fitted.settings()
+
+
+def test_its_hash_is_the_same_everywhere():
+    def by_definition(gram: str) -> int:
+        h = len(gram)
+        for c in gram:
+            h = (h * 0x9E3779B97F4A7C15 + ord(c)) * 0xBF58476D1CE4E5B9 % 2**64
+            h ^= h >> 29
+        return h % 2**18
+
+    expected = {"好": 2, "书": 1, "好书": 1, "书好": 1, "好书好": 1}
+    assert NgramClassifier().ngrams("好书好") == {by_definition(gram): n for gram, n in expected.items()}
+
+
+def test_order_matters_to_it_through_longer_grams_only():
+    single, double = NgramClassifier(orders=(1,)), NgramClassifier(orders=(1, 2))
+    assert single.ngrams("好不") == single.ngrams("不好")
+    assert double.ngrams("好不") != double.ngrams("不好")
+
+
+def test_a_text_without_ngrams_has_the_log_odds_of_the_bias(fitted):
+    assert fitted.logits(["", "好"])[0] == float(fitted.bias)
+
+
+def test_each_text_has_features_of_length_1(reviews, fitted):
+    rows, _, values = fitted.features(reviews[0][:50])
+    lengths = torch.zeros(50).index_add_(0, rows, values * values).sqrt()
+    assert torch.allclose(lengths, torch.ones(50), atol=1e-5)
+
+
+def test_noise_teaches_it_nothing_that_generalises(reviews):
+    texts, _ = reviews
+    labels = np.random.default_rng(5).integers(0, 2, 800)
+    classifier = NgramClassifier(n_features=2**14).fit(texts[:600], labels[:600])
+    assert abs(auc(classifier.logits(texts[600:]), labels[600:]) - .5) < .12
+
+
+def test_its_optimum_has_no_gradient(reviews):
+    texts, labels = reviews[0][:200], reviews[1][:200]
+    classifier = NgramClassifier(n_features=2**14, l2=1e-3).fit(texts, labels)
+    rows, numbers, values = classifier.features(texts)
+    error = torch.from_numpy(classifier.probs(texts)).float() - torch.tensor(labels).float()
+    gradient = torch.zeros(2**14).index_add(0, numbers, error[rows] * values / 200) + 1e-3 * classifier.weight
+    assert float(gradient.abs().max()) < 1e-4
+    assert abs(float(error.mean())) < 1e-4
+
+
+def test_it_is_the_same_whenever_it_is_fitted():
+    rng, threads = np.random.default_rng(0), torch.get_num_threads()
+    texts = ["".join(map(chr, row)) for row in rng.integers(0x4E00, 0x4E80, (800, 50))]  # enough for several threads
+    labels = rng.integers(0, 2, 800)
+    torch.set_num_threads(4)
+    try:
+        a, b = (NgramClassifier().fit(texts, labels) for _ in range(2))
+        assert torch.equal(a.weight, b.weight)
+        assert torch.equal(a.bias, b.bias)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ---- baseline and judge --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("half", ["reward", "judge"])
+def test_each_half_learns_from_its_own_records_and_is_kept(data, half):
+    records, test = data.records(half, "train"), [plain_text(r) for r in data.records("reward", "test")]
+    expected = NgramClassifier().fit([plain_text(r) for r in records], [r["label"] for r in records]).logits(test)
+    assert np.allclose(ngram_classifier(data, half).logits(test), expected, atol=1e-4)
+    assert (data.folder / f"ngrams_{half}.pt").exists()
+    assert np.allclose(ngram_classifier(data, half).logits(test), expected, atol=1e-4)  # loaded
+
+
+def test_the_two_halves_share_no_text(data):
+    reward, judge = ({plain_text(r) for r in data.records(half, "train")} for half in ("reward", "judge"))
+    assert not reward & judge
+
+
+def test_one_with_other_settings_is_fitted_again(data, reviews, fitted):
+    torch.save(fitted.state_dict(), data.folder / "ngrams_judge.pt")
+    assert ngram_classifier(data, "judge").settings() == NgramClassifier().settings()
+
+
+def test_prompt_and_response_are_read_as_one_text():
+    assert plain_text({"prompt": "这本", "response": "书"}) == "这本书"
+    assert plain_text({"prompt": [{"role": "user", "content": "a"}], "response": "b"}) == "ab"
+
+
+def test_a_full_disk_while_it_is_saved_is_one_clear_line(data, tmp_path, capsys):
+    (tmp_path / "ngrams_judge.tmp").symlink_to("/dev/full")
+    broken = types.SimpleNamespace(folder=tmp_path, records=data.records)
+    assert run_main(lambda argv: ngram_classifier(broken, "judge") and 0, []) == 2
+    assert capsys.readouterr().err.startswith("error: ")
