@@ -1,10 +1,13 @@
-"""The Transformer: the one network that every stage of Mosslet trains, scores with, or samples from.
+"""The Transformer: the one network that every stage of Mosslet trains, scores with, or samples
+from.
 
-Read from leaf to root: configuration, rotary positions, attention, MLP, block, the Transformer itself, its loss, and
-the checkpoint file. The language model, the policy, the reference, the reward model and the critic are all this trunk.
+Read from leaf to root: configuration, rotary positions, attention, MLP, block, the Transformer
+itself, its loss, and the checkpoint file. The language model, the policy, the reference, the reward
+model and the critic are all this trunk.
 
-Letters for shapes: B rows, T positions, D width, H query heads, G key/value heads, K width of a head, V vocabulary,
-L cached positions, N selected positions. Nothing here knows about text: a tokenizer is only stored beside the weights.
+Letters for shapes: B rows, T positions, D width, H query heads, G key/value heads, K width of a
+head, V vocabulary, L cached positions, N selected positions. Nothing here knows about text: a
+tokenizer is only stored beside the weights.
 """
 import dataclasses
 import hashlib
@@ -21,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from data.prepared import Prepared
 from data.tokenizer import Tokenizer
 from runtime.decoding import KVCache
-from runtime.machine import in_pieces, save_whole
+from runtime.machine import row_chunks, save_whole
 from runtime.options import Common, UserError
 from runtime.products import Linear, RMSNorm, linear, use_products
 from runtime.run import Run, RunFolder, read_config, run_folder
@@ -29,27 +32,31 @@ from runtime.run import Run, RunFolder, read_config, run_folder
 
 @dataclasses.dataclass
 class ModelConfig:
-    """Shape of a Transformer. The defaults are the demo's but for max_len: 2.6 million parameters, for two CPU
-    cores."""
+    """Shape of a Transformer. The defaults are the demo's but for max_len: 2.6 million parameters,
+    for two CPU cores."""
 
     vocab_size: int = 4096
     n_layer: int = 4
     n_head: int = 4
-    n_kv_head: int = 4  # fewer than n_head: groups of query heads share keys and values (Ainslie 2023)
+    # fewer than n_head: groups of query heads share keys and values (Ainslie 2023)
+    n_kv_head: int = 4
     d_model: int = 192
     d_ff: int = 512
     max_len: int = 512
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
-    qk_norm: bool = True  # RMSNorm on queries and keys: keeps attention logits tame at large learning rates
+    # RMSNorm on queries and keys: keeps attention logits tame at large learning rates
+    qk_norm: bool = True
     tied: bool = True  # the output layer is the embedding matrix
-    dropout: float = 0.0  # on what each branch adds to the residual stream; only reward-model training uses it
+    # on what each branch adds to the residual stream; only reward-model training uses it
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.d_model % self.n_head or self.n_head % self.n_kv_head or (self.d_model // self.n_head) % 2:
             raise UserError(
-                f"model shape does not divide: d_model {self.d_model} needs to be a multiple of 2 * n_head "
-                f"({self.n_head}), and n_head a multiple of n_kv_head ({self.n_kv_head}); change one of them")
+                f"model shape does not divide: d_model {self.d_model} needs to be a multiple of 2 "
+                f"* n_head ({self.n_head}), and n_head a multiple of n_kv_head ({self.n_kv_head}); "
+                "change one of them")
 
     @property
     def head_dim(self) -> int:
@@ -58,7 +65,8 @@ class ModelConfig:
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, each (max_len, K/2) (Su et al. 2021)."""
-    frequencies = config.rope_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+    frequencies = config.rope_base ** (-torch.arange(0, config.head_dim, 2,
+                                                     dtype=torch.float64) / config.head_dim)
     angles = torch.arange(config.max_len, dtype=torch.float64)[:, None] * frequencies
     return angles.cos().float(), angles.sin().float()
 
@@ -73,11 +81,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / √K) v: q (B, H, T, K), k and v (B, G, T, K), allowed (B or 1, 1, T, T) bool or None for plain
-    causal attention -> (B, H, T, K).
+    """softmax(q kᵀ / √K) v: q (B, H, T, K), k and v (B, G, T, K), allowed (B or 1, 1, T, T) bool or
+    None for plain causal attention -> (B, H, T, K).
 
-    PyTorch's fused attention, but for short rows in bfloat16 on a CPU: there its backward is slow, and products one
-    after another take a quarter to a third of the time (measured). Their softmax computes in float32 inside.
+    PyTorch's fused attention, but for short rows in bfloat16 on a CPU: there its backward is slow,
+    and products one after another take a quarter to a third of the time (measured). Their softmax
+    computes in float32 inside.
     """
     if v.dtype == torch.bfloat16 and v.device.type == "cpu" and v.shape[2] <= 512:
         repeats, T = q.shape[1] // k.shape[1], q.shape[2]
@@ -86,7 +95,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
         if allowed is None:
             allowed = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        scores += torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill(~allowed, -torch.inf)
+        scores += torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill(~allowed,
+                                                                                         -torch.inf)
         return scores.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None,
                                           enable_gqa=q.shape[1] != k.shape[1])
@@ -104,16 +114,19 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D) -> queries (B, H, T, K), keys and values (B, G, T, K), normalised and turned to their places."""
+        """x (B, T, D) -> queries (B, H, T, K), keys and values (B, G, T, K), normalised and turned
+        to their places."""
         B, T, _ = x.shape
         q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2).split(
             (self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         return rotate(self.q_norm(q.float()), cos, sin), rotate(self.k_norm(k.float()), cos, sin), v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None,
-                cache: KVCache | None = None, layer: int = 0, where: Tensor | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D), or (N, D) of the positions `where`. allowed: (B or 1, 1, T, T) bool, or None for
-        plain causal attention. A cache, if given, receives this layer's keys and values in its first T places."""
+                cache: KVCache | None = None, layer: int = 0,
+                where: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D), or (N, D) of the positions `where`. allowed: (B or 1, 1, T, T)
+        bool, or None for plain causal attention. A cache, if given, receives this layer's keys and
+        values in its first T places."""
         B, T, D = x.shape
         q, k, v = self.heads(x, cos, sin)
         if cache is not None:
@@ -121,29 +134,33 @@ class Attention(nn.Module):
         y = attend(q.to(v.dtype), k.to(v.dtype), v, allowed).transpose(1, 2).reshape(B, T, D)
         return self.out(y if where is None else y.flatten(0, 1)[where])
 
-    def step(self, x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, allowed: Tensor, cache: KVCache,
-             layer: int) -> Tensor:
-        """One token per row: x (B, 1, D) -> (B, 1, D). It is written at place `slot` (B,) of the cache and sees the
-        cached places that `allowed` (n, B, S) names.
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, allowed: Tensor,
+             cache: KVCache, layer: int) -> Tensor:
+        """One token per row: x (B, 1, D) -> (B, 1, D). It is written at place `slot` (B,) of the
+        cache and sees the cached places that `allowed` (n, B, S) names.
 
-        As multiplications and sums, which the compiler fuses into one pass over the cache; run eagerly those would
-        write down every product, so there PyTorch's attention does it.
+        As multiplications and sums, which the compiler fuses into one pass over the cache; run
+        eagerly those would write down every product, so there PyTorch's attention does it.
         """
         q, k, v = self.heads(x, cos, sin)
         cache.write(layer, slot, k[:, :, 0], v[:, :, 0])
         n, B, S = allowed.shape
-        keys, values = cache.kv[2 * layer][:n, :, :, :S], cache.kv[2 * layer + 1][:n, :, :, :S]  # (n, B, G, S, K)
+        # (n, B, G, S, K)
+        keys, values = cache.kv[2 * layer][:n, :, :, :S], cache.kv[2 * layer + 1][:n, :, :, :S]
         if not torch.compiler.is_compiling():
-            keys, values = (t.movedim(0, 2).flatten(2, 3) for t in (keys, values))  # (B, G, n * S, K)
+            # (B, G, n * S, K)
+            keys, values = (t.movedim(0, 2).flatten(2, 3) for t in (keys, values))
             allowed = allowed.transpose(0, 1).reshape(B, 1, 1, n * S)
             y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=allowed,
                                                enable_gqa=self.n_head != self.n_kv_head)
         else:
             q = q.view(1, B, self.n_kv_head, -1, 1, self.head_dim)  # (1, B, G, H/G, 1, K)
-            scores = self.head_dim ** -0.5 * (q * keys[:, :, :, None].float()).sum(-1)  # (n, B, G, H/G, S)
+            # (n, B, G, H/G, S)
+            scores = self.head_dim ** -0.5 * (q * keys[:, :, :, None].float()).sum(-1)
             scores = torch.where(allowed[:, :, None, None], scores, -torch.inf)
             weights = (scores - scores.amax((0, 4), keepdim=True)).exp()
-            y = (weights[..., None] * values[:, :, :, None].float()).sum(4).sum(0) / weights.sum((0, 4))[..., None]
+            y = (weights[..., None] * values[:, :, :, None].float()).sum(4).sum(0) / weights.sum((0,
+                                                                                                  4))[..., None]
         return self.out(y.reshape(B, 1, -1).to(v.dtype))
 
 
@@ -161,7 +178,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Normalise, look around, add; normalise, think, add."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): pre-norm residual branches."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -172,22 +189,25 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None,
-                cache: KVCache | None = None, layer: int = 0, where: Tensor | None = None) -> Tensor:
+                cache: KVCache | None = None, layer: int = 0,
+                where: Tensor | None = None) -> Tensor:
         a = self.attention(self.attention_norm(x), cos, sin, allowed, cache, layer, where)
         x = (x if where is None else x.flatten(0, 1)[where]) + self.dropout(a)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
-    def step(self, x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, allowed: Tensor, cache: KVCache,
-             layer: int) -> Tensor:
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, allowed: Tensor,
+             cache: KVCache, layer: int) -> Tensor:
         x = x + self.attention.step(self.attention_norm(x), cos, sin, slot, allowed, cache, layer)
         return x + self.mlp(self.mlp_norm(x))
 
 
 def attention_allowed(mask: Tensor | None, docs: Tensor | None) -> Tensor | None:
-    """Who may look at whom: (B, 1, T, T) bool, [query, key]. None means plain causal attention.
+    """Which keys each query may attend to: (B, 1, T, T) bool, [query, key]. None means plain causal
+    attention.
 
-    A query sees itself and earlier keys that are real tokens of its own document. A pad sees at least itself: a softmax
-    over no key at all is NaN, and 0 * NaN would reach every real row through the values of the next layer.
+    A query sees itself and earlier keys that are real tokens of its own document. A pad sees at
+    least itself: a softmax over no key at all is NaN, and 0 * NaN would reach every real row
+    through the values of the next layer.
     """
     if mask is None and docs is None:
         return None
@@ -203,9 +223,11 @@ def attention_allowed(mask: Tensor | None, docs: Tensor | None) -> Tensor | None
 
 
 class Transformer(nn.Module):
-    """Decoder-only language model: tokens (B, T) -> logits (B, T, V) for the token that follows each position."""
+    """Decoder-only language model: tokens (B, T) -> logits (B, T, V) for the token that follows
+    each position."""
 
     config_class = ModelConfig
+    products = "aten"  # of the tied output layer; see runtime.products.use_products
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -217,12 +239,14 @@ class Transformer(nn.Module):
         cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.recompute = False  # gradient checkpointing: keep each block's input alone, and go through it once more
+        # gradient checkpointing: keep each block's input alone, and go through it once more
+        self.recompute = False
         self.initialise()
 
     @torch.no_grad()
     def initialise(self, seed: int = 0) -> None:
-        """N(0, .02), and each branch's last matrix smaller by sqrt(2 layers), so that depth does not add variance."""
+        """N(0, .02), and each branch's last matrix smaller by sqrt(2 layers), so that depth does
+        not add variance."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -235,42 +259,48 @@ class Transformer(nn.Module):
         """(V, D): the rows that hidden states are compared with."""
         return self.embedding.weight if self.output is None else self.output.weight
 
-    def trunk(self, tokens: Tensor, positions: Tensor | None, allowed: Tensor | None, cache: KVCache | None = None,
-              where: Tensor | None = None) -> Tensor:
-        """tokens (B, T), positions (B, T) or None for 0…T−1 -> (B, T, D), or (N, D) of the positions `where` (N,), as
-        numbered in a flattened (B, T): the last layer, but for its keys and values, is then computed only there."""
+    def trunk(self, tokens: Tensor, positions: Tensor | None, allowed: Tensor | None,
+              cache: KVCache | None = None, where: Tensor | None = None) -> Tensor:
+        """tokens (B, T), positions (B, T) or None for 0…T−1 -> (B, T, D), or (N, D) of the
+        positions `where` (N,), as numbered in a flattened (B, T): the last layer, but for its keys
+        and values, is then computed only there."""
         T = tokens.shape[1]
         at = slice(0, T) if positions is None else positions
         cos, sin = self.cos[at], self.sin[at]  # (T, K/2) or (B, T, K/2)
         cos, sin = (t.reshape(-1, 1, T, t.shape[-1]) for t in (cos, sin))
         x, last = self.embedding(tokens), len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            rest = (cos, sin, allowed, cache, i, where if i == last else None)
+            others = (cos, sin, allowed, cache, i, where if i == last else None)
             again = self.recompute and torch.is_grad_enabled()
-            x = checkpoint(block, x, *rest, use_reentrant=False) if again else block(x, *rest)
+            x = checkpoint(block, x, *others, use_reentrant=False) if again else block(x, *others)
         return self.norm(x)
 
     def hidden(self, tokens: Tensor, mask: Tensor | None = None, docs: Tensor | None = None,
                where: Tensor | None = None) -> Tensor:
         """Final hidden states (B, T, D), or (N, D) of the positions `where` (N,) alone.
 
-        mask (B, T) bool: True at real tokens; padding may stand left or right. Positions count real tokens, so a padded
-        row equals the row alone. docs (B, T) int: attention only between equal numbers (packed documents).
+        mask (B, T) bool: True at real tokens; padding may be left or right. Positions count real
+        tokens, so a padded row equals the row alone. docs (B, T) int: attention only between equal
+        numbers (packed documents).
         """
         if tokens.shape[1] > self.config.max_len:
-            raise UserError(f"{tokens.shape[1]} tokens in a row, but this model was made for {self.config.max_len} "
-                            "(max_len): shorten the text, or train with a larger --max_len")
+            raise UserError(f"{tokens.shape[1]} tokens in a row, but this model was made for "
+                            f"{self.config.max_len} (max_len): shorten the text, or train with a "
+                            "larger --max_len")
         positions = None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)
         return self.trunk(tokens, positions, attention_allowed(mask, docs), where=where)
 
-    def step(self, token: Tensor, slot: Tensor, start: Tensor, span: Tensor, cache: KVCache) -> Tensor:
+    def step(self, token: Tensor, slot: Tensor, start: Tensor, span: Tensor,
+             cache: KVCache) -> Tensor:
         """One token per row: token (B,) -> final hidden states (B, D).
 
-        A row's text stands in the cache from place `start` (B,) on, and this token at `slot` (B,); span (n, S) is
-        cache.span(L), where L is at least the largest slot + 1: places that it leaves out are not read.
+        A row's text begins at position `start` (B,) of the cache, and this token is at `slot` (B,);
+        span (n, S) is cache.span(L), where L is at least the largest slot + 1: places that it
+        leaves out are not read.
         """
         position = slot - start
-        cos, sin = self.cos[position][:, None, None], self.sin[position][:, None, None]  # (B, 1, 1, K/2)
+        # (B, 1, 1, K/2)
+        cos, sin = self.cos[position][:, None, None], self.sin[position][:, None, None]
         span = span[:, None]
         allowed = (span >= start[:, None]) & (span <= slot[:, None])  # (n, B, S)
         x = self.embedding(token)[:, None]
@@ -280,90 +310,51 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """(…, D) -> logits (…, V)."""
-        return linear(hidden, self.embedding.weight) if self.output is None else self.output(hidden)
+        if self.output is not None:
+            return self.output(hidden)
+        return linear(hidden, self.embedding.weight, self.products)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, docs: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None = None,
+                docs: Tensor | None = None) -> Tensor:
         return self.head(self.hidden(tokens, mask, docs))
+
+    def matrix_parameters(self) -> list[nn.Parameter]:
+        """The blocks' matrices: what Muon trains."""
+        return [p for p in self.blocks.parameters() if p.dim() == 2]
 
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, length: int) -> int:
-        """Floating-point operations of forward and backward for one token in a row of `length` (PaLM, appendix B).
+        """Floating-point operations of forward and backward for one token in a row of `length`
+        (PaLM, appendix B).
 
-        Six for each weight that takes part in a matrix product (the embedding look-up is none, the output layer is),
-        and 12 * D per layer and key seen; a causal row sees half of `length` on average.
+        Six for each weight that takes part in a matrix product (the embedding look-up is none, the
+        output layer is), and 12 * D per layer and key seen; a causal row sees half of `length` on
+        average.
         """
-        matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2) + self.output_weight.numel()
+        matrices = sum(p.numel() for p in self.blocks.parameters()
+                       if p.dim() == 2) + self.output_weight.numel()
         return 6 * matrices + 12 * self.config.n_layer * self.config.d_model * length // 2
 
 
-# ---- from logits to losses -------------------------------------------------------------------------------------------
+# ---- from logits to losses -----------------------------------------------------------------------
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log π(· | context) at a sampling temperature, in float32 whatever the logits are. A decoder has its own,
-    `sample.choose`."""
-    return F.log_softmax(logits if temperature == 1 else logits.float() / temperature, dim=-1, dtype=torch.float32)
+    """log π(· | context) at a sampling temperature, in float32 whatever the logits are. A decoder
+    has its own, `sample.choose`."""
+    return F.log_softmax(logits if temperature == 1 else logits.float() / temperature, dim=-1,
+                         dtype=torch.float32)
 
 
-def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log-probability of each target: logits (…, V), targets (…) -> (…) float32."""
-    return log_softmax(logits, temperature).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, temperature: float = 1.0,
+                   train_entropy: bool = False) -> tuple[Tensor, Tensor]:
+    """hidden (N, D), targets (N,) -> log-probability of each target and entropy of each
+    distribution, (N,) in nats.
 
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of −log softmax(hidden @ weightᵀ)[target], with the gradient taken in the forward, chunk by chunk.
-
-    The logits of all positions never exist at once: each chunk's probabilities become the gradient p − onehot(target)
-    in place and are multiplied into the gradients of hidden and weight while they are still in the processor's cache.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
-        """hidden (N, D), weight (V, D), targets (N,) -> scalar float32; `dtype` is that of the matrix products."""
-        training = any(ctx.needs_input_grad)
-        total = torch.zeros((), device=hidden.device)
-        grad_hidden, grad_weight = torch.empty_like(hidden, dtype=torch.float32), torch.zeros_like(weight)
-        w = weight.to(dtype)
-        for i in range(0, len(hidden), chunk):
-            h, t = hidden[i:i + chunk].to(dtype), targets[i:i + chunk, None]
-            logps = log_softmax(linear(h, w))
-            total -= logps.gather(1, t).sum()
-            if training:
-                error = logps.exp_()
-                error.scatter_add_(1, t, error.new_full(t.shape, -1.0))
-                error = error.to(dtype)
-                grad_hidden[i:i + chunk] = linear(error, w.T)
-                grad_weight += linear(error.T, h.T)
-        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad * grad_hidden, grad * grad_weight, None, None, None
-
-
-def cross_entropy_sum(model: Transformer, hidden: Tensor, targets: Tensor, chunk: int = 512) -> Tensor:
-    """Maximum likelihood: Σ −log π(target | context) in nats; hidden (N, D) at the positions before targets (N,)."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    weight = model.output_weight
-    if not torch.is_grad_enabled():  # the function itself cannot see that no gradient is wanted
-        hidden, weight = hidden.detach(), weight.detach()
-    with torch.autocast(device, enabled=False):
-        return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, dtype)
-
-
-# ---- devices and precision -------------------------------------------------------------------------------------------
-
-
-def score_tokens(model: Transformer, hidden: Tensor, targets: Tensor, temperature: float,
-                 train_entropy: bool = False) -> tuple[Tensor, Tensor]:
-    """hidden (N, D), targets (N,) -> log-probability of each target and entropy of each distribution, (N,) in nats.
-
-    The logits are computed in float32 whatever the trunk's precision: a bfloat16 logit of 10 is rounded by up to 0.03,
-    as much as one update moves it. Of a large vocabulary they are never there for all N tokens at once.
+    The logits are computed in float32 whatever the trunk's precision: a bfloat16 logit of 10 is
+    rounded by up to 0.03, as much as one update moves it. Logits of a large vocabulary never exist
+    for all N tokens at once. train_entropy=False detaches the entropy.
     """
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -371,10 +362,64 @@ def score_tokens(model: Transformer, hidden: Tensor, targets: Tensor, temperatur
         of_entropy = logps if train_entropy else logps.detach()
         return logps.gather(1, targets[:, None])[:, 0], -(of_entropy.exp() * of_entropy).sum(1)
 
-    return in_pieces(score, len(model.output_weight), hidden, targets)
+    return row_chunks(score, len(model.output_weight), hidden, targets)
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of −log softmax(hidden @ weightᵀ)[target], with the gradient taken in the forward, chunk
+    by chunk.
+
+    The logits of all positions never exist at once: each chunk's probabilities become the gradient
+    p − onehot(target) in place and are multiplied into the gradients of hidden and weight while
+    they are still in the processor's cache.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int,
+                dtype: torch.dtype, products: str) -> Tensor:
+        """hidden (N, D), weight (V, D), targets (N,) -> scalar float32; `dtype` and `products` are
+        those of the matrix products."""
+        training = any(ctx.needs_input_grad)
+        total = torch.zeros((), device=hidden.device)
+        grad_hidden, grad_weight = torch.empty_like(hidden,
+                                                    dtype=torch.float32), torch.zeros_like(weight)
+        w = weight.to(dtype)
+        for i in range(0, len(hidden), chunk):
+            h, t = hidden[i:i + chunk].to(dtype), targets[i:i + chunk, None]
+            logps = log_softmax(linear(h, w, products))
+            total -= logps.gather(1, t).sum()
+            if training:
+                error = logps.exp_()
+                error.scatter_add_(1, t, error.new_full(t.shape, -1.0))
+                error = error.to(dtype)
+                grad_hidden[i:i + chunk] = linear(error, w.T, products)
+                grad_weight += linear(error.T, h.T, products)
+        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad * grad_hidden, grad * grad_weight, None, None, None, None
+
+
+def cross_entropy_sum(model: Transformer, hidden: Tensor, targets: Tensor,
+                      chunk: int = 512) -> Tensor:
+    """Maximum likelihood: Σ −log π(target | context) in nats; hidden (N, D) at the positions before
+    targets (N,)."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    weight = model.output_weight
+    if not torch.is_grad_enabled():  # the function itself cannot see that no gradient is wanted
+        hidden, weight = hidden.detach(), weight.detach()
+    with torch.autocast(device, enabled=False):
+        return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, dtype, model.products)
+
+
+# ---- devices and precision -----------------------------------------------------------------------
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 def weights_hash(model: nn.Module) -> str:
     """Sixteen hex digits that name these weights: a child run records its parents by it."""
@@ -386,15 +431,18 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def checkpoint_path(path: str | os.PathLike) -> pathlib.Path:
-    """A run's folder stands for the checkpoint.pt inside it."""
+    """The checkpoint.pt of a run's folder, or the file itself."""
     path = pathlib.Path(path)
     return path if path.suffix == ".pt" else path / "checkpoint.pt"
 
 
-def save_checkpoint(path: str | os.PathLike, model: nn.Module, tokenizer: Tokenizer, **state: Any) -> None:
-    """Write everything needed to go on. `state` may hold tensors, numbers, strings, lists and dicts."""
+def save_checkpoint(path: str | os.PathLike, model: nn.Module, tokenizer: Tokenizer,
+                    **state: Any) -> None:
+    """Write everything needed to resume. `state` may hold tensors, numbers, strings, lists and
+    dicts."""
     save_whole(checkpoint_path(path), {
-        "kind": type(model).__name__, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
+        "kind": type(model).__name__, "config": dataclasses.asdict(model.config),
+        "model": model.state_dict(),
         "tokenizer": tokenizer.to_state(), "state": {**state, "hash": weights_hash(model)}})
 
 
@@ -402,32 +450,38 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
                     cls: type = Transformer) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
     """(model in evaluation mode, tokenizer, state) from a file or a run's folder.
 
-    A missing file, a damaged one, and one of another kind than `cls` are UserErrors; weights load with
-    `weights_only=True`, so a checkpoint from a stranger cannot run code.
+    A missing file, a damaged one, and one of another kind than `cls` are UserErrors; weights load
+    with `weights_only=True`, so a checkpoint from a stranger cannot run code.
     """
     path = checkpoint_path(path)
     if not path.exists():
-        stage = path.parent.name if path.parent.name in ("pretrain", "sft", "reward", "ppo") else "all"
-        inside = sorted(str(found.parent) for found in path.parent.glob("*/checkpoint.pt"))
-        raise UserError(f"{path}: no checkpoint there; " + (f"did you mean {' or '.join(inside)}?" if inside else
-                        f"make it with `python train.py {stage}` (--out says where), or name one that is there"))
+        inside = sorted(str(other.parent) for other in path.parent.glob("*/checkpoint.pt"))
+        stage = path.parent.name if path.name == "checkpoint.pt" else "all"
+        raise UserError(f"{path}: no checkpoint there; " + (f"did you mean {' or '.join(inside)}?"
+                                                            if inside else
+                        f"make it with `python train.py {stage}` (--out says where), or name one "
+                        "that is there"))
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
         kind = payload["kind"]
     except Exception as error:  # whatever a damaged file makes the unpickler raise
         raise UserError(f"{path}: not a readable Mosslet checkpoint ({type(error).__name__}: "
-                        f"{str(error).splitlines()[0] if str(error) else ''}); restore it or train it again") from error
+                        f"{str(error).splitlines()[0] if str(error) else ''}); restore it or train "
+                        "it again") from error
     if kind != cls.__name__:
-        raise UserError(f"{path}: holds a {kind}, but a {cls.__name__} is needed here; name a stage that makes one")
+        raise UserError(f"{path}: holds a {kind}, but a {cls.__name__} is needed here; name a "
+                        "stage that makes one")
     try:
         model = cls(cls.config_class(**payload["config"]))
         model.load_state_dict(payload["model"])
         tokenizer, state = Tokenizer.from_state(payload["tokenizer"]), payload["state"]
-    except (RuntimeError, TypeError, KeyError) as error:  # strict: a head that is not there must not be scored as noise
+    # strict: a head that is not there must not be scored as noise
+    except (RuntimeError, TypeError, KeyError) as error:
         raise UserError(f"{path}: its parts do not fit this version of Mosslet, or each other: "
-                        f"{' '.join(str(error).split())[:200]}; use the version that wrote it, or train it again"
+                        f"{' '.join(str(error).split())[:200]}; use the version that wrote it, or "
+                        "train it again"
                         ) from error
-    use_products(state.get("products", "aten"))  # those that its numbers were made with
+    use_products(model, state.get("products", "aten"))  # those that its numbers were made with
     return model.to(device).eval(), tokenizer, state
 
 
@@ -444,22 +498,24 @@ def load_parent(o: Common, data: Prepared, stage: str, path: str,
     record, c = read_config(where), model.config
     if record is not None and not record["finished"]:
         raise UserError(f"{where}: its training is not finished (step {state['step']}): go on with "
-                        f"`python train.py {state['stage']} --resume` and the options that it had, or "
-                        "take it as it is by the path of its checkpoint.pt")
+                        f"`python train.py {state['stage']} --resume` and the options that it had, "
+                        "or take it as it is by the path of its checkpoint.pt")
     print(f"from {where}: {c.n_layer} layers of width {c.d_model}, at most {c.max_len} tokens, "
           f"vocabulary of {c.vocab_size}")
     other_vocabulary = data.tokenizer is not None and data.tokenizer.to_state() != tokenizer.to_state()
     if "vocab_size" in o.explicit and other_vocabulary:
         raise UserError(f"--vocab_size {o.vocab_size} contradicts {where}, whose vocabulary of "
-                        f"{c.vocab_size} tokens is used: leave it out, or pretrain anew")
+                        f"{c.vocab_size} tokens is used: leave it out, or pretrain again")
     return model, tokenizer, state
 
 
 def limit_length(o: Common, config: ModelConfig) -> Common:
-    """The options with --max_len at most what the model was made for; UserError if a flag asks for more."""
+    """The options with --max_len at most what the model was made for; UserError if a flag asks for
+    more."""
     if o.max_len > config.max_len and "max_len" in o.explicit:
-        raise UserError(f"--max_len {o.max_len} contradicts the parent model, which was made for rows of at "
-                        f"most {config.max_len} tokens: lower it, or pretrain with a larger --max_len")
+        raise UserError(f"--max_len {o.max_len} contradicts the parent model, which was made for "
+                        f"rows of at most {config.max_len} tokens: lower it, or pretrain with a "
+                        "larger --max_len")
     return o.replace(max_len=min(o.max_len, config.max_len))
 
 

@@ -1,22 +1,24 @@
-"""PPO: change the policy so that the reward model likes its replies better, without straying far from the reference.
+"""PPO: change the policy so that the reward model likes its replies better, without straying far
+from the reference.
 
     python train.py ppo
 
-One update, in the order of this file: `collect_rollout` lets the policy reply to prompts and scores every
-token with policy, reference, critic and reward model; `token_rewards` spreads the score and the KL
-penalty over tokens; `gae` turns rewards and values into advantages; `update` takes several passes over
-these replies with `ppo_loss`. `PPOTrainer` carries what one update hands to the next, and `train_ppo` is
-the stage. To change one idea, pass your own function: `collect_rollout(…, estimator=, scorer=)`,
-`update(…, loss=)`, or all three to `PPOTrainer`.
+One update, in the order of this file: `collect_rollout` lets the policy reply to prompts and scores
+every token with policy, reference, critic and reward model; `token_rewards` spreads the score and
+the KL penalty over tokens; `gae` turns rewards and values into advantages; `update` takes several
+passes over these replies with `ppo_loss`. `PPOTrainer` carries what one update hands to the next,
+and `train_ppo` is the stage. To change one idea, pass your own function: `collect_rollout(…,
+estimator=, scorer=)`, `update(…, loss=)`, or all three to `PPOTrainer`.
 
-Papers, by the names that --help uses: Schulman 2016 (GAE), Schulman 2017 (PPO), Schulman 2020 (estimates
-of KL), Ziegler 2019 (PPO on language), MOSS (MOSS-RLHF parts I and II), N+ (Huang 2024, "The N+
-implementation details of RLHF with PPO"); TRL is a library. docs/sources.md says where to find them.
+Papers, by the names that --help uses: Schulman 2016 (GAE), Schulman 2017 (PPO), Schulman 2020
+(estimates of KL), Ziegler 2019 (PPO on language), MOSS (MOSS-RLHF parts I and II), N+ (Huang 2024,
+"The N+ implementation details of RLHF with PPO"); TRL is a library. docs/sources.md says where to
+find them.
 
-Letters for shapes: B replies, P prompt length, R reply length, T = P + R, M rows of a minibatch, N real
-reply tokens. The fields of `Rollout` document all shapes. Column t of every array (B, R) belongs to reply
-token t; its log-probability and value are computed from what precedes that token. Columns where
-`response_mask` is False are padding and never affect a result.
+Letters for shapes: B replies, P prompt length, R reply length, T = P + R, M rows of a minibatch, N
+real reply tokens. The fields of `Rollout` document all shapes. Column t of every array (B, R)
+belongs to reply token t; its log-probability and value are computed from what precedes that token.
+Columns where `response_mask` is False are padding and never affect a result.
 """
 import copy
 import dataclasses
@@ -25,7 +27,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,14 +38,16 @@ import evaluate
 from data.batches import Rows, drop_long_prompts, make_rows, pad_left, prompt_ids, scatter_tokens
 from data.prepare import open_for
 from data.prepared import Prepared
-from model import Transformer, load_parent, open_run, score_tokens
+from model import Transformer, load_parent, open_run, token_logprobs
 from reward import RewardModel, critic_from
 from runtime.device import compile_trunks, precision
 from runtime.draws import batch_indices, key
 from runtime.optim import learning_rate, set_learning_rate
 from runtime.options import Common, UserError, option
+from runtime.products import use_products
 from runtime.run import Run
 from runtime.scan import discounted_sums
+from runtime.statistics import Means, RunningMoments
 from sample import Decoder, Generation, generate, reply_ids, reply_texts, reply_to
 
 
@@ -51,95 +55,130 @@ from sample import Decoder, Generation, generate, reply_ids, reply_texts, reply_
 class PPOOptions(Common):
     """`python train.py ppo`"""
 
-    dtype: str = option("float32",
-                        "precision of matrix products; the ratio is a small difference of log-probabilities, "
-                        "which bfloat16 rounds", choices=("auto", "float32", "bfloat16"), base="auto")
-    updates: int = option(40, "rollouts, each followed by the epochs below", smoke=6, base=200, low=1)
-    batch: int = option(96, "replies per rollout", smoke=8, base=256, low=1)
-    rollout_rows: int = option(64, "replies written at a time; where one ends, the next prompt takes its place",
-                               smoke=4, base=128, low=1)
-    rollout_dtype: str = option("auto", "precision of writing replies; auto: as --dtype; int8: 8-bit weights, on a CPU",
-                                choices=("auto", "float32", "bfloat16", "int8"))
-    reply_len: int = option(64, "longest reply in tokens; one cut there counts as ended: nothing is added for what "
-                                "might have followed", smoke=16, base=128, low=1)
-    temperature: float = option(1.0, "of sampling and of every log-probability alike",
+    PRESETS: ClassVar = {
+        "smoke": dict(updates=6, batch=8, rollout_rows=4, reply_len=16, norm_replies=64,
+                      critic_warmup=1,
+                      save_every=1, eval_every=2, eval_prompts=8, report_prompts=20),
+        "base": dict(dtype="auto", updates=200, batch=256, rollout_rows=128, reply_len=128,
+                     micro_batch=32,
+                     policy_lr=1e-5, critic_lr=2e-5, eval_every=20, eval_prompts=256),
+    }
+
+    # The rollout.
+    updates: int = option(40, "rollouts, each followed by --epochs passes", low=1)
+    batch: int = option(96, "replies per rollout", low=1)
+    samples_per_prompt: int = option(1, "replies to each prompt: a group, for estimators such as "
+                                        "RLOO", low=1)
+    reply_len: int = option(64, "longest reply in tokens; a truncated reply counts as terminal (no "
+                                "bootstrap value)", low=1)
+    temperature: float = option(1.0, "of sampling and of every log-probability alike; replies come "
+                                     "from the whole softmax, so top-k and the like are for "
+                                     "chatting only",
                                 source="N+: else the ratio does not start at 1")
-    samples_per_prompt: int = option(1, "replies to each prompt; a group for estimators such as RLOO", low=1)
-    norm_replies: int = option(512, "replies of the starting policy that give raw scores their mean and spread",
-                               smoke=64, low=2)
-    epochs: int = option(2, "passes over a rollout", source="4 in N+; MOSS 1", low=1)
-    minibatches: int = option(2, "optimizer steps per pass", source="1 in N+", low=1)
-    micro_batch: int = option(24, "rows per forward and backward; changes memory and speed, nothing else", base=32,
-                              low=1)
-    policy_lr: float = option(5e-4, "Adam's rate for the policy: small models need far more than the papers' 5e-7",
-                              source="measured here; MOSS 5e-7 at 7B, Ziegler's code 1e-5 at 124M", base=1e-5, low=0)
-    critic_lr: float = option(5e-4, "Adam's rate for the critic", base=2e-5, source="measured here; MOSS 1.65e-6 at 7B",
-                              low=0)
-    adam_eps: float = option(1e-8, "Adam's epsilon; it must be small beside a gradient's size, which for a separate "
-                             "critic is 1e-6 to 1e-5 in the demo", source="N+: 1e-5", low=0)
-    warmup: float = option(0.1, "share of the policy's updates over which the rates rise", source="MOSS 0.1",
-                           low=0, high=1)
-    final_lr: float = option(0.1, "rates fall linearly to this share of themselves", source="N+: to 0", low=0, high=1)
-    critic: str = option("separate", "separate: own network, a copy of the reward model; shared: a head on the policy",
-                         choices=("separate", "shared"), source="separate in MOSS and N+")
-    critic_warmup: int = option(2, "first updates that train the critic alone", smoke=1, source="MOSS-RLHF part I",
-                                low=0)
+    rollout_rows: int = option(64, "replies written at a time; when one ends, the next prompt "
+                                   "takes its row", low=1)
+    rollout_dtype: str = option("auto", "precision of writing; auto: as --dtype; int8: 8-bit "
+                                        "weights, on a CPU",
+                                choices=("auto", "float32", "bfloat16", "int8"))
+    # Rewards.
+    reward_norm: str = option("auto", "fixed: (raw − mean) / spread of the starting policy's "
+                                      "scores; running: also divided by the running spread; for "
+                                      "reward models trained on labels, whose raw scores are "
+                                      "log-odds, also logsigmoid: log P(liked), and sigmoid: 2 "
+                                      "P(liked) − 1; auto: logsigmoid for these, else fixed",
+                              choices=("auto", "fixed", "running", "sigmoid", "logsigmoid"),
+                              source="MOSS: running")
+    norm_replies: int = option(512, "replies of the starting policy that give raw scores their "
+                                    "mean and spread", low=2)
+    reward_clip: float = option(10.0, "clip scores to ± this; those of sigmoid are within ± 1 "
+                                      "anyway", source="MOSS 10", low=0)
+    end_penalty: float = option(1.0, "subtract this, after the clip, from a reply without end token",
+                                source="TRL: 1", low=0)
     kl_coef: float = option(0.09, "price of one nat away from the reference",
-                            source="validation, three seeds; MOSS 0.05, swept .05 to .2; N+ 0.05", low=0)
+                            source="validation, three seeds; MOSS 0.05, swept .05 to .2; N+ 0.05",
+                            low=0)
     kl_estimator: str = option("k1", "estimate of KL in the reward", choices=("k1", "k2", "k3"),
                                source="Schulman 2020; k1 in MOSS, N+")
     kl_control: str = option("fixed", "adaptive steers the coefficient towards --kl_target",
                              choices=("fixed", "adaptive"), source="Ziegler 2019")
-    kl_target: float = option(6.0, "nats per reply that adaptive control aims at", source="Ziegler 2019", low=0.01)
-    kl_horizon: float = option(10_000, "replies over which adaptive control acts", source="Ziegler 2019", low=1)
+    kl_target: float = option(6.0, "nats per reply that adaptive control aims at",
+                              source="Ziegler 2019", low=0.01)
+    kl_horizon: float = option(10_000, "replies over which adaptive control acts",
+                               source="Ziegler 2019", low=1)
+    # Advantages and loss.
     gamma: float = option(1.0, "discount per token", source="N+, MOSS", low=0, high=1)
     lam: float = option(0.95, "GAE's trade of bias for variance",
-                        source="Schulman 2016; N+ and MOSS's code 0.95, its paper 0.9", low=0, high=1)
+                        source="Schulman 2016; N+ and MOSS's code 0.95, its paper 0.9", low=0,
+                        high=1)
     whiten: bool = option(True, "advantages to mean 0, spread 1 over the rollout", source="N+")
     clip_range: float = option(0.2, "policy ratio clip", source="Schulman 2017, N+, MOSS", low=0)
-    value_clip: float = option(0.2, "value clip around the rollout's values; 0: none", source="N+, MOSS", low=0)
-    value_coef: float = option(0.1, "weight of the value loss beside the policy's, where they share a trunk; of a "
-                                    "separate critic Adam divides it out again", source="N+", low=0)
+    value_clip: float = option(0.2, "value clip around the rollout's values; 0 disables",
+                               source="N+, MOSS", low=0)
+    value_coef: float = option(0.1, "weight of the value loss beside the policy's on a shared "
+                                    "trunk; no effect with a separate critic, because Adam is "
+                                    "scale-invariant", source="N+", low=0)
     entropy_coef: float = option(0.0, "entropy bonus", source="MOSS: not recommended")
-    max_grad_norm: float = option(1.0, "gradient norm at most, for policy and critic each; 0: any", low=0)
-    reward_norm: str = option("auto", "fixed: the checkpoint's mean and spread; running: divided by the running spread "
-                              "too; for reward models trained on labels, whose raw scores are log-odds, also "
-                              "logsigmoid: log P(liked), and sigmoid: 2 P(liked) − 1; auto: logsigmoid for these, "
-                              "else fixed", choices=("auto", "fixed", "running", "sigmoid", "logsigmoid"),
-                              source="MOSS: running")
-    reward_clip: float = option(10.0, "scores are clipped to ± this; those of sigmoid are within ± 1 anyway",
-                                source="MOSS 10", low=0)
-    end_penalty: float = option(1.0, "subtracted, after the clip, from a reply without end token", source="TRL: 1",
-                                low=0)
-    max_approx_kl: float = option(0.0, "skip the policy's remaining minibatches of an update above this; 0: never",
-                                  source="Spinning Up: 0.015", low=0)
-    save_every: int = option(10, "updates between checkpoints", smoke=1, low=1)
-    eval_every: int = option(10, "updates between measurements on held-out prompts", smoke=2, base=20, low=1)
-    eval_prompts: int = option(128, "held-out prompts measured then", smoke=8, base=256, low=1)
-    report_prompts: int = option(500, "held-out test prompts of the report that `all` ends with", smoke=20, low=1,
-                                compared=False)
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise UserError(f"ppo: --temperature {self.temperature} must be above 0: greedy replies explore nothing")
-        if self.batch % self.minibatches:
-            raise UserError(f"ppo: --batch {self.batch} does not divide into --minibatches {self.minibatches}")
+    # Optimisation.
+    epochs: int = option(2, "passes over a rollout", source="4 in N+; MOSS 1", low=1)
+    minibatches: int = option(2, "optimizer steps per pass", source="1 in N+", low=1)
+    micro_batch: int = option(24, "rows per forward and backward; changes memory and speed, "
+                                  "nothing else", low=1)
+    dtype: str = option("float32", "precision of matrix products; the ratio is a small difference "
+                                   "of log-probabilities, which bfloat16 rounds",
+                        choices=("auto", "float32", "bfloat16"))
+    critic: str = option("separate", "separate: own network, a copy of the reward model; shared: a "
+                                     "head on the policy",
+                         choices=("separate", "shared"), source="separate in MOSS and N+")
+    critic_warmup: int = option(2, "first updates that train the critic alone",
+                                source="MOSS-RLHF part I", low=0)
+    policy_lr: float = option(5e-4, "Adam's rate for the policy: small models need far more than "
+                                    "the papers' 5e-7",
+                              source="measured here; MOSS 5e-7 at 7B, Ziegler's code 1e-5 at 124M",
+                              low=0)
+    critic_lr: float = option(5e-4, "Adam's rate for the critic",
+                              source="measured here; MOSS 1.65e-6 at 7B", low=0)
+    adam_eps: float = option(1e-8, "Adam's epsilon; keep it small beside gradients, which for a "
+                                   "separate critic are 1e-6 to 1e-5 in the demo",
+                             source="N+: 1e-5", low=0)
+    warmup: float = option(0.1, "share of the policy's updates over which the rates rise",
+                           source="MOSS 0.1", low=0, high=1)
+    final_lr: float = option(0.1, "rates fall linearly to this share of themselves",
+                             source="N+: to 0", low=0, high=1)
+    max_grad_norm: float = option(1.0, "clip policy and critic gradients to this norm; 0 disables",
+                                  low=0)
+    max_approx_kl: float = option(0.0, "skip the policy's remaining minibatches of an update above "
+                                       "this; 0 disables", source="Spinning Up: 0.015", low=0)
+    # Saving and measuring.
+    save_every: int = option(10, "updates between checkpoints", low=1)
+    eval_every: int = option(10, "updates between measurements on held-out prompts", low=1)
+    eval_prompts: int = option(128, "held-out prompts measured then", low=1)
+    report_prompts: int = option(500, "held-out test prompts of the report that `all` ends with",
+                                 low=1, compared=False)
 
     def check(self) -> None:
         super().check()
+        if self.temperature <= 0:
+            raise UserError(f"ppo: --temperature {self.temperature} must be above 0: greedy "
+                            "replies explore nothing")
+        for name in ("minibatches", "samples_per_prompt"):
+            if self.batch % getattr(self, name):
+                raise UserError(f"ppo: --batch {self.batch} does not divide into --{name} "
+                                f"{getattr(self, name)}")
         if self.kl_control == "fixed":
             self.refuse("kl_target", "kl_horizon", why="with --kl_control fixed")
         elif self.kl_coef == 0:
             raise UserError("ppo: adaptive control multiplies --kl_coef: from 0 it would never move")
         if self.critic_warmup >= self.updates:
-            raise UserError(f"ppo: the first {self.critic_warmup} updates train the critic alone (--critic_warmup), so "
-                            f"with --updates {self.updates} the policy would never learn: change one of them")
+            raise UserError(f"ppo: the first {self.critic_warmup} updates train the critic alone "
+                            f"(--critic_warmup), so with --updates {self.updates} the policy would "
+                            "never learn: change one of them")
 
 
 # ---- means over what is real ---------------------------------------------------------------------
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over True entries, float32; 0 if there is none. Values under False, NaN included, change nothing.
+    """Mean over True entries, float32; 0 if there is none. Values under False, NaN included, change
+    nothing.
 
     >>> x, mask = torch.tensor([[1., 2, 0], [3, 4, 5]]), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
     >>> round(float(masked_mean(x, mask)), 4)  # 15 / 5
@@ -154,38 +193,14 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     return centred * torch.rsqrt(masked_mean(centred * centred, mask) + 1e-8)
 
 
-class RunningMoments:
-    """Count, mean and spread of all numbers so far, one batch at a time (Chan et al.'s parallel variance).
-
-    Starts as one observation's worth of mean 0 and spread 1, so the first batch is never divided by 0.
-    """
-
-    def __init__(self, count: float = 1.0, mean: float = 0.0, var: float = 1.0):
-        self.count, self.mean, self.var = count, mean, var
-
-    def update(self, x: Tensor) -> None:
-        x = x.cpu().double()  # MPS has no float64
-        n, mean, var = x.numel(), float(x.mean()), float(x.var(correction=0))
-        total, delta = self.count + n, mean - self.mean
-        self.var = (self.var * self.count + var * n + delta * delta * self.count * n / total) / total
-        self.mean += delta * n / total
-        self.count = total
-
-    @property
-    def std(self) -> float:
-        return self.var ** 0.5
-
-    def state(self) -> dict[str, float]:
-        return {"count": self.count, "mean": self.mean, "var": self.var}
-
-
 # ---- rewards -------------------------------------------------------------------------------------
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
-    """KL(π‖π_ref) per sampled token, from log-probabilities of the token drawn from π (Schulman 2020).
+    """KL(π‖π_ref) per sampled token, from log-probabilities of the token drawn from π (Schulman
+    2020).
 
-    With d = log π − log π_ref: k1 = d (unbiased, can be negative), k2 = d²/2 (biased, low variance),
-    k3 = exp(−d) − 1 + d (unbiased and never negative).
+    With d = log π − log π_ref: k1 = d (unbiased, can be negative), k2 = d²/2 (biased, low
+    variance), k3 = exp(−d) − 1 + d (unbiased and never negative).
     """
     d = logprobs.float() - ref_logprobs.float()
     estimates = {"k1": d, "k2": d * d / 2, "k3": torch.expm1(-d) + d}
@@ -201,7 +216,8 @@ class ScoreScale:
     scores paid so far, for --reward_norm running.
     """
 
-    def __init__(self, mean: float = 0.0, std: float = 1.0, moments: dict[str, float] | None = None):
+    def __init__(self, mean: float = 0.0, std: float = 1.0,
+                 moments: dict[str, float] | None = None):
         self.mean, self.std, self.moments = mean, std, RunningMoments(**(moments or {}))
 
     @classmethod
@@ -209,17 +225,19 @@ class ScoreScale:
         """The scale of these raw scores (n,); UserError if they are all the same."""
         std = float(raw.float().std(correction=0))
         if not std > 1e-6:  # NaN, too
-            raise UserError(f"the reward model gives every reply the same score (spread {std:.1e} over {len(raw)} "
-                            "replies): it has learned nothing to optimise; train it longer or check its labels")
+            raise UserError(f"the reward model gives every reply the same score (spread {std:.1e} "
+                            f"over {len(raw)} replies): it has learned nothing to optimise; train "
+                            "it longer or check its labels")
         return cls(float(raw.float().mean()), std)
 
     def paid(self, raw: Tensor, ended: Tensor, o: PPOOptions) -> Tensor:
-        """Raw scores (B,) -> scores (B,): normalised, clipped, and then less the penalty for a reply without
-        end token (`ended` (B,) False), so that the penalty always counts.
+        """Raw scores (B,) -> scores (B,): normalised, clipped, and then less the penalty for a
+        reply without end token (`ended` (B,) False), so that the penalty always counts.
 
-        `moments` are updated before use, and only their spread is used (MOSS). Paid log P(liked), with
-        γ = 1 and apart from penalties, the best policy is proportional to π_ref · P(liked)^(1/β), β the
-        price of KL: Bayes' rule at β = 1, and more demanding the smaller β is.
+        `moments` are updated before use, and only their spread is used (MOSS). Paid log P(liked),
+        with γ = 1 and apart from penalties, the best policy is proportional to π_ref ·
+        P(liked)^(1/β), β the price of KL: Bayes' rule at β = 1, and more demanding the smaller β
+        is.
         """
         if o.reward_norm == "sigmoid":
             scores = 2 * torch.sigmoid(raw) - 1
@@ -238,13 +256,14 @@ class ScoreScale:
 
 def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor,
                   kl_coef: float | Tensor, kl_estimator: str = "k1") -> Tensor:
-    """r_t = −kl_coef · KL_t, plus the reply's score on its last real token. scores (B,), the others (B, R) -> (B, R).
+    """r_t = −kl_coef · KL_t, plus the reply's score on its last real token. scores (B,), the others
+    (B, R) -> (B, R).
 
     A new tensor, without gradient: the logged KL is never changed in place.
     """
     rewards = -kl_coef * kl_estimate(logprobs.detach(), ref_logprobs.detach(), kl_estimator)
     column = torch.arange(mask.shape[1], device=mask.device, dtype=torch.int32)
-    last = torch.where(mask, column, -1).amax(1, keepdim=True)  # −1: an empty row, which receives nothing
+    last = torch.where(mask, column, -1).amax(1, keepdim=True)  # −1 if the row is empty
     rewards = torch.where(mask, rewards, 0)
     return torch.where(column == last, rewards + scores.detach().float()[:, None], rewards)
 
@@ -272,12 +291,14 @@ class KLController:
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
         lam: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation: (advantages, returns), each (B, R) float32, 0 where the mask is False.
+    """Generalised advantage estimation: (advantages, returns), each (B, R) float32, 0 where the
+    mask is False.
 
         δ_t = r_t + γ V_{t+1} − V_t        A_t = δ_t + γλ A_{t+1}        returns_t = A_t + V_t
 
-    (Schulman 2016, eq. 16.) The value after a reply's last token is 0, also after a truncated reply: it
-    counts as terminal, without bootstrap. The mask's True entries are contiguous in each row.
+    (Schulman 2016, eq. 16.) The value after a reply's last token is 0, also after a truncated
+    reply: it counts as terminal, without bootstrap. The mask's True entries are contiguous in each
+    row.
 
     >>> r, V = torch.tensor([[-.1, .2, 1.]]), torch.tensor([[.5, .4, .3]])
     >>> [[round(x, 5) for x in t[0].tolist()] for t in gae(r, V, torch.ones(1, 3).bool())]
@@ -311,7 +332,8 @@ class Prediction(NamedTuple):
 
 
 class ActorCritic(nn.Module):
-    """Policy and critic. The critic is a network of its own, or (critic=None) a scalar head on the policy's trunk."""
+    """Policy and critic. The critic is a network of its own, or (critic=None) a scalar head on the
+    policy's trunk."""
 
     def __init__(self, policy: Transformer, critic: RewardModel | None = None):
         super().__init__()
@@ -321,7 +343,7 @@ class ActorCritic(nn.Module):
             self.value_head = nn.Linear(policy.config.d_model, 1)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
-        for module in self.modules():  # PPO samples, scores and updates without dropout, whatever mode is set
+        for module in self.modules():  # PPO runs without dropout, whatever mode is set
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
 
@@ -334,16 +356,18 @@ class ActorCritic(nn.Module):
                 train_entropy: bool = False) -> Prediction:
         """Log-probability, entropy and value of each reply token, (N,) float32.
 
-        train_policy=False: no gradient reaches the policy. train_entropy=False detaches the entropy (used
-        when --entropy_coef is 0).
+        train_policy=False: no gradient reaches the policy. train_entropy=False detaches the entropy
+        (used when --entropy_coef is 0).
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_policy):
             hidden = self.policy.hidden(rows.tokens, where=rows.before)
-            logprobs, entropy = score_tokens(self.policy, hidden, rows.targets, temperature, train_entropy)
+            logprobs, entropy = token_logprobs(self.policy, hidden, rows.targets, temperature,
+                                               train_entropy)
         if self.critic is not None:
-            values = self.critic.head_values(self.critic.backbone.hidden(rows.tokens, where=rows.before))
-        else:
-            with torch.autocast(hidden.device.type, enabled=False):  # no logit, so not divided by the temperature
+            hidden = self.critic.backbone.hidden(rows.tokens, where=rows.before)
+            values = self.critic.head_values(hidden)
+        else:  # a value is no logit, so not divided by the temperature
+            with torch.autocast(hidden.device.type, enabled=False):
                 values = self.value_head(hidden.float()).squeeze(-1)
         return Prediction(logprobs, entropy, values)
 
@@ -365,10 +389,6 @@ class Networks:
     dtype: str = "float32"  # of matrix products
     decoder: Decoder | None = None  # the policy ready to write; None: made for each rollout
 
-    @property
-    def device(self) -> torch.device:
-        return self.actor_critic.policy.embedding.weight.device
-
 
 # ---- the rollout ---------------------------------------------------------------------------------
 
@@ -381,7 +401,7 @@ class Replies:
     response_mask: Tensor  # (B, R) bool: reply tokens up to and including the end token
     ended: Tensor  # (B,) bool: the end token was written
     group: Tensor  # (B,) int64: equal numbers answer the same prompt
-    sampled_logprobs: Tensor  # (B, R) float32: what the decoder said while drawing
+    sampled_logprobs: Tensor  # (B, R) float32: the decoder's, while it drew the tokens
 
     @property
     def generation(self) -> Generation:
@@ -393,10 +413,12 @@ class Replies:
         """These rows as the networks read them."""
         P = self.tokens.shape[1] - self.response_mask.shape[1]
         mask, response = self.mask[index], self.response_mask[index]
-        return make_rows(self.tokens[index], mask, torch.cat((torch.zeros_like(mask[:, :P]), response), 1))
+        reply = torch.cat((torch.zeros_like(mask[:, :P]), response), 1)
+        return make_rows(self.tokens[index], mask, reply)
 
     def by_length(self, index: Tensor, size: int) -> list[Tensor]:
-        """Cut these rows into parts of `size`, sorted by length, so that little padding is computed."""
+        """Cut these rows into parts of `size`, sorted by length, so that little padding is
+        computed."""
         length = self.mask[index].sum(1)
         return list(index[length.argsort(stable=True)].split(size))
 
@@ -424,26 +446,31 @@ class Rollout(ScoredReplies):
     seconds: dict[str, float]  # of writing and of scoring
 
 
-def sample_replies(networks: Networks, prompts: Sequence[list[int]], o: PPOOptions, step: int) -> Replies:
+def sample_replies(networks: Networks, prompts: Sequence[list[int]], o: PPOOptions,
+                   step: int) -> Replies:
     """samples_per_prompt replies to each prompt, drawn from the whole softmax at PPO's temperature.
 
     All draws follow from (seed, stage, step, row).
     """
     repeats = o.samples_per_prompt
-    prompt, prompt_mask = pad_left([ids for ids in prompts for _ in range(repeats)], 0)
-    prompt, prompt_mask = prompt.to(networks.device), prompt_mask.to(networks.device)
-    reply = generate(networks.actor_critic.policy, prompt, prompt_mask, o.reply_len, temperature=o.temperature,
-                     end_id=networks.end_id, seed=key(o.seed, "ppo", "reply", step), dtype=networks.dtype,
-                     decoder=networks.decoder, batch_size=o.rollout_rows)
-    return Replies(tokens=torch.cat((prompt, reply.tokens), 1), mask=torch.cat((prompt_mask, reply.mask), 1),
+    device = networks.reference.embedding.weight.device
+    prompt, prompt_mask = (x.to(device) for x in
+                           pad_left([ids for ids in prompts for _ in range(repeats)], 0))
+    reply = generate(networks.actor_critic.policy, prompt, prompt_mask, o.reply_len,
+                     temperature=o.temperature,
+                     end_id=networks.end_id, seed=key(o.seed, "ppo", "reply", step),
+                     dtype=networks.dtype, decoder=networks.decoder, batch_size=o.rollout_rows)
+    return Replies(tokens=torch.cat((prompt, reply.tokens), 1),
+                   mask=torch.cat((prompt_mask, reply.mask), 1),
                    response_mask=reply.mask, ended=(reply.tokens.eq(networks.end_id) & reply.mask).any(1),
-                   group=torch.arange(len(prompt), device=prompt.device) // repeats,
+                   group=torch.arange(len(prompt), device=device) // repeats,
                    sampled_logprobs=reply.logprobs)
 
 
 def score_replies(networks: Networks, replies: Replies, o: PPOOptions) -> tuple[Prediction, Tensor]:
-    """(the policy's and the critic's prediction, the reference's log-probabilities), arrays (B, R)."""
-    shape, device = replies.response_mask.shape, networks.device
+    """(the policy's and the critic's prediction, the reference's log-probabilities), arrays (B, R).
+    """
+    shape, device = replies.response_mask.shape, replies.tokens.device
     prediction = Prediction(*torch.zeros(3, *shape, device=device))
     ref_logprobs = torch.zeros(shape, device=device)
     for index in replies.by_length(torch.arange(shape[0], device=device), o.micro_batch):
@@ -451,7 +478,7 @@ def score_replies(networks: Networks, replies: Replies, o: PPOOptions) -> tuple[
         with precision(networks.dtype, device.type):
             part = networks.actor_critic(rows, o.temperature).spread(mask)
             hidden = networks.reference.hidden(rows.tokens, where=rows.before)
-            reference, _ = score_tokens(networks.reference, hidden, rows.targets, o.temperature)
+            reference, _ = token_logprobs(networks.reference, hidden, rows.targets, o.temperature)
         ref_logprobs[index] = scatter_tokens(reference, mask)
         for all_rows, these in zip(prediction, part, strict=True):
             all_rows[index] = these
@@ -459,24 +486,27 @@ def score_replies(networks: Networks, replies: Replies, o: PPOOptions) -> tuple[
 
 
 @torch.no_grad()
-def collect_rollout(networks: Networks, prompts: Sequence[list[int]], o: PPOOptions, *, step: int, scorer: Scorer,
+def collect_rollout(networks: Networks, prompts: Sequence[list[int]], o: PPOOptions, *, step: int,
+                    scorer: Scorer,
                     scale: ScoreScale, kl_coef: float, estimator: Callable = gae_estimator) -> Rollout:
     """Reply to prompts (lists of ids) with the policy, score the replies, estimate advantages.
 
-    scorer: gives each reply its raw score. estimator(scored, o) returns (advantages, returns), each (B, R),
-    of `ScoredReplies`. Every network and the scorer read the very ids that were sampled.
+    scorer: gives each reply its raw score. estimator(scored, o) returns (advantages, returns), each
+    (B, R), of `ScoredReplies`. Every network and the scorer read the very ids that were sampled.
     """
     start = time.perf_counter()
     replies = sample_replies(networks, prompts, o, step)
     written = time.perf_counter()
     prediction, ref_logprobs = score_replies(networks, replies, o)
     repeated = [ids for ids in prompts for _ in range(o.samples_per_prompt)]
-    with precision(networks.dtype, networks.device.type):
-        raw_scores = scorer.scores(repeated, reply_ids(replies.generation)).to(networks.device)
+    device = replies.tokens.device
+    with precision(networks.dtype, device.type):
+        raw_scores = scorer.scores(repeated, reply_ids(replies.generation)).to(device)
     scores = scale.paid(raw_scores, replies.ended, o)
-    rewards = token_rewards(scores, prediction.logprobs, ref_logprobs, replies.response_mask, kl_coef, o.kl_estimator)
-    scored = ScoredReplies(**vars(replies), **prediction._asdict(), ref_logprobs=ref_logprobs, raw_scores=raw_scores,
-                           scores=scores, rewards=rewards, kl_coef=kl_coef)
+    rewards = token_rewards(scores, prediction.logprobs, ref_logprobs, replies.response_mask,
+                            kl_coef, o.kl_estimator)
+    scored = ScoredReplies(**vars(replies), **prediction._asdict(), ref_logprobs=ref_logprobs,
+                           raw_scores=raw_scores, scores=scores, rewards=rewards, kl_coef=kl_coef)
     advantages, returns = estimator(scored, o)
     seconds = {"generate": written - start, "score": time.perf_counter() - written}
     return Rollout(**vars(scored), advantages=advantages, returns=returns, seconds=seconds)
@@ -490,9 +520,11 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     def variance(x: Tensor) -> Tensor:
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
-    unexplained = variance(rollout.returns - rollout.values) / variance(rollout.returns).clamp(min=1e-8)
+    spread = variance(rollout.returns).clamp(min=1e-8)
+    unexplained = variance(rollout.returns - rollout.values) / spread
     metrics = {
-        "score": rollout.scores.mean(), "raw_score": rollout.raw_scores.mean(), "kl": kl.sum(1).mean(),
+        "score": rollout.scores.mean(), "raw_score": rollout.raw_scores.mean(),
+        "kl": kl.sum(1).mean(),
         "kl_per_token": masked_mean(kl, mask), "entropy": masked_mean(rollout.entropy, mask),
         "length": mask.sum(1).float().mean(), "end_rate": rollout.ended.float().mean(),
         "ref_perplexity": torch.exp(-masked_mean(rollout.ref_logprobs, mask)),
@@ -504,12 +536,15 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
 
 # ---- learning ------------------------------------------------------------------------------------
 
+Shares = dict[str, tuple[Tensor, Tensor]]  # metrics: (a part's share of the mean, weight in tokens)
+
+
 @dataclasses.dataclass(frozen=True)
 class Minibatch:
     """Some rows (M) of a rollout, as a loss reads them; arrays (M, R).
 
-    n_tokens: the real reply tokens of the whole optimizer step, which every mean is divided by, so that the
-    parts of a minibatch add up to it. train_policy: False while the critic learns alone.
+    n_tokens: the real reply tokens of the whole optimizer step, which every mean is divided by, so
+    that the parts of a minibatch add up to it. train_policy: False while the critic learns alone.
     """
 
     mask: Tensor
@@ -522,10 +557,12 @@ class Minibatch:
     train_policy: bool = True
 
     @classmethod
-    def of(cls, rollout: Rollout, index: Tensor, n_tokens: Tensor, train_policy: bool = True) -> "Minibatch":
+    def of(cls, rollout: Rollout, index: Tensor, n_tokens: Tensor,
+           train_policy: bool = True) -> "Minibatch":
         """These rows of a rollout. Padding becomes 0: a NaN in it must not reach a gradient."""
         mask = rollout.response_mask[index]
-        arrays = (rollout.logprobs, rollout.ref_logprobs, rollout.values, rollout.advantages, rollout.returns)
+        arrays = (rollout.logprobs, rollout.ref_logprobs, rollout.values, rollout.advantages,
+                  rollout.returns)
         return cls(mask, *(torch.where(mask, x[index], 0) for x in arrays), n_tokens, train_policy)
 
     def real(self, x: Tensor) -> Tensor:
@@ -542,17 +579,18 @@ class Minibatch:
         return self.n_tokens * self.train_policy
 
 
-def ppo_loss(batch: Minibatch, new: Prediction, o: PPOOptions) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+def ppo_loss(batch: Minibatch, new: Prediction, o: PPOOptions) -> tuple[Tensor, Shares]:
     """The clipped surrogate (Schulman 2017, eq. 7), the clipped value loss and the entropy bonus.
 
         ratio = π(token) / π_old(token)
         L = mean( max(−A · ratio, −A · clip(ratio, 1 ± ε)) )
             + c_v · mean( ½ max((V − G)², (V_clipped − G)²) ) − c_e · mean(H)
 
-    A: advantages, G: returns, V: values, H: entropy, ε: clip_range, c_v: value_coef, c_e: entropy_coef. The
-    policy gradient is ∇J = E[Σ A_t ∇ log π(token_t)]; at ratio 1 the gradient of −A · ratio is −A ∇ log π, its
-    negative. The ratio lets the same replies serve for several steps: once a step has moved a token's ratio
-    beyond 1 ± ε in the direction that A asks for, the maximum's gradient is 0 and nothing pulls it further.
+    A: advantages, G: returns, V: values, H: entropy, ε: clip_range, c_v: value_coef, c_e:
+    entropy_coef. The policy gradient is ∇J = E[Σ A_t ∇ log π(token_t)]; at ratio 1 the gradient of
+    −A · ratio is −A ∇ log π, its negative. The ratio lets the same replies serve for several steps:
+    once a step has moved a token's ratio beyond 1 ± ε in the direction that A asks for, the
+    maximum's gradient is 0 and nothing pulls it further.
 
     new: predictions (M, R) of the networks as they are now. Returns (loss, metrics), each metric as
     (this part's share of the mean, its weight in tokens).
@@ -578,27 +616,11 @@ def ppo_loss(batch: Minibatch, new: Prediction, o: PPOOptions) -> tuple[Tensor, 
         "value_clip_frac": (batch.mean((error_clipped > error).float()), batch.n_tokens)}
 
 
-def ratio_metrics(batch: Minibatch, new: Prediction) -> dict[str, tuple[Tensor, Tensor]]:
+def ratio_metrics(batch: Minibatch, new: Prediction) -> Shares:
     """How far the policy has moved from the one that wrote the replies; whatever the loss is."""
     log_ratio = batch.real(new.logprobs.detach()) - batch.old_logprobs
     return {"approx_kl": (batch.mean(torch.expm1(log_ratio) - log_ratio), batch.policy_tokens),
             "abs_log_ratio": (batch.mean(log_ratio.abs()), batch.policy_tokens)}
-
-
-class Means:
-    """Means by name, over optimizer steps, each weighted by its tokens."""
-
-    def __init__(self):
-        self.sums: dict[str, Tensor | float] = defaultdict(float)
-        self.weights: dict[str, Tensor | float] = defaultdict(float)
-
-    def add(self, name: str, mean: Tensor, weight: Tensor) -> None:
-        self.sums[name] = self.sums[name] + mean.detach() * weight
-        self.weights[name] = self.weights[name] + weight
-
-    def result(self) -> dict[str, float]:
-        """Names without any weight are left out."""
-        return {name: float(x) / float(self.weights[name]) for name, x in self.sums.items() if self.weights[name] > 0}
 
 
 def predict(actor_critic: ActorCritic, rollout: Rollout, index: Tensor, o: PPOOptions, dtype: str,
@@ -609,14 +631,17 @@ def predict(actor_critic: ActorCritic, rollout: Rollout, index: Tensor, o: PPOOp
     return flat.spread(rollout.response_mask[index])
 
 
-def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout: Rollout, o: PPOOptions, step: int, *,
-           train_policy: bool = True, dtype: str = "float32", loss: Callable = ppo_loss) -> dict[str, float]:
-    """Several passes over one rollout; each minibatch is one optimizer step. Returns means over all its tokens.
+def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout: Rollout,
+           o: PPOOptions, step: int, *, train_policy: bool = True, dtype: str = "float32",
+           loss: Callable = ppo_loss) -> dict[str, float]:
+    """Several passes over one rollout; each minibatch is one optimizer step. Returns means over all
+    its tokens.
 
-    loss(batch, new, o) returns (loss, metrics) of a `Minibatch` and a `Prediction`, as `ppo_loss` does. Rows are
-    permuted anew each epoch, from (seed, stage, step, epoch). train_policy=False (critic warm-up) trains values
-    alone. A minibatch above --max_approx_kl ends the policy's part of this update: its gradients stay None, so
-    Adam moves neither it nor its momentum. UserError, before any step, if a number is not finite.
+    loss(batch, new, o) returns (loss, metrics) of a `Minibatch` and a `Prediction`, as `ppo_loss`
+    does. Rows are permuted anew each epoch, from (seed, stage, step, epoch). train_policy=False
+    (critic warm-up) trains values alone. A minibatch above --max_approx_kl ends the policy's part
+    of this update: its gradients stay None, so Adam moves neither it nor its momentum. UserError,
+    before any step, if a number is not finite.
     """
     start, device, means = time.perf_counter(), rollout.tokens.device, Means()
     norms: dict[str, list[Tensor]] = defaultdict(list)
@@ -635,13 +660,14 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
                              for index, batch in parts]
                 if float(sum(x["approx_kl"][0] for x in moved)) > o.max_approx_kl:
                     policy_active = False
-                    parts = [(index, dataclasses.replace(batch, train_policy=False)) for index, batch in parts]
+                    parts = [(index, dataclasses.replace(batch, train_policy=False))
+                             for index, batch in parts]
                     if ratio_start is None:
                         ratio_start = float(sum(x["abs_log_ratio"][0] for x in moved))
             skipped += train_policy and not policy_active
             # One optimizer step.
             optimizer.zero_grad(set_to_none=True)
-            shares: dict[str, tuple[Tensor, Tensor]] = {}
+            shares: Shares = {}
             for index, batch in parts:
                 new = predict(actor_critic, rollout, index, o, dtype, policy_active)
                 part_loss, metrics = loss(batch, new, o)
@@ -666,8 +692,11 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             "seconds_train": time.perf_counter() - start}
 
 
-def clip_gradients(actor_critic: ActorCritic, max_norm: float, policy_active: bool) -> dict[str, Tensor]:
-    """Clip policy and critic gradients, each to this norm (0: not at all); their norms before clipping."""
+def clip_gradients(actor_critic: ActorCritic, max_norm: float,
+                   policy_active: bool) -> dict[str, Tensor]:
+    """Clip policy and critic gradients, each to this norm (0: not at all); returns the norms
+    before.
+    """
     groups = {"critic_grad_norm": actor_critic.value_module}
     if policy_active:
         groups = {"policy_grad_norm": actor_critic.policy, **groups}
@@ -675,14 +704,13 @@ def clip_gradients(actor_critic: ActorCritic, max_norm: float, policy_active: bo
             for name, module in groups.items()}
 
 
-def require_finite(shares: dict[str, tuple[Tensor, Tensor]], norms: dict[str, list[Tensor]], step: int,
-                   epoch: int) -> None:
-    """UserError, with the numbers, if a loss or a gradient's norm of this optimizer step is not finite."""
+def require_finite(shares: Shares, norms: dict[str, list[Tensor]], step: int, epoch: int) -> None:
+    """UserError, with the numbers, if a loss or a gradient norm of this step is not finite."""
     numbers = {name: float(x) for name, (x, _) in shares.items() if name.endswith("loss")}
     numbers |= {name: float(x[-1]) for name, x in norms.items()}
     if not all(map(math.isfinite, numbers.values())):
-        raise UserError(f"ppo: not finite at update {step + 1}, epoch {epoch + 1}: {numbers}; the last good "
-                        "checkpoint is kept: lower --policy_lr or --critic_lr")
+        raise UserError(f"ppo: not finite at update {step + 1}, epoch {epoch + 1}: {numbers}; the "
+                        "last good checkpoint is kept: lower --policy_lr or --critic_lr")
 
 
 # ---- the trainer ---------------------------------------------------------------------------------
@@ -690,20 +718,23 @@ def require_finite(shares: dict[str, tuple[Tensor, Tensor]], norms: dict[str, li
 class PPOTrainer:
     """What PPO carries from one update to the next: networks, optimizer, score scale, price of KL.
 
-    scorer, estimator and loss are the seams of `collect_rollout` and `update`; a scorer of one's own leaves
-    the reward model to the critic's start.
+    scorer, estimator and loss are the seams of `collect_rollout` and `update`; a scorer of one's
+    own leaves the reward model to the critic's start.
     """
 
     TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2}  # of ratio_start and sampler_gap
 
-    def __init__(self, run: Run, reference: Transformer, reward_model: RewardModel, data: Prepared, *,
-                 scorer: Scorer | None = None, estimator: Callable = gae_estimator, loss: Callable = ppo_loss):
+    def __init__(self, run: Run, reference: Transformer, reward_model: RewardModel, data: Prepared,
+                 *, scorer: Scorer | None = None, estimator: Callable = gae_estimator,
+                 loss: Callable = ppo_loss):
         self.run, self.o, self.template = run, run.o, data.template
         o, state = run.o, run.state
         self.estimator, self.loss = estimator, loss
         reference = copy.deepcopy(reference).requires_grad_(False).to(run.device)
         self.reward_model = reward_model.requires_grad_(False).to(run.device)
         self.reward_model.rows_at_once = o.micro_batch
+        for network in (reference, self.reward_model):
+            use_products(network, run.compute.products)
         self.scorer = scorer or self.reward_model
         # Prompts that leave room for a reply in every network.
         room = min(run.model.config.max_len, reward_model.config.max_len) - o.reply_len
@@ -713,16 +744,18 @@ class PPOTrainer:
             for split in ("train", "val"))
         # The scale of raw scores, which the critic starts on.
         self.scale = ScoreScale(**state["scale"]) if state else self.measure_scale()
-        critic = critic_from(self.reward_model, self.scale.mean, self.scale.std) if o.critic == "separate" else None
+        critic = None
+        if o.critic == "separate":
+            critic = critic_from(self.reward_model, self.scale.mean, self.scale.std)
         actor_critic = ActorCritic(run.model, critic).to(run.device)
         self.networks = Networks(actor_critic, reference, run.tokenizer.eom_id, run.dtype)
         for trunk in self.trained_trunks():
             trunk.recompute = o.recompute
-        self.optimizer = torch.optim.Adam([{"params": list(run.model.parameters()), "lr": o.policy_lr},
-                                           {"params": list(actor_critic.value_module.parameters()), "lr": o.critic_lr}],
-                                          eps=o.adam_eps, fused=True)
-        self.control = KLController(state.get("kl_coef", o.kl_coef),
-                                    o.kl_target if o.kl_control == "adaptive" else None, o.kl_horizon)
+        groups = [{"params": list(run.model.parameters()), "lr": o.policy_lr},
+                  {"params": list(actor_critic.value_module.parameters()), "lr": o.critic_lr}]
+        self.optimizer = torch.optim.Adam(groups, eps=o.adam_eps, fused=True)
+        target = o.kl_target if o.kl_control == "adaptive" else None
+        self.control = KLController(state.get("kl_coef", o.kl_coef), target, o.kl_horizon)
         if state:
             actor_critic.value_module.load_state_dict(state["critic"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -730,16 +763,16 @@ class PPOTrainer:
         self.decoder_dtype = state.get("decoder_dtype", rollout_dtype)
         self.prepare_decoder()
         settings = evaluate.ReplySettings(o.reply_len, o.temperature, dtype=run.dtype)
-        self.held_out = evaluate.HeldOutPrompts(data, run.tokenizer, held_out[:o.eval_prompts], reference,
-                                                self.scorer, settings)
+        self.held_out = evaluate.HeldOutPrompts(data, run.tokenizer, held_out[:o.eval_prompts],
+                                                reference, self.scorer, settings)
 
     def measure_scale(self) -> ScoreScale:
         """Mean and spread of raw scores on replies that the starting policy writes as PPO will."""
         o, run = self.o, self.run
         index = batch_indices(len(self.prompts), o.norm_replies, 0, o.seed, "reward")
         ids = [prompt_ids(run.tokenizer, self.prompts[i], self.template) for i in index]
-        replies = reply_to(run.model, run.tokenizer, ids, o.reply_len, temperature=o.temperature, batch_size=128,
-                           seed=key(o.seed, "reward", "reply"))
+        replies = reply_to(run.model, run.tokenizer, ids, o.reply_len, temperature=o.temperature,
+                           batch_size=128, seed=key(o.seed, "reward", "reply"))
         with torch.no_grad(), precision(run.dtype, run.device):
             return ScoreScale.of(self.scorer.scores(ids, reply_ids(replies)))
 
@@ -748,10 +781,12 @@ class PPOTrainer:
         return [self.run.model, *([critic.backbone] if critic is not None else [])]
 
     def prepare_decoder(self) -> None:
-        """Make the policy ready to write; where compiling pays, compile the networks' trunks, too."""
+        """Make the policy ready to write; where compiling pays, compile the networks' trunks, too.
+        """
         compiles = self.run.compute.compile == "on"
         if compiles:
-            compile_trunks(self.networks.reference, self.reward_model.backbone, *self.trained_trunks())
+            compile_trunks(self.networks.reference, self.reward_model.backbone,
+                           *self.trained_trunks())
         self.networks.decoder = Decoder(self.run.model, self.decoder_dtype, compile=compiles)
 
     def update(self, step: int) -> dict[str, float]:
@@ -759,18 +794,22 @@ class PPOTrainer:
         o, warmup = self.o, self.o.critic_warmup
         # Rates rise from the policy's first update on, and fall to the last.
         train_policy = step >= warmup
-        factor = learning_rate(step - warmup, o.updates - warmup, o.warmup, 1.0, o.final_lr) if train_policy else 1.0
+        factor = 1.0
+        if train_policy:
+            factor = learning_rate(step - warmup, o.updates - warmup, o.warmup, 1.0, o.final_lr)
         set_learning_rate([self.optimizer], factor)
         # Reply and score.
         self.networks.decoder.refresh()
-        index = batch_indices(len(self.prompts), o.batch // o.samples_per_prompt, step, o.seed, "ppo")
+        index = batch_indices(len(self.prompts), o.batch // o.samples_per_prompt, step, o.seed,
+                              "ppo")
         prompts = [self.prompts[i] for i in index]
-        rollout = collect_rollout(self.networks, [prompt_ids(self.run.tokenizer, p, self.template) for p in prompts],
-                                  o, step=step, scorer=self.scorer, scale=self.scale, kl_coef=self.control.coef,
-                                  estimator=self.estimator)
+        ids = [prompt_ids(self.run.tokenizer, prompt, self.template) for prompt in prompts]
+        rollout = collect_rollout(self.networks, ids, o, step=step, scorer=self.scorer,
+                                  scale=self.scale,
+                                  kl_coef=self.control.coef, estimator=self.estimator)
         # Learn.
-        learned = update(self.networks.actor_critic, self.optimizer, rollout, o, step, train_policy=train_policy,
-                         dtype=self.run.dtype, loss=self.loss)
+        learned = update(self.networks.actor_critic, self.optimizer, rollout, o, step,
+                         train_policy=train_policy, dtype=self.run.dtype, loss=self.loss)
         metrics = rollout_metrics(rollout) | learned | self.independent_opinion(prompts, rollout)
         if train_policy:
             self.control.update(metrics["kl"], o.batch)
@@ -791,8 +830,9 @@ class PPOTrainer:
         for name, dtype in (("ratio_start", self.run.dtype), ("sampler_gap", self.decoder_dtype)):
             limit = max(self.TOLERANCE[self.run.dtype], self.TOLERANCE[dtype])
             if metrics.get(name, 0) > limit:
-                tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {limit:g}, at update {step + 1}: "
-                           "what is scored is not what was sampled", file=sys.stderr)
+                tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {limit:g}, at "
+                           f"update {step + 1}: what is scored is not what was sampled",
+                           file=sys.stderr)
         if metrics["sampler_gap"] > 5e-2 and self.decoder_dtype != "float32":
             tqdm.write("ppo: from now on replies are written in float32", file=sys.stderr)
             self.decoder_dtype = "float32"
@@ -806,33 +846,39 @@ class PPOTrainer:
 
     def save(self, step: int) -> None:
         self.run.save(step, critic=self.networks.actor_critic.value_module.state_dict(),
-                      optimizer=self.optimizer.state_dict(), scale=self.scale.state(), kl_coef=self.control.coef,
+                      optimizer=self.optimizer.state_dict(), scale=self.scale.state(),
+                      kl_coef=self.control.coef,
                       decoder_dtype=self.decoder_dtype, example_prompts=self.held_out.prompts[:8])
 
 
 # ---- the stage -----------------------------------------------------------------------------------
 
 def chosen_reward_norm(asked: str, feedback: str) -> str:
-    """`auto` resolved by the feedback that the reward model learned from; UserError if they do not fit."""
+    """`auto` resolved by the feedback that the reward model learned from; UserError if they do not
+    fit."""
     if asked == "auto":
         return "logsigmoid" if feedback == "label" else "fixed"
     if "sigmoid" in asked and feedback != "label":
-        raise UserError(f"--reward_norm {asked} reads raw scores as log-odds, but this reward model learned from "
-                        f"feedback for {feedback}: use fixed or running")
+        raise UserError(f"--reward_norm {asked} reads raw scores as log-odds, but this reward "
+                        f"model learned from feedback for {feedback}: use fixed or running")
     return asked
 
 
 def train_ppo(o: PPOOptions) -> Run | None:
-    """J(π) = E[Σ γᵗ r]: reply, score, find out which tokens were better than expected, make those likelier; again.
+    """J(π) = E[Σ γᵗ r]: reply, score, find out which tokens were better than expected, make those
+    likelier; repeat.
 
     Returns the finished run, or None if it was finished before.
     """
     data = open_for(o, o.data)
     policy, tokenizer, state = load_parent(o, data, "sft", o.init_from)
-    reward_model, reward_tokenizer, reward_state = load_parent(o, data, "reward", o.reward_from, RewardModel)
+    reward_model, reward_tokenizer, reward_state = load_parent(o, data, "reward", o.reward_from,
+                                                               RewardModel)
     tokenizer.require_same(reward_tokenizer, "the policy and the reward model")
-    o = o.replace(reward_norm=chosen_reward_norm(o.reward_norm, reward_state.get("feedback", "unknown scores")))
-    run = open_run("ppo", o, data, {"init": state["hash"], "reward": reward_state["hash"]}, policy, tokenizer)
+    o = o.replace(reward_norm=chosen_reward_norm(o.reward_norm,
+                                                 reward_state.get("feedback", "unknown scores")))
+    run = open_run("ppo", o, data, {"init": state["hash"], "reward": reward_state["hash"]}, policy,
+                   tokenizer)
     if run is None:
         return None
     if o.rollout_dtype == "int8" and run.device != "cpu":

@@ -2,9 +2,10 @@
 
     python train.py reward
 
-A reward model is the language model's trunk with one output, a scalar. Three kinds of human feedback,
-three losses: which of two replies is better (`pairwise_loss`, Bradley–Terry), how good one is
-(`regression_loss`), liked or not (`label_loss`). The chapter ends in the stage itself, `train_reward`.
+A reward model is the language model's trunk with one output, a scalar. Three kinds of human
+feedback, three losses: which of two replies is better (`pairwise_loss`, Bradley–Terry), how good
+one is (`regression_loss`), liked or not (`label_loss`). The chapter ends in the stage itself,
+`train_reward`.
 
 Letters for shapes: B rows, T positions, D width, N selected tokens.
 """
@@ -12,7 +13,7 @@ import dataclasses
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, lo
 from runtime.device import precision
 from runtime.draws import batch_indices, key, torch_seed
 from runtime.fit import fit
-from runtime.options import Learning, UserError, option
+from runtime.options import MaximumLikelihoodOptions, UserError, option
 from runtime.run import Run
 from runtime.statistics import accuracy, auc
 
@@ -37,11 +38,13 @@ from runtime.statistics import accuracy, auc
 class RewardConfig(ModelConfig):
     """A Transformer's shape, and how its hidden states become one score."""
 
-    pool: str = "mean"  # mean of the head over the reply's tokens, or `last`: the head at the last real token
+    # mean of the head over the reply's tokens, or `last`: the head at the last real token
+    pool: str = "mean"
 
 
 class RewardModel(nn.Module):
-    """Trunk and scalar head. Its raw scores have no fixed scale; PPO measures theirs when it starts."""
+    """Trunk and scalar head. Its raw scores have no fixed scale; PPO measures theirs when it
+    starts."""
 
     config_class = RewardConfig
 
@@ -56,7 +59,8 @@ class RewardModel(nn.Module):
         self.initialise_head()
         # Older checkpoints also hold a mean and a spread of scores, which nothing reads any more.
         self.register_load_state_dict_pre_hook(
-            lambda _, state, prefix, *rest: [state.pop(prefix + name, None) for name in ("mean", "std")])
+            lambda _, state, prefix, *rest: [state.pop(prefix + name, None)
+                                             for name in ("mean", "std")])
 
     @torch.no_grad()
     def initialise_head(self, seed: int = 0) -> None:
@@ -66,13 +70,18 @@ class RewardModel(nn.Module):
         self.score_head.weight.copy_(noise / math.sqrt(width + 1))
         self.score_head.bias.zero_()
 
+    def matrix_parameters(self) -> list[nn.Parameter]:
+        """The trunk's matrices: what Muon trains."""
+        return self.backbone.matrix_parameters()
+
     def head_values(self, hidden: Tensor) -> Tensor:
         """(…, D) -> (…): the scalar head, in float32 whatever the trunk's precision."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.score_head(hidden.float()).squeeze(-1)
 
     def pooled(self, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
-        """Mask (B, T) of the tokens whose head outputs are averaged: the reply's tokens, or only the last.
+        """Mask (B, T) of the tokens whose head outputs are averaged: the reply's tokens, or only
+        the last.
 
         mask: real tokens. reply_mask: the reply among them; None: all real tokens.
         """
@@ -85,7 +94,8 @@ class RewardModel(nn.Module):
         return column == torch.where(mask, column, -1).amax(1, keepdim=True)
 
     def pool(self, values: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
-        """Values per token (B, T) -> one score per row (B,). Padding on either side changes nothing."""
+        """Values per token (B, T) -> one score per row (B,). Padding on either side changes
+        nothing."""
         chosen = self.pooled(mask, reply_mask)
         return torch.where(chosen, values, 0).sum(1) / chosen.sum(1)
 
@@ -98,7 +108,8 @@ class RewardModel(nn.Module):
         return values.new_zeros(mask.shape).masked_scatter(chosen, values).sum(1) / chosen.sum(1)
 
     def scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
-        """Raw score (B,) float32 of each reply, prompts and replies as lists of the very ids sampled."""
+        """Raw score (B,) float32 of each reply, prompts and replies as lists of the very ids
+        sampled."""
         return self.score_rows([(prompt + reply, [False] * len(prompt) + [True] * len(reply))
                                 for prompt, reply in zip(prompts, replies, strict=True)])
 
@@ -116,7 +127,8 @@ class RewardModel(nn.Module):
 
 
 class PythonReward:
-    """A Python function as a scorer: function(prompts, replies), both lists of texts -> a number each.
+    """A Python function as a scorer: function(prompts, replies), both lists of texts -> a number
+    each.
 
     >>> class Letters:  # stands in for a tokenizer
     ...     eom_id, decode = -1, staticmethod(lambda ids: "".join(map(chr, ids)))
@@ -130,9 +142,11 @@ class PythonReward:
 
     def scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
         """Score (B,) float32 of each reply; the end token is not part of the text."""
-        prompts, replies = ([self.tokenizer.decode([i for i in ids if i != self.tokenizer.eom_id]) for ids in rows]
+        prompts, replies = ([self.tokenizer.decode([i for i in ids if i != self.tokenizer.eom_id])
+                             for ids in rows]
                             for rows in (prompts, replies))
-        return torch.tensor(self.function(prompts, replies), dtype=torch.float32, device=self.device)
+        return torch.tensor(self.function(prompts, replies), dtype=torch.float32,
+                            device=self.device)
 
 
 def critic_from(reward_model: RewardModel, mean: float = 0.0, std: float = 1.0) -> RewardModel:
@@ -148,14 +162,16 @@ def critic_from(reward_model: RewardModel, mean: float = 0.0, std: float = 1.0) 
     return critic
 
 
-# ---- losses: scores here are raw -------------------------------------------------------------------------------------
+# ---- losses: scores here are raw -----------------------------------------------------------------
 
 def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float | None = None,
                   label_smoothing: float = 0.0) -> Tensor:
-    """Bradley–Terry: P(chosen beats rejected) = σ(Δ), Δ = r_chosen − r_rejected; the mean of −log σ(Δ − margin).
+    """Bradley–Terry: P(chosen beats rejected) = σ(Δ), Δ = r_chosen − r_rejected; the mean of −log
+    σ(Δ − margin).
 
-    logsigmoid, not log(σ + ε): the latter's gradient dies on the pairs that are most wrong. With label_smoothing p, a
-    share p of the pairs is taken to be labelled the wrong way round (MOSS-RLHF, part II).
+    logsigmoid, not log(σ + ε): the latter's gradient dies on the pairs that are most wrong. With
+    label_smoothing p, a share p of the pairs is taken to be labelled the wrong way round
+    (MOSS-RLHF, part II).
 
     >>> round(float(pairwise_loss(torch.tensor([1.0]), torch.tensor([1.0]))), 6)  # no preference: ln 2
     0.693147
@@ -170,7 +186,8 @@ def regression_loss(scores: Tensor, ratings: Tensor) -> Tensor:
 
 
 def label_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Liked (1) or not (0): P(liked) = σ(score); mean binary cross-entropy of scores (B,) and labels (B,)."""
+    """Liked (1) or not (0): P(liked) = σ(score); mean binary cross-entropy of scores (B,) and
+    labels (B,)."""
     return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype))
 
 
@@ -179,41 +196,55 @@ def feedback_kind(record: dict) -> str:
     return "pairwise" if "chosen" in record else "regression" if "score" in record else "label"
 
 
-def feedback_loss(kind: str, scores: Tensor, records: list[dict], label_smoothing: float = 0.0) -> Tensor:
-    """Mean loss of these records; scores: raw, of pairs all chosen replies before all rejected ones."""
+def feedback_loss(kind: str, scores: Tensor, records: list[dict],
+                  label_smoothing: float = 0.0) -> Tensor:
+    """Mean loss of these records; scores: raw, of pairs all chosen replies before all rejected
+    ones."""
     if kind == "pairwise":
         chosen, rejected = scores.chunk(2)
         margin = torch.tensor([r.get("margin", 0.0) for r in records], device=scores.device)
         return pairwise_loss(chosen, rejected, margin, label_smoothing)
     if kind == "label":
         return label_loss(scores, torch.tensor([r["label"] for r in records], device=scores.device))
-    return regression_loss(scores, torch.tensor([r["score"] for r in records], device=scores.device))
+    return regression_loss(scores, torch.tensor([r["score"] for r in records],
+                                                device=scores.device))
 
 
 @dataclasses.dataclass
-class RewardOptions(Learning):
+class RewardOptions(MaximumLikelihoodOptions):
     """`python train.py reward`"""
 
-    pool: str = option("mean", "read the score as mean over the reply or at its last token", choices=("mean", "last"),
-                       source="last is N+ and InstructGPT; AUC on reviews' validation, three seeds: mean .925 on whole "
-                              "texts, .896 on first halves; last .929 and .887")
-    loss: str = option("auto", "auto: by the records' fields", choices=("auto", "label", "pairwise", "regression"))
-    epochs: float = option(2.0, "passes over the training records", smoke=1.0, base=1.0, low=0.01)
-    batch: int = option(32, "records per step", smoke=16, low=1)
-    max_len: int = option(128, "longest row in tokens; longer texts are cut, and then carry no end token", smoke=64,
-                          base=512, low=16)
-    lr: float = option(0.01, "learning rate of block matrices (Muon), or of all (AdamW)", base=0.003, low=0)
-    adam_lr: float = option(0.003, "learning rate of embeddings, norms and head, by AdamW", base=1e-4, low=0)
-    warmup: float = option(0.1, "share of the steps over which the learning rate rises", low=0, high=1)
-    decay: float = option(0.9, "share of the steps, the last ones, over which it falls to 0", low=0, high=1)
+    PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
+        "smoke": dict(epochs=1.0, batch=16, max_len=64, eval_every=10),
+        "base": dict(epochs=1.0, max_len=512, lr=0.003, adam_lr=1e-4),
+    }
+
+    pool: str = option("mean", "read the score as mean over the reply or at its last token",
+                       choices=("mean", "last"),
+                       source="last is N+ and InstructGPT; AUC on reviews' validation, three "
+                              "seeds: mean .925 on whole texts, .896 on first halves; last .929 "
+                              "and .887")
+    loss: str = option("auto", "auto: by the records' fields",
+                       choices=("auto", "label", "pairwise", "regression"))
+    epochs: float = option(2.0, "passes over the training records", low=0.01)
+    batch: int = option(32, "records per step", low=1)
+    max_len: int = option(128, "longest row in tokens; longer texts are cut, and then carry no end "
+                               "token", low=16)
+    lr: float = option(0.01, "learning rate of block matrices (Muon), or of all (AdamW)", low=0)
+    adam_lr: float = option(0.003, "learning rate of embeddings, norms and head, by AdamW", low=0)
+    warmup: float = option(0.1, "share of the steps over which the learning rate rises", low=0,
+                           high=1)
+    decay: float = option(0.9, "share of the steps, the last ones, over which it falls to 0", low=0,
+                          high=1)
     dropout: float = option(0.1, "the only place where dropout is on", low=0, high=0.9)
     lm_coef: float = option(0.1, "weight of the language-model loss on the same text, per token",
-                            source="MOSS-RLHF part I, on the chosen reply: keeps the trunk a language model", low=0)
-    prefix_share: float = option(0.3, "share of texts cut somewhere, without end token: unfinished replies",
-                                 low=0, high=1)
-    label_smoothing: float = option(0.0, "share of labels taken to be wrong (pairwise)", source="MOSS-RLHF part II",
-                                    low=0, high=0.5)
-    eval_every: int = option(100, "steps between measurements on validation", smoke=10, low=1)
+                            source="MOSS-RLHF part I, on the chosen reply: keeps the trunk a "
+                                   "language model", low=0)
+    prefix_share: float = option(0.3, "share of texts cut somewhere, without end token: unfinished "
+                                      "replies", low=0, high=1)
+    label_smoothing: float = option(0.0, "share of labels taken to be wrong (pairwise)",
+                                    source="MOSS-RLHF part II", low=0, high=0.5)
+    eval_every: int = option(100, "steps between measurements on validation", low=1)
 
 
 # ---- the stage -----------------------------------------------------------------------------------
@@ -235,23 +266,29 @@ class RewardTask:
         """Which loss the records are for; UserError if the options or the records do not fit it."""
         kind = feedback_kind(self.records[0])
         if self.o.loss not in ("auto", kind):
-            raise UserError(f"--loss {self.o.loss} does not fit these records, which are for {kind}: use --loss auto")
+            raise UserError(f"--loss {self.o.loss} does not fit these records, which are for "
+                            f"{kind}: use --loss auto")
         if kind == "label" and not data.has_labels("reward", "val"):
-            raise UserError("reward: all labels set aside for validation are the same, so that nothing can be "
-                            "measured: bring more records, or a file reward_val.jsonl with both")
+            raise UserError("reward: all labels set aside for validation are the same, so that "
+                            "nothing can be measured: bring more records, or a file "
+                            "reward_val.jsonl with both")
         if kind != "pairwise":
             self.o.refuse("label_smoothing", why=f"on records for {kind}: it is for pairs")
         return kind
 
     def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
-        """The loss of one batch: that of the feedback, and a share of the language model's on the same text."""
+        """The loss of one batch: that of the feedback, and a share of the language model's on the
+        same text."""
         o, run, model = self.o, self.run, self.run.model
-        batch = [self.records[i] for i in batch_indices(len(self.records), o.batch, step, o.seed, "reward")]
-        # Rows of replies; of pairs all chosen ones before all rejected ones, cut alike by equal random numbers.
+        batch = [self.records[i] for i in batch_indices(len(self.records), o.batch, step, o.seed,
+                                                        "reward")]
+        # Rows of replies; of pairs all chosen ones before all rejected ones, cut alike by equal
+        # random numbers.
         rows = []
         for field in ("chosen", "rejected") if self.kind == "pairwise" else ("response",):
             rng = np.random.default_rng(key(o.seed, "reward", "prefix", step))
-            rows += reward_rows(batch, **self.render, field=field, prefix_share=o.prefix_share, rng=rng)
+            rows += reward_rows(batch, **self.render, field=field, prefix_share=o.prefix_share,
+                                rng=rng)
         tokens, learned, docs, where = (x.to(run.device) for x in pack_rows(rows, o.max_len))
         _, real, reply = reward_batch(rows, run.device)
         with precision(run.dtype, run.device):
@@ -259,18 +296,22 @@ class RewardTask:
             scores = model.pool(model.head_values(hidden).flatten()[where], real, reply)
             loss = feedback_loss(self.kind, scores, batch, o.label_smoothing)
             if o.lm_coef:
-                targets = (learned & (docs < len(batch)))[:, 1:]  # of a pair, only the chosen reply is imitated
-                nats = cross_entropy_sum(model.backbone, hidden[:, :-1][targets], tokens[:, 1:][targets])
+                # of a pair, only the chosen reply is imitated
+                targets = (learned & (docs < len(batch)))[:, 1:]
+                nats = cross_entropy_sum(model.backbone, hidden[:, :-1][targets],
+                                         tokens[:, 1:][targets])
                 loss = loss + o.lm_coef * nats / targets.sum()
         yield loss, int(real.sum())
 
     def measure(self, step: int, subset: int = 600) -> dict[str, float]:
-        """Agreement with people on records of validation drawn from all of it: a file may be sorted."""
+        """Agreement with people on records of validation drawn from all of it: a file may be
+        sorted."""
         index = batch_indices(len(self.val), min(subset, len(self.val)), 0, self.o.seed, "reward")
         records = [self.val[i] for i in index]
         fields = ("chosen", "rejected") if self.kind == "pairwise" else ("response",)
         scores = {field: self.raw_scores(records, field) for field in fields}
-        self.run.samples(step, [{**record, **{f"{field}_score": round(float(scores[field][i]), 3) for field in fields}}
+        self.run.samples(step, [{**record, **{f"{field}_score": round(float(scores[field][i]), 3)
+                                              for field in fields}}
                                 for i, record in enumerate(records[:8])])
         return self.agreement(records, scores)
 
@@ -294,7 +335,8 @@ class RewardTask:
 
 def reward_model_from(trunk: Transformer, o: RewardOptions) -> RewardModel:
     """The SFT model's trunk with a new head."""
-    model = RewardModel(RewardConfig(**{**dataclasses.asdict(trunk.config), "pool": o.pool, "dropout": o.dropout}))
+    model = RewardModel(RewardConfig(**{**dataclasses.asdict(trunk.config), "pool": o.pool,
+                                        "dropout": o.dropout}))
     model.backbone.load_state_dict(trunk.state_dict())
     model.initialise_head(torch_seed(o.seed, "reward", "weights"))
     return model
@@ -306,14 +348,17 @@ def train_reward(o: RewardOptions) -> Run | None:
     Returns the finished run, or None if it was finished before.
     """
     if o.reward_from:
-        raise UserError("reward makes the reward model: --reward_from has no effect on it; --init_from names the trunk")
+        raise UserError("reward makes the reward model: --reward_from has no effect on it; "
+                        "--init_from names the trunk")
     data = open_for(o, o.data)
     trunk, tokenizer, state = load_parent(o, data, "sft", o.init_from)
     o = limit_length(o, trunk.config)
-    run = open_run("reward", o, data, {"init": state["hash"]}, reward_model_from(trunk, o), tokenizer)
+    run = open_run("reward", o, data, {"init": state["hash"]}, reward_model_from(trunk, o),
+                   tokenizer)
     if run is None:
         return None
     task = RewardTask(run, data)
-    print(f"reward: {len(task.records)} records ({task.kind}), {task.n_steps} steps of {o.batch}", flush=True)
+    print(f"reward: {len(task.records)} records ({task.kind}), {task.n_steps} steps of {o.batch}",
+          flush=True)
     run.finish(**fit(run, task))
     return run

@@ -8,9 +8,10 @@
     python train.py ppo             improve: reply so that the reward model likes it
     python train.py ppo --help      a stage's options, with default, meaning and source
 
-The first two stages are written out here, `reward` in reward.py and `ppo` in ppo.py. The first three share the
-loop of runtime/fit.py. A stage reads the checkpoints of its parents and leaves checkpoint.pt, config.json,
-metrics.jsonl and samples.jsonl in OUT/<data>/<stage>/. A new stage is a function of its options, added to STAGES.
+The first two stages are written out here, `reward` in reward.py and `ppo` in ppo.py. The first
+three share the loop of runtime/fit.py. A stage reads the checkpoints of its parents and leaves
+checkpoint.pt, config.json, metrics.jsonl and samples.jsonl in OUT/<data>/<stage>/. A new stage is a
+function of its options, added to STAGES.
 """
 import dataclasses
 import difflib
@@ -18,7 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from runtime.device import pick_device, precision
 from runtime.draws import batch_indices, torch_seed
 from runtime.fit import fit
 from runtime.machine import Interrupt, Interrupted, keep_freed_memory
-from runtime.options import Common, Learning, UserError, option, parse, parse_all, run_main
+from runtime.options import Common, MaximumLikelihoodOptions, UserError, option, parse, parse_all, run_main
 from runtime.run import Run, run_folder
 from sample import reply_texts, reply_to
 
@@ -42,30 +43,29 @@ from sample import reply_texts, reply_to
 # ---- stage 1: pretraining ------------------------------------------------------------------------
 
 @dataclasses.dataclass
-class PretrainOptions(Learning):
+class PretrainOptions(MaximumLikelihoodOptions):
     """`python train.py pretrain`"""
 
-    n_layer: int = option(4, "number of blocks", smoke=2, base=12, low=1)
-    n_head: int = option(4, "heads of queries", smoke=2, base=12, low=1)
-    n_kv_head: int = option(4, "heads of keys and values, shared by groups of query heads", smoke=1, base=12, low=1)
-    d_model: int = option(192, "width of the residual stream", smoke=32, base=768, low=2)
-    d_ff: int = option(512, "width inside the MLP", smoke=64, base=2048, low=1)
-    max_len: int = option(256, "longest row the model is made for, in tokens", smoke=128, base=1024, low=16)
-    tokens: int = option(2_000_000, "tokens to train on", smoke=20_000, base=2_000_000_000, low=1)
-    window: int = option(128, "tokens in a row", smoke=64, base=1024, low=2)
-    batch: int = option(16, "rows per forward and backward", smoke=8, base=32, low=1)
-    accumulate: int = option(1, "batches per optimizer step", base=8, low=1)
-    news_share: float = option(0.15, "share of tokens from newspaper text, placed in the first half of training",
-                               low=0, high=1)
-    dialogue_share: float = option(0.3, "share of tokens from reviews in dialogue form; else SFT learns it badly",
-                                   low=0, high=1)
-    eval_every: int = option(250, "steps between full passes over validation", smoke=30, base=1000, low=1)
+    PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
+        "smoke": dict(n_layer=2, n_head=2, n_kv_head=1, d_model=32, d_ff=64, max_len=128,
+                      tokens=20_000, window=64, batch=8, eval_every=30),
+        "base": dict(n_layer=12, n_head=12, n_kv_head=12, d_model=768, d_ff=2048, max_len=1024,
+                     tokens=2_000_000_000, window=1024, batch=32, accumulate=8, eval_every=1000),
+    }
 
-    def check(self) -> None:
-        super().check()
-        if self.news_share + self.dialogue_share > 1:
-            raise UserError(f"pretrain: --news_share {self.news_share} and --dialogue_share {self.dialogue_share} are "
-                            "more than 1 together: lower one; what they leave is for plain reviews")
+    n_layer: int = option(4, "number of blocks", low=1)
+    n_head: int = option(4, "heads of queries", low=1)
+    n_kv_head: int = option(4, "heads of keys and values, shared by groups of query heads", low=1)
+    d_model: int = option(192, "width of the residual stream", low=2)
+    d_ff: int = option(512, "width inside the MLP", low=1)
+    max_len: int = option(256, "longest row the model is made for, in tokens", low=16)
+    tokens: int = option(2_000_000, "tokens to train on", low=1)
+    window: int = option(128, "tokens in a row", low=2)
+    batch: int = option(16, "rows per forward and backward", low=1)
+    accumulate: int = option(1, "batches per optimizer step", low=1)
+    mixture: str = option("", "shares of the data set's parts, such as news=.15,dialogue=.3; the "
+                              "other parts take what is left; empty: the data set's own")
+    eval_every: int = option(250, "steps between full passes over validation", low=1)
 
 
 class PretrainTask:
@@ -74,15 +74,15 @@ class PretrainTask:
     def __init__(self, run: Run, data: Prepared):
         o = self.o = run.o
         self.run, self.train, self.val = run, data.documents("train"), data.documents("val")
-        flags = [name for name in ("news_share", "dialogue_share") if name in o.explicit]
-        mixture = f"news={o.news_share},dialogue={o.dialogue_share}" if flags else ""
-        shares, early = data.mixture(mixture)  # becomes data.mixture(o.mixture)
+        shares, early = data.mixture(o.mixture)
         self.batches = PackedDocuments(self.train, window=o.window, batch=o.batch * o.accumulate,
-                                       total_tokens=o.tokens, seed=o.seed, shares=shares, early=early)
+                                       total_tokens=o.tokens, seed=o.seed, shares=shares,
+                                       early=early)
         self.n_steps, self.extra = self.batches.n_steps, {}
 
     def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
-        """Mean −log π(next token | tokens before it, of the same document), in o.accumulate parts."""
+        """Mean −log π(next token | tokens before it, of the same document), in o.accumulate parts.
+        """
         batch = (x.to(self.run.device).chunk(self.o.accumulate) for x in self.batches.batch(step))
         for tokens, targets, docs in zip(*batch, strict=True):
             with precision(self.run.dtype, self.run.device):
@@ -100,7 +100,8 @@ class PretrainTask:
     def validation_nats(self) -> tuple[float, int]:
         """(Σ −log π over a fixed full pass, the number of targets)."""
         nats, n, model, device = 0.0, 0, self.run.model, self.run.device
-        for arrays in eval_windows(self.val.tokens, self.val.starts, self.o.window, 4 * self.o.batch):
+        for arrays in eval_windows(self.val.tokens, self.val.starts, self.o.window,
+                                   4 * self.o.batch):
             tokens, targets, docs, real = (x.to(device) for x in arrays)
             with precision(self.run.dtype, device):
                 hidden = model.hidden(tokens, docs=None if self.val.single else docs)
@@ -109,29 +110,38 @@ class PretrainTask:
         return nats, n
 
     def free_texts(self, n: int = 4) -> list[str]:
-        """What the model writes when it is given only a document's beginning."""
+        """What the model writes after the token that begins a document."""
         tokenizer = self.run.tokenizer
-        return reply_texts(tokenizer, reply_to(self.run.model, tokenizer, [[tokenizer.eot_id]] * n, self.o.window // 2,
+        return reply_texts(tokenizer, reply_to(self.run.model, tokenizer, [[tokenizer.eot_id]] * n,
+                                               self.o.window // 2,
                                                seed=self.o.seed, temperature=0.8))
 
 
+def new_model(o: PretrainOptions, vocab_size: int) -> Transformer:
+    """An untrained model of the options' shape, its weights drawn by the seed."""
+    shape = {name: getattr(o, name) for name in ("n_layer", "n_head", "n_kv_head", "d_model",
+                                                 "d_ff", "max_len")}
+    model = Transformer(ModelConfig(vocab_size=vocab_size, **shape))
+    model.initialise(torch_seed(o.seed, "pretrain", "weights"))
+    return model
+
+
 def pretrain(o: PretrainOptions) -> Run | None:
-    """Maximum likelihood on plain text: θ ← θ + α ∇ Σ log π(next token | tokens before it, of the same document)."""
+    """Maximum likelihood on plain text: θ ← θ + α ∇ Σ log π(next token | tokens before it, of the
+    same document)."""
     if o.init_from or o.reward_from:
-        raise UserError("pretrain starts from nothing: --init_from and --reward_from have no effect on it; use them "
-                        "with sft, reward or ppo")
+        raise UserError("pretrain starts from nothing: --init_from and --reward_from have no "
+                        "effect on it; use them with sft, reward or ppo")
     data = open_for(o, o.data)
     tokenizer = data.require_tokenizer()
-    shape = {name: getattr(o, name) for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "max_len")}
-    model = Transformer(ModelConfig(vocab_size=tokenizer.n_vocab, **shape))
-    model.initialise(torch_seed(o.seed, "pretrain", "weights"))
-    run = open_run("pretrain", o, data, {}, model, tokenizer)
+    run = open_run("pretrain", o, data, {}, new_model(o, tokenizer.n_vocab), tokenizer)
     if run is None:
         return None
     task = PretrainTask(run, data)
     if task.batches.passes > 20:
-        print(f"pretrain: warning: {o.tokens} tokens are up to {task.batches.passes} passes over a part of this data, "
-              "which will be learned by heart: bring more text, or lower --tokens", file=sys.stderr)
+        print(f"pretrain: warning: {o.tokens} tokens are up to {task.batches.passes} passes over a "
+              "part of this data, which will be learned by heart: bring more text, or lower "
+              "--tokens", file=sys.stderr)
     print(f"pretrain: {run.model.n_parameters() / 1e6:.2f} M parameters, "
           f"{run.model.flops_per_token(o.window) / 1e6:.1f} MFLOP a token, {task.n_steps} steps of "
           f"{o.window * o.batch * o.accumulate} tokens", flush=True)
@@ -142,17 +152,23 @@ def pretrain(o: PretrainOptions) -> Run | None:
 # ---- stage 2: supervised fine-tuning -------------------------------------------------------------
 
 @dataclasses.dataclass
-class SFTOptions(Learning):
+class SFTOptions(MaximumLikelihoodOptions):
     """`python train.py sft`"""
 
-    epochs: float = option(1.0, "passes over the dialogues", smoke=1.0, low=0.01)
-    batch: int = option(32, "dialogues per step", smoke=16, low=1)
-    max_len: int = option(128, "longest dialogue in tokens; longer ones are left out, never cut", smoke=64, base=512,
+    PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
+        "smoke": dict(batch=16, max_len=64, eval_every=20),
+        "base": dict(max_len=512, lr=0.001, adam_lr=3e-5),
+    }
+
+    epochs: float = option(1.0, "passes over the dialogues", low=0.01)
+    batch: int = option(32, "dialogues per step", low=1)
+    max_len: int = option(128, "longest dialogue in tokens; longer ones are left out, never cut",
                           low=16)
-    lr: float = option(0.005, "learning rate of block matrices (Muon), or of all (AdamW)", base=0.001, low=0)
-    adam_lr: float = option(0.002, "learning rate of embeddings and norms, by AdamW", base=3e-5, low=0)
-    decay: float = option(0.9, "share of the steps, the last ones, over which it falls to 0", low=0, high=1)
-    eval_every: int = option(150, "steps between measurements on validation", smoke=20, low=1)
+    lr: float = option(0.005, "learning rate of block matrices (Muon), or of all (AdamW)", low=0)
+    adam_lr: float = option(0.002, "learning rate of embeddings and norms, by AdamW", low=0)
+    decay: float = option(0.9, "share of the steps, the last ones, over which it falls to 0", low=0,
+                          high=1)
+    eval_every: int = option(150, "steps between measurements on validation", low=1)
 
 
 class SFTTask:
@@ -161,10 +177,13 @@ class SFTTask:
     def __init__(self, run: Run, data: Prepared):
         o = self.o = run.o
         self.run, self.template = run, data.template
-        self.rows, self.left_out = dialogue_rows(data.records("sft", "train"), run.tokenizer, data.template, o.max_len)
-        self.val_rows, _ = dialogue_rows(data.records("sft", "val"), run.tokenizer, data.template, o.max_len)
+        self.rows, self.left_out = dialogue_rows(data.records("sft", "train"), run.tokenizer,
+                                                 data.template, o.max_len)
+        self.val_rows, _ = dialogue_rows(data.records("sft", "val"), run.tokenizer, data.template,
+                                         o.max_len)
         if not self.rows or not self.val_rows:
-            raise UserError(f"sft: no dialogue fits {o.max_len} tokens: raise --max_len, or pretrain with a larger one")
+            raise UserError(f"sft: no dialogue fits {o.max_len} tokens: raise --max_len, or "
+                            "pretrain with a larger one")
         self.n_steps = math.ceil(o.epochs * len(self.rows) / o.batch)
         self.reply_len = min(64, o.max_len // 2)
         prompts = drop_long_prompts(data.records("ppo", "val"), run.tokenizer, data.template,
@@ -179,7 +198,8 @@ class SFTTask:
         where = where[:, 0] * tokens.shape[1] + where[:, 1]
         with precision(self.run.dtype, self.run.device):
             hidden = self.run.model.hidden(tokens, docs=docs, where=where)
-            return cross_entropy_sum(self.run.model, hidden, tokens.flatten()[where + 1]), int(learned.sum())
+            return cross_entropy_sum(self.run.model, hidden,
+                                     tokens.flatten()[where + 1]), int(learned.sum())
 
     def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
         """Mean −log π over the batch's learned tokens."""
@@ -192,14 +212,16 @@ class SFTTask:
         """Nats a reply token on validation; replies to a few prompts go into samples.jsonl."""
         parts = [self.nats(self.val_rows[i:i + 128]) for i in range(0, len(self.val_rows), 128)]
         ids = [prompt_ids(self.run.tokenizer, prompt, self.template) for prompt in self.examples]
-        texts = reply_texts(self.run.tokenizer, reply_to(self.run.model, self.run.tokenizer, ids, self.reply_len,
-                                                         seed=self.o.seed))
-        self.run.samples(step, [{"prompt": p, "reply": t} for p, t in zip(self.examples, texts, strict=True)])
+        texts = reply_texts(self.run.tokenizer, reply_to(self.run.model, self.run.tokenizer, ids,
+                                                         self.reply_len, seed=self.o.seed))
+        self.run.samples(step, [{"prompt": p, "reply": t} for p,
+                                t in zip(self.examples, texts, strict=True)])
         return {"val_loss": float(sum(nats for nats, _ in parts)) / sum(n for _, n in parts)}
 
 
 def sft(o: SFTOptions) -> Run | None:
-    """Maximum likelihood on replies alone: the same loss, only where the loss mask of the dialogue is True."""
+    """Maximum likelihood on replies alone: the same loss, only where the loss mask of the dialogue
+    is True."""
     if o.reward_from:
         raise UserError("sft reads no reward model: --reward_from has no effect on it")
     data = open_for(o, o.data)
@@ -209,8 +231,8 @@ def sft(o: SFTOptions) -> Run | None:
     if run is None:
         return None
     task = SFTTask(run, data)
-    print(f"sft: {len(task.rows)} dialogues ({task.left_out} of over {o.max_len} tokens left out), {task.n_steps} "
-          f"steps of {o.batch}", flush=True)
+    print(f"sft: {len(task.rows)} dialogues ({task.left_out} of over {o.max_len} tokens left out), "
+          f"{task.n_steps} steps of {o.batch}", flush=True)
     run.finish(**fit(run, task))
     return run
 
@@ -218,7 +240,8 @@ def sft(o: SFTOptions) -> Run | None:
 # ---- stage 3: the reward model -------------------------------------------------------------------
 
 def reward(o: RewardOptions) -> Run | None:
-    """`train_reward`; of labels, also the model's table beside the n-gram baseline, on validation."""
+    """`train_reward`; of labels, also the model's table beside the n-gram baseline, on validation.
+    """
     run = train_reward(o)
     data = open_for(o, o.data)
     if run is not None and data.has_labels("reward", "val"):
@@ -237,7 +260,8 @@ STAGES: dict[str, tuple[type, Callable[[Any], Run | None]]] = {
 
 
 def run_all(options: dict[str, Common]) -> None:
-    """Run what is missing, in order; then compare the policy before and after, and write the report."""
+    """Run what is missing, in order; then compare the policy before and after, and write the
+    report."""
     start = time.perf_counter()
     init_from, reward_from = options["sft"].init_from, options["ppo"].reward_from
     brought = {"pretrain": init_from, "reward": reward_from}
@@ -252,12 +276,14 @@ def run_all(options: dict[str, Common]) -> None:
                            reward_from=reward_from if stage == "ppo" else ""))
     o = options["ppo"]
     settings = evaluate.ReplySettings(o.reply_len, o.temperature)
-    evaluate.write_report(data, run_folder(o, ""), seed=o.seed, settings=settings, n_prompts=o.report_prompts,
+    evaluate.write_report(data, run_folder(o, ""), seed=o.seed, settings=settings,
+                          n_prompts=o.report_prompts,
                           device=pick_device(o.device), seconds=time.perf_counter() - start)
 
 
 def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
-    """Fail before hours of work: UserError if a stage has no data, or if the reward model is none."""
+    """Fail before hours of work: UserError if a stage has no data, or if the reward model is none.
+    """
     for stage in stages:
         if stage == "pretrain":
             data.require_tokenizer()
@@ -271,19 +297,21 @@ def main(argv: list[str]) -> int:
     stage, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("all", argv)
     if stage not in (*STAGES, "all"):
         near = difflib.get_close_matches(stage, [*STAGES, "all"], 1)
-        raise UserError(f"unknown stage {stage!r}{f'; did you mean {near[0]}?' if near else ''}: use all, "
-                        f"{', '.join(STAGES)}")
+        raise UserError(f"unknown stage {stage!r}{f'; did you mean {near[0]}?' if near else ''}: "
+                        f"use all, {', '.join(STAGES)}")
     Interrupt.install()
     keep_freed_memory()
     try:
         if stage == "all":
-            options = parse_all(Common, {name: cls for name, (cls, _) in STAGES.items()}, rest, "train.py")
+            options = parse_all(Common, {name: cls for name, (cls, _) in STAGES.items()}, rest,
+                                "train.py")
             pick_device(options["ppo"].device)  # fail early on a missing device
             run_all(options)
         else:
             cls, function = STAGES[stage]
             o = parse(cls, rest, f"train.py {stage}")
-            o.refuse("report_prompts", why=f"on {stage} alone: it is for the report of `train.py all`")
+            o.refuse("report_prompts", why=f"on {stage} alone: it is for the report of `train.py "
+                                           "all`")
             pick_device(o.device)
             function(o)
     except Interrupted as stop:

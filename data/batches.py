@@ -244,23 +244,16 @@ class Rows(NamedTuple):
     tokens: Tensor  # (M, L) int64
     real: Tensor  # (M, L) bool: no padding
     reply: Tensor  # (M, L) bool: tokens of the reply
-
-    @property
-    def before(self) -> Tensor:
-        """(N,): the position before each reply token in the flattened (M, L), row by row."""
-        return self.reply.flatten().nonzero()[:, 0] - 1
-
-    @property
-    def targets(self) -> Tensor:
-        """(N,): the reply tokens, in the same order."""
-        return self.tokens[self.reply]
+    before: Tensor  # (N,): the position before each reply token in the flattened (M, L), row by row
+    targets: Tensor  # (N,): the reply tokens, in the same order
 
 
 def make_rows(tokens: Tensor, real: Tensor, reply: Tensor) -> Rows:
     """Move each row's real tokens to its beginning, in the same order; all arguments (M, T)."""
     longest = int(real.sum(1).max())
     order = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
-    return Rows(tokens.gather(1, order), real.gather(1, order), reply.gather(1, order))
+    tokens, real, reply = (x.gather(1, order) for x in (tokens, real, reply))
+    return Rows(tokens, real, reply, reply.flatten().nonzero()[:, 0] - 1, tokens[reply])
 
 
 def scatter_tokens(flat: Tensor, response_mask: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class NgramClassifier:
         self.idf, self.weight = torch.zeros(n_features), torch.zeros(n_features)
         self.bias = torch.zeros(1)
 
-    # ---- features ----
+    # ---- features --------------------------------------------------------------------------------
 
     def ngrams(self, text: str) -> Counter[int]:
         """Feature number -> count of the text's n-grams. The number is a hash of the code points
@@ -68,7 +68,7 @@ class NgramClassifier:
         length = torch.zeros(n).index_add_(0, rows, values * values).sqrt().clamp(min=1e-12)
         return rows, numbers, values / length[rows]
 
-    # ---- training and prediction ----
+    # ---- training and prediction -----------------------------------------------------------------
 
     def fit(self, texts: Sequence[str], labels: Sequence[int]) -> "NgramClassifier":
         """Learn from texts and their labels (1 liked, 0 not) by L-BFGS; returns self."""
@@ -112,7 +112,7 @@ class NgramClassifier:
         """(n,): P(liked)."""
         return 1 / (1 + np.exp(-self.logits(texts)))
 
-    # ---- files ----
+    # ---- files -----------------------------------------------------------------------------------
 
     def settings(self) -> tuple:
         """The constructor's arguments."""

@@ -24,7 +24,7 @@ from data.sets import DATA_SETS
 from runtime.options import Options, UserError, option, parse, run_main
 
 VERSION = 3  # of the stored form; raise it to make folders prepared earlier unused
-CACHE = pathlib.Path(__file__).parent / "cache"
+CACHE = pathlib.Path(os.environ.get("MOSSLET_CACHE") or pathlib.Path(__file__).parent / "cache")
 NO_EFFECT = {"source": "it names the raw files of {names}", "limit": "it is for {names}",
              "vocab_size": "no vocabulary of tokens is trained on it"}  # why an option is refused
 
@@ -41,12 +41,13 @@ def find_data_set(data: str) -> DataSet:
 
 
 def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, limit: int = 0,
-            cache: str | os.PathLike = CACHE) -> pathlib.Path:
+            cache: str | os.PathLike | None = None) -> pathlib.Path:
     """The prepared folder of a data set, given by name, or of the user's files, given by path.
 
-    It is built if it is not in `cache` yet. Options that the data set does not read are ignored.
+    It is built if it is not in `cache` yet (None: data/cache/, or the folder that the variable
+    MOSSLET_CACHE names). Options that the data set does not read are ignored.
     """
-    cache, data_set = pathlib.Path(cache), find_data_set(data)
+    cache, data_set = pathlib.Path(cache or CACHE), find_data_set(data)
     options = {name: value for name, value in (("vocab_size", vocab_size), ("limit", limit))
                if name in data_set.options}
     path = pathlib.Path(source) if source and "source" in data_set.options else None
@@ -122,7 +123,7 @@ class PrepareOptions(Options):
 
     source: str = option("", "folder or archive with the raw files, instead of downloading them")
     vocab_size: int = option(4096, "tokens of the vocabulary, six special ones included", low=262)
-    limit: int = option(0, "use only so many distinct texts; 0: all", low=0)
+    limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
     traceback: bool = option(False, "show where in the code an error arose")
 
 

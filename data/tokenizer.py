@@ -18,8 +18,8 @@ SPECIAL_TOKENS = ("<|Human|>", "<eoh>", "<|MOSS|>", "<eom>", "<|endoftext|>", "<
 
 # Pieces of text that merges never cross: runs of Chinese characters; words with the space before
 # them; up to three digits; punctuation; white space. Each character belongs to one class, because
-# tiktoken drops what does not match. Pieces are at most 33 characters long, because merging inside a
-# piece takes quadratic time. [^\P{L}\p{Han}] is a letter that is not Chinese.
+# tiktoken drops what does not match. Pieces are at most 33 characters long, because merging inside
+# a piece takes quadratic time. [^\P{L}\p{Han}] is a letter that is not Chinese.
 PATTERN = (r"\p{Han}{1,32}| ?[^\P{L}\p{Han}]{1,32}|\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,32}|\s{1,32}")
 CHARACTER_PATTERN = r"(?s:.)"
 

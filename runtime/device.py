@@ -1,4 +1,5 @@
-"""Where and how to compute: the device, the precision of matrix products, and whether compiling pays."""
+"""Where and how to compute: the device, the precision of matrix products, and whether compiling
+pays."""
 import contextlib
 import functools
 import math
@@ -16,21 +17,24 @@ from runtime.options import UserError
 
 def pick_device(device: str) -> str:
     """`auto` is CUDA, then Apple's MPS, then the CPU; a device that is not there is an error."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
     if device == "auto":
         return next(name for name, there in available.items() if there)
     if not available[device]:
-        raise UserError(f"--device {device}: this torch ({torch.__version__}) sees no such device; use --device auto "
-                        f"or cpu")
+        raise UserError(f"--device {device}: this torch ({torch.__version__}) sees no such device; "
+                        "use --device auto or cpu")
     return device
 
 
-def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024, repeats: int = 60) -> tuple[str, str]:
-    """(dtype, why). `auto` times one layer's matrix product in float32, and in bfloat16 as autocast would do it.
+def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024,
+               repeats: int = 60) -> tuple[str, str]:
+    """(dtype, why). `auto` times one layer's matrix product in float32, and in bfloat16 as autocast
+    would do it.
 
-    On CPUs flags do not tell which is faster (of two that have bfloat16 instructions it was worth 2.4x on one and lost
-    on the other), and the conversions that autocast adds eat the gain at small widths, so bfloat16 has to win by a
-    clear margin.
+    On CPUs flags do not tell which is faster (of two that have bfloat16 instructions it was worth
+    2.4x on one and lost on the other), and the conversions that autocast adds eat the gain at small
+    widths, so bfloat16 has to win by a clear margin.
     """
     if dtype != "auto":
         return dtype, "as asked"
@@ -41,7 +45,8 @@ def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024, repeats: i
         return "float32", "bfloat16 gains nothing at this width, or is not measured on this device"
     x, w = torch.randn(rows, width), torch.randn(4 * width, width)
     best = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    for _ in range(repeats):  # in turns, and the best of each, so that what else the machine does favours neither
+    # in turns, and the best of each, so that what else the machine does favours neither
+    for _ in range(repeats):
         for cast in best:
             start = time.perf_counter()
             F.linear(x.to(cast), w.to(cast)).float()
@@ -53,15 +58,18 @@ def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024, repeats: i
 
 
 def precision(dtype: str, device: str):
-    """Context for forwards: autocast lowers matrix products to bfloat16; weights, norms and losses stay float32."""
+    """Context for forwards: autocast lowers matrix products to bfloat16; weights, norms and losses
+    stay float32."""
     return torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
-COMPILE_FROM = {"cpu": 300.0, "cuda": 120.0}  # seconds of work ahead; it saves some 15 % on a CPU and takes 15 to 40 s
+# seconds of work ahead; it saves some 15 % on a CPU and takes 15 to 40 s
+COMPILE_FROM = {"cpu": 300.0, "cuda": 120.0}
 
 
 @functools.lru_cache(maxsize=2)
 def compiler_fault(device: str = "cpu") -> str:
-    """What keeps torch.compile from working here, in one line; empty where it works. Tries it on a small function."""
+    """What keeps torch.compile from working here, in one line; empty where it works. Tries it on a
+    small function."""
     compiler, headers = os.environ.get("CXX", "g++"), sysconfig.get_paths()["include"]
     if shutil.which(compiler) is None:
         return f"there is no C++ compiler ({compiler}): install g++, or name yours in the variable CXX"
@@ -72,15 +80,17 @@ def compiler_fault(device: str = "cpu") -> str:
         fine = torch.equal(torch.compile(lambda x: 2 * x + 1)(x), 2 * x + 1)
         return "" if fine else "torch.compile computes something else than was asked for"
     except Exception as error:  # whatever the compiler, the linker or triton say
-        said = str(error)
-        if "omp.h" in said or "gomp" in said or "fopenmp" in said:
+        message = str(error)
+        if "omp.h" in message or "gomp" in message or "fopenmp" in message:
             return "OpenMP is missing: install libgomp (with clang: libomp-dev)"
-        lines = [line for line in said.splitlines() if line.strip()]
+        lines = [line for line in message.splitlines() if line.strip()]
         return f"it fails with {type(error).__name__}: {lines[0][:150] if lines else ''}"
 
 
 def compile_pays(asked: str, device: str, seconds_ahead: float) -> tuple[bool, str]:
-    """(compile?, why) for `--compile on` or `auto`, when about so many seconds of work lie ahead."""
+    """(compile?, why) for `--compile on` or `auto`, with about `seconds_ahead` seconds of work to
+    do.
+    """
     least = COMPILE_FROM.get(device, math.inf)
     if asked == "auto" and seconds_ahead < least:
         return False, f"about {seconds_ahead:.0f} s lie ahead; compiling pays from {least:.0f} on"
@@ -90,8 +100,9 @@ def compile_pays(asked: str, device: str, seconds_ahead: float) -> tuple[bool, s
 
 
 def compile_trunks(*models: nn.Module) -> None:
-    """Compile the part that all stages share. Models of one shape share its graphs, whatever their weights; the number
-    of rows, their length and the number of chosen positions may change freely."""
+    """Compile the part that all stages share. Models of one shape share its graphs, whatever their
+    weights; the number of rows, their length and the number of chosen positions may change freely.
+    """
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     for model in models:
         if "trunk" not in vars(model):  # else it is compiled already

@@ -1,4 +1,5 @@
-"""Random draws: each one is a function of (seed, stage, purpose, step or epoch, row) and nothing else.
+"""Random draws: each one is a function of (seed, stage, purpose, step or epoch, row) and nothing
+else.
 
 Batch composition, device, threads and earlier draws have no influence, so there is no random state
 to save: a resumed run asks for the draws of its next step and gets those of the uninterrupted run.

@@ -2,8 +2,8 @@
 
     θ ← θ − α · step(∇ L(θ))        one optimizer step a batch, the gradient clipped
 
-A stage describes itself as a `Task`; `fit` steps, measures, logs and saves. Every random draw follows
-from the step alone, so a resumed run continues exactly.
+A stage describes itself as a `Task`; `fit` steps, measures, logs and saves. Every random draw
+follows from the step alone, so a resumed run continues exactly.
 """
 import math
 import time
@@ -27,15 +27,16 @@ class Task(Protocol):
     extra: dict[str, Any]  # kept in the checkpoint beside the model
 
     def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
-        """(loss, tokens) of each part of one optimizer step. A loss is already divided by the count of
-        the whole step, so that the parts' gradients add up."""
+        """(loss, tokens) of each part of one optimizer step. A loss is already divided by the count
+        of the whole step, so that the parts' gradients add up."""
 
     def measure(self, step: int) -> dict[str, float]:
         """Figures on validation, with the model in evaluation mode."""
 
 
 def fit(run: Run, task: Task) -> dict[str, float]:
-    """Train run.model to the task's last step, from where run.state stopped; the last measurements."""
+    """Train run.model to the task's last step, from where run.state stopped; the last measurements.
+    """
     o, model, n_steps = run.o, run.model, task.n_steps
     optimizers = make_optimizers(model, o)
     restore(optimizers, run.state)
@@ -46,7 +47,8 @@ def fit(run: Run, task: Task) -> dict[str, float]:
     measured, tokens, since = run.state.get("measured", {}), 0, time.perf_counter()
 
     def save(step: int) -> None:
-        run.save(step, optimizers=[x.state_dict() for x in optimizers], measured=measured, **task.extra)
+        run.save(step, optimizers=[x.state_dict() for x in optimizers], measured=measured,
+                 **task.extra)
 
     with run.progress(n_steps) as bar:
         for step in range(run.step, n_steps):
@@ -63,7 +65,8 @@ def fit(run: Run, task: Task) -> dict[str, float]:
             measuring = last or done % o.eval_every == 0
             if measuring or done % o.log_every == 0:
                 metrics = {"loss": loss, "lr": factor * o.lr, "grad_norm": norm,
-                           "tokens_per_s": tokens / (time.perf_counter() - since), "seconds": run.seconds()}
+                           "tokens_per_s": tokens / (time.perf_counter() - since),
+                           "seconds": run.seconds()}
                 if measuring:
                     model.eval()
                     measured = task.measure(done)
@@ -79,8 +82,8 @@ def fit(run: Run, task: Task) -> dict[str, float]:
 
 def gradient_step(run: Run, optimizers: list[torch.optim.Optimizer], task: Task,
                   step: int) -> tuple[float, float, int]:
-    """One optimizer step: (loss, gradient norm before clipping, tokens). UserError, before the weights
-    change, if a number is not finite."""
+    """One optimizer step: (loss, gradient norm before clipping, tokens). UserError, before the
+    weights change, if a number is not finite."""
     o, total, tokens = run.o, 0.0, 0
     run.model.train()
     for loss, n in task.losses(step):
@@ -90,7 +93,8 @@ def gradient_step(run: Run, optimizers: list[torch.optim.Optimizer], task: Task,
     norm = float(nn.utils.clip_grad_norm_(run.model.parameters(), o.clip or math.inf))
     if not math.isfinite(total + norm):
         saved = step >= o.save_every or run.state
-        raise UserError(f"{run.stage}: the loss is {total}, its gradient's norm {norm} at step {step + 1}; "
+        raise UserError(f"{run.stage}: the loss is {total}, its gradient's norm {norm} at step "
+                        f"{step + 1}; "
                         f"{'the last good checkpoint is kept' if saved else 'nothing was saved yet'}: "
                         f"lower --lr ({o.lr:g}) or --adam_lr, or look for damaged records")
     for optimizer in optimizers:

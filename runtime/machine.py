@@ -17,15 +17,15 @@ from runtime.options import UserError
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:
-    """Write a file whole or not at all: under a temporary name, then renamed."""
+    """Write a file atomically: under a temporary name, then renamed."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
 def save_whole(path: pathlib.Path, payload: Any) -> None:
-    """torch.save, whole or not at all: written under a temporary name, synced to the disk and then renamed, so that a
-    kill or a full disk at any moment leaves the previous file as it was."""
+    """torch.save, atomically: written under a temporary name, synced to the disk and then
+    renamed, so that a kill or a full disk at any moment leaves the previous file as it was."""
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,8 +36,9 @@ def save_whole(path: pathlib.Path, payload: Any) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        kept = " (the previous one is kept)" if path.exists() else ""
-        raise UserError(f"{path}: cannot be written: {error}{kept}; free some space or choose another --out") from error
+        previous = " (the previous one is kept)" if path.exists() else ""
+        raise UserError(f"{path}: cannot be written: {error}{previous}; free some space or choose "
+                        "another --out") from error
 
 
 class Interrupted(Exception):
@@ -61,15 +62,15 @@ class Interrupt:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what was freed; with another C library it does nothing.
+    """Let glibc keep freed memory; with another C library this does nothing.
 
-    Else each large tensor's pages go back to the system and are faulted in again at the next step: a third of the time
-    of a step whose shapes vary, on CPU (measured).
+    Otherwise glibc returns freed pages to the OS and every step page-faults them in again: a third
+    of the time of a step whose shapes vary, on CPU (measured).
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's top is not given back
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's top is never returned
     except (OSError, AttributeError):
         return
 
@@ -78,7 +79,8 @@ def git_commit() -> str:
     """Commit of the code, with a + where files differ from it; empty outside a clone."""
     here = pathlib.Path(__file__).parent
     try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"], cwd=here,
+        commit = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=10",
+                                 "--exclude=*"], cwd=here,
                                 capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
@@ -89,17 +91,23 @@ def processor() -> str:
     """The CPU's own name where the system tells it."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(line.split(":", 1)[1].strip() for line in lines
+                    if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
-NUMBERS_AT_ONCE = {"cpu": 2**26, "mps": 2**26, "cuda": 2**28}  # in float32 a quarter of a GiB, or one, for an array
+# in float32 a quarter of a GiB, or one, for an array
+NUMBERS_AT_ONCE = {"cpu": 2**26, "mps": 2**26, "cuda": 2**28}
 
 
-def in_pieces(function: Callable[..., tuple[Tensor, ...]], numbers: int, *rows: Tensor) -> tuple[Tensor, ...]:
-    """function(*rows), where the function treats each row by itself and holds so many numbers for each in between.
-    Above NUMBERS_AT_ONCE in all, one piece of the rows is done after another, and a backward computes each piece anew,
-    so that they are never all held at once: that costs the time of one more forward."""
+def row_chunks(function: Callable[..., tuple[Tensor, ...]], numbers: int,
+               *rows: Tensor) -> tuple[Tensor, ...]:
+    """function(*rows), in chunks of rows if the function holds too many numbers in between.
+
+    function: treats each row by itself and holds `numbers` numbers for each. Above NUMBERS_AT_ONCE
+    in all, one chunk is computed after another, and the backward recomputes each chunk, which costs
+    the time of one more forward.
+    """
     size = max(1, NUMBERS_AT_ONCE[rows[0].device.type] // numbers)
     if len(rows[0]) <= size:
         return function(*rows)

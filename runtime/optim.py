@@ -1,22 +1,26 @@
-"""How a step is taken, and how large it is: Muon and AdamW, and the course of the learning rate over a run."""
+"""Optimizers and learning rates: Muon and AdamW, and the schedule over a run."""
 from collections import defaultdict
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from runtime.options import Learning
+from runtime.options import MaximumLikelihoodOptions
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are made orthogonal, so that all directions of a matrix are learned at one speed (Jordan
-    2024). The step is lr · sqrt(max(1, rows / columns)) times that matrix; weight decay is decoupled.
+    """Momentum made orthogonal, so that all directions of a matrix are learned at one speed (Jordan
+    2024).
 
-    As torch.optim.Muon, but matrices of one shape are taken as one batch: small products one by one leave the
-    processor waiting (12.2 ms a step of the demo become 10.5).
+    The step is lr · sqrt(max(1, rows / columns)) times that matrix; weight decay is decoupled. As
+    torch.optim.Muon, but matrices of one shape form one batch, which saves kernel launches (12.2 ms
+    a step of the demo become 10.5).
     """
 
-    def __init__(self, parameters, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, steps: int = 5):
-        super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
+    def __init__(self, parameters, lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
+                 steps: int = 5):
+        super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                                          steps=steps))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -32,38 +36,47 @@ class Muon(torch.optim.Optimizer):
                     average.lerp_(p.grad, 1 - momentum)
                     updates.append(p.grad.lerp(average, momentum))  # Nesterov's look ahead
                 size = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
-                for p, direction in zip(matrices, orthogonal(torch.stack(updates), group["steps"]), strict=True):
+                for p, direction in zip(matrices, orthogonal(torch.stack(updates), group["steps"]),
+                                        strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(direction, alpha=-size)
 
 
 def orthogonal(x: Tensor, steps: int) -> Tensor:
-    """Matrices (n, rows, columns) with the singular vectors of x, and all singular values near 1: a Newton–Schulz
-    iteration, whose quintic's coefficients (Jordan 2024) are chosen to be steep at 0. In bfloat16, which suffices."""
+    """Matrices (n, rows, columns) with the singular vectors of x and all singular values near 1.
+
+    A Newton–Schulz iteration with Jordan's (2024) quintic, whose coefficients are steep at 0;
+    bfloat16 suffices.
+    """
     wide = x.shape[1] <= x.shape[2]
     x = (x if wide else x.mT).bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x,
+                          beta=3.4445)
     return x if wide else x.mT
 
 
-def make_optimizers(model: nn.Module, o: Learning) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for embeddings, norms and heads; or AdamW for all."""
-    blocks = [p for n, p in model.named_parameters() if p.dim() == 2 and ".blocks." in f".{n}"]
-    chosen = {id(p) for p in blocks}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+def make_optimizers(model: Any, o: MaximumLikelihoodOptions) -> list[torch.optim.Optimizer]:
+    """Muon for model.matrix_parameters(), AdamW for embeddings, norms and heads; or AdamW for all.
+    """
+    matrices = model.matrix_parameters()
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
     if o.optimizer == "adamw":
-        groups = [{"params": blocks, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        groups = [{"params": matrices, "weight_decay": o.weight_decay},
+                  {"params": others, "weight_decay": 0.0}]
         return [torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, 0.95), fused=True)]
-    return [Muon(blocks, lr=o.lr, weight_decay=o.weight_decay, steps=o.muon_steps),
-            torch.optim.AdamW(rest, lr=o.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    return [Muon(matrices, lr=o.lr, weight_decay=o.weight_decay, steps=o.muon_steps),
+            torch.optim.AdamW(others, lr=o.adam_lr, betas=(0.9, 0.95), weight_decay=0.0,
+                              fused=True)]
 
 
-def learning_rate(step: int, n_steps: int, warmup: float, decay: float, final: float = 0.0) -> float:
-    """Factor on the learning rate: a linear rise over the first share `warmup` of the steps, and a linear fall to
-    `final` over the last share `decay`."""
+def learning_rate(step: int, n_steps: int, warmup: float, decay: float,
+                  final: float = 0.0) -> float:
+    """Factor on the learning rate of step 0, 1, …: a linear rise over the first share `warmup` of
+    the steps, and a linear fall to `final` over the last share `decay`."""
     rise = (step + 1) / max(1, round(warmup * n_steps))
     fall = (n_steps - step) / max(1, decay * n_steps)
     return min(1.0, rise, final + (1 - final) * min(1.0, fall))
@@ -77,6 +90,6 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
 
 
 def restore(optimizers: list[torch.optim.Optimizer], state: dict) -> None:
-    """Give the optimizers their momentum back, where a checkpoint's state has it."""
+    """Load the optimizers' state from a checkpoint's, if it is there."""
     for optimizer, saved in zip(optimizers, state.get("optimizers", []), strict=False):
         optimizer.load_state_dict(saved)

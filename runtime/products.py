@@ -1,9 +1,10 @@
-"""Matrix products as this processor does them best, and whether torch.compile pays: the one place for such knowledge.
+"""Linear layers and RMSNorm in the forms that are fast on this processor.
 
-Everything here has a plain fall-back that computes the same. On some processors (AMD's, for example) the float32
-products behind `F.linear` reach less than half of what oneDNN's reach, which PyTorch ships, too; so training asks, by
-measuring, which is faster (`pick_products`), and decoding packs its weights once per rollout (`PackedLinear`). Names of
-oneDNN operators are private to PyTorch: where one is missing, `F.linear` is used.
+On some processors (AMD's, for example) the float32 products behind `F.linear` reach less than half
+of the speed of oneDNN's, which PyTorch ships, too. A run therefore measures which is faster
+(`pick_products`) and tells its models (`use_products`). Everything here has a plain fallback that
+computes the same. The names of oneDNN's operators are private to PyTorch: if one is missing,
+`F.linear` is used.
 """
 import math
 import time
@@ -12,16 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-_reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if _onednn is not None else None
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise",
+                  None) if torch.backends.mkldnn.is_available() else None
+_reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight",
+                   None) if _onednn is not None else None
 
 
-# ---- float32 products of training ------------------------------------------------------------------------------------
+# ---- float32 products of training ----------------------------------------------------------------
 
 _library = torch.library.Library("mosslet", "FRAGMENT")
 _library.define("product(Tensor a, Tensor b) -> Tensor")
 _library.impl("product", lambda a, b: _onednn(a, b, None, "none", [], ""), "CPU")
-_product = torch.ops.mosslet.product  # a (…, K) @ b (N, K)ᵀ by oneDNN, whatever their strides; opaque to the compiler
+# a (…, K) @ b (N, K)ᵀ by oneDNN, whatever their strides; opaque to the compiler
+_product = torch.ops.mosslet.product
 
 
 @torch.library.register_fake("mosslet::product")
@@ -42,49 +46,48 @@ class _Linear(torch.autograd.Function):
         x, w = ctx.saved_tensors
         g = g.contiguous()
         grad_x = _product(g, w.t()) if ctx.needs_input_grad[0] else None
-        return grad_x, _weight_gradient(g.flatten(0, -2), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        return grad_x, _weight_gradient(g.flatten(0, -2),
+                                        x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
 
 
 def _weight_gradient(g: Tensor, x: Tensor) -> Tensor:
-    """gᵀ x of g (M, N), x (M, K) -> (N, K). What stands first in a product is copied when it is transposed, so that
-    should be the narrower one."""
-    return _product(g.t(), x.t()) if g.shape[1] <= x.shape[1] else _product(x.t(), g.t()).t().contiguous()
+    """gᵀ x of g (M, N), x (M, K) -> (N, K). The left operand of a product is copied when it is
+    transposed, so that should be the narrower one."""
+    return _product(g.t(), x.t()) if g.shape[1] <= x.shape[1] else _product(x.t(),
+                                                                            g.t()).t().contiguous()
 
 
-class _Choice:
-    """What `linear` uses for float32 on CPU: "aten" (F.linear) or "onednn". Set once, before a run's first product."""
-
-    products = "aten"
-
-
-def use_products(name: str) -> None:
-    _Choice.products = name if _onednn is not None else "aten"
-
-
-def products() -> str:
-    return _Choice.products
+def use_products(model: nn.Module, name: str) -> None:
+    """Let all layers of this model compute float32 products on a CPU by "aten" or "onednn". The
+    choice belongs to the layers: another model's stays as it is. Without oneDNN it is always
+    "aten"."""
+    for module in model.modules():
+        if hasattr(module, "products"):
+            module.products = name if _onednn is not None else "aten"
 
 
 def pick_products(device: str, width: int, rows: int = 1024, repeats: int = 7) -> tuple[str, str]:
-    """("aten" or "onednn", why): whose float32 products are faster here, by measuring rows x width x 4·width."""
+    """("aten" or "onednn", why): whose float32 products are faster here, by measuring rows x width
+    x 4·width."""
     if device != "cpu" or _onednn is None or width < 128:
         return "aten", "nothing to choose at this width or on this device"
     x, w = torch.randn(rows, width), torch.randn(4 * width, width)
     best = {F.linear: math.inf, _product: math.inf}
-    for _ in range(repeats):  # in turns, and the best of each, so that what else the machine does favours neither
+    # in turns, and the best of each, so that what else the machine does favours neither
+    for _ in range(repeats):
         for multiply in best:
             start = time.perf_counter()
             multiply(x, w)
             best[multiply] = min(best[multiply], time.perf_counter() - start)
     aten, onednn = best.values()
-    return ("onednn" if onednn < 0.9 * aten else "aten"), (f"a {rows}x{width}x{4 * width} product takes "
-                                                           f"{1e3 * aten:.2f} ms by F.linear, {1e3 * onednn:.2f} by "
-                                                           "oneDNN")
+    return ("onednn" if onednn < 0.9 * aten else "aten"), (f"a {rows}x{width}x{4 * width} product "
+                                                           f"takes {1e3 * aten:.2f} ms by "
+                                                           f"F.linear, {1e3 * onednn:.2f} by oneDNN")
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (…, K), weight (N, K) -> (…, N), as F.linear."""
-    if (_Choice.products == "onednn" and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+def linear(x: Tensor, weight: Tensor, products: str = "aten") -> Tensor:
+    """x (…, K), weight (N, K) -> (…, N), as F.linear; `products` says by whose kernels."""
+    if (products == "onednn" and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")):
         learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         return _Linear.apply(x, weight) if learning else _product(x, weight)
@@ -94,15 +97,18 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """nn.Linear without bias, by `linear`."""
 
+    products = "aten"  # see use_products
+
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.products)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = n w with n = x / sqrt(mean x² + ε), over the last dimension: x (…, D), w (D,). Where g is the gradient of y,
+    """y = n w with n = x / sqrt(mean x² + ε), over the last dimension: x (…, D), w (D,). Where g is
+    the gradient of y,
 
         ∂x = (g w − n · mean(g w n)) / sqrt(mean x² + ε),        ∂w = Σ g n.
     """
@@ -125,7 +131,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm, on a CPU in fewer passes over memory: PyTorch composes its own there from separate operations."""
+    """nn.RMSNorm, on a CPU in fewer passes over memory: PyTorch composes its own there from
+    separate operations."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler fuses it itself

@@ -1,4 +1,5 @@
-"""A stage's run: its folder, what it computes with, its log, and the checkpoint that it resumes from.
+"""A stage's run: its folder, what it computes with, its log, and the checkpoint that it resumes
+from.
 
 `OUT/<data>/<stage>/` holds checkpoint.pt, config.json (options, versions, machine, seconds),
 metrics.jsonl (one JSON object a logged step) and samples.jsonl (texts to read). Four classes, from
@@ -36,11 +37,13 @@ except ImportError:  # Windows has no such locks
 class Compute:
     """Device, precision of matrix products, whose float32 products, and whether to compile.
 
-    What `auto` decided when a run began is kept in its checkpoint, so a resumed run computes alike.
+    What `auto` decided when a run began is kept in its checkpoint, so a resumed run computes the
+    same way.
     """
 
     def __init__(self, o: Common, stage: str, width: int, state: dict[str, Any]):
-        """width: the model's, at which products are timed. state: the checkpoint's; {}: a new run."""
+        """width: the model's, at which products are timed. state: the checkpoint's; {}: a new run.
+        """
         self.stage, self.device = stage, pick_device(o.device)
         self.dtype, why = state.get("dtype"), "as in the checkpoint"
         if self.dtype is None:
@@ -102,7 +105,8 @@ def resume_command(o: Common) -> str:
     """The command that resumes what this process began. `train.py all` resumes without a flag."""
     words = [word for word in sys.argv[1:] if not word.startswith(("--resume", "--fresh"))]
     resumes_anyway = o.resume and len(words) == len(sys.argv[1:])
-    return " ".join(["python train.py", *map(shlex.quote, words)]) + " --resume" * (not resumes_anyway)
+    return " ".join(["python train.py", *map(shlex.quote,
+                                             words)]) + " --resume" * (not resumes_anyway)
 
 
 class RunFolder:
@@ -113,9 +117,11 @@ class RunFolder:
     """
 
     def __init__(self, o: Common, stage: str, parents: dict[str, str]):
-        """parents: what the run starts from, by name: fingerprint of the data, hashes of weights."""
+        """parents: what the run starts from, by name: fingerprint of the data, hashes of weights.
+        """
         self.o, self.stage, self.parents, self.path = o, stage, parents, run_folder(o, stage)
-        self.options = {name: value for name, value in as_dict(o).items() if name not in o.not_compared()}
+        self.options = {name: value for name, value in as_dict(o).items()
+                        if name not in o.not_compared()}
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = self._lock()
         begun = (self.path / "checkpoint.pt").exists()  # else nothing could be lost or resumed
@@ -133,17 +139,19 @@ class RunFolder:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UserError(f"{self.path}: another process is at work there: wait for it, or choose "
-                            "another --out") from None
+            raise UserError(f"{self.path}: another process is at work there: wait for it, or "
+                            "choose another --out") from None
         except OSError:  # some network drives have no locks
             pass
         return file
 
     def _require_same(self, record: dict) -> None:
-        """UserError, naming the differences, unless the run that is there is this one, to be resumed."""
+        """UserError, naming the differences, unless the run that is there is this one, to be
+        resumed."""
         if not self.o.resume:
             raise UserError(f"{self.path}: a run is there already: resume it with "
-                            f"`{resume_command(self.o)}`, start anew with --fresh, or choose another --out")
+                            f"`{resume_command(self.o)}`, start anew with --fresh, or choose "
+                            "another --out")
         now = {**self.options, **self.parents}
         skipped = self.o.not_compared()
         before = {name: value for name, value in {**record["options"], **record["parents"]}.items()
@@ -192,7 +200,8 @@ class Progress:
     def update(self, **figures: float) -> None:
         """One step is done; figures: what to show of it."""
         self.step += 1
-        self.bar.set_postfix({name: f"{value:.3g}" for name, value in figures.items()}, refresh=False)
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in figures.items()},
+                             refresh=False)
         self.bar.update()
         now = time.perf_counter()
         if self.bar.disable and now - self.printed >= self.SECONDS:
@@ -200,8 +209,8 @@ class Progress:
             rate = (self.step - self.first) / (now - self.began)
             left = tqdm.format_interval((self.total - self.step) / rate)
             shown = "".join(f", {name} {value:.3g}" for name, value in figures.items())
-            print(f"{self.name}: step {self.step} of {self.total}, {rate:.2f} steps/s, {left} left{shown}",
-                  flush=True)
+            print(f"{self.name}: step {self.step} of {self.total}, {rate:.2f} steps/s, {left} "
+                  f"left{shown}", flush=True)
 
     def __enter__(self) -> "Progress":
         return self
@@ -213,8 +222,8 @@ class Progress:
 # ---- the run -------------------------------------------------------------------------------------
 
 class Run:
-    """A stage under way. `model` is what it trains, on its device; `state` is the checkpoint's that it
-    resumes from, {} for a new run; `step` counts the steps done before."""
+    """A stage under way. `model` is what it trains, on its device; `state` is the checkpoint's that
+    it resumes from, {} for a new run; `step` counts the steps done before."""
 
     def __init__(self, folder: RunFolder, model: nn.Module, tokenizer: Any, template: str,
                  state: dict[str, Any], write: Callable[..., None]):
@@ -227,8 +236,8 @@ class Run:
             show(self.o, f"{self.stage}: options")
         self.compute = Compute(self.o, self.stage, model.config.d_model, state)
         self.device, self.dtype = self.compute.device, self.compute.dtype
-        use_products(self.compute.products)
         self.model = model.to(self.device)
+        use_products(self.model, self.compute.products)
 
     def seconds(self) -> float:
         """Seconds of work since the run began, those before a resume included."""
@@ -251,7 +260,8 @@ class Run:
         self.folder.append("samples.jsonl", [{"step": step, **record} for record in records])
 
     def save(self, step: int, **state: Any) -> None:
-        """Write the checkpoint after `step` finished steps; state: what the stage needs to continue."""
+        """Write the checkpoint after `step` finished steps; state: what the stage needs to
+        continue."""
         self.write(self.folder.path, self.model, self.tokenizer, stage=self.stage, step=step,
                    **self.compute.settings(), seconds=self.seconds(), options=self.folder.options,
                    parents=self.folder.parents, template=self.template, **state)
@@ -278,4 +288,5 @@ class Run:
                   "parents": self.folder.parents, **self.compute.settings(), "commit": git_commit(),
                   "processor": processor(), "threads": torch.get_num_threads(),
                   "seconds": round(self.seconds(), 1), "versions": versions}
-        replace_text(self.folder.path / "config.json", json.dumps(record, indent=1, ensure_ascii=False))
+        replace_text(self.folder.path / "config.json", json.dumps(record, indent=1,
+                                                                  ensure_ascii=False))

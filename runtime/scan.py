@@ -12,7 +12,8 @@ BLOCK = 32  # columns
 def power_tables(c: float, n_blocks: int, device: str) -> tuple[Tensor, Tensor]:
     """Powers of c, computed in float64, where the exponent is not negative; else 0:
 
-    within[t, k] = c^(k − t) (BLOCK, BLOCK); across[i, j] = c · (c^BLOCK)^(i − j − 1) (n_blocks, n_blocks).
+    within[t, k] = c^(k − t) (BLOCK, BLOCK); across[i, j] = c · (c^BLOCK)^(i − j − 1) (n_blocks,
+    n_blocks).
     """
     k, b = torch.arange(BLOCK, dtype=torch.float64), torch.arange(n_blocks, dtype=torch.float64)
 
@@ -23,10 +24,12 @@ def power_tables(c: float, n_blocks: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def discounted_sums(x: Tensor, c: float) -> Tensor:
-    """y_t = x_t + c · y_{t+1} along the last dimension, y = 0 beyond its end: x (B, R) float32 -> (B, R).
+    """y_t = x_t + c · y_{t+1} along the last dimension, y = 0 beyond its end: x (B, R) float32 ->
+    (B, R).
 
-    Most codes walk from right to left. Here a matrix product with powers of c sums inside each block of 32
-    columns, after the sum of all later blocks has been added to the block's last column.
+    Most codes walk from right to left. Here a matrix product with powers of c sums inside each
+    block of 32 columns, after the sum of all later blocks has been added to the block's last
+    column.
 
     >>> discounted_sums(torch.tensor([[1., 1., 1.]]), 0.5)
     tensor([[1.7500, 1.5000, 1.0000]])

@@ -1,9 +1,11 @@
-"""Agreement of scores with labels, comparison of systems, and intervals by bootstrap."""
+"""Agreement of scores with labels, comparison of systems, intervals by bootstrap, running means."""
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from runtime.options import UserError
 
@@ -103,8 +105,53 @@ def paired_auc_difference(scores: Sequence[Sequence[float]], baseline: Sequence[
     return bootstrap(difference, np.stack([*scores, baseline], 1), labels, **settings)
 
 
-def win_rate(a: Sequence[float], b: Sequence[float],
-             **settings: Any) -> tuple[float, float, float]:
-    """(value, low, high): share of prompts on which a's reply scores above b's; ties count one half.
-    settings: those of `bootstrap`."""
+def win_rate(a: Sequence[float], b: Sequence[float], **settings: Any) -> tuple[float, float, float]:
+    """(value, low, high): share of prompts on which a's reply scores above b's; ties count one
+    half. settings: those of `bootstrap`."""
     return bootstrap(lambda x, y: float((x > y).mean() + (x == y).mean() / 2), a, b, **settings)
+
+
+# ---- over a run ----------------------------------------------------------------------------------
+
+class RunningMoments:
+    """Count, mean and spread of all numbers so far, one batch at a time (Chan et al.'s parallel
+    variance).
+
+    Starts as one observation's worth of mean 0 and spread 1, so the first batch is never divided by
+    0.
+    """
+
+    def __init__(self, count: float = 1.0, mean: float = 0.0, var: float = 1.0):
+        self.count, self.mean, self.var = count, mean, var
+
+    def update(self, x: Tensor) -> None:
+        x = x.cpu().double()  # MPS has no float64
+        n, mean, var = x.numel(), float(x.mean()), float(x.var(correction=0))
+        total, delta = self.count + n, mean - self.mean
+        self.var = (self.var * self.count + var * n + delta * delta * self.count * n / total) / total
+        self.mean += delta * n / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        return self.var ** 0.5
+
+    def state(self) -> dict[str, float]:
+        return {"count": self.count, "mean": self.mean, "var": self.var}
+
+
+class Means:
+    """Means by name, over optimizer steps, each weighted by its tokens."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor | float] = defaultdict(float)
+        self.weights: dict[str, Tensor | float] = defaultdict(float)
+
+    def add(self, name: str, mean: Tensor, weight: Tensor) -> None:
+        self.sums[name] = self.sums[name] + mean.detach() * weight
+        self.weights[name] = self.weights[name] + weight
+
+    def result(self) -> dict[str, float]:
+        """Names without any weight are left out."""
+        return {name: float(x) / float(self.weights[name]) for name,
+                x in self.sums.items() if self.weights[name] > 0}

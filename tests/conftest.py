@@ -1,8 +1,10 @@
-"""Shared by all tests: the repository on the path, and a small made-up source of the default data set's layout."""
+"""Shared by all tests: the repository on the path, and a small made-up source of the default data
+set's layout."""
 import dataclasses
 import itertools
 import pathlib
 import random
+import signal
 import sys
 import types
 
@@ -15,12 +17,36 @@ sys.path.insert(0, str(ROOT))
 from data.prepare import open_data  # noqa: E402
 from model import ModelConfig, Transformer, save_checkpoint  # noqa: E402
 from reward import RewardConfig, RewardModel  # noqa: E402
+from runtime.machine import Interrupt  # noqa: E402
 
 torch.set_num_threads(1)  # tensors are small here: more threads only wait for one another
 
 REPEATED = "这本书真的很好看，内容充实，我非常喜欢，推荐大家购买。"
 CONTRADICTED = "酒店位置不错，离地铁站很近，就是房间有点小。"
 QUOTED = "昨天刚刚收到货，包装完整无缺没有任何破损"  # 20 characters: reviews that share them must stay together
+
+
+# a model's shape
+TINY = dict(vocab_size=70, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_len=96)
+
+
+def loud(model):
+    """Matrices times 8: an untrained model's distributions become peaked, so mistakes show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+    return model
+
+
+def noise(*shape, seed=0):
+    """Standard normal numbers that follow from the seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logprobs_of(logits, targets):
+    """log softmax(logits)[target]: logits (…, V), targets (…) -> (…)."""
+    return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
 
 def equal(a, b):
@@ -46,12 +72,14 @@ def made_up_reviews(liked: bool) -> list[str]:
 
 
 def write_reviews_source(folder: pathlib.Path) -> None:
-    """The three files that `reviews` is made from, with repeats, contradictions and quotations in them."""
+    """The three files that `reviews` is made from, with repeats, contradictions and quotations in
+    them."""
     (folder / "sentiment").mkdir(parents=True)
     (folder / "tag").mkdir()
     good, bad = made_up_reviews(True), made_up_reviews(False)
     rng = random.Random(0)
-    long = ["".join(chr(rng.randrange(0x4E00, 0x4F00)) for _ in range(90)) for _ in range(20)]  # too long for a reply
+    # too long for a reply
+    long = ["".join(chr(rng.randrange(0x4E00, 0x4F00)) for _ in range(90)) for _ in range(20)]
     said = ["很热情", "态度好", "有耐心", "回复快", "专业", "细心"]
     quoting = [f"{QUOTED}，{i}号客服{x}" for i, x in enumerate(said)]
     good += [REPEATED, REPEATED + "！！", REPEATED.replace("，", " "), CONTRADICTED, *long, *quoting]
@@ -62,6 +90,16 @@ def write_reviews_source(folder: pathlib.Path) -> None:
     news = [f"本报/r {names[i % 5]}/ns １月/t {i % 28 + 1}日/t 讯/Ng 记者/n 从/p [国家/n 统计局/n]nt 获悉/v ，/w "
             f"今年/t 经济/n 增长/v 第{i}/m 次/q 。/w" for i in range(120)]
     (folder / "tag" / "199801.txt").write_text("\n".join(news) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    """A command takes Ctrl-C and SIGTERM for itself; after a test they are pytest's again."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    Interrupt.number = 0
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
@@ -75,16 +113,14 @@ def reviews_source(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def world(reviews_source, tmp_path_factory):
     """A prepared data set, and tiny untrained parents for every stage."""
-    data = open_data("reviews", source=str(reviews_source), vocab_size=500, cache=tmp_path_factory.mktemp("cache"))
+    data = open_data("reviews", source=str(reviews_source), vocab_size=500,
+                     cache=tmp_path_factory.mktemp("cache"))
     root = tmp_path_factory.mktemp("parents")
-    lm = Transformer(ModelConfig(vocab_size=500, n_layer=1, n_head=2, n_kv_head=1, d_model=32, d_ff=32, max_len=128))
+    lm = Transformer(ModelConfig(vocab_size=500, n_layer=1, n_head=2, n_kv_head=1, d_model=32,
+                                 d_ff=32, max_len=128))
     judge = RewardModel(RewardConfig(**dataclasses.asdict(lm.config)))
-    with torch.no_grad():
-        for p in [*lm.parameters(), *judge.backbone.parameters()]:
-            if p.dim() == 2:
-                p.mul_(8)
-        judge.mean.fill_(.3)
-        judge.std.fill_(.7)
+    loud(lm)
+    loud(judge.backbone)
     for stage, net in (("pretrain", lm), ("sft", lm), ("reward", judge)):
         save_checkpoint(root / stage, net, data.tokenizer, stage=stage, step=1, feedback="label",
                         template=data.template)
@@ -96,11 +132,14 @@ def command(world, tmp_path, monkeypatch):
     """command(stage, *words) parses the options of a stage on the small world."""
     import train
     from runtime.options import parse
-    monkeypatch.setattr(train, "prepared", lambda o: world.data)
+    monkeypatch.setattr("data.prepare.open_data", lambda *_, **__: world.data)
 
     def parsed(stage, *words):
-        given = {"sft": ["--init_from", world.root / "pretrain"], "reward": ["--init_from", world.root / "sft"],
-                 "ppo": ["--init_from", world.root / "sft", "--reward_from", world.root / "reward"]}.get(stage, [])
-        return parse(train.STAGE_OPTIONS[stage], [*map(str, ["--preset=smoke", "--dtype=float32", "--out", tmp_path,
+        given = {"sft": ["--init_from", world.root / "pretrain"],
+                 "reward": ["--init_from", world.root / "sft"],
+                 "ppo": ["--init_from", world.root / "sft", "--reward_from",
+                         world.root / "reward"]}.get(stage, [])
+        return parse(train.STAGES[stage][0], [*map(str, ["--preset=smoke", "--dtype=float32",
+                                                         "--out", tmp_path,
                                                              *given, *words])], "x")
     return parsed

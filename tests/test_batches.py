@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import (PackedDocuments, dialogue_rows, drop_long_prompts, eval_windows, make_rows, pack_rows,
-                          pad_left, pad_right, prompt_ids, reward_batch, reward_rows, scatter_tokens)
+from data.batches import (PackedDocuments, dialogue_rows, drop_long_prompts, eval_windows,
+                          make_rows, pack_rows, pad_left, pad_right, prompt_ids, reward_batch,
+                          reward_rows, scatter_tokens)
 from data.bpe import train_bpe
 from data.prepared import Documents
 from runtime.options import UserError
@@ -27,7 +28,8 @@ def test_pad_right_pads_on_the_right():
 # ---- pretraining ---------------------------------------------------------------------------------
 
 def corpus(seed=0, n=60):
-    """Documents of token = document number, so that each can be recognised in a stream; parts 0 and 1 in turn."""
+    """Documents of token = document number, so that each can be recognised in a stream; parts 0 and
+    1 in turn."""
     lengths = np.random.default_rng(seed).integers(3, 20, n)
     starts = np.concatenate(([0], lengths.cumsum()))
     tokens = np.repeat(np.arange(n), lengths).astype(np.uint16)
@@ -35,7 +37,8 @@ def corpus(seed=0, n=60):
 
 
 def packed(**changes):
-    return PackedDocuments(corpus(), **(dict(window=16, batch=4, total_tokens=3000, seed=1) | changes))
+    return PackedDocuments(corpus(), **(dict(window=16, batch=4, total_tokens=3000, seed=1)
+                                        | changes))
 
 
 def test_a_batch_follows_from_its_step_alone():
@@ -61,7 +64,8 @@ def test_targets_are_the_next_tokens_of_one_stream():
 
 def test_documents_in_a_window_are_complete_and_numbered():
     inputs, _, docs = packed().batch(3)
-    assert ((inputs[:, 1:] == inputs[:, :-1]) == (docs[:, 1:] == docs[:, :-1])).float().mean() > 0.95
+    assert ((inputs[:, 1:] == inputs[:, :-1]) == (docs[:, 1:] == docs[:,
+                                                                      :-1])).float().mean() > 0.95
     stream, number, lengths = inputs.flatten(), docs.flatten(), np.diff(corpus().starts)
     for d in number.unique()[1:-1]:  # the first and last may be cut by the batch
         document = stream[number == d]
@@ -82,7 +86,8 @@ def test_parts_get_their_shares():
 def test_shares_are_relative_and_without_them_size_counts():
     natural = np.diff(corpus().starts)[::2].sum() / len(corpus().tokens)
     assert abs(of_part_0(packed(total_tokens=20_000)).float().mean() - natural) < 0.02
-    assert torch.equal(stream_of(packed(shares={0: 1, 1: 3})), stream_of(packed(shares={0: 0.25, 1: 0.75})))
+    assert torch.equal(stream_of(packed(shares={0: 1, 1: 3})),
+                       stream_of(packed(shares={0: 0.25, 1: 0.75})))
 
 
 def test_a_part_with_share_0_is_never_read():
@@ -108,7 +113,8 @@ def test_passes_count_the_part_that_is_read_most_often():
 
 
 def single(length=1000):
-    text = Documents(np.arange(length, dtype=np.uint16), np.array([0, length]), np.zeros(1, np.uint8), length)
+    text = Documents(np.arange(length, dtype=np.uint16), np.array([0, length]),
+                     np.zeros(1, np.uint8), length)
     return PackedDocuments(text, window=8, batch=3, total_tokens=480, seed=0)
 
 
@@ -130,7 +136,8 @@ def test_the_full_pass_has_every_token_as_target_once(window, batch):
     text, seen = corpus(), []
     for inputs, targets, docs, real in eval_windows(text.tokens, text.starts, window, batch):
         seen.append(targets[real])
-        assert (docs[real] == inputs[real] + 1).all()  # documents are their own tokens here, numbered from 1
+        # documents are their own tokens here, numbered from 1
+        assert (docs[real] == inputs[real] + 1).all()
     assert torch.equal(torch.cat(seen), torch.from_numpy(text.tokens[1:].astype(np.int64)))
 
 
@@ -152,7 +159,8 @@ def test_long_dialogues_are_dropped_never_truncated(tokenizer):
 def packed_rows():
     """(rows, what pack_rows makes of them)."""
     rng = np.random.default_rng(0)
-    rows = [(rng.integers(1, 99, n).tolist(), (rng.random(n) < .5).tolist()) for n in rng.integers(1, 30, 40)]
+    rows = [(rng.integers(1, 99, n).tolist(), (rng.random(n) < .5).tolist())
+            for n in rng.integers(1, 30, 40)]
     return rows, pack_rows(rows, 32)
 
 
@@ -193,10 +201,12 @@ def feedback(n=200):
 
 def test_a_reward_row_is_prompt_and_reply_and_tells_whether_it_was_finished(tokenizer):
     record = feedback()[8]
-    prompt, reply = prompt_ids(tokenizer, record["prompt"], "「{prompt}」"), tokenizer.encode(record["response"])
+    prompt, reply = prompt_ids(tokenizer, record["prompt"],
+                               "「{prompt}」"), tokenizer.encode(record["response"])
 
     def row(**settings):
-        (ids, flags), = reward_rows([record], tokenizer, "「{prompt}」", **{"max_len": 99, **settings})
+        (ids, flags), = reward_rows([record], tokenizer, "「{prompt}」",
+                                    **{"max_len": 99, **settings})
         assert ids[:len(prompt)] == prompt
         assert flags == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
         return ids[len(prompt):]
@@ -212,7 +222,8 @@ def truncated(rows, tokenizer):
 
 def test_a_share_of_the_replies_is_truncated_and_the_two_sides_of_a_pair_alike(tokenizer):
     pairs = [r | {"chosen": r["response"], "rejected": r["response"] + "差"} for r in feedback()]
-    sides = [reward_rows(pairs, tokenizer, "{prompt}", 99, field=f, prefix_share=.3, rng=np.random.default_rng(4))
+    sides = [reward_rows(pairs, tokenizer, "{prompt}", 99, field=f, prefix_share=.3,
+                         rng=np.random.default_rng(4))
              for f in ("chosen", "rejected")]
     chosen, rejected = (truncated(side, tokenizer) for side in sides)
     assert chosen == rejected
@@ -225,7 +236,8 @@ def test_without_a_share_no_reply_is_truncated(tokenizer):
 
 
 def test_a_reward_batch_is_padded_to_the_right():
-    tokens, real, reply = reward_batch([([5, 6, 7], [False, True, True]), ([8, 9], [False, True])], "cpu")
+    tokens, real, reply = reward_batch([([5, 6, 7], [False, True, True]), ([8, 9], [False, True])],
+                                       "cpu")
     assert tokens.tolist() == [[5, 6, 7], [8, 9, 0]]
     assert real.tolist() == [[True] * 3, [True, True, False]]
     assert reply.tolist() == [[False, True, True], [False, True, False]]
@@ -243,7 +255,8 @@ def test_data_without_a_prompt_that_fits_is_refused(tokenizer):
 
 
 def test_a_bare_prompt_begins_a_document(tokenizer):
-    assert prompt_ids(tokenizer, "书", "x{prompt}", bare=True) == [tokenizer.eot_id, *tokenizer.encode("书")]
+    assert prompt_ids(tokenizer, "书", "x{prompt}", bare=True) == [tokenizer.eot_id,
+                                                                  *tokenizer.encode("书")]
 
 
 def test_a_bare_prompt_is_a_text(tokenizer):
@@ -254,14 +267,16 @@ def test_a_bare_prompt_is_a_text(tokenizer):
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
 def test_a_first_half_is_half_of_the_replys_tokens_without_its_end(tokenizer, n):
     reply = tokenizer.encode("x" * n)
-    (ids, flags), = reward_rows([{"prompt": "书", "response": "x" * n}], tokenizer, "{prompt}", 99, half=True)
+    (ids, flags), = reward_rows([{"prompt": "书", "response": "x" * n}], tokenizer, "{prompt}", 99,
+                                half=True)
     assert [i for i, f in zip(ids, flags, strict=True) if f] == reply[:max(1, len(reply) // 2)]
 
 
 # ---- rollouts ------------------------------------------------------------------------------------
 
 def rollout():
-    """(tokens, real, reply) of two prompts, padded to the left, and their replies, padded to the right."""
+    """(tokens, real, reply) of two prompts, padded to the left, and their replies, padded to the
+    right."""
     tokens = torch.tensor([[0, 1, 2, 3, 0], [4, 5, 6, 7, 8]])
     real = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
     return tokens, real, real & (torch.arange(5) >= 2)

@@ -18,7 +18,8 @@ def test_merges_follow_the_most_frequent_pair():
 def test_training_equals_the_definition():
     """Counting all pairs again for every merge gives the vocabulary of the incremental counts."""
     texts = made_up_reviews(False)[:150] + ["aaaaa aaa aaaa", "banana bandana"]
-    words = [[bytes([b]) for b in piece.encode()] for t in texts for piece in regex.findall(PATTERN, t)]
+    words = [[bytes([b]) for b in piece.encode()] for t in texts
+             for piece in regex.findall(PATTERN, t)]
     ranks = [bytes([b]) for b in range(256)]
     while len(ranks) < 330:
         counts = Counter(pair for w in words for pair in zip(w, w[1:], strict=False))

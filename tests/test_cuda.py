@@ -10,7 +10,8 @@ from runtime import device
 from sample import Decoder, generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here: not run")
-CONFIG = ModelConfig(vocab_size=256, n_layer=2, n_head=4, n_kv_head=2, d_model=64, d_ff=128, max_len=64)
+CONFIG = ModelConfig(vocab_size=256, n_layer=2, n_head=4, n_kv_head=2, d_model=64, d_ff=128,
+                     max_len=64)
 
 
 def test_replies_equal_those_of_the_cpu():
@@ -22,12 +23,14 @@ def test_replies_equal_those_of_the_cpu():
     for compiled in (False, True):
         found = generate(there, tokens.cuda(), mask.cuda(), 20, seed=1, end_id=7, batch_size=4,
                          decoder=Decoder(there, compile=compiled))
-        assert (found.tokens.cpu() == expected.tokens).float().mean() > 0.95  # rounding may turn a draw near a border
+        # rounding may turn a draw near a border
+        assert (found.tokens.cpu() == expected.tokens).float().mean() > 0.95
 
 
 def test_a_compiled_trunk_equals_the_eager_one():
     model = Transformer(CONFIG).cuda()
-    tokens, where = torch.randint(1, 256, (4, 30), device="cuda"), torch.arange(5, 90, 3, device="cuda")
+    tokens, where = torch.randint(1, 256, (4, 30), device="cuda"), torch.arange(5, 90, 3,
+                                                                                device="cuda")
     expected = model.hidden(tokens, where=where)
     device.compile_trunks(model)
     assert torch.allclose(model.hidden(tokens, where=where), expected, atol=1e-4)

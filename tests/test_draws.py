@@ -10,7 +10,8 @@ def test_an_epoch_is_a_permutation():
 
 
 def test_epochs_seeds_and_stages_have_orders_of_their_own():
-    orders = [tuple(epoch_order(50, *of)) for of in ((0, "sft", 0), (0, "sft", 1), (1, "sft", 0), (0, "ppo", 0))]
+    orders = [tuple(epoch_order(50, *of)) for of in ((0, "sft", 0), (0, "sft", 1), (1, "sft", 0),
+                                                     (0, "ppo", 0))]
     assert len(set(orders)) == 4
 
 
@@ -30,7 +31,8 @@ def test_a_batch_may_be_larger_than_the_data():
 
 
 def test_no_two_purposes_share_their_random_numbers():
-    keys = [key(seed, stage, purpose, *index) for seed in (0, 1) for stage in STAGES for purpose in PURPOSES
+    keys = [key(seed, stage, purpose, *index) for seed in (0, 1) for stage in STAGES
+            for purpose in PURPOSES
             for index in ((), (3,), (3, 1))]
     assert len({np.random.default_rng(k).random() for k in keys}) == len(keys)
 

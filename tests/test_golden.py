@@ -1,14 +1,14 @@
-"""The golden run: the numbers of every stage's first steps, fixed, so that moving code provably changes nothing.
+"""The golden run: the numbers of every stage's first steps, fixed, so that moving code provably
+changes nothing.
 
-All stages run on the made-up source in float32, eagerly, on one thread. A change that is meant to change numbers makes
-the file anew, and its commit says why they changed:
+All stages run on the made-up source in float32, eagerly, on one thread. A change that is meant to
+change numbers makes the file anew, and its commit says why they changed:
 
     python -m tests.test_golden
 """
 import json
 import math
 import pathlib
-import signal
 import tempfile
 
 import pytest
@@ -24,26 +24,29 @@ CLOCK = ("seconds", "_per_s")  # whatever has this in its name depends on the ma
 
 
 def golden_run(folder: pathlib.Path) -> dict:
-    """Run all stages; {"stages": {stage: logged lines, unrounded}, "policies": the report's table}."""
+    """Run all stages; {"stages": {stage: logged lines, unrounded}, "policies": the report's table}.
+    """
     logged: dict[str, list[dict]] = {}
-    log, handlers = Run.log, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    log = Run.log
 
     def keep(run: Run, step: int, **metrics) -> None:
-        numbers = {k: v for k, v in metrics.items() if not any(word in k for word in CLOCK) and v == v}
+        numbers = {k: v for k, v in metrics.items() if not any(word in k for word in CLOCK)
+                   and v == v}
         logged.setdefault(run.stage, []).append({"step": step, **numbers})
         log(run, step, **metrics)
 
     Run.log = keep
     try:
-        train.main(["all", "--preset=smoke", "--dtype=float32", "--compile=off", "--device=cpu", "--fresh",
-                    f"--source={folder / 'source'}", f"--out={folder / 'out'}", "--pretrain.log_every=1",
+        train.main(["all", "--preset=smoke", "--dtype=float32", "--compile=off", "--device=cpu",
+                    "--fresh",
+                    f"--source={folder / 'source'}", f"--out={folder / 'out'}",
+                    "--pretrain.log_every=1",
                     "--sft.log_every=1", "--reward.log_every=1"])
     finally:
         Run.log = log
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     report = json.loads((folder / "out" / "reviews" / "report.json").read_text(encoding="utf-8"))
-    return {"stages": {stage: lines[:STEPS] for stage, lines in logged.items()}, "policies": report["policies"]}
+    return {"stages": {stage: lines[:STEPS] for stage, lines in logged.items()},
+            "policies": report["policies"]}
 
 
 def machine() -> list[str]:
@@ -52,7 +55,8 @@ def machine() -> list[str]:
 
 
 def same(a, b, tolerance: float) -> bool:
-    """Are two nests of JSON the same, numbers within the tolerance, relative above 1 and absolute below?"""
+    """Are two nests of JSON the same, numbers within the tolerance, relative above 1 and absolute
+    below?"""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k], tolerance) for k in a)
     if isinstance(a, list) and isinstance(b, list):
@@ -66,7 +70,8 @@ def same(a, b, tolerance: float) -> bool:
 def test_the_numbers_are_those_of_the_golden_run(golden, stage):
     expected, found = golden
     if expected["machine"] != machine() and stage in ("ppo", "report"):
-        pytest.skip(f"replies are drawn from logits whose last digits are those of {expected['machine']}")
+        pytest.skip("replies are drawn from logits whose last digits are those of "
+                    f"{expected['machine']}")
     part = (lambda run: run["policies"]) if stage == "report" else lambda run: run["stages"][stage]
     tolerance = 1e-6 if expected["machine"] == machine() else 1e-3
     for a, b in zip(part(expected), part(found), strict=True):
@@ -85,4 +90,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         write_reviews_source(pathlib.Path(name) / "source")
         run = golden_run(pathlib.Path(name))
-    GOLDEN.write_text(json.dumps({"machine": machine(), **run}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    GOLDEN.write_text(json.dumps({"machine": machine(), **run}, indent=1,
+                                 ensure_ascii=False) + "\n", encoding="utf-8")

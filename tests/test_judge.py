@@ -1,4 +1,5 @@
-"""The n-gram classifier learns what is there to learn, is the same each time, and its two halves share no text."""
+"""The n-gram classifier learns what is there to learn, is the same each time, and its two halves
+share no text."""
 import types
 
 import numpy as np
@@ -29,7 +30,8 @@ def fitted(reviews):
 
 @pytest.fixture(scope="module")
 def data(reviews_source, tmp_path_factory):
-    return open_data("reviews", source=str(reviews_source), vocab_size=400, cache=tmp_path_factory.mktemp("cache"))
+    return open_data("reviews", source=str(reviews_source), vocab_size=400,
+                     cache=tmp_path_factory.mktemp("cache"))
 
 
 def test_it_learns(reviews, fitted):
@@ -58,7 +60,8 @@ def test_its_hash_is_the_same_everywhere():
         return h % 2**18
 
     expected = {"好": 2, "书": 1, "好书": 1, "书好": 1, "好书好": 1}
-    assert NgramClassifier().ngrams("好书好") == {by_definition(gram): n for gram, n in expected.items()}
+    assert NgramClassifier().ngrams("好书好") == {by_definition(gram): n for gram,
+                                               n in expected.items()}
 
 
 def test_order_matters_to_it_through_longer_grams_only():
@@ -96,7 +99,8 @@ def test_its_optimum_has_no_gradient(reviews):
 
 def test_it_is_the_same_whenever_it_is_fitted():
     rng, threads = np.random.default_rng(0), torch.get_num_threads()
-    texts = ["".join(map(chr, row)) for row in rng.integers(0x4E00, 0x4E80, (800, 50))]  # enough for several threads
+    # enough for several threads
+    texts = ["".join(map(chr, row)) for row in rng.integers(0x4E00, 0x4E80, (800, 50))]
     labels = rng.integers(0, 2, 800)
     torch.set_num_threads(4)
     try:
@@ -112,15 +116,18 @@ def test_it_is_the_same_whenever_it_is_fitted():
 
 @pytest.mark.parametrize("half", ["reward", "judge"])
 def test_each_half_learns_from_its_own_records_and_is_kept(data, half):
-    records, test = data.records(half, "train"), [plain_text(r) for r in data.records("reward", "test")]
-    expected = NgramClassifier().fit([plain_text(r) for r in records], [r["label"] for r in records]).logits(test)
+    records, test = data.records(half, "train"), [plain_text(r)
+                                                  for r in data.records("reward", "test")]
+    expected = NgramClassifier().fit([plain_text(r) for r in records],
+                                     [r["label"] for r in records]).logits(test)
     assert np.allclose(ngram_classifier(data, half).logits(test), expected, atol=1e-4)
     assert (data.folder / f"ngrams_{half}.pt").exists()
     assert np.allclose(ngram_classifier(data, half).logits(test), expected, atol=1e-4)  # loaded
 
 
 def test_the_two_halves_share_no_text(data):
-    reward, judge = ({plain_text(r) for r in data.records(half, "train")} for half in ("reward", "judge"))
+    reward, judge = ({plain_text(r) for r in data.records(half, "train")}
+                     for half in ("reward", "judge"))
     assert not reward & judge
 
 

@@ -1,5 +1,5 @@
-"""The Transformer's properties: what may see what, what padding and packing may change (nothing), what a file may lose
-(nothing)."""
+"""The Transformer's properties: what may see what, what padding and packing may change (nothing),
+what a file may lose (nothing)."""
 import dataclasses
 import math
 import pathlib
@@ -11,19 +11,21 @@ import torch.nn.functional as F
 import model as model_module
 from data.bpe import train_bpe
 from model import (ModelConfig, Transformer, attend, attention_allowed, cross_entropy_sum,
-                   load_checkpoint, save_checkpoint, token_logprobs, weights_hash)
+                   load_checkpoint, log_softmax, save_checkpoint, token_logprobs, weights_hash)
 from reward import RewardModel
 from runtime.decoding import KVCache
 from runtime.device import pick_dtype, precision
 from runtime.options import UserError
 
-CONFIG = ModelConfig(vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_len=64)
+CONFIG = ModelConfig(vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48,
+                     max_len=64)
 
 
 @pytest.fixture
 def model() -> Transformer:
     model = Transformer(CONFIG)
-    with torch.no_grad():  # larger than at the start of training, so that attention is far from uniform
+    # larger than at the start of training, so that attention is far from uniform
+    with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2:
                 p.mul_(5)
@@ -66,7 +68,8 @@ def test_a_packed_document_equals_the_document_alone(model):
     docs = torch.tensor([[0] * 5 + [1] * 7])
     packed = model(torch.cat((a, b), 1), docs=docs)
     assert torch.allclose(packed[0, :5], model(a)[0], atol=1e-5)
-    assert torch.allclose(packed[0, 5:], model(b)[0], atol=1e-5)  # rotary attention knows differences of positions only
+    # rotary attention knows differences of positions only
+    assert torch.allclose(packed[0, 5:], model(b)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("block", [0, 3, 4])
@@ -87,11 +90,13 @@ def test_rows_may_stand_at_different_places_of_the_cache(model):
     cache = KVCache(CONFIG, 2, 12)
     start = torch.tensor([0, 2])
     with torch.no_grad():
-        for t in range(9):  # the second row's token t stands at place t + 2; after its end it goes on with pads
+        # the second row's token t stands at place t + 2; after its end it goes on with pads
+        for t in range(9):
             hidden = model.step(tokens[:, t], start + t, start, cache.span(12), cache)
             for row in range(2):
                 if t < lengths[row]:
-                    assert torch.allclose(hidden[row], model.hidden(tokens[row:row + 1, :t + 1])[0, -1], atol=1e-5)
+                    assert torch.allclose(hidden[row], model.hidden(tokens[row:row + 1, :t + 1])[0,
+                                                                                                 -1], atol=1e-5)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -100,7 +105,8 @@ def test_chosen_positions_equal_those_of_the_whole_and_so_do_the_gradients(padde
     mask = torch.arange(8) < torch.tensor([[8], [5], [6]]) if padded else None
     where = torch.tensor([1, 7, 8, 12, 20])
     found = []
-    for hidden in (model.hidden(tokens, mask).flatten(0, 1)[where], model.hidden(tokens, mask, where=where)):
+    for hidden in (model.hidden(tokens, mask).flatten(0, 1)[where],
+                   model.hidden(tokens, mask, where=where)):
         model.zero_grad()
         (hidden * torch.arange(1., 6)[:, None]).pow(2).sum().backward()
         found.append([hidden.detach(), *(p.grad.clone() for p in model.parameters())])
@@ -108,7 +114,8 @@ def test_chosen_positions_equal_those_of_the_whole_and_so_do_the_gradients(padde
 
 
 def test_computing_blocks_again_changes_no_gradient():
-    model, tokens, found = Transformer(dataclasses.replace(CONFIG, n_layer=2)), tokens_of((2, 8)), []
+    model, tokens, found = Transformer(dataclasses.replace(CONFIG, n_layer=2)), tokens_of((2,
+                                                                                           8)), []
     for model.recompute in (False, True):
         model.zero_grad()
         hidden = model.hidden(tokens, where=torch.tensor([3, 9]))
@@ -123,7 +130,8 @@ def test_grouped_queries_equal_repeated_keys_and_values(model):
     for name, w in model.state_dict().items():
         if "qkv" in name:
             q, k, v = w.split((32, 16, 16))
-            state[name] = torch.cat((q, *(x.view(2, 8, 32).repeat_interleave(2, 0).reshape(32, 32) for x in (k, v))))
+            state[name] = torch.cat((q, *(x.view(2, 8, 32).repeat_interleave(2, 0).reshape(32, 32)
+                                          for x in (k, v))))
     full.load_state_dict(state)
     tokens = tokens_of((2, 9))
     assert torch.allclose(model(tokens), full(tokens), atol=1e-5)
@@ -131,22 +139,26 @@ def test_grouped_queries_equal_repeated_keys_and_values(model):
 
 def test_chunked_cross_entropy_equals_the_plain_one(model):
     tokens = tokens_of((2, 20))
-    plain = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    plain = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(),
+                            reduction="sum")
     plain.backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    ours = cross_entropy_sum(model, model.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), chunk=7)
+    ours = cross_entropy_sum(model, model.hidden(tokens[:, :-1]).flatten(0, 1),
+                             tokens[:, 1:].flatten(), chunk=7)
     (0.5 * ours).backward()
     assert torch.allclose(ours, plain, rtol=1e-5)
     for name, p in model.named_parameters():
         assert torch.allclose(p.grad, 0.5 * expected[name], rtol=1e-3, atol=1e-5), name
 
 
-def test_log_probabilities_are_those_of_the_tempered_softmax():
-    logits, targets = torch.randn(4, 9), torch.tensor([0, 3, 8, 2])
-    expected = (logits / 0.7).softmax(-1)[torch.arange(4), targets].log()
-    assert torch.allclose(token_logprobs(logits, targets, 0.7), expected, atol=1e-6)
-    assert token_logprobs(logits.bfloat16(), targets).dtype == torch.float32
+@torch.no_grad()
+def test_log_probabilities_and_entropy_are_those_of_the_tempered_softmax(model):
+    hidden, targets = torch.randn(4, CONFIG.d_model), torch.tensor([0, 3, 8, 2])
+    probs = (model.head(hidden) / 0.7).softmax(-1)
+    logprobs, entropy = token_logprobs(model, hidden, targets, 0.7)
+    assert torch.allclose(logprobs, probs[torch.arange(4), targets].log(), atol=1e-5)
+    assert torch.allclose(entropy, -(probs * probs.log()).sum(1), atol=1e-4)
 
 
 def test_parameters_and_flops_are_counted(model):
@@ -171,7 +183,8 @@ def test_bfloat16_keeps_what_must_be_exact(model):
         hidden = model.hidden(tokens)
         loss = cross_entropy_sum(model, hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert loss.dtype == torch.float32 and {p.dtype for p in model.parameters()} == {torch.float32}
-    exact = cross_entropy_sum(model, model.hidden(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    exact = cross_entropy_sum(model, model.hidden(tokens)[:, :-1].flatten(0, 1),
+                              tokens[:, 1:].flatten())
     assert abs(loss / exact - 1) < 0.02
 
 
@@ -202,7 +215,8 @@ def tokenizer():
 
 
 def test_a_checkpoint_returns_what_it_was_given(tmp_path, model, tokenizer):
-    save_checkpoint(tmp_path, model, tokenizer, step=7, moments={"mean": 0.5}, optimizer=[{"x": torch.ones(2)}])
+    save_checkpoint(tmp_path, model, tokenizer, step=7, moments={"mean": 0.5},
+                    optimizer=[{"x": torch.ones(2)}])
     loaded, tok, state = load_checkpoint(tmp_path)
     assert weights_hash(loaded) == weights_hash(model) == state["hash"]
     assert state["step"] == 7 and state["moments"] == {"mean": 0.5} and tok.to_state() == tokenizer.to_state()
@@ -278,7 +292,8 @@ def test_half_precision_logits_are_normalised_in_float32():
     logits = (5 * torch.randn(64, 900, generator=torch.Generator().manual_seed(0))).bfloat16()
     targets = torch.arange(64)
     exact = logits.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    assert torch.allclose(token_logprobs(logits, targets).double(), exact, atol=1e-5)
+    logprobs = log_softmax(logits).gather(1, targets[:, None])[:, 0]
+    assert torch.allclose(logprobs.double(), exact, atol=1e-5)
     lm = Transformer(CONFIG)
     hidden, targets = torch.randn(256, 32, generator=torch.Generator().manual_seed(1)) * 30, torch.arange(256) % 40
     with precision("bfloat16", "cpu"):
@@ -336,7 +351,8 @@ def test_parameters_of_the_demo_counted_by_hand():
     assert Transformer(ModelConfig()).n_parameters() == 4096 * 192 + 4 * block + 192 == 2_558_016
 
 
-@pytest.mark.parametrize("change", [lambda p: p["config"].update(new=1), lambda p: p.pop("tokenizer")])
+@pytest.mark.parametrize("change", [lambda p: p["config"].update(new=1),
+                                    lambda p: p.pop("tokenizer")])
 def test_a_checkpoint_of_another_version_is_one_clear_line(world, tmp_path, change):
     payload = torch.load(world.root / "sft/checkpoint.pt", weights_only=True)
     change(payload)

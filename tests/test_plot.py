@@ -13,9 +13,11 @@ from tools.plot import main, read_metrics, series
 def runs(tmp_path):
     for seed in (0, 1):
         (tmp_path / f"r{seed}" / "ppo").mkdir(parents=True)
-        lines = [{"step": s, "score": s + seed, "kl": 2.0 * s, **({"eval_kl": 1.0} if s % 2 else {})}
+        lines = [{"step": s, "score": s + seed, "kl": 2.0 * s,
+                  **({"eval_kl": 1.0} if s % 2 else {})}
                  for s in range(1, 6 - seed)]
-        (tmp_path / f"r{seed}" / "ppo" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (tmp_path / f"r{seed}" / "ppo" / "metrics.jsonl").write_text("\n".join(map(json.dumps,
+                                                                                   lines)))
     return [tmp_path / "r0", tmp_path / "r1"]
 
 

@@ -1,4 +1,5 @@
-"""Preparation: done once, nothing half-written, options without effect refused; files that users bring."""
+"""Preparation: done once, nothing half-written, options without effect refused; files that users
+bring."""
 import dataclasses
 import functools
 import json
@@ -24,7 +25,8 @@ def reviews(reviews_source, cache):
 
 
 def write(path, *records):
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records),
+                    encoding="utf-8")
     return path
 
 
@@ -45,7 +47,8 @@ def shakespeare(tmp_path):
 
 def test_preparing_again_changes_nothing(reviews, reviews_source, cache):
     before = {p.name: p.stat().st_mtime_ns for p in reviews.folder.iterdir()}
-    assert prepare("reviews", source=str(reviews_source), vocab_size=400, cache=cache) == reviews.folder
+    assert prepare("reviews", source=str(reviews_source), vocab_size=400,
+                   cache=cache) == reviews.folder
     assert {p.name: p.stat().st_mtime_ns for p in reviews.folder.iterdir()} == before
 
 
@@ -58,7 +61,8 @@ def test_the_same_source_gives_the_same_files(reviews, reviews_source, tmp_path)
 
 def test_options_and_raw_files_each_have_a_folder_of_their_own(prompts, tmp_path):
     first = prepare(str(prompts), cache=tmp_path / "c")
-    assert prepare(str(prompts), vocab_size=300, cache=tmp_path / "c") == first  # without text it has no effect
+    # without text it has no effect
+    assert prepare(str(prompts), vocab_size=300, cache=tmp_path / "c") == first
     write(prompts, *({"prompt": f"{i}?"} for i in range(200)))
     assert prepare(str(prompts), cache=tmp_path / "c") != first
 
@@ -66,7 +70,8 @@ def test_options_and_raw_files_each_have_a_folder_of_their_own(prompts, tmp_path
 @pytest.mark.parametrize("change", [{"template": "x{prompt}"}, {"version": 2}, {"mixture": {}}])
 def test_a_changed_record_prepares_anew(reviews, reviews_source, cache, monkeypatch, change):
     monkeypatch.setitem(DATA_SETS, "reviews", dataclasses.replace(DATA_SETS["reviews"], **change))
-    assert prepare("reviews", source=str(reviews_source), vocab_size=400, cache=cache) != reviews.folder
+    assert prepare("reviews", source=str(reviews_source), vocab_size=400,
+                   cache=cache) != reviews.folder
 
 
 def test_an_interrupted_preparation_leaves_nothing(reviews_source, tmp_path, monkeypatch):
@@ -130,12 +135,14 @@ def test_vocab_size_is_refused_where_no_vocabulary_is_trained(prompts):
 
 
 def test_source_is_refused_on_files_of_the_users_own(prompts):
-    assert refused(prompts, "--source=x").endswith("it names the raw files of reviews and shakespeare")
+    assert refused(prompts, "--source=x").endswith("it names the raw files of reviews and "
+                                                   "shakespeare")
 
 
 def test_options_with_an_effect_are_not_refused(reviews_source, tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr("data.prepare.open_data", lambda data, **options: opened.append((data, options)))
+    monkeypatch.setattr("data.prepare.open_data", lambda data,
+                        **options: opened.append((data, options)))
     open_for(parse(PrepareOptions, ["--source=s", "--limit=9", "--vocab_size=300"], "x"), "reviews")
     assert opened == [("reviews", {"source": "s", "vocab_size": 300, "limit": 9})]
 
@@ -179,7 +186,8 @@ def test_a_text_that_is_too_short_is_refused(tmp_path):
 @pytest.fixture
 def dialogues(tmp_path):
     """A user's prepared file of 200 dialogues."""
-    path = write(tmp_path / "mine.jsonl", *({"prompt": f"问题{i}", "response": f"回答{i}"} for i in range(200)))
+    path = write(tmp_path / "mine.jsonl", *({"prompt": f"问题{i}", "response": f"回答{i}"}
+                                            for i in range(200)))
     return open_data(str(path), cache=tmp_path / "c")
 
 
@@ -191,9 +199,11 @@ def test_a_users_file_is_divided(dialogues):
 
 
 def test_equal_prompts_are_on_one_side(tmp_path):
-    path = write(tmp_path / "d.jsonl", *({"prompt": f"{i % 60}", "response": f"{i}"} for i in range(600)))
+    path = write(tmp_path / "d.jsonl", *({"prompt": f"{i % 60}", "response": f"{i}"}
+                                         for i in range(600)))
     prepared = open_data(str(path), cache=tmp_path / "c")
-    train, val, test = ({r["prompt"] for r in prepared.records("sft", s)} for s in ("train", "val", "test"))
+    train, val, test = ({r["prompt"] for r in prepared.records("sft", s)}
+                        for s in ("train", "val", "test"))
     assert not train & val
     assert not train & test
 
@@ -231,7 +241,8 @@ def test_a_byte_order_mark_does_not_hide_the_stage(tmp_path):
 
 
 @pytest.mark.parametrize("content,message", [
-    (b"{bad\n", "line 1: not JSON"), (b"", "no records"), (b'{"prompt": "\xff"}\n', "line 1: not UTF-8"),
+    (b"{bad\n", "line 1: not JSON"), (b"", "no records"),
+    (b'{"prompt": "\xff"}\n', "line 1: not UTF-8"),
     (b'{"prompt": "x"}\n', "d.jsonl: too few records.*ppo_val.jsonl")])
 def test_a_users_bad_file_is_refused(tmp_path, content, message):
     (tmp_path / "d.jsonl").write_bytes(content)
@@ -241,5 +252,6 @@ def test_a_users_bad_file_is_refused(tmp_path, content, message):
 
 def test_a_folder_without_training_files_is_refused(tmp_path):
     write(tmp_path / "sft_val.jsonl", {"prompt": "a", "response": "b"})
-    with pytest.raises(UserError, match="none of pretrain.jsonl, sft.jsonl, reward.jsonl, ppo.jsonl is there"):
+    with pytest.raises(UserError, match="none of pretrain.jsonl, sft.jsonl, reward.jsonl, "
+                                        "ppo.jsonl is there"):
         open_data(str(tmp_path), cache=tmp_path / "c")

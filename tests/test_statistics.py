@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from runtime.options import UserError
-from runtime.statistics import (accuracy, auc, bootstrap, calibration_error, interval, paired_auc_difference,
-                                positive_share, win_rate)
+from runtime.statistics import (accuracy, auc, bootstrap, calibration_error, interval,
+                                paired_auc_difference, positive_share, win_rate)
 
 
 def mean(x) -> float:
@@ -22,7 +22,8 @@ def test_auc_is_the_share_of_pairs_in_the_right_order():
     assert auc(scores, labels) == pytest.approx(np.mean(pairs))
 
 
-@pytest.mark.parametrize("scores,labels,expected", [([1, 2, 3], [0, 0, 1], 1), ([3, 2, 1], [0, 0, 1], 0),
+@pytest.mark.parametrize("scores,labels,expected", [([1, 2, 3], [0, 0, 1], 1),
+                                                    ([3, 2, 1], [0, 0, 1], 0),
                                                     ([5, 5], [0, 1], .5)])
 def test_auc_of_perfect_inverse_and_tied_scores(scores, labels, expected):
     assert auc(scores, labels) == expected
@@ -102,11 +103,13 @@ def test_a_paired_interval_is_narrower_than_an_unpaired_one():
 
 def test_the_difference_is_that_of_the_mean_auc_over_systems():
     labels, good, bad, base = [0, 1, 0, 1], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 1, 0]
-    assert paired_auc_difference([good, bad], base, labels, n=10)[0] == pytest.approx(.5 - auc(base, labels))
+    assert paired_auc_difference([good, bad], base, labels,
+                                 n=10)[0] == pytest.approx(.5 - auc(base, labels))
 
 
 def test_a_calibration_error_has_an_interval_that_covers_it():
-    """Resampling raises a small error, so the plain interval mostly misses it; the basic one covers."""
+    """Resampling raises a small error, so the plain interval mostly misses it; the basic one
+    covers."""
     rng, covered = np.random.default_rng(0), {True: 0, False: 0}
     truth = rng.random(400_000)
     drawn = lambda p: (rng.random(len(p)) < .05 + .9 * p).astype(int)

@@ -3,8 +3,9 @@
     python -m tools.plot out/reviews                                    one run: out/reviews/curves.png
     python -m tools.plot seed0/reviews seed1/reviews seed2/reviews      mean and min–max band over the steps in common
 
-Reads metrics.jsonl of each stage (pretrain, sft, reward, ppo) and draws what is there. Solid lines are training
-batches, dots are held-out texts or prompts. Needs matplotlib (an extra); without it the terminal shows the main curves.
+Reads metrics.jsonl of each stage (pretrain, sft, reward, ppo) and draws what is there. Solid lines
+are training batches, dots are held-out texts or prompts. Needs matplotlib (an extra); without it
+the terminal shows the main curves.
 """
 import dataclasses
 import json
@@ -33,8 +34,8 @@ class Panel:
     unit: str
     keys: tuple[str, ...]
     labels: tuple[str, ...] = ()  # a legend, only where two training curves share the panel
-    floor: float = -math.inf      # the axis ends here where curves begin far below, so that the rest stays readable
-    text: bool = False            # drawn without matplotlib, too
+    floor: float = -math.inf  # the axis ends here, if curves begin far below
+    text: bool = False  # drawn without matplotlib, too
 
 
 PANELS = (
@@ -47,10 +48,12 @@ PANELS = (
     Panel("reward", "AUC", "area under ROC curve", ("val_auc",)),
     Panel("reward", "Accuracy", "share of texts", ("val_accuracy",)),
     Panel("ppo", "Score", "reward per reply", ("score",), text=True),
-    # eval_raw_score is logged raw, without normalisation, clip and end penalty: its partner is raw_score, not score.
+    # eval_raw_score is logged raw, without normalisation, clip and end penalty: its partner is
+    # raw_score, not score.
     Panel("ppo", "Raw score", "reward model's logit", ("raw_score", "eval_raw_score")),
     Panel("ppo", "Judge", "mean P(liked)", ("judge", "eval_judge")),
-    Panel("ppo", "Judged positive", "share of replies", ("judged_positive", "eval_judged_positive")),
+    Panel("ppo", "Judged positive", "share of replies", ("judged_positive",
+                                                         "eval_judged_positive")),
     Panel("ppo", "KL", "nats per reply", ("kl", "eval_kl"), text=True),
     Panel("ppo", "KL coefficient", "reward per nat", ("kl_coef",)),
     Panel("ppo", "Reference perplexity", "per token", ("ref_perplexity", "eval_ref_perplexity")),
@@ -62,7 +65,8 @@ PANELS = (
     Panel("ppo", "Value loss", "squared reward", ("value_loss",)),
     Panel("ppo", "Approximate KL of an update", "nats per token", ("approx_kl",)),
     Panel("ppo", "Clipped ratios", "share of tokens", ("clip_frac",)),
-    Panel("ppo", "Gradient norm", "before clipping", ("policy_grad_norm", "critic_grad_norm"), ("policy", "critic")),
+    Panel("ppo", "Gradient norm", "before clipping", ("policy_grad_norm", "critic_grad_norm"),
+          ("policy", "critic")),
 )
 STAGES = tuple(dict.fromkeys(panel.stage for panel in PANELS))
 COLORS = {"pretrain": "#33689e", "sft": "#2b8a78", "reward": "#c46f1f", "ppo": "#7650a4"}
@@ -70,11 +74,12 @@ SECOND, HELD_OUT, FAINT = "#c2528b", "#222222", "#7a7a7a"
 COLUMNS = 4
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 def read_stage(path: pathlib.Path) -> dict[str, dict[int, float]]:
-    """metrics.jsonl as metric → step → value. What is no finite number is left out, and so is a last line cut short:
-    the run is still writing it. Another line that is no record raises UserError with file and line."""
+    """metrics.jsonl as metric → step → value. What is no finite number is left out, and so is a
+    last line cut short: the run is still writing it. Another line that is no record raises
+    UserError with file and line."""
     curves: dict[str, dict[int, float]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         try:
@@ -97,13 +102,16 @@ def read_metrics(folder: pathlib.Path) -> Run:
     run = {stage: read_stage(path) for stage, path in paths.items() if path.is_file()}
     if not any(key in run.get(panel.stage, {}) for panel in PANELS for key in panel.keys):
         inner = sorted(str(path.parent.parent) for path in folder.glob("*/*/metrics.jsonl"))
-        raise UserError(f"{folder}: nothing to draw: no metrics in {', '.join(f'{stage}/' for stage in STAGES)}; "
-                        + (f"did you mean {inner[0]}?" if inner else "give the folder of a run, such as out/reviews"))
+        raise UserError(f"{folder}: nothing to draw: no metrics in "
+                        f"{', '.join(f'{stage}/' for stage in STAGES)}; "
+                        + (f"did you mean {inner[0]}?" if inner
+                           else "give the folder of a run, such as out/reviews"))
     return run
 
 
 def series(runs: list[Run], stage: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps (S,), values (R, S)) of the R runs that logged this metric, at the steps that all of these share.
+    """(steps (S,), values (R, S)) of the R runs that logged this metric, at the steps that all of
+    these share.
 
     >>> a, b = {"ppo": {"kl": {1: 0.0, 2: 1.0}}}, {"ppo": {"kl": {2: 3.0, 3: 9.0}}}
     >>> series([a, b, {}], "ppo", "kl")
@@ -112,25 +120,38 @@ def series(runs: list[Run], stage: str, key: str) -> tuple[np.ndarray, np.ndarra
     """
     curves = [run[stage][key] for run in runs if run.get(stage, {}).get(key)]
     steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
-    return np.array(steps, int), np.array([[curve[step] for step in steps] for curve in curves], float)
+    return np.array(steps, int), np.array([[curve[step] for step in steps] for curve in curves],
+                                          float)
 
 
-def to_draw(runs: list[Run]) -> list[tuple[Panel, dict[str, tuple[np.ndarray, np.ndarray]]]]:
-    """The panels that have something to show, each with its curves; none raises UserError."""
-    found = []
+def to_draw(runs: list[Run],
+            titles: str = "") -> list[tuple[Panel, dict[str, tuple[np.ndarray, np.ndarray]]]]:
+    """The panels that have something to show, each with its curves; UserError if there are none.
+
+    titles: those to draw, separated by commas; empty: all.
+    """
+    wanted = [title.strip().lower() for title in titles.split(",") if title.strip()]
+    if unknown := set(wanted) - {panel.title.lower() for panel in PANELS}:
+        raise UserError(f"--panels: there is no {', '.join(sorted(unknown))}; the panels are "
+                        f"{', '.join(dict.fromkeys(panel.title for panel in PANELS))}")
+    panels = []
     for panel in PANELS:
+        if wanted and panel.title.lower() not in wanted:
+            continue
         curves = {key: series(runs, panel.stage, key) for key in panel.keys}
         curves = {key: (steps, values) for key, (steps, values) in curves.items() if len(steps)}
         if curves:
-            found.append((panel, curves))
-    if not found:
-        raise UserError("nothing to draw: these runs share no step of any metric; draw them one by one")
-    return found
+            panels.append((panel, curves))
+    if not panels:
+        raise UserError("nothing to draw: these runs share no step of any metric; draw them one by "
+                        "one")
+    return panels
 
 
-# ---- drawing --------------------------------------------------------------------------------------------------------
+# ---- drawing -------------------------------------------------------------------------------------
 
-def draw_panel(ax: "Axes", panel: Panel, curves: dict[str, tuple[np.ndarray, np.ndarray]], n_runs: int) -> None:
+def draw_panel(ax: "Axes", panel: Panel, curves: dict[str, tuple[np.ndarray, np.ndarray]],
+               n_runs: int) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     for key, (steps, values) in curves.items():
@@ -142,7 +163,8 @@ def draw_panel(ax: "Axes", panel: Panel, curves: dict[str, tuple[np.ndarray, np.
         label = panel.labels[panel.keys.index(key)] if panel.labels else None
         ax.plot(steps, mean, color=color, label=label, zorder=3 if held_out else 2, **style)
         if len(values) > 1:
-            ax.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.18, linewidth=0)
+            ax.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.18,
+                            linewidth=0)
     everything = np.concatenate([values.ravel() for _, values in curves.values()])
     if everything.min() < panel.floor < everything.max():
         ax.set_ylim(bottom=panel.floor)
@@ -164,63 +186,72 @@ def draw_panel(ax: "Axes", panel: Panel, curves: dict[str, tuple[np.ndarray, np.
         ax.legend(fontsize=8, frameon=False)
 
 
-def draw(runs: list[Run], title: str) -> "Figure":
+def draw(runs: list[Run], title: str, titles: str = "") -> "Figure":
     """One page of all panels that have something to show. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
-    panels = to_draw(runs)
+    panels = to_draw(runs, titles)
     columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(3.6 * columns, 2.6 * rows + 0.8), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(3.6 * columns, 2.6 * rows + 0.8), layout="constrained",
+                    facecolor="white")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.02, hspace=0.03)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax, (panel, curves) in zip(axes, panels, strict=False):
         draw_panel(ax, panel, curves, len(runs))
     for ax in axes[len(panels):]:
         ax.remove()
-    # The fonts that come with matplotlib know no Chinese: another name than ASCII would be a row of boxes.
-    figure.suptitle(title if title.isascii() else "curves", x=0.01, ha="left", fontsize=16, fontweight="bold",
-                    parse_math=False)
+    # The fonts that come with matplotlib know no Chinese: another name than ASCII would be a row of
+    # boxes.
+    figure.suptitle(title if title.isascii() else "curves", x=0.01, ha="left", fontsize=16,
+                    fontweight="bold", parse_math=False)
     legend = ["lines: training batches", "dots: held-out"]
     if len(runs) > 1:
-        legend += [f"mean of {len(runs)} runs, band from lowest to highest, over the steps in common"]
+        legend += [f"mean of {len(runs)} runs, band from lowest to highest, over the steps in "
+                   "common"]
     figure.supxlabel("   ·   ".join(legend), x=0.01, ha="left", fontsize=9, color=FAINT)
     return figure
 
 
 def draw_as_text(runs: list[Run]) -> str:
-    """The main curves (mean over the runs) in characters; held-out ones where a panel has nothing else."""
+    """The main curves (mean over the runs) in characters; held-out ones where a panel has nothing
+    else."""
     from evaluate import text_plot
 
     plots, panels = [], to_draw(runs)
     for panel, curves in [p for p in panels if p[0].text] or panels:
         steps, values = next(iter(curves.values()))
         unit = f" in {panel.unit}" if panel.unit else ""
-        plots.append(text_plot(values.mean(0), f"{panel.stage}: {panel.title}{unit}, steps {steps[0]} to {steps[-1]}"))
+        plots.append(text_plot(values.mean(0), f"{panel.stage}: {panel.title}{unit}, steps "
+                                               f"{steps[0]} to {steps[-1]}"))
     return "\n\n".join(plots)
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class PlotOptions:
     """`python -m tools.plot DIR [DIR…]`"""
 
-    out: str = option("", "picture to write (.png, .pdf, .svg); empty: curves.png in DIR, of several runs "
-                          "curves-<n>-runs.png in the first DIR")
+    out: str = option("", "picture to write (.png, .pdf, .svg); empty: curves.png in DIR, of "
+                          "several runs curves-<n>-runs.png in the first DIR")
+    panels: str = option("", "titles of the panels to draw, separated by commas; empty: all")
     traceback: bool = option(False, "show where in the code an error arose")
 
 
 def main(argv: list[str]) -> None:
     n = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    folders, o = [pathlib.Path(word) for word in argv[:n]], parse(PlotOptions, argv[n:], "-m tools.plot DIR [DIR…]")
+    folders, o = [pathlib.Path(word) for word in argv[:n]], parse(PlotOptions, argv[n:],
+                                                                  "-m tools.plot DIR [DIR…]")
     if not folders:
         raise UserError("no folder given: which runs? python -m tools.plot out/reviews")
     runs = [read_metrics(folder) for folder in folders]
-    out = pathlib.Path(o.out or folders[0] / ("curves.png" if len(runs) == 1 else f"curves-{len(runs)}-runs.png"))
+    out = pathlib.Path(o.out or folders[0] / ("curves.png" if len(runs) == 1
+                                              else f"curves-{len(runs)}-runs.png"))
     name = folders[0].resolve().name
     try:
-        figure = draw(runs, name if len(runs) == 1 else f"{name}, {len(runs)} runs")
+        figure = draw(runs, name if len(runs) == 1 else f"{name}, {len(runs)} runs",
+                      o.panels)
     except ImportError:
         print(draw_as_text(runs))
         print("\nfor all curves as a picture, install the extra: python -m pip install matplotlib")

@@ -1,10 +1,12 @@
-"""Several runs as one table: does a result hold over seeds, and is the reward model really better than its baseline?
+"""Several runs as one table: does a result hold over seeds, and is the reward model really better
+than its baseline?
 
     python -m tools.seeds seed0/reviews seed1/reviews seed2/reviews
 
-Reads what `train.py all` left in each folder: report.json (policies on held-out openings) and reward_test_scores.json
-(scores of the same test texts). Prints every run, then mean and range. The reward model's advantage over the n-gram
-baseline is that of the mean AUC over the runs, with a bootstrap interval over the texts, which all runs share (paired).
+Reads what `train.py all` left in each folder: report.json (policies on held-out openings) and
+reward_test_scores.json (scores of the same test texts). Prints every run, then mean and range. The
+reward model's advantage over the n-gram baseline is that of the mean AUC over the runs, with a
+bootstrap interval over the texts, which all runs share (paired).
 """
 import json
 import pathlib
@@ -16,32 +18,34 @@ from evaluate import table
 from runtime.options import UserError, run_main
 from runtime.statistics import accuracy, auc, calibration_error, paired_auc_difference
 
-POLICY = {"name": "", "judged_positive": "judged positive", "raw_score": "raw score", "kl": "KL, nats/reply",
+POLICY = {"name": "", "judged_positive": "judged positive", "raw_score": "raw score",
+          "kl": "KL, nats/reply",
           "distinct2": "distinct-2", "distinct2_ratio": "… / SFT's", "length": "length, tokens",
-          "length_ratio": "… / SFT's", "end_rate": "ends", "identical": "identical", "short": "under 8 tokens",
+          "length_ratio": "… / SFT's", "end_rate": "ends", "identical": "identical",
+          "short": "under 8 tokens",
           "ref_perplexity": "reference perplexity"}
 REWARD = {"name": "", "auc": "AUC", "accuracy": "accuracy", "calibration": "calibration error",
           "half": "AUC on first halves"}
 
 
 def read(folder: pathlib.Path, name: str) -> dict:
-    """One JSON file of a run; UserError where it is not there."""
+    """One JSON file of a run; UserError if it is not there."""
     path = folder / name
     if not path.exists():
-        raise UserError(f"{path}: not there; the command that trained these runs makes it when all stages are done "
-                        "(`python train.py --out …`)")
+        raise UserError(f"{path}: not there; the command that trained these runs makes it when all "
+                        "stages are done (`python train.py --out …`)")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def mean_and_range(rows: list[dict], name: str) -> dict:
     """Each column's mean with [lowest, highest]."""
-    found = {"name": name}
+    row = {"name": name}
     for key in rows[0]:
         values = [r[key] for r in rows]
         if all(isinstance(v, float) for v in values):
             digits = 3 if max(values) < 10 else 1
-            found[key] = f"{np.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
-    return found
+            row[key] = f"{np.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+    return row
 
 
 def policy_rows(folders: list[pathlib.Path]) -> list[dict]:
@@ -55,7 +59,8 @@ def policy_rows(folders: list[pathlib.Path]) -> list[dict]:
             row |= {f"{k}_ratio": row[k] / sft[k] for k in ("distinct2", "length")}
             by_name.setdefault(row["name"], []).append({**row, "name": f"{row['name']}, {folder}"})
     return [row for name, rows in by_name.items()
-            for row in [*(rows if "kl" in rows[0] else []), mean_and_range(rows, f"**{name}**, mean [range]")]]
+            for row in [*(rows if "kl" in rows[0] else []),
+                        mean_and_range(rows, f"**{name}**, mean [range]")]]
 
 
 def reward_rows(folders: list[pathlib.Path]) -> tuple[list[dict], str]:
@@ -63,7 +68,8 @@ def reward_rows(folders: list[pathlib.Path]) -> tuple[list[dict], str]:
     scores = [read(folder, "reward_test_scores.json") for folder in folders]
     labels, baseline = scores[0]["labels"], scores[0]["baseline"]
     if any(s["labels"] != labels or s["baseline"] != baseline for s in scores):
-        raise UserError("these runs were measured on different texts: give runs on the same data set")
+        raise UserError("these runs were measured on different texts: give runs on the same data "
+                        "set")
 
     def row(name: str, s: dict, key: str, half: str) -> dict:
         probs = 1 / (1 + np.exp(-np.array(s[key])))
@@ -75,16 +81,18 @@ def reward_rows(folders: list[pathlib.Path]) -> tuple[list[dict], str]:
     value, low, high = paired_auc_difference([s["scores"] for s in scores], baseline, labels)
     rows += [mean_and_range(rows, "**reward model**, mean [range]"),
              row("n-gram regression, same labels", scores[0], "baseline", "half_baseline")]
-    return rows, (f"Mean AUC of {len(folders)} reward models − the baseline's, on {len(labels)} texts (paired): "
-                  f"{value:+.4f} [{low:+.4f}, {high:+.4f}]")
+    return rows, (f"Mean AUC of {len(folders)} reward models − the baseline's, on {len(labels)} "
+                  f"texts (paired): {value:+.4f} [{low:+.4f}, {high:+.4f}]")
 
 
 def main(argv: list[str]) -> None:
     if not argv or argv[0].startswith("-"):
-        raise UserError("which runs? python -m tools.seeds seed0/reviews seed1/reviews seed2/reviews")
+        raise UserError("which runs? python -m tools.seeds seed0/reviews seed1/reviews "
+                        "seed2/reviews")
     folders = [pathlib.Path(word) for word in argv]
     print(table(policy_rows(folders), POLICY))
-    if any((folder / "reward_test_scores.json").exists() for folder in folders):  # feedback in pairs or scores has none
+    # feedback in pairs or scores has none
+    if any((folder / "reward_test_scores.json").exists() for folder in folders):
         rows, difference = reward_rows(folders)
         print(f"\n{table(rows, REWARD)}\n\n{difference}")
 

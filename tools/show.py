@@ -2,8 +2,8 @@
 
     python -m tools.show FILE.jsonl [--from out/reviews/sft]
 
---from names a checkpoint or a prepared folder, whose tokenizer and prompt template are used; without
-it, the folder of the file.
+--from names a checkpoint or a prepared folder, whose tokenizer and prompt template are used;
+without it, the folder of the file.
 """
 import pathlib
 import sys

@@ -245,7 +245,8 @@ def write_stages(out: DataWriter, reviews: Sequence[Review], news: Sequence[str]
     drop_seen_openings(records)
     for split in SPLITS:
         out.documents(split, documents[split], n_bytes[split])
-    for (stage, split), of_stage in records.items():  # mixed: raw files hold one label, then the other
+    # mixed: raw files hold one label, then the other
+    for (stage, split), of_stage in records.items():
         of_stage.sort(key=lambda r: text_hash("order " + r["prompt"] + r.get("response", "")))
         out.records(stage, split, of_stage)
 
