@@ -3,12 +3,13 @@ from the reference.
 
     python train.py ppo
 
-One update, in the order of this file: `collect_rollout` lets the policy reply to prompts and scores
-every token with policy, reference, critic and reward model; `token_rewards` spreads the score and
+One update: `collect_rollout` lets the policy reply to prompts, scores every token with policy,
+reference and critic, and every reply with the reward model; `token_rewards` spreads the score and
 the KL penalty over tokens; `gae` turns rewards and values into advantages; `update` takes several
-passes over these replies with `ppo_loss`. `PPOTrainer` carries what one update hands to the next,
-and `train_ppo` is the stage. To change one idea, pass your own function: `collect_rollout(…,
-estimator=, scorer=)`, `update(…, loss=)`, or all three to `PPOTrainer`.
+passes over these replies with `ppo_loss`. The file has the formulas first, then the rollout, then
+learning. `PPOTrainer` carries what one update hands to the next, and `train_ppo` is the stage. To
+change one idea, pass your own function: `collect_rollout(…, estimator=, scorer=)`, `update(…,
+loss=)`, or all three to `PPOTrainer`.
 
 Papers, by the names that --help uses: Schulman 2016 (GAE), Schulman 2017 (PPO), Schulman 2020
 (estimates of KL), Ziegler 2019 (PPO on language), MOSS (MOSS-RLHF parts I and II), N+ (Huang 2024,
@@ -115,8 +116,8 @@ class PPOOptions(Common):
     value_clip: float = option(0.2, "value clip around the rollout's values; 0 disables",
                                source="N+, MOSS", low=0)
     value_coef: float = option(0.1, "weight of the value loss beside the policy's on a shared "
-                                    "trunk; no effect with a separate critic, because Adam is "
-                                    "scale-invariant", source="N+", low=0)
+                                    "trunk; with a separate critic it only matters through "
+                                    "--max_grad_norm and --adam_eps", source="N+", low=0)
     entropy_coef: float = option(0.0, "entropy bonus", source="MOSS: not recommended")
     # Optimisation.
     epochs: int = option(2, "passes over a rollout", source="4 in N+; MOSS 1", low=1)
@@ -640,8 +641,8 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
     loss(batch, new, o) returns (loss, metrics) of a `Minibatch` and a `Prediction`, as `ppo_loss`
     does. Rows are permuted anew each epoch, from (seed, stage, step, epoch). train_policy=False
     (critic warm-up) trains values alone. A minibatch above --max_approx_kl ends the policy's part
-    of this update: its gradients stay None, so Adam moves neither it nor its momentum. UserError,
-    before any step, if a number is not finite.
+    of this update: its gradients stay None, so Adam moves neither it nor its momentum. UserError if
+    a number of an optimizer step is not finite, before that step is taken.
     """
     start, device, means = time.perf_counter(), rollout.tokens.device, Means()
     norms: dict[str, list[Tensor]] = defaultdict(list)
@@ -718,8 +719,8 @@ def require_finite(shares: Shares, norms: dict[str, list[Tensor]], step: int, ep
 class PPOTrainer:
     """What PPO carries from one update to the next: networks, optimizer, score scale, price of KL.
 
-    scorer, estimator and loss are the seams of `collect_rollout` and `update`; a scorer of one's
-    own leaves the reward model to the critic's start.
+    scorer, estimator and loss are passed on to `collect_rollout` and `update`. With a scorer of
+    your own, the reward model only initialises the critic.
     """
 
     TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2}  # of ratio_start and sampler_gap
@@ -742,7 +743,8 @@ class PPOTrainer:
             [record["prompt"] for record in drop_long_prompts(data.records("ppo", split),
                                                               run.tokenizer, data.template, room)]
             for split in ("train", "val"))
-        # The scale of raw scores, which the critic starts on.
+        # Mean and spread of raw scores: for --reward_norm fixed and running, and the critic's first
+        # values.
         self.scale = ScoreScale(**state["scale"]) if state else self.measure_scale()
         critic = None
         if o.critic == "separate":
@@ -767,7 +769,11 @@ class PPOTrainer:
                                                 reference, self.scorer, settings)
 
     def measure_scale(self) -> ScoreScale:
-        """Mean and spread of raw scores on replies that the starting policy writes as PPO will."""
+        """Mean and spread of raw scores on replies that the starting policy writes as PPO will.
+
+        They are drawn from the streams of the reward stage, which measured this in earlier
+        versions.
+        """
         o, run = self.o, self.run
         index = batch_indices(len(self.prompts), o.norm_replies, 0, o.seed, "reward")
         ids = [prompt_ids(run.tokenizer, self.prompts[i], self.template) for i in index]

@@ -1,6 +1,5 @@
-"""Training of vocabularies: byte-pair encoding (Sennrich 2016), or the characters of a text."""
+"""Byte-pair encoding (Sennrich 2016): the merges of a vocabulary, learned from texts."""
 import heapq
-import sys
 from collections import Counter
 from collections.abc import Iterable
 
@@ -8,41 +7,30 @@ import numpy as np
 import regex  # a dependency of tiktoken: has the character classes of its encoder
 from tqdm import tqdm
 
-from data.tokenizer import CHARACTER_PATTERN, PATTERN, SPECIAL_TOKENS, Tokenizer
-from runtime.options import UserError
 
+def learn_tokens(texts: Iterable[str], n_tokens: int, pattern: str,
+                 progress: bool = False) -> list[bytes]:
+    """The bytes of up to n_tokens tokens in order of their ids: 256 bytes, then merges.
 
-def train_chars(text: str) -> Tokenizer:
-    """A vocabulary of the text's characters, in code-point order, and the special tokens."""
-    return Tokenizer([c.encode() for c in sorted(set(text))], CHARACTER_PATTERN)
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
-    """Learn a vocabulary of vocab_size tokens: 256 bytes, merges, and the six special tokens.
-
-    Each round merges the most frequent pair of neighbouring tokens into a new token. Ties go to the
-    smaller ids, so the texts determine the result. If no pair occurs twice any more, the vocabulary
-    stays smaller, and that is printed. UserError if vocab_size leaves no room for the bytes.
+    Each round merges the most frequent pair of neighbouring tokens inside a piece (`pattern`) into a new
+    token. Ties go to the smaller ids, so the texts determine the result. If no pair occurs twice any
+    more, there are fewer tokens.
 
     Counts are kept up to date: a merge changes only those of the pairs around it. The most frequent
     pair is on top of a heap, whose outdated entries are skipped when they come up.
     """
-    if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise UserError(f"vocab_size {vocab_size} is too small: the bytes and our special tokens "
-                        f"alone are {256 + len(SPECIAL_TOKENS)}")
     pieces: Counter[str] = Counter()
-    pattern = regex.compile(PATTERN)
+    split = regex.compile(pattern)
     for text in texts:
-        pieces.update(pattern.findall(text))
+        pieces.update(split.findall(text))
     corpus = _Corpus(pieces)
     heap = [(-count, pair) for pair, count in corpus.pair_counts.items()]
     heapq.heapify(heap)
     ranks = [bytes([b]) for b in range(256)]
     ids = {token: i for i, token in enumerate(ranks)}
-    target = vocab_size - len(SPECIAL_TOKENS)
-    with tqdm(total=target - 256, desc="vocabulary", unit="merge",
+    with tqdm(total=n_tokens - 256, desc="vocabulary", unit="merge",
               disable=None if progress else True, dynamic_ncols=True) as bar:
-        while len(ranks) < target and heap:
+        while len(ranks) < n_tokens and heap:
             count, pair = heapq.heappop(heap)
             if -count != corpus.pair_counts[pair]:
                 continue  # outdated: another entry of the heap has the present count
@@ -56,11 +44,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> 
             for changed in corpus.merge(pair, ids[token]):
                 if corpus.pair_counts[changed] > 0:
                     heapq.heappush(heap, (-corpus.pair_counts[changed], changed))
-    tokenizer = Tokenizer(ranks)
-    if tokenizer.n_vocab < vocab_size:
-        print(f"vocabulary: the text has patterns for {tokenizer.n_vocab} tokens only, not "
-              f"{vocab_size}", file=sys.stderr)
-    return tokenizer
+    return ranks
 
 
 class _Corpus:

@@ -8,7 +8,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from data.bpe import train_bpe
+from data.tokenizer import train_bpe
 from data.dataset import SPLITS, DataSet, DataWriter, split_of
 from data.records import FIELDS, as_messages, kind_of, load_records
 from runtime.options import UserError

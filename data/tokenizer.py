@@ -1,16 +1,18 @@
 """Text to token ids and back, and the only place that renders dialogues.
 
-Vocabularies are byte-level BPE (data/bpe.py trains them), or the characters of one text; `tiktoken`
+Vocabularies are byte-level BPE (data/bpe.py learns their merges), or the characters of one text; `tiktoken`
 encodes. The six special tokens of MOSS's dialogue format have the ids after the ordinary tokens.
 Text is never encoded to them, so no user can forge a turn by writing `<eom>`.
 
 `python -m tools.show FILE.jsonl` prints dialogues with their loss mask.
 """
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import tiktoken
 
+from data.bpe import learn_tokens
 from data.records import check_dialogue
 from runtime.options import UserError
 
@@ -123,3 +125,27 @@ class Tokenizer:
     def from_state(cls, state: dict[str, Any]) -> "Tokenizer":
         """The tokenizer that `to_state` described."""
         return cls([token.encode("latin-1") for token in state["ranks"]], state["pattern"])
+
+
+# ---- vocabularies --------------------------------------------------------------------------------
+
+def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
+    """Learn a vocabulary of vocab_size tokens: 256 bytes, merges, and the six special tokens.
+
+    Too little text gives a smaller vocabulary, and says so. UserError if vocab_size leaves no room for
+    the bytes.
+    """
+    if vocab_size < 256 + len(SPECIAL_TOKENS):
+        raise UserError(f"vocab_size {vocab_size} is too small: the bytes and our special tokens "
+                        f"alone are {256 + len(SPECIAL_TOKENS)}")
+    ranks = learn_tokens(texts, vocab_size - len(SPECIAL_TOKENS), PATTERN, progress)
+    tokenizer = Tokenizer(ranks)
+    if tokenizer.n_vocab < vocab_size:
+        print(f"vocabulary: the text has patterns for {tokenizer.n_vocab} tokens only, not "
+              f"{vocab_size}", file=sys.stderr)
+    return tokenizer
+
+
+def train_chars(text: str) -> Tokenizer:
+    """A vocabulary of the text's characters, in code-point order, and the special tokens."""
+    return Tokenizer([c.encode() for c in sorted(set(text))], CHARACTER_PATTERN)

@@ -29,8 +29,8 @@ def key(seed: int, stage: str, purpose: str, *index: int) -> list[int]:
     """Seed sequence of one random stream; (stage, purpose) sit at fixed positions, so streams never
     overlap.
 
-    No number of STAGES or PURPOSES is 0: numpy ignores zeros at the end, [7] and [7, 0] are one
-    stream.
+    No number of STAGES or PURPOSES is 0: numpy pads short keys with zeros, so [7] and [7, 0] would be
+    one stream.
 
     >>> key(0, "ppo", "reply", 12)
     [0, 4, 7, 12]

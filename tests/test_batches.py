@@ -6,7 +6,7 @@ import torch
 from data.batches import (PackedDocuments, dialogue_rows, drop_long_prompts, eval_windows,
                           make_rows, pack_rows, pad_left, pad_right, prompt_ids, reward_batch,
                           reward_rows, scatter_tokens)
-from data.bpe import train_bpe
+from data.tokenizer import train_bpe
 from data.prepared import Documents
 from runtime.options import UserError
 

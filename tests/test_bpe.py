@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import regex
 
-from data.bpe import train_bpe, train_chars
+from data.tokenizer import train_bpe, train_chars
 from data.tokenizer import PATTERN, SPECIAL_TOKENS
 from runtime.options import UserError
 from tests.conftest import made_up_reviews

@@ -9,7 +9,7 @@ import torch
 
 import evaluate
 from data.batches import prompt_ids
-from data.bpe import train_bpe
+from data.tokenizer import train_bpe
 from data.judge import ngram_classifier
 from evaluate import ReplySettings, distinct_n, measure_policy, reply_statistics, table, text_plot
 from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from data.bpe import train_bpe
+from data.tokenizer import train_bpe
 from model import (ModelConfig, Transformer, attend, attention_allowed, cross_entropy_sum,
                    load_checkpoint, log_softmax, save_checkpoint, token_logprobs, weights_hash)
 from reward import RewardModel

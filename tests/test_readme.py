@@ -1,10 +1,13 @@
-"""The README tells the truth: its commands can be parsed, its files are there, and both languages agree."""
+"""The README tells the truth: its commands can be parsed, its files are there, and both languages
+agree."""
 import pathlib
 import re
 import shlex
 
 import pytest
 
+import data.sets
+from data.prepare import open_data
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,6 +73,23 @@ def test_a_command_of_the_pages_is_understood(command):
     elif words[0] == "train.py" and len(words) > 1 and words[1] in train.STAGES:
         parse(train.STAGES[words[1]][0], words[2:], "train.py")
     elif words[0] == "train.py":
-        parse_all(Common, {name: cls for name, (cls, _) in train.STAGES.items()}, words[1:], "train.py")
+        parse_all(Common, {name: cls for name, (cls, _) in train.STAGES.items()}, words[1:],
+                  "train.py")
     else:
         assert words[0] in ("-m", "evaluate.py")
+
+
+def test_the_data_set_of_the_pages_is_one(tmp_path, monkeypatch):
+    code, = [block for block in re.findall(r"```python\n(.*?)```", text_of(ROOT / "docs/data.md"),
+                                           re.DOTALL)
+             if "DATA_SET" in block]
+    namespace: dict = {}
+    exec(code, namespace)
+    (tmp_path / "mine.txt").write_text("".join(f"line {i} of many\n" for i in range(200)),
+                                       encoding="utf-8")
+    monkeypatch.setattr("data.prepare.CACHE", tmp_path / "cache")
+    monkeypatch.setitem(data.sets.DATA_SETS, "mine", namespace["DATA_SET"])
+    prepared = open_data("mine", source=str(tmp_path / "mine.txt"), vocab_size=270)
+    assert len(prepared.documents("train").starts) == 101
+    monkeypatch.chdir(tmp_path)
+    assert open_data("mine", vocab_size=270).tokenizer.n_vocab == 270

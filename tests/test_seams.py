@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import train
-from data.bpe import train_bpe
+from data.tokenizer import train_bpe
 from data.dataset import DataSet, DataWriter
 from data.sets import DATA_SETS, register
 from model import load_checkpoint, open_run

@@ -8,7 +8,7 @@ import pytest
 
 import train
 from data.batches import PackedDocuments
-from data.bpe import train_bpe
+from data.tokenizer import train_bpe
 from data.dataset import DataSet, DataWriter, Part, split_of
 from data.prepare import PrepareOptions, open_data, open_for
 from data.prepared import Prepared

@@ -1,7 +1,7 @@
 """tools/show.py prints the loss mask in colour."""
 import pytest
 
-from data.bpe import train_bpe
+from data.tokenizer import train_bpe
 from data.prepare import open_data
 from model import ModelConfig, Transformer, save_checkpoint
 from runtime.options import UserError

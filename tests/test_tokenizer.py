@@ -6,7 +6,7 @@ import pytest
 import regex
 import tiktoken
 
-from data.bpe import train_bpe
+from data.tokenizer import train_bpe
 from data.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
 from runtime.options import UserError
 from tests.conftest import made_up_reviews

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data.bpe import train_bpe
+from data.tokenizer import train_bpe
 from data.dataset import SPLITS, DataSet, DataWriter, Part, split_of, text_hash
 from data.records import as_messages
 from data.tokenizer import Tokenizer

@@ -2,7 +2,7 @@
 import pathlib
 import urllib.request
 
-from data.bpe import train_chars
+from data.tokenizer import train_chars
 from data.dataset import DataSet, DataWriter
 from runtime.options import UserError
 
