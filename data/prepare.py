@@ -54,6 +54,10 @@ def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, lim
     if path is not None and not path.exists():
         raise UserError(f"--source {source}: no such file or folder")
     files = data_set.source(path, cache / "downloads") if data_set.source else []
+    for file in files:
+        if file is None or not file.exists():
+            raise UserError(f"data set {data}: {file or 'its raw data'} is missing; give the path "
+                            "of its raw files as --source")
     fingerprint = fingerprint_of(data_set, options, files)
     folder = cache / f"{pathlib.Path(data).stem}-{fingerprint}"
     if (folder / "meta.json").exists():
