@@ -45,7 +45,7 @@ def test_rows_of_uneven_length_end_by_their_own_stream():
     model = Transformer(SHAPE).eval()
     tokens, mask = measure.random_prompts(SHAPE, 40, 3)
     reply = generate(model, tokens, mask, 60, end_id=0, batch_size=8,
-                           decoder=bench.EndingDecoder(model))
+                     decoder=bench.EndingDecoder(model))
     assert 10 < float(reply.mask.sum()) / 40 < 40  # the mean of a geometric length of 24, cut at 60
     assert (reply.tokens.eq(0) & reply.mask).any(1).float().mean() > 0.7
 

@@ -1,17 +1,20 @@
 """How fast Mosslet runs here, as a share of what this machine can do.
 
     python -m tools.bench                     all of the below
-    python -m tools.bench limits              memory bandwidth and matrix products by type: the rest is measured by them
-    python -m tools.bench decode              writing replies, of equal and of uneven length
-    python -m tools.bench gae                 advantages on ragged rows, against a Python loop over the columns
-    python -m tools.bench train               the learning part of a PPO update, eagerly and compiled
-    python -m tools.bench ppo --peers --peer_python PYTHON       whole PPO updates; with --peers in turns with TRL's
-    python -m tools.bench growth              time against context, batch and length; peak memory against what is held
+    python -m tools.bench limits    memory bandwidth and matrix products, which shares refer to
+    python -m tools.bench decode    writing replies, of equal and of uneven length
+    python -m tools.bench gae       advantages of ragged rows, against a loop over the columns
+    python -m tools.bench train     the learning part of a PPO update, eager and compiled
+    python -m tools.bench ppo       whole PPO updates
+    python -m tools.bench growth    time by context, batch and length; peak memory
+
+    python -m tools.bench ppo --peers --peer_python PYTHON          in turns with TRL's
 
 Each figure is a median of --repeats measurements taken in turns with what it is compared to; the
 last line is JSON. The peers (transformers' generate, TRL's PPOTrainer) run by the scripts in
 --peers_folder under another Python.
 """
+import functools
 import json
 import os
 import sys
@@ -30,8 +33,8 @@ from runtime.machine import keep_freed_memory, processor
 from runtime.options import UserError, parse, run_main
 from sample import Decoder, generate
 from tools.bench_ppo import growth, ppo
-from tools.measure import (BASE, SMALL, TYPES, BenchOptions, in_turns, limits, median_range, peer,
-                           best_products, random_model, random_prompts, ratio, say, seconds,
+from tools.measure import (BASE, SMALL, TYPES, BenchOptions, best_products, in_turns, limits,
+                           median_range, peer, random_model, random_prompts, ratio, say, seconds,
                            several, step_products)
 
 PROMPT, NEW = 32, 96
@@ -40,12 +43,12 @@ SECTIONS = ("limits", "decode", "gae", "train", "ppo", "growth")
 # ---- decoding ------------------------------------------------------------------------------------
 
 def bare_step(config: ModelConfig, batch: int, dtype: torch.dtype) -> Callable[[], float]:
-    """A function that loops the bare products of one decoding step, each form that there is, and
-    returns the seconds of the fastest form: the limit of a step.
+    """A function that runs the bare products of one decoding step in each available form and
+    returns the seconds of the fastest: the limit of a step.
 
-    Between two rounds as many bytes are copied as the step's keys and values have on average, so
-    that the working set, and with it what is still in the processor's cache, is the step's own:
-    what the copies take is their part of the limit.
+    Each round also copies as many bytes as the step's keys and values have on average. So its
+    working set, and what of it stays in the processor's cache, is that of a real step; the copy's
+    time belongs to the limit.
     """
     weights = [torch.randn(n_out, n_in).to(dtype) for n_in, n_out in step_products(config)]
     xs = [torch.randn(batch, w.shape[1]).to(dtype) for w in weights]
@@ -64,10 +67,14 @@ def bare_step(config: ModelConfig, batch: int, dtype: torch.dtype) -> Callable[[
         form()
         keys.copy_(values)  # reads half of the bytes and writes the other half
 
-    for form in forms:
+    for form in forms:  # compile and warm up
         form()
-    return torch.inference_mode()(lambda: min(seconds(several, lambda: once(form), 20) / 20  # noqa: B023
-                                              for form in forms))
+
+    @torch.inference_mode()
+    def fastest_form() -> float:
+        return min(seconds(several, functools.partial(once, form), 20) / 20 for form in forms)
+
+    return fastest_form
 
 
 def sampler_gap(model: Transformer, tokens: Tensor, reply, dtype: str) -> float:
@@ -84,8 +91,7 @@ def decode(o: BenchOptions) -> list[dict]:
     transformers' generate."""
     table, compiles = [], not compiler_fault()
     for shape, config, batch in (("small", SMALL, 1), ("small", SMALL, 32), ("small", SMALL, 128),
-                                 ("base", BASE, 1),
-                                 ("base", BASE, 32)):
+                                 ("base", BASE, 1), ("base", BASE, 32)):
         bare = {name: bare_step(config, batch, dtype) for name, dtype in TYPES.items()}
         exact = min(TYPES, key=lambda name: min(bare[name]() for _ in range(3)))
         model = random_model(config)
@@ -107,15 +113,15 @@ def decode(o: BenchOptions) -> list[dict]:
                 rates[name].append(batch * NEW / whole)
                 steps[name].append((whole - prompt_alone) / (NEW - 1))
             line = peer(o, "hf_generate.py", "--shape", "tiny" if shape == "small" else "124M",
-                        "--batch", str(batch),
-                        "--dtype", "bf16" if exact == "bfloat16" else "fp32", "--runs", "1")
+                        "--batch", str(batch), "--dtype",
+                        "bf16" if exact == "bfloat16" else "fp32", "--runs", "1")
             theirs += [line["tokens_per_s"]] if line else []
         for name in decoders:
             table.append({"shape": shape, "batch": batch, "dtype": name,
                           "tokens_per_s": median_range(rates[name], 0),
                           "step_ms": median_range([1e3 * t for t in steps[name]]),
-                          "limit_ms": median_range([1e3 * t for t in limits]) if name == exact
-                          else "–",
+                          "limit_ms": (median_range([1e3 * t for t in limits])
+                                       if name == exact else "–"),
                           "share": ratio(limits, steps[name]) if name == exact else "–",
                           "sampler_gap": f"{gap[name]:.1e}", "first_call_s": first[name],
                           "transformers": f"{median_range(theirs, 0)} {exact}" if theirs else "–",
@@ -142,8 +148,8 @@ class EndingDecoder(Decoder):
 
 
 def uneven(o: BenchOptions, n: int = 256, rows: int = 32) -> dict:
-    """Replies of uneven length: places of ended ones are taken by the next prompts, against all
-    rows kept."""
+    """Replies of uneven length: rows of ended replies go to the next prompts, against all rows
+    running to the end."""
     compiles = not compiler_fault()
     model, (tokens, mask) = random_model(SMALL), random_prompts(SMALL, n)
     bare = {name: bare_step(SMALL, rows, dtype) for name, dtype in TYPES.items()}
@@ -157,10 +163,10 @@ def uneven(o: BenchOptions, n: int = 256, rows: int = 32) -> dict:
         "refilled": lambda: generate(model, tokens, mask, NEW, decoder=refilled,
                                      end_id=EndingDecoder.END, batch_size=rows)}, o.repeats)
     result = {"prompts": n, "rows": rows, "dtype": dtype,
-             "mean_length": round(float(replies.mask.sum()) / n, 1),
-             "kept_s": median_range(times["kept"]), "refilled_s": median_range(times["refilled"]),
-             "ratio": ratio(times["kept"], times["refilled"])}
-    say("Replies of uneven length: all rows kept to the end, against free rows taken by the next "
+              "mean_length": round(float(replies.mask.sum()) / n, 1),
+              "kept_s": median_range(times["kept"]), "refilled_s": median_range(times["refilled"]),
+              "ratio": ratio(times["kept"], times["refilled"])}
+    say("Replies of uneven length: all rows kept to the end, against rows refilled with the next "
         "prompts", [list(result.values())], list(result))
     return result
 
@@ -169,7 +175,7 @@ def uneven(o: BenchOptions, n: int = 256, rows: int = 32) -> dict:
 
 def gae_by_columns(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
                    lam: float) -> Tensor:
-    """The usual form: a Python loop from the last column to the first, (B, R); 0 where the mask is
+    """Advantages (B, R) by the usual loop from the last column to the first; 0 where the mask is
     False."""
     rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
     advantages, later = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
@@ -192,27 +198,29 @@ def advantages(o: BenchOptions) -> list[dict]:
     compiled = torch.compile(gae) if not compiler_fault() else None
     for shape in ((96, 64), (64, 512), (256, 1024), (512, 4096)):
         g = torch.Generator().manual_seed(0)
-        rewards, values, mask = torch.randn(shape, generator=g), torch.randn(shape,
-                                                                             generator=g), ragged_mask(*shape)
+        rewards, values = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
+        mask = ragged_mask(*shape)
         exact = gae_by_columns(rewards.double(), values.double(), mask, gamma, lam)
-        error = float((gae(rewards, values, mask, gamma,
-                           lam)[0] - exact).abs().max() / exact.abs().max())
-        # of ours, which together take about as long as one of the loop
-        calls = max(10, 2**22 // rewards.numel())
-        of = (rewards, values, mask, gamma, lam)
-        works = {"loop": lambda of=of: gae_by_columns(*of),
-                 "ours": lambda of=of, calls=calls: several(lambda: gae(*of), calls)}
-        if compiled:
-            works["compiled"] = lambda of=of, calls=calls: several(lambda: compiled(*of), calls)
+        advantage, _ = gae(rewards, values, mask, gamma, lam)
+        error = float((advantage - exact).abs().max() / exact.abs().max())
+        calls = max(10, 2**22 // rewards.numel())  # of ours, in about the time of one loop
+        arguments = (rewards, values, mask, gamma, lam)
+        forms = {"ours": gae, **({"compiled": compiled} if compiled else {})}
+        works = {"loop": functools.partial(gae_by_columns, *arguments)}
+        for name, form in forms.items():
+            works[name] = functools.partial(several, functools.partial(form, *arguments), calls)
         times = in_turns(works, max(o.repeats, 5))
-        ms = {name: [1e3 * t / (1 if name == "loop" else calls) for t in ts] for name,
-              ts in times.items()}
-        table.append({"shape": f"{shape[0]} x {shape[1]}", "loop_ms": median_range(ms["loop"]),
+        ms = {name: [1e3 * t / (calls if name in forms else 1) for t in times[name]]
+              for name in works}
+        table.append({"shape": f"{shape[0]} x {shape[1]}",
+                      "mean_length": round(float(mask.sum()) / shape[0], 1),
+                      "loop_ms": median_range(ms["loop"]),
                       "ours_ms": median_range(ms["ours"], 3),
                       "ratio": ratio(ms["loop"], ms["ours"]),
                       "compiled_ms": median_range(ms["compiled"], 3) if compiled else "–",
                       "error": f"{error:.1e}"})
-    say("Advantages and returns of ragged rows (γ 1, λ .95, float32)",
+    say("Advantages and returns of ragged rows, 1 to all columns long (γ 1, λ .95, float32); "
+        "error: the largest against the loop in float64, as a share of the largest advantage",
         [list(row.values()) for row in table], list(table[0]))
     return table
 
@@ -228,16 +236,15 @@ def main(argv: list[str]) -> None:
     if fault := compiler_fault():
         print(f"torch.compile does not work here, so everything runs eagerly: {fault}")
     results = {"processor": processor(), "threads": torch.get_num_threads(),
-               "torch": torch.__version__,
-               "products": best_products(), "load": os.getloadavg()[0], "limits": limits(o)}
+               "torch": torch.__version__, "products": best_products(),
+               "load": os.getloadavg()[0], "limits": limits(o)}
     parts = {"decode": lambda: {"equal": decode(o), "uneven": uneven(o)},
-             "gae": lambda: advantages(o),
-             "train": lambda: ppo(o, learning_only=True), "ppo": lambda: ppo(o),
-             "growth": lambda: growth(o)}
-    for name, part in parts.items():
-        # `ppo` holds it
-        if section in (name, "all") and not (section == "all" and name == "train"):
-            results[name] = part()
+             "gae": lambda: advantages(o), "train": lambda: ppo(o, learning_only=True),
+             "ppo": lambda: ppo(o), "growth": lambda: growth(o)}
+    names = [name for name in parts if name != "train"] if section == "all" else [section]
+    for name in names:  # `all` has train in ppo, and limits in any case
+        if name in parts:
+            results[name] = parts[name]()
     print(json.dumps(results))
 
 

@@ -1,5 +1,5 @@
-"""How fast a PPO update is, what it holds, and how time grows: the parts train, ppo and growth of
-tools/bench.py."""
+"""The parts train, ppo and growth of tools/bench.py: speed and peak memory of PPO updates, and how
+time grows with size."""
 import copy
 import dataclasses
 import pathlib
@@ -22,7 +22,8 @@ from tools.measure import (SMALL, TYPES, BenchOptions, best_products, fastest, m
 # ---- a PPO update --------------------------------------------------------------------------------
 
 class Update:
-    """Four networks of one shape, and updates of 64 episodes of 64 + 64 tokens."""
+    """Four networks of one shape. A call makes one PPO update; by default 64 episodes of 64 + 64
+    tokens."""
 
     def __init__(self, dtype: str, compiles: bool, critic: str = "separate", episodes: int = 64,
                  prompt: int = 64, reply: int = 64, epochs: int = 4, config: ModelConfig = SMALL):
@@ -46,6 +47,7 @@ class Update:
         self.reward_model.rows_at_once = self.o.micro_batch
 
     def collect(self) -> Rollout:
+        """A rollout on random prompts of this step."""
         rng = np.random.default_rng(self.step)
         prompts = rng.integers(3, self.reward_model.config.vocab_size,
                                (self.o.batch, self.prompt)).tolist()
@@ -53,11 +55,12 @@ class Update:
                                scorer=self.reward_model, scale=ScoreScale(), kl_coef=0.05)
 
     def learn(self, rollout: Rollout) -> dict[str, float]:
+        """The metrics of `ppo.update` on this rollout."""
         return update(self.actor_critic, self.optimizer, rollout, self.o, self.step,
                       dtype=self.networks.dtype)
 
     def __call__(self) -> dict[str, float]:
-        """Seconds of each phase of one update, and the gap that is watched in a run."""
+        """Seconds of each phase of one update and their total, and its `sampler_gap`."""
         self.networks.decoder.refresh()
         rollout = self.collect()
         learned = self.learn(rollout)
@@ -69,22 +72,24 @@ class Update:
 
 def bare_update(config: ModelConfig, critic: str, dtype: torch.dtype, o: PPOOptions,
                 prompt: int) -> tuple[float, float]:
-    """(seconds, GFLOP) of the matrix products of one update's learning, each in its fastest form:
-    for every weight one forward and two backward ones, the last layer's and the output's only where
-    replies are; of attention its two forward and four backward ones."""
+    """(seconds, GFLOP) of the matrix products of one update's learning, each in its fastest form.
+
+    Every weight has one forward and two backward products; the last layer and the output compute
+    reply tokens only. Attention has two forward and four backward products.
+    """
     rows = o.micro_batch * (prompt + o.reply_len)
-    chosen = o.micro_batch * o.reply_len
+    reply_rows = o.micro_batch * o.reply_len
     layer = step_products(config)[:4]
-    trunk = [(rows, *p) for p in layer] * (config.n_layer - 1) + [(rows, *layer[0])] + [(chosen, *p)
-                                                                                        for p in layer[1:]]
-    head = [(chosen, config.d_model, config.vocab_size)]
+    trunk = [(rows, *p) for p in layer] * (config.n_layer - 1)
+    trunk += [(rows, *layer[0]), *((reply_rows, *p) for p in layer[1:])]
+    head = [(reply_rows, config.d_model, config.vocab_size)]
+    models = 2 if critic == "separate" else 1
     took, total, flop = {}, 0.0, 0.0
-    for m, n_in, n_out in trunk * (2 if critic == "separate" else 1) + head:
-        # the logits are float32 in any case
-        kind = torch.float32 if (n_out == config.vocab_size) else dtype
+    for m, n_in, n_out in trunk * models + head:
         if (m, n_in, n_out) not in took:
-            x, w, g = (torch.randn(shape).to(kind) for shape in ((m, n_in), (n_out, n_in),
-                                                                 (m, n_out)))
+            kind = torch.float32 if n_out == config.vocab_size else dtype  # logits are float32
+            x, w, g = (torch.randn(shape).to(kind)
+                       for shape in ((m, n_in), (n_out, n_in), (m, n_out)))
             forms = [[lambda x=x, w=w: F.linear(x, w), lambda x=x, w=w: _product(x, w)],
                      [lambda g=g, w=w: g @ w, lambda g=g, w=w: _product(g, w.t())],
                      [lambda g=g, x=x: g.t() @ x, lambda g=g, x=x: _weight_gradient(g, x)]]
@@ -92,13 +97,13 @@ def bare_update(config: ModelConfig, critic: str, dtype: torch.dtype, o: PPOOpti
         total += took[m, n_in, n_out]
         flop += 6e-9 * m * n_in * n_out
     length, count = prompt + o.reply_len, o.micro_batch * config.n_head
-    q, scores = torch.randn(count, length, config.head_dim).to(dtype), torch.randn(count, length,
-                                                                                   length).to(dtype)
-    models = 2 if critic == "separate" else 1
-    attention = 3 * (fastest([lambda: q @ q.mT]) + fastest([lambda: scores @ q])) * config.n_layer * models
-    flop += 6 * 2e-9 * count * length * length * config.head_dim * config.n_layer * models
-    pieces = o.epochs * o.batch // o.micro_batch
-    return pieces * (total + attention), pieces * flop
+    q = torch.randn(count, length, config.head_dim).to(dtype)
+    scores = torch.randn(count, length, length).to(dtype)
+    layers = config.n_layer * models
+    total += 3 * (fastest([lambda: q @ q.mT]) + fastest([lambda: scores @ q])) * layers
+    flop += 6 * 2e-9 * count * length * length * config.head_dim * layers
+    micro_batches = o.epochs * o.batch // o.micro_batch
+    return micro_batches * total, micro_batches * flop
 
 
 def ppo(o: BenchOptions, learning_only: bool = False) -> list[dict]:
@@ -118,7 +123,7 @@ def ppo(o: BenchOptions, learning_only: bool = False) -> list[dict]:
     for _ in range(o.repeats):
         for (critic, dtype, compiled), work in updates.items():
             row = work()
-            # in turns: it drifts, too
+            # The limit is measured in turns, too: it drifts.
             row["bare"], row["GFLOP"] = bare_update(SMALL, critic, TYPES[dtype], work.o, 64)
             results[critic, dtype, compiled].append(row)
         for flag in theirs if not learning_only else ():
@@ -197,11 +202,10 @@ def context_growth(o: BenchOptions, dtype: str) -> list[tuple]:
             with_reply.append(seconds(generate, model, tokens, mask, 64, decoder=decoder))
             alone.append(seconds(generate, model, tokens, mask, 1, decoder=decoder))
         size = torch.finfo(TYPES[dtype]).bits // 8
-        rows.append((context, median_range([1e3 * (a - b) / 63 for a,
-                                            b in zip(with_reply, alone, strict=True)]),
-                     median_range([1e3 * b for b in alone], 0),
+        steps = [1e3 * (a - b) / 63 for a, b in zip(with_reply, alone, strict=True)]
+        rows.append((context, median_range(steps), median_range([1e3 * b for b in alone], 0),
                      round(2 * config.n_layer * 8 * context * config.d_model * size / 1e6, 1)))
-    say(f"Decoding 8 rows at a context of so many tokens, {dtype}", rows,
+    say(f"Decoding 8 rows, by context length in tokens, {dtype}", rows,
         ("context", "ms a step", "ms to read the prompt", "MB of keys and values"))
     return rows
 
@@ -217,17 +221,16 @@ def batch_growth(o: BenchOptions, dtype: str) -> list[tuple]:
         times = [work()["total"] for _ in range(o.repeats)]
         per_token = [1e6 * t / episodes / (prompt + reply) for t in times]
         rows.append((episodes, prompt + reply, median_range(times), median_range(per_token, 0)))
-    say(f"One epoch's update, eager, {dtype}", rows, ("episodes", "tokens each", "seconds",
-                                                      "µs a token"))
+    say(f"One epoch's update, eager, {dtype}", rows,
+        ("episodes", "tokens each", "seconds", "µs a token"))
     return rows
 
 
 def growth(o: BenchOptions) -> dict:
-    """Tables in which nothing may grow faster than it must."""
+    """Tables of memory, of decoding by context and of updates by size, in the faster precision."""
     half, full = (fastest(product_forms(2048, 384, 1024, t))
                   for t in (torch.bfloat16, torch.float32))
     dtype = "bfloat16" if half < full else "float32"
-    # Memory first: freed memory is kept, so later it would show the largest of all that came
-    # before.
+    # Memory first: freed memory is kept, so a later peak would be that of an earlier part.
     return {"memory": memory_growth(dtype), "decode": context_growth(o, dtype),
             "update": batch_growth(o, dtype)}

@@ -1,11 +1,12 @@
 """Draw a run's curves on one page: did every stage learn, and what did PPO pay for its reward?
 
-    python -m tools.plot out/reviews                                    one run: out/reviews/curves.png
-    python -m tools.plot seed0/reviews seed1/reviews seed2/reviews      mean and min–max band over the steps in common
+    python -m tools.plot out/reviews
+    python -m tools.plot seed0/reviews seed1/reviews seed2/reviews
 
-Reads metrics.jsonl of each stage (pretrain, sft, reward, ppo) and draws what is there. Solid lines
-are training batches, dots are held-out texts or prompts. Needs matplotlib (an extra); without it
-the terminal shows the main curves.
+One run's page is out/reviews/curves.png; several runs become the mean and a min–max band over the
+steps in common. Reads metrics.jsonl of each stage (pretrain, sft, reward, ppo) and draws the
+metrics that are there. Solid lines are training batches, dots are held-out texts or prompts. Needs
+matplotlib (an extra); without it the terminal shows the main curves.
 """
 import dataclasses
 import json
@@ -52,8 +53,8 @@ PANELS = (
     # raw_score, not score.
     Panel("ppo", "Raw score", "reward model's logit", ("raw_score", "eval_raw_score")),
     Panel("ppo", "Judge", "mean P(liked)", ("judge", "eval_judge")),
-    Panel("ppo", "Judged positive", "share of replies", ("judged_positive",
-                                                         "eval_judged_positive")),
+    Panel("ppo", "Judged positive", "share of replies",
+          ("judged_positive", "eval_judged_positive")),
     Panel("ppo", "KL", "nats per reply", ("kl", "eval_kl"), text=True),
     Panel("ppo", "KL coefficient", "reward per nat", ("kl_coef",)),
     Panel("ppo", "Reference perplexity", "per token", ("ref_perplexity", "eval_ref_perplexity")),
@@ -156,8 +157,11 @@ def draw_panel(ax: "Axes", panel: Panel, curves: dict[str, tuple[np.ndarray, np.
 
     for key, (steps, values) in curves.items():
         held_out, mean = key.startswith(("val_", "eval_")), values.mean(0)
-        color = HELD_OUT if held_out else SECOND if panel.labels and key != panel.keys[0] else COLORS[panel.stage]
-        style = {"marker": "o", "markersize": 4, "linewidth": 0.8} if held_out else {"linewidth": 1.6}
+        second = panel.labels and key != panel.keys[0]
+        color = HELD_OUT if held_out else SECOND if second else COLORS[panel.stage]
+        style = {"linewidth": 1.6}
+        if held_out:
+            style = {"marker": "o", "markersize": 4, "linewidth": 0.8}
         if len(steps) == 1:
             style["marker"] = "o"  # a line through one point is invisible
         label = panel.labels[panel.keys.index(key)] if panel.labels else None
@@ -168,6 +172,8 @@ def draw_panel(ax: "Axes", panel: Panel, curves: dict[str, tuple[np.ndarray, np.
     everything = np.concatenate([values.ravel() for _, values in curves.values()])
     if everything.min() < panel.floor < everything.max():
         ax.set_ylim(bottom=panel.floor)
+    last = max(1, *(steps[-1] for steps, _ in curves.values()))
+    ax.set_xlim(-0.04 * last, 1.04 * last)  # every axis begins at 0, so panels of a stage compare
     used = min(len(values) for _, values in curves.values())
     ax.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
     ax.set_title(panel.stage + (f", {used} of {n_runs} runs" if used < n_runs else ""), loc="right",
@@ -241,8 +247,8 @@ class PlotOptions:
 
 def main(argv: list[str]) -> None:
     n = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    folders, o = [pathlib.Path(word) for word in argv[:n]], parse(PlotOptions, argv[n:],
-                                                                  "-m tools.plot DIR [DIR…]")
+    folders = [pathlib.Path(word) for word in argv[:n]]
+    o = parse(PlotOptions, argv[n:], "-m tools.plot DIR [DIR…]")
     if not folders:
         raise UserError("no folder given: which runs? python -m tools.plot out/reviews")
     runs = [read_metrics(folder) for folder in folders]
@@ -259,7 +265,8 @@ def main(argv: list[str]) -> None:
     try:
         figure.savefig(out, dpi=120)
     except (OSError, ValueError) as error:  # no such folder, disk full, unknown kind of picture
-        raise UserError(f"{out}: the picture cannot be written: {error}; choose another --out") from None
+        raise UserError(f"{out}: the picture cannot be written: {error}; "
+                        "choose another --out") from None
     print(f"written: {out}")
 
 

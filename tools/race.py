@@ -87,13 +87,12 @@ def their_run(o: RaceOptions, seed: int) -> Iterator[tuple[int, float, float]]:
 def our_run(o: RaceOptions, seed: int) -> tuple[float, float]:
     """(seconds, loss) of one run of train.py, from the start of its stage to its last step."""
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "train.py", "pretrain", "--data", "shakespeare", "--source",
-                   o.source, "--out", out,
-                   "--seed", str(seed), "--d_model", "128", "--d_ff", "344", "--max_len",
-                   str(WINDOW), "--window",
-                   str(WINDOW), "--batch", str(BATCH), "--tokens", str(o.steps * WINDOW * BATCH),
-                   "--decay", "1",
-                   "--eval_every", str(10 * o.steps)]
+        settings = {"data": "shakespeare", "source": o.source, "out": out, "seed": seed,
+                    "d_model": 128, "d_ff": 344, "max_len": WINDOW, "window": WINDOW,
+                    "batch": BATCH, "tokens": o.steps * WINDOW * BATCH, "decay": 1,
+                    "eval_every": 10 * o.steps}
+        command = [sys.executable, "train.py", "pretrain",
+                   *(f"--{name}={value}" for name, value in settings.items())]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{' '.join(command)}: {done.stderr.strip()[-300:]}")
@@ -123,9 +122,8 @@ def main(argv: list[str]) -> None:
         print(rows[-1], flush=True)
     say(f"Seconds to a validation loss of {o.loss} ({processor()}, {torch.get_num_threads()} "
         f"threads, torch {torch.__version__}): {median_range(theirs, 1)} against "
-        f"{median_range(ours, 1)}, ratio {ratio(theirs, ours)}", rows, (
-            "seed", "nanoGPT s", "its step", "its loss", "ours s", "our steps", "our loss",
-            "ratio"))
+        f"{median_range(ours, 1)}, ratio {ratio(theirs, ours)}", rows,
+        ("seed", "nanoGPT s", "its step", "its loss", "ours s", "our steps", "our loss", "ratio"))
 
 
 def print_their_run(options: dict, seed: int) -> None:

@@ -19,10 +19,9 @@ from runtime.options import UserError, run_main
 from runtime.statistics import accuracy, auc, calibration_error, paired_auc_difference
 
 POLICY = {"name": "", "judged_positive": "judged positive", "raw_score": "raw score",
-          "kl": "KL, nats/reply",
-          "distinct2": "distinct-2", "distinct2_ratio": "… / SFT's", "length": "length, tokens",
-          "length_ratio": "… / SFT's", "end_rate": "ends", "identical": "identical",
-          "short": "under 8 tokens",
+          "kl": "KL, nats/reply", "distinct2": "distinct-2", "distinct2_ratio": "… / SFT's",
+          "length": "length, tokens", "length_ratio": "… / SFT's", "end_rate": "ends",
+          "identical": "identical", "short": "under 8 tokens",
           "ref_perplexity": "reference perplexity"}
 REWARD = {"name": "", "auc": "AUC", "accuracy": "accuracy", "calibration": "calibration error",
           "half": "AUC on first halves"}
@@ -44,7 +43,8 @@ def mean_and_range(rows: list[dict], name: str) -> dict:
         values = [r[key] for r in rows]
         if all(isinstance(v, float) for v in values):
             digits = 3 if max(values) < 10 else 1
-            row[key] = f"{np.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+            low, high = min(values), max(values)
+            row[key] = f"{np.mean(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
     return row
 
 
