@@ -32,7 +32,7 @@ from model import Transformer, checkpoint_path, load_checkpoint, token_logprobs
 from reward import RewardModel
 from runtime.device import pick_device, precision
 from runtime.machine import replace_text
-from runtime.options import UserError, option, parse, run_main
+from runtime.options import Options, UserError, option, parse, run_main
 from runtime.statistics import (accuracy, auc, calibration_error, interval, paired_auc_difference,
                                 positive_share, win_rate)
 from sample import reply_ids, reply_texts, reply_to
@@ -413,24 +413,28 @@ def print_validation_table(model: RewardModel, data: Prepared, tokenizer: Tokeni
 # ---- command line --------------------------------------------------------------------------------
 
 @dataclasses.dataclass
-class EvaluateOptions:
+class EvaluateOptions(Options):
     """`python evaluate.py DIR…`"""
 
+    # What to measure.
     reference: str = option("", "checkpoint that KL and perplexity refer to; empty: the folder sft "
                                 "beside the first")
-    reward_from: str = option("", "reward model; empty: the folder reward beside the first, where "
+    reward_from: str = option("", "reward model; empty: the folder reward beside the first, if "
                                   "there is one")
     data: str = option("", "data set of the openings; empty: the checkpoint's")
-    source: str = option("", "raw files of the data set, instead of downloading them")
-    split: str = option("val", "which openings; look at test once, at the end",
+    source: str = option("", "folder or archive with the data set's raw files; empty: download "
+                             "them")
+    split: str = option("val", "split of the openings; look at test once, at the end",
                         choices=("val", "test"))
-    prompts: int = option(500, "openings", low=1)
-    reply_len: int = option(0, "longest reply; 0: as in the PPO run among the folders, else 64",
-                            low=0)
+    prompts: int = option(500, "number of openings", low=1)
+    # How to draw.
+    reply_len: int = option(0, "longest reply in tokens; 0: as in the PPO run among the folders, "
+                               "else 64", low=0)
     temperature: float = option(0.0, "sampling temperature; 0: as in the PPO run among the "
                                      "folders, else 1", low=0)
-    seed: int = option(12345, "random numbers of the replies", low=0)
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    seed: int = option(12345, "seed of the random numbers", low=0)
+    # The machine.
+    device: str = option("auto", "device to compute on", choices=("auto", "cpu", "cuda", "mps"))
     traceback: bool = option(False, "show where in the code an error arose")
 
 

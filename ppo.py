@@ -68,18 +68,15 @@ class PPOOptions(Common):
     # The rollout.
     updates: int = option(40, "rollouts, each followed by --epochs passes", low=1)
     batch: int = option(96, "replies per rollout", low=1)
-    samples_per_prompt: int = option(1, "replies to each prompt: a group, for estimators such as "
-                                        "RLOO", low=1)
+    samples_per_prompt: int = option(1, "replies to each prompt, a group (for RLOO)", low=1)
     reply_len: int = option(64, "longest reply in tokens; a truncated reply counts as terminal (no "
                                 "bootstrap value)", low=1)
     temperature: float = option(1.0, "of sampling and of every log-probability alike; replies come "
                                      "from the whole softmax, so top-k and the like are for "
                                      "chatting only",
                                 source="N+: else the ratio does not start at 1")
-    rollout_rows: int = option(64, "replies written at a time; when one ends, the next prompt "
-                                   "takes its row", low=1)
-    rollout_dtype: str = option("auto", "precision of writing; auto: as --dtype; int8: 8-bit "
-                                        "weights, on a CPU",
+    rollout_rows: int = option(64, "replies written at a time; ended ones make room", low=1)
+    rollout_dtype: str = option("auto", "precision of writing; auto: as --dtype; int8: CPU only",
                                 choices=("auto", "float32", "bfloat16", "int8"))
     # Rewards.
     reward_norm: str = option("auto", "fixed: (raw − mean) / spread of the starting policy's "
@@ -89,10 +86,8 @@ class PPOOptions(Common):
                                       "P(liked) − 1; auto: logsigmoid for these, else fixed",
                               choices=("auto", "fixed", "running", "sigmoid", "logsigmoid"),
                               source="MOSS: running")
-    norm_replies: int = option(512, "replies of the starting policy that give raw scores their "
-                                    "mean and spread", low=2)
-    reward_clip: float = option(10.0, "clip scores to ± this; those of sigmoid are within ± 1 "
-                                      "anyway", source="MOSS 10", low=0)
+    norm_replies: int = option(512, "replies that give raw scores their mean and spread", low=2)
+    reward_clip: float = option(10.0, "clip scores to ± this", source="MOSS 10", low=0)
     end_penalty: float = option(1.0, "subtract this, after the clip, from a reply without end token",
                                 source="TRL: 1", low=0)
     kl_coef: float = option(0.09, "price of one nat away from the reference",
@@ -102,10 +97,8 @@ class PPOOptions(Common):
                                source="Schulman 2020; k1 in MOSS, N+")
     kl_control: str = option("fixed", "adaptive steers the coefficient towards --kl_target",
                              choices=("fixed", "adaptive"), source="Ziegler 2019")
-    kl_target: float = option(6.0, "nats per reply that adaptive control aims at",
-                              source="Ziegler 2019", low=0.01)
-    kl_horizon: float = option(10_000, "replies over which adaptive control acts",
-                               source="Ziegler 2019", low=1)
+    kl_target: float = option(6.0, "nats per reply to aim at", source="Ziegler 2019", low=0.01)
+    kl_horizon: float = option(10_000, "replies over which it acts", source="Ziegler 2019", low=1)
     # Advantages and loss.
     gamma: float = option(1.0, "discount per token", source="N+, MOSS", low=0, high=1)
     lam: float = option(0.95, "GAE's trade of bias for variance",
@@ -122,8 +115,7 @@ class PPOOptions(Common):
     # Optimisation.
     epochs: int = option(2, "passes over a rollout", source="4 in N+; MOSS 1", low=1)
     minibatches: int = option(2, "optimizer steps per pass", source="1 in N+", low=1)
-    micro_batch: int = option(24, "rows per forward and backward; changes memory and speed, "
-                                  "nothing else", low=1)
+    micro_batch: int = option(24, "rows per forward; changes memory and speed alone", low=1)
     dtype: str = option("float32", "precision of matrix products; the ratio is a small difference "
                                    "of log-probabilities, which bfloat16 rounds",
                         choices=("auto", "float32", "bfloat16"))
@@ -153,11 +145,9 @@ class PPOOptions(Common):
     save_every: int = option(10, "updates between checkpoints", low=1)
     eval_every: int = option(10, "updates between measurements on held-out prompts", low=1)
     eval_prompts: int = option(128, "held-out prompts measured then", low=1)
-    report_prompts: int = option(500, "held-out test prompts of the report that `all` ends with",
-                                 low=1, compared=False)
+    report_prompts: int = option(500, "test prompts of the report of `all`", low=1, compared=False)
 
-    def check(self) -> None:
-        super().check()
+    def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise UserError(f"ppo: --temperature {self.temperature} must be above 0: greedy "
                             "replies explore nothing")
@@ -165,6 +155,9 @@ class PPOOptions(Common):
             if self.batch % getattr(self, name):
                 raise UserError(f"ppo: --batch {self.batch} does not divide into --{name} "
                                 f"{getattr(self, name)}")
+
+    def check(self) -> None:
+        super().check()
         if self.kl_control == "fixed":
             self.refuse("kl_target", "kl_horizon", why="with --kl_control fixed")
         elif self.kl_coef == 0:
@@ -222,13 +215,13 @@ class ScoreScale:
         self.mean, self.std, self.moments = mean, std, RunningMoments(**(moments or {}))
 
     @classmethod
-    def of(cls, raw: Tensor) -> "ScoreScale":
+    def of(cls, raw: Tensor, whose: str = "the reward model") -> "ScoreScale":
         """The scale of these raw scores (n,); UserError if they are all the same."""
         std = float(raw.float().std(correction=0))
         if not std > 1e-6:  # NaN, too
-            raise UserError(f"the reward model gives every reply the same score (spread {std:.1e} "
-                            f"over {len(raw)} replies): it has learned nothing to optimise; train "
-                            "it longer or check its labels")
+            raise UserError(f"{whose} gives every reply the same score (spread {std:.1e} over "
+                            f"{len(raw)} replies): it has learned nothing to optimise; train it "
+                            "longer or check its labels")
         return cls(float(raw.float().mean()), std)
 
     def paid(self, raw: Tensor, ended: Tensor, o: PPOOptions) -> Tensor:
@@ -707,9 +700,10 @@ def clip_gradients(actor_critic: ActorCritic, max_norm: float,
 
 def require_finite(shares: Shares, norms: dict[str, list[Tensor]], step: int, epoch: int) -> None:
     """UserError, with the numbers, if a loss or a gradient norm of this step is not finite."""
-    numbers = {name: float(x) for name, (x, _) in shares.items() if name.endswith("loss")}
-    numbers |= {name: float(x[-1]) for name, x in norms.items()}
-    if not all(map(math.isfinite, numbers.values())):
+    numbers = {name: x for name, (x, _) in shares.items() if name.endswith("loss")}
+    numbers |= {name: x[-1] for name, x in norms.items()}
+    if not torch.stack([*numbers.values()]).isfinite().all():  # one wait for a GPU
+        numbers = {name: float(x) for name, x in numbers.items()}
         raise UserError(f"ppo: not finite at update {step + 1}, epoch {epoch + 1}: {numbers}; the "
                         "last good checkpoint is kept: lower --policy_lr or --critic_lr")
 
@@ -730,6 +724,8 @@ class PPOTrainer:
                  loss: Callable = ppo_loss):
         self.run, self.o, self.template = run, run.o, data.template
         o, state = run.o, run.state
+        if o.reward_norm == "auto":
+            raise ValueError("PPOTrainer: resolve reward_norm first, by chosen_reward_norm")
         self.estimator, self.loss = estimator, loss
         reference = copy.deepcopy(reference).requires_grad_(False).to(run.device)
         self.reward_model = reward_model.requires_grad_(False).to(run.device)
@@ -743,12 +739,11 @@ class PPOTrainer:
             [record["prompt"] for record in drop_long_prompts(data.records("ppo", split),
                                                               run.tokenizer, data.template, room)]
             for split in ("train", "val"))
-        # Mean and spread of raw scores: for --reward_norm fixed and running, and the critic's first
-        # values.
-        self.scale = ScoreScale(**state["scale"]) if state else self.measure_scale()
-        critic = None
-        if o.critic == "separate":
-            critic = critic_from(self.reward_model, self.scale.mean, self.scale.std)
+        # Mean and spread of raw scores: the scorer's for --reward_norm fixed and running, the reward
+        # model's for the critic's first values.
+        scales = [ScoreScale(**state["scale"])] * 2 if state else self.measure_scales()
+        self.scale, own = scales
+        critic = critic_from(self.reward_model, own.mean, own.std) if o.critic == "separate" else None
         actor_critic = ActorCritic(run.model, critic).to(run.device)
         self.networks = Networks(actor_critic, reference, run.tokenizer.eom_id, run.dtype)
         for trunk in self.trained_trunks():
@@ -768,19 +763,25 @@ class PPOTrainer:
         self.held_out = evaluate.HeldOutPrompts(data, run.tokenizer, held_out[:o.eval_prompts],
                                                 reference, self.scorer, settings)
 
-    def measure_scale(self) -> ScoreScale:
-        """Mean and spread of raw scores on replies that the starting policy writes as PPO will.
+    def measure_scales(self) -> tuple[ScoreScale, ScoreScale]:
+        """Scales of the scorer's and of the reward model's raw scores, on replies that the starting
+        policy writes as PPO will.
 
-        They are drawn from the streams of the reward stage, which measured this in earlier
-        versions.
+        They are drawn from the streams of the reward stage, which measured this in earlier versions.
         """
         o, run = self.o, self.run
         index = batch_indices(len(self.prompts), o.norm_replies, 0, o.seed, "reward")
         ids = [prompt_ids(run.tokenizer, self.prompts[i], self.template) for i in index]
-        replies = reply_to(run.model, run.tokenizer, ids, o.reply_len, temperature=o.temperature,
-                           batch_size=128, seed=key(o.seed, "reward", "reply"))
+        replies = reply_ids(reply_to(run.model, run.tokenizer, ids, o.reply_len,
+                                     temperature=o.temperature, batch_size=128,
+                                     seed=key(o.seed, "reward", "reply")))
         with torch.no_grad(), precision(run.dtype, run.device):
-            return ScoreScale.of(self.scorer.scores(ids, reply_ids(replies)))
+            own = ScoreScale.of(self.reward_model.scores(ids, replies))
+            if self.scorer is self.reward_model:
+                return own, own
+            if "sigmoid" in o.reward_norm:
+                return ScoreScale(), own
+            return ScoreScale.of(self.scorer.scores(ids, replies), "the scorer"), own
 
     def trained_trunks(self) -> list[Transformer]:
         critic = self.networks.actor_critic.critic

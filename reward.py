@@ -219,31 +219,39 @@ class RewardOptions(MaximumLikelihoodOptions):
         "base": dict(epochs=1.0, max_len=512, lr=0.003, adam_lr=1e-4),
     }
 
-    pool: str = option("mean", "read the score as mean over the reply or at its last token",
+    # The model.
+    pool: str = option("mean", "the score is the head's mean over the reply, or its output at the "
+                               "last token",
                        choices=("mean", "last"),
                        source="last is N+ and InstructGPT; AUC on reviews' validation, three "
                               "seeds: mean .925 on whole texts, .896 on first halves; last .929 "
                               "and .887")
+    dropout: float = option(0.1, "dropout while training; no other stage has any", low=0, high=0.9)
+    # The loss.
     loss: str = option("auto", "auto: by the records' fields",
                        choices=("auto", "label", "pairwise", "regression"))
-    epochs: float = option(2.0, "passes over the training records", low=0.01)
-    batch: int = option(32, "records per step", low=1)
-    max_len: int = option(128, "longest row in tokens; longer texts are cut, and then carry no end "
-                               "token", low=16)
-    lr: float = option(0.01, "learning rate of block matrices (Muon), or of all (AdamW)", low=0)
-    adam_lr: float = option(0.003, "learning rate of embeddings, norms and head, by AdamW", low=0)
-    warmup: float = option(0.1, "share of the steps over which the learning rate rises", low=0,
-                           high=1)
-    decay: float = option(0.9, "share of the steps, the last ones, over which it falls to 0", low=0,
-                          high=1)
-    dropout: float = option(0.1, "the only place where dropout is on", low=0, high=0.9)
     lm_coef: float = option(0.1, "weight of the language-model loss on the same text, per token",
                             source="MOSS-RLHF part I, on the chosen reply: keeps the trunk a "
                                    "language model", low=0)
-    prefix_share: float = option(0.3, "share of texts cut somewhere, without end token: unfinished "
-                                      "replies", low=0, high=1)
-    label_smoothing: float = option(0.0, "share of labels taken to be wrong (pairwise)",
+    label_smoothing: float = option(0.0, "share of labels assumed to be wrong (pairwise)",
                                     source="MOSS-RLHF part II", low=0, high=0.5)
+    # The records.
+    epochs: float = option(2.0, "passes over the training records", low=0.01)
+    batch: int = option(32, "records per step", low=1)
+    max_len: int = option(128, "longest row in tokens; longer texts are truncated and then have no "
+                               "end token", low=16)
+    prefix_share: float = option(0.3, "share of texts truncated at a random place, without end "
+                                      "token, as unfinished replies are", low=0, high=1)
+    # The learning rate and its schedule.
+    lr: float = option(0.01, "learning rate of block matrices (muon) or of everything (adamw)",
+                       low=0)
+    adam_lr: float = option(0.003, "AdamW's learning rate for embeddings, norms and the head",
+                            low=0)
+    warmup: float = option(0.1, "share of the steps over which the learning rate rises", low=0,
+                           high=1)
+    decay: float = option(0.9, "share of the steps, at the end, over which it falls to 0", low=0,
+                          high=1)
+    # Measuring.
     eval_every: int = option(100, "steps between measurements on validation", low=1)
 
 

@@ -434,7 +434,7 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
 
 def reply_ids(replies: Generation) -> list[list[int]]:
     """The ids of each reply, its end token included."""
-    pairs = zip(replies.tokens, replies.mask, strict=True)
+    pairs = zip(replies.tokens.cpu(), replies.mask.cpu(), strict=True)
     return [tokens[mask].tolist() for tokens, mask in pairs]
 
 
@@ -459,6 +459,7 @@ def reply_to(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[in
 class SampleOptions(Options):
     """`python sample.py`"""
 
+    # What to do.
     checkpoint: str = option("out/reviews/ppo", "checkpoint or folder of a run to sample from",
                              flag="from")
     prompt: str = option("", "text to reply to or to continue")
@@ -471,16 +472,18 @@ class SampleOptions(Options):
     reward_from: str = option("", "reward model for --best_of; empty: the folder `reward` beside "
                                   "the checkpoint's")
     raw: bool = option(False, "do not put the checkpoint's prompt template around the prompt")
+    # How to draw.
     max_new_tokens: int = option(64, "longest reply, in tokens", low=1)
     temperature: float = option(1.0, "below 1 sharper, above 1 flatter, 0 greedy", low=0)
     top_k: int = option(0, "draw among the k likeliest tokens; 0: all", source="Fan 2018", low=0)
-    top_p: float = option(1.0, "draw among the likeliest tokens that hold this probability",
-                          source="Holtzman 2020", low=0.001, high=1)
-    repetition_penalty: float = option(1.0, "divide the logits of tokens already written",
+    top_p: float = option(1.0, "draw among the fewest likeliest tokens whose probabilities reach "
+                               "this sum", source="Holtzman 2020", low=0.001, high=1)
+    repetition_penalty: float = option(1.0, "above 1 makes tokens already written less likely",
                                        source="Keskar 2019", low=0.01)
-    seed: int = option(0, "random numbers of the replies", low=0)
-    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = option("float32", "of matrix products (int8: CPU)",
+    seed: int = option(0, "seed of the random numbers", low=0)
+    # The machine.
+    device: str = option("auto", "device to compute on", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("float32", "precision of matrix products; int8: 8-bit weights, on a CPU",
                         choices=("auto", "float32", "bfloat16", "int8"))
     traceback: bool = option(False, "show where in the code an error arose")
 

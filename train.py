@@ -11,7 +11,7 @@
 The first two stages are written out here, `reward` in reward.py and `ppo` in ppo.py. The first
 three share the loop of runtime/fit.py. A stage reads the checkpoints of its parents and leaves
 checkpoint.pt, config.json, metrics.jsonl and samples.jsonl in OUT/<data>/<stage>/. A new stage is a
-function of its options, added to STAGES.
+function of its options, added to STAGES here and, for its random draws, in runtime/draws.py.
 """
 import dataclasses
 import difflib
@@ -53,14 +53,16 @@ class PretrainOptions(MaximumLikelihoodOptions):
                      tokens=2_000_000_000, window=1024, batch=32, accumulate=8, eval_every=1000),
     }
 
+    # The model.
     n_layer: int = option(4, "number of blocks", low=1)
-    n_head: int = option(4, "heads of queries", low=1)
-    n_kv_head: int = option(4, "heads of keys and values, shared by groups of query heads", low=1)
+    n_head: int = option(4, "query heads", low=1)
+    n_kv_head: int = option(4, "key and value heads, each shared by a group of query heads", low=1)
     d_model: int = option(192, "width of the residual stream", low=2)
     d_ff: int = option(512, "width inside the MLP", low=1)
-    max_len: int = option(256, "longest row the model is made for, in tokens", low=16)
+    max_len: int = option(256, "longest row that the model supports, in tokens", low=16)
+    # The training.
     tokens: int = option(2_000_000, "tokens to train on", low=1)
-    window: int = option(128, "tokens in a row", low=2)
+    window: int = option(128, "tokens per row", low=2)
     batch: int = option(16, "rows per forward and backward", low=1)
     accumulate: int = option(1, "batches per optimizer step", low=1)
     mixture: str = option("", "shares of the data set's parts, such as news=.15,dialogue=.3; the "
@@ -162,11 +164,12 @@ class SFTOptions(MaximumLikelihoodOptions):
 
     epochs: float = option(1.0, "passes over the dialogues", low=0.01)
     batch: int = option(32, "dialogues per step", low=1)
-    max_len: int = option(128, "longest dialogue in tokens; longer ones are left out, never cut",
-                          low=16)
-    lr: float = option(0.005, "learning rate of block matrices (Muon), or of all (AdamW)", low=0)
-    adam_lr: float = option(0.002, "learning rate of embeddings and norms, by AdamW", low=0)
-    decay: float = option(0.9, "share of the steps, the last ones, over which it falls to 0", low=0,
+    max_len: int = option(128, "longest dialogue in tokens; longer ones are dropped, never "
+                               "truncated", low=16)
+    lr: float = option(0.005, "learning rate of block matrices (muon) or of everything (adamw)",
+                       low=0)
+    adam_lr: float = option(0.002, "AdamW's learning rate for embeddings and norms", low=0)
+    decay: float = option(0.9, "share of the steps, at the end, over which it falls to 0", low=0,
                           high=1)
     eval_every: int = option(150, "steps between measurements on validation", low=1)
 

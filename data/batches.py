@@ -46,8 +46,8 @@ def dialogue_rows(records: Sequence[dict], tokenizer: Tokenizer, template: str,
     """(rows of the sft records that fit max_len, number of records that do not). A long dialogue is
     dropped, never truncated: that would teach the model to stop anywhere."""
     rows = [tokenizer.render_chat(as_messages(record, template)) for record in records]
-    fitting = [row for row in rows if len(row[0]) <= max_len]
-    return fitting, len(rows) - len(fitting)
+    short = [row for row in rows if len(row[0]) <= max_len]
+    return short, len(rows) - len(short)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str | list[dict[str, str]],
@@ -72,16 +72,16 @@ def drop_long_prompts(records: Sequence[dict], tokenizer: Tokenizer, template: s
                       limit: int) -> list[dict]:
     """The records whose prompt has at most `limit` tokens; prints how many are dropped. UserError
     if all are."""
-    fitting = [r for r in records if len(prompt_ids(tokenizer, r["prompt"], template)) <= limit]
-    if not fitting:
+    short = [r for r in records if len(prompt_ids(tokenizer, r["prompt"], template)) <= limit]
+    if not short:
         raise UserError(f"none of {len(records)} prompts fits: each has over {max(limit, 0)} "
                         "tokens, which is what the model's max_len leaves beside a reply "
                         "(--reply_len): allow shorter replies, bring shorter prompts, or pretrain "
                         "with a larger --max_len")
-    if len(fitting) < len(records):
-        print(f"{len(records) - len(fitting)} of {len(records)} records left out: their prompts "
+    if len(short) < len(records):
+        print(f"{len(records) - len(short)} of {len(records)} records left out: their prompts "
               f"have over {limit} tokens")
-    return fitting
+    return short
 
 
 def reward_rows(records: Sequence[dict], tokenizer: Tokenizer, template: str, max_len: int, *,

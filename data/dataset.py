@@ -30,8 +30,8 @@ SPLITS = ("train", "val", "test")
 class Part:
     """One part of a data set's pretraining text: how much of it is read, and when."""
 
-    share: float | None = None  # of all training tokens; None: what is left, by number of tokens
-    until: float = 1.0  # its documents lie in this first share of training
+    share: float | None = None  # of the training tokens; None: what is left, by number of tokens
+    until: float = 1.0  # its documents are in this first share of training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,8 @@ class DataSet:
     name: what --data calls it.
     source: source(path, downloads) returns the raw files, in a fixed order. They are found at
         `path` (--source) or, if that is None, downloaded into the folder `downloads`.
-        None: the data set has no raw files.
+        None: the data set has no raw files. If nothing can be downloaded it may return [path];
+        without --source that is refused.
     build: build(folder, files, **options) writes the prepared files into `folder` through the
         DataWriter that it returns. Its keyword arguments are those of `options` but for source.
     template: the instruction around a prompt, such as "Continue: {prompt}".

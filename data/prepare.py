@@ -54,6 +54,10 @@ def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, lim
     if path is not None and not path.exists():
         raise UserError(f"--source {source}: no such file or folder")
     files = data_set.source(path, cache / "downloads") if data_set.source else []
+    for file in files:
+        if file is None or not file.exists():
+            raise UserError(f"data set {data}: {file or 'its raw data'} is missing; give the path "
+                            "of its raw files as --source")
     fingerprint = fingerprint_of(data_set, options, files)
     folder = cache / f"{pathlib.Path(data).stem}-{fingerprint}"
     if (folder / "meta.json").exists():
@@ -79,7 +83,10 @@ def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, lim
 def fingerprint_of(data_set: DataSet, options: dict[str, int], files: list[pathlib.Path]) -> str:
     """A hash of all that the prepared files depend on: record, options and raw files."""
     mixture = {name: dataclasses.astuple(part) for name, part in data_set.mixture.items()}
-    digests = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+    try:
+        digests = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}; check --source") from None
     state = [VERSION, data_set.name, data_set.version, data_set.template, mixture, options, digests]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
 
@@ -121,7 +128,7 @@ def open_for(o: Options, data: str) -> Prepared:
 class PrepareOptions(Options):
     """`python -m data.prepare NAME`"""
 
-    source: str = option("", "folder or archive with the raw files, instead of downloading them")
+    source: str = option("", "folder or archive with the raw files; empty: download them")
     vocab_size: int = option(4096, "tokens of the vocabulary, six special ones included", low=262)
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
     traceback: bool = option(False, "show where in the code an error arose")

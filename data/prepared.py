@@ -101,8 +101,8 @@ class Prepared:
 
         shares: of the training tokens, by part number; None if there is one part only. Parts that
         the text does not name divide what it leaves in the proportions of the data set's own
-        mixture, which holds if the text is empty. early: the first share of training in which a
-        part's documents lie, for parts that end before the training does.
+        mixture, which holds if the text is empty. early: the first share of training that a
+        part's documents are in, for parts that end before the training does.
         UserError if the text is malformed or has no effect on this data.
         """
         parts: dict[str, dict] = self.meta["parts"]

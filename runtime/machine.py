@@ -1,4 +1,5 @@
-"""Files, memory, signals, and what machine this is."""
+"""Atomic files, signals, memory, and the names of code and processor for a run's record."""
+import contextlib
 import ctypes
 import os
 import pathlib
@@ -24,8 +25,11 @@ def replace_text(path: pathlib.Path, text: str) -> None:
 
 
 def save_whole(path: pathlib.Path, payload: Any) -> None:
-    """torch.save, atomically: written under a temporary name, synced to the disk and then
-    renamed, so that a kill or a full disk at any moment leaves the previous file as it was."""
+    """torch.save, atomically; UserError if the file cannot be written.
+
+    The payload is written under a temporary name, synced to the disk and then renamed, so that a
+    kill or a full disk at any moment leaves the previous file as it was.
+    """
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,28 +39,34 @@ def save_whole(path: pathlib.Path, payload: Any) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may not exist, nor its folder
+            temporary.unlink()
         previous = " (the previous one is kept)" if path.exists() else ""
-        raise UserError(f"{path}: cannot be written: {error}{previous}; free some space or choose "
-                        "another --out") from error
+        raise UserError(f"{path}: cannot be written: {error}{previous}; check the path, the rights "
+                        "and the free space, or choose another --out") from error
 
 
 class Interrupted(Exception):
-    """Raised after an interrupted run was saved; holds the signal's number."""
+    """Raised after an interrupted run was saved; its argument is the signal's number."""
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM ask for a stop after the present step; a second Ctrl-C stops at once."""
+    """Ctrl-C and SIGTERM ask for a stop after the present step; a second Ctrl-C stops at once.
+
+    number: the signal that asked for it; 0 if none has.
+    """
 
     number = 0
 
     @classmethod
     def install(cls) -> None:
+        """Handle both signals from now on."""
         def handle(number: int, _) -> None:
             if cls.number and number == signal.SIGINT:
                 raise KeyboardInterrupt
             cls.number = number
             print("\nfinishing this step, then saving …", file=sys.stderr)
+
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, handle)
 
@@ -76,19 +86,19 @@ def keep_freed_memory() -> None:
 
 
 def git_commit() -> str:
-    """Commit of the code, with a + where files differ from it; empty outside a clone."""
-    here = pathlib.Path(__file__).parent
+    """Commit of the code (10 digits or more), with a + if files differ from it; empty outside a
+    clone."""
+    words = ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
     try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=10",
-                                 "--exclude=*"], cwd=here,
-                                capture_output=True, text=True, check=True)
+        commit = subprocess.run(words, cwd=pathlib.Path(__file__).parent, capture_output=True,
+                                text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return commit.stdout.strip()
 
 
 def processor() -> str:
-    """The CPU's own name where the system tells it."""
+    """The CPU's name as the system gives it (on Linux), else its kind."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines
@@ -96,17 +106,18 @@ def processor() -> str:
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
-# in float32 a quarter of a GiB, or one, for an array
+
+# Numbers that `row_chunks` lets a function hold at once: in float32 ¼ GiB, on CUDA 1 GiB.
 NUMBERS_AT_ONCE = {"cpu": 2**26, "mps": 2**26, "cuda": 2**28}
 
 
 def row_chunks(function: Callable[..., tuple[Tensor, ...]], numbers: int,
                *rows: Tensor) -> tuple[Tensor, ...]:
-    """function(*rows), in chunks of rows if the function holds too many numbers in between.
+    """function(*rows), a tuple of tensors, in chunks of rows if memory asks for it.
 
-    function: treats each row by itself and holds `numbers` numbers for each. Above NUMBERS_AT_ONCE
-    in all, one chunk is computed after another, and the backward recomputes each chunk, which costs
-    the time of one more forward.
+    function: row-wise, with `numbers` intermediate values per row. Above NUMBERS_AT_ONCE of them in
+    all, one chunk is computed after another, and backward recomputes each chunk: peak memory stays
+    bounded at the price of one more forward.
     """
     size = max(1, NUMBERS_AT_ONCE[rows[0].device.type] // numbers)
     if len(rows[0]) <= size:

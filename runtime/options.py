@@ -7,6 +7,8 @@ flag. Unknown and ineffective options are errors. This module has no project imp
 """
 import dataclasses
 import difflib
+import inspect
+import itertools
 import math
 import sys
 import traceback
@@ -45,9 +47,16 @@ def as_dict(options: Any) -> dict[str, Any]:
 
 
 def presets_of(cls: type) -> dict[str, dict[str, Any]]:
-    """{preset: {option: value}} of a class, over those of its parents."""
+    """{preset: {option: value}} of a class: its own block over those of its parents.
+
+    A class that redefines an option gives it a default of its own, so the parents' preset values
+    of that option no longer apply; the class repeats those that it wants.
+    """
     merged: dict[str, dict[str, Any]] = {}
     for base in reversed(cls.__mro__):
+        redefined = inspect.get_annotations(base)
+        merged = {preset: {name: value for name, value in values.items() if name not in redefined}
+                  for preset, values in merged.items()}
         for preset, values in vars(base).get("PRESETS", {}).items():
             merged[preset] = merged.get(preset, {}) | values
     return merged
@@ -76,9 +85,11 @@ class Options:
 
 
 # ---- parsing -------------------------------------------------------------------------------------
+# Not argparse: it would need a private attribute to read -1e-4 as a value, cannot take one or two
+# words, and was no shorter with the same messages.
 
-BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False,
-         "off": False}
+BOOLS = {"true": True, "1": True, "yes": True, "on": True,
+         "false": False, "0": False, "no": False, "off": False}
 
 
 def _type(field: dataclasses.Field) -> str:
@@ -86,14 +97,14 @@ def _type(field: dataclasses.Field) -> str:
 
 
 def _convert(field: dataclasses.Field, text: str | None, flag: str) -> Any:
-    """The text after a flag as the field's type; None: no value was given."""
+    """The text after a flag as the field's type, checked; None: the flag stands alone."""
     kind, m = _type(field), field.metadata
+    if text is None and kind != "bool":
+        example = "TEXT" if field.default == "" else repr(field.default)
+        raise UserError(f"{flag}: a value is missing; write {flag}={example}, for example")
     try:
         if kind == "bool":
             value = BOOLS[(text or "true").lower()]
-        elif text is None:
-            raise UserError(f"{flag}: a value is missing; write {flag}={field.default!r}, for "
-                            "example")
         else:
             value = {"int": int, "float": float, "str": str}[kind](text)
     except (KeyError, ValueError):
@@ -104,45 +115,56 @@ def _convert(field: dataclasses.Field, text: str | None, flag: str) -> Any:
     if m.get("choices") and value not in m["choices"]:
         raise UserError(f"{flag}: {text!r} is not one of {', '.join(map(str, m['choices']))}")
     low, high = m.get("low"), m.get("high")
-    if not ((low is None or value >= low) and (high is None or value <= high)):
+    if (low is not None and value < low) or (high is not None and value > high):
         wanted = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
         raise UserError(f"{flag}: {text} is out of range: {' and '.join(wanted)}")
     return value
 
 
+def _fields(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Fields by the names of their flags, each after the prefix."""
+    return {prefix + name: f for f in dataclasses.fields(cls)
+            for name in (f.name, f.metadata.get("flag")) if name}
+
+
+def _field_named(name: str, flag: str, fields: dict[str, dataclasses.Field],
+                 prog: str) -> dataclasses.Field:
+    """The field of a flag; UserError that offers the nearest name if there is none."""
+    if name not in fields:
+        near = difflib.get_close_matches(name, list(fields), 1)
+        guess = f"; did you mean --{near[0]}?" if near else ""
+        raise UserError(f"{prog}: unknown option {flag}{guess} (--help lists all)")
+    return fields[name]
+
+
+def _value_words(field: dataclasses.Field, following: list[str]) -> list[str]:
+    """Those of the following words that are the field's value: for a switch true, false and the
+    like, else whatever is no flag (so a negative number is a value)."""
+    def is_value(word: str) -> bool:
+        return word.lower() in BOOLS if _type(field) == "bool" else not word.startswith("--")
+
+    return list(itertools.takewhile(is_value, following[:field.metadata.get("words", 1)]))
+
+
 def _given(argv: list[str], fields: dict[str, dataclasses.Field], prog: str) -> dict[str, Any]:
-    """The values that argv gives, by name. A bool's value follows `=`, or is the word true or
-    false."""
+    """The values that argv gives, by the fields' names (with their prefixes)."""
     values, i = {}, 0
     while i < len(argv):
-        word = argv[i]
-        if not word.startswith("--") or word == "--":
-            raise UserError(f"{word!r} is no option: options are written --name=value or --name "
-                            "value; see --help")
-        flag, equals, text = word.partition("=")
+        flag, equals, text = argv[i].partition("=")
+        if not flag.startswith("--") or flag == "--":
+            raise UserError(f"{argv[i]!r} is no option: options are written --name=value or "
+                            "--name value; see --help")
+        i += 1
         name = flag[2:].replace("-", "_")
-        if name not in fields:
-            near = difflib.get_close_matches(name, list(fields), 1)
-            guess = f"; did you mean --{near[0]}?" if near else ""
-            raise UserError(f"{prog}: unknown option {flag}{guess} (--help lists all)")
-        field, i = fields[name], i + 1
+        field = _field_named(name, flag, fields, prog)
         if not equals:
-            is_value = (lambda x: x.lower() in BOOLS) if _type(field) == "bool" else lambda x: not x.startswith("--")
-            words = []
-            while i < len(argv) and len(words) < field.metadata.get("words",
-                                                                    1) and is_value(argv[i]):
-                words.append(argv[i])
-                i += 1
+            words = _value_words(field, argv[i:])
             text = ",".join(words) if words else None
-        values[field.name if name == field.metadata.get("flag") else name] = _convert(field, text,
-                                                                                      flag)
+            i += len(words)
+        prefix, dot, _ = name.rpartition(".")
+        values.pop(prefix + dot + field.name, None)  # the last of two flags counts, and counts last
+        values[prefix + dot + field.name] = _convert(field, text, flag)
     return values
-
-
-def _fields(cls: type) -> dict[str, dataclasses.Field]:
-    """Fields by the names of their flags."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    return fields | {f.metadata["flag"]: f for f in fields.values() if f.metadata.get("flag")}
 
 
 def _build(cls: type[T], given: dict[str, Any]) -> T:
@@ -177,9 +199,8 @@ def parse_all(common: type, stages: dict[str, type], argv: list[str], prog: str)
         print(_help({"": common, **{f"{stage}.": cls for stage, cls in stages.items()}}, prog))
         raise SystemExit(0)
     fields = _fields(common)
-    fields |= {f"{stage}.{f.name}": f for stage, cls in stages.items()
-               for f in dataclasses.fields(cls)
-               if not _shared(f, fields)}
+    fields |= {flag: f for stage, cls in stages.items()
+               for flag, f in _fields(cls, f"{stage}.").items() if not _shared(f, fields)}
     given: dict[str, dict[str, Any]] = {stage: {} for stage in stages}
     for name, value in _given(argv, fields, prog).items():
         stage, dot, own = name.rpartition(".")
@@ -238,11 +259,10 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     except BrokenPipeError:  # whoever read our output (head, less) has seen enough
         sys.stdout = None
         return 141
-    # a full disk, a missing right: the system's own words say what and where
-    except OSError as error:
+    except OSError as error:  # a full disk, a missing right: the system says what and where
         if "--traceback" in argv:
             traceback.print_exc()
-        print(f"error: {error}; look at the path, the right to write there and the free space",
+        print(f"error: {error}; check the path, the rights and the free space",
               file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -261,34 +281,37 @@ class Common(Options):
         "base": dict(vocab_size=50_304),
     }
 
+    # The data.
     data: str = option("reviews", "data set by name (reviews, shakespeare), or your own .jsonl "
                                   "file or folder")
-    source: str = option("", "folder or archive with the data set's raw files, instead of "
-                             "downloading them")
+    source: str = option("", "folder or archive with the data set's raw files; empty: download "
+                             "them")
     vocab_size: int = option(4096, "tokens of the vocabulary that is trained on the data, six "
                                    "special ones included", low=262)
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
+    # The run.
     preset: str = option("demo", "demo: two CPU cores, ten minutes for all; smoke: seconds, for "
                                  "tests; base: one GPU",
                          choices=("smoke", "demo", "base"), compared=False)
     out: str = option("out", "runs are written to OUT/<data>/<stage>/", compared=False)
-    init_from: str = option("", "checkpoint to start from instead of this run's own parent stage; "
-                                "in PPO policy and reference")
-    reward_from: str = option("", "reward model for PPO instead of this run's own")
-    seed: int = option(0, "decides every random draw", low=0)
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = option("auto", "precision of matrix products; auto measures",
-                        choices=("auto", "float32", "bfloat16"))
-    compile: str = option("auto", "torch.compile; auto: where it works and enough work lies ahead "
-                                  "to pay for it, as the first steps tell",
-                          choices=("auto", "on", "off"))
-    recompute: bool = option(False, "gradient checkpointing: keep the inputs of blocks alone, "
-                                    "compute the rest again for the gradient: less memory, a third "
-                                    "more time", source="Chen 2016")
+    init_from: str = option("", "checkpoint to start from; empty: this run's own parent stage; in "
+                                "PPO it is both policy and reference")
+    reward_from: str = option("", "reward model for PPO; empty: this run's own")
+    seed: int = option(0, "every random draw follows from it", low=0)
     save_every: int = option(200, "steps (PPO: updates) between checkpoints", low=1)
     resume: bool = option(False, "resume the run in this folder", compared=False)
     fresh: bool = option(False, "delete the run in this folder and start again", compared=False)
     traceback: bool = option(False, "show where in the code an error arose", compared=False)
+    # The machine.
+    device: str = option("auto", "device to compute on", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("auto", "precision of matrix products; auto measures",
+                        choices=("auto", "float32", "bfloat16"))
+    compile: str = option("auto", "torch.compile; auto: if it works here and the first steps show "
+                                  "that the remaining ones are worth it",
+                          choices=("auto", "on", "off"))
+    recompute: bool = option(False, "gradient checkpointing: store only each block's input and "
+                                    "recompute the block in backward; less memory, a third more "
+                                    "time", source="Chen 2016")
 
     def check(self) -> None:
         """Refuse, before anything is done, what does not go together."""
@@ -304,20 +327,24 @@ class MaximumLikelihoodOptions(Common):
         "base": dict(lr=0.01, adam_lr=0.003),
     }
 
-    optimizer: str = option("muon", "muon: block matrices by Muon, the rest by AdamW; adamw: all "
-                                    "by AdamW",
+    # The optimizer.
+    optimizer: str = option("muon", "muon: block matrices by Muon, everything else by AdamW; "
+                                    "adamw: everything by AdamW",
                             choices=("muon", "adamw"), source="Jordan 2024; Loshchilov 2019")
     muon_steps: int = option(3, "Newton-Schulz iterations of Muon",
                              source="measured: 3 learn as well as 5 here", low=1)
-    lr: float = option(0.02, "learning rate of block matrices (Muon), or of all (AdamW)", low=0)
-    adam_lr: float = option(0.01, "learning rate of embeddings, norms and heads, by AdamW", low=0)
     weight_decay: float = option(0.0, "decoupled weight decay of block matrices",
                                  source="Loshchilov 2019", low=0)
+    clip: float = option(1.0, "clip gradients to this norm; 0 disables", low=0)
+    # The learning rate and its schedule.
+    lr: float = option(0.02, "learning rate of block matrices (muon) or of everything (adamw)",
+                       low=0)
+    adam_lr: float = option(0.01, "AdamW's learning rate for embeddings, norms and heads", low=0)
     warmup: float = option(0.03, "share of the steps over which the learning rate rises", low=0,
                            high=1)
-    decay: float = option(0.4, "share of the steps, the last ones, over which it falls to 0", low=0,
+    decay: float = option(0.4, "share of the steps, at the end, over which it falls to 0", low=0,
                           high=1)
-    clip: float = option(1.0, "largest gradient norm; 0: any", low=0)
+    # The log.
     log_every: int = option(10, "steps between lines of metrics.jsonl", low=1)
 
     def check(self) -> None:

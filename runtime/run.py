@@ -51,8 +51,8 @@ class Compute:
         self.products, whose = state.get("products"), "as in the checkpoint"
         if self.products is None:
             self.products, whose = pick_products(self.device, width)
-        tqdm.write(f"{stage}: {self.device}, {self.dtype} ({why}), float32 products by "
-                   f"{self.products} ({whose}), {torch.get_num_threads()} threads", file=sys.stdout)
+        print(f"{stage}: {self.device}, {self.dtype} ({why}), float32 products by {self.products} "
+              f"({whose}), {torch.get_num_threads()} threads", flush=True)
         self.compile = state.get("compile", o.compile)  # `auto` until the first steps are timed
         self.last_step = time.perf_counter()
         if self.compile == "on":
@@ -257,7 +257,7 @@ class Run:
 
     def samples(self, step: int, records: list[dict]) -> None:
         """Texts to read, with their scores, into samples.jsonl."""
-        self.folder.append("samples.jsonl", [{"step": step, **record} for record in records])
+        self.folder.append("samples.jsonl", [{**record, "step": step} for record in records])
 
     def save(self, step: int, **state: Any) -> None:
         """Write the checkpoint after `step` finished steps; state: what the stage needs to

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from runtime.options import UserError
@@ -148,7 +149,7 @@ class Means:
         self.weights: dict[str, Tensor | float] = defaultdict(float)
 
     def add(self, name: str, mean: Tensor, weight: Tensor) -> None:
-        self.sums[name] = self.sums[name] + mean.detach() * weight
+        self.sums[name] = self.sums[name] + torch.where(weight > 0, mean.detach() * weight, 0)
         self.weights[name] = self.weights[name] + weight
 
     def result(self) -> dict[str, float]:

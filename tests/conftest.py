@@ -1,5 +1,6 @@
 """Shared by all tests: the repository on the path, and a small made-up source of the default data
 set's layout."""
+import contextlib
 import dataclasses
 import itertools
 import pathlib
@@ -92,14 +93,23 @@ def write_reviews_source(folder: pathlib.Path) -> None:
     (folder / "tag" / "199801.txt").write_text("\n".join(news) + "\n", encoding="utf-8")
 
 
-@pytest.fixture(autouse=True)
-def signals_as_they_were():
-    """A command takes Ctrl-C and SIGTERM for itself; after a test they are pytest's again."""
+@contextlib.contextmanager
+def signals_restored():
+    """A command takes Ctrl-C and SIGTERM for itself; after this block they are pytest's again."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    Interrupt.number = 0
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        Interrupt.number = 0
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def signals_restored_after_each_test():
+    """Fixtures of a wider scope are set up before this one: they need a block of their own."""
+    with signals_restored():
+        yield
 
 
 @pytest.fixture(scope="session")

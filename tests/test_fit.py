@@ -1,16 +1,15 @@
-"""The loop of maximum likelihood: rates, clipping, what is logged and saved, and what is never
-stepped on."""
+"""The loop of maximum likelihood: what it steps on, logs, measures and saves, and how it resumes."""
 import math
 
 import pytest
 import torch
 
-from model import ModelConfig, Transformer, save_checkpoint, weights_hash
+from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint, weights_hash
 from runtime.fit import fit
-from runtime.optim import learning_rate, make_optimizers
+from runtime.machine import Interrupt, Interrupted
 from runtime.options import UserError, parse
 from runtime.run import Run, RunFolder
-from tests.conftest import TINY
+from tests.conftest import TINY, equal
 from train import SFTOptions
 
 
@@ -30,12 +29,16 @@ class Toy:
 
 @pytest.fixture
 def run_of(world, tmp_path):
+    """run_of(*words): a run of a tiny model, which keeps what is logged and saved."""
     def made(*words):
         o = parse(SFTOptions, ["--dtype=float32", "--compile=off", f"--out={tmp_path}", *words],
                   "x")
-        folder = RunFolder(o, "sft", {})
-        run = Run(folder, Transformer(ModelConfig(**TINY)), world.data.tokenizer, "{prompt}", {},
-                  save_checkpoint)
+        folder, state = RunFolder(o, "sft", {}), {}
+        model = Transformer(ModelConfig(**TINY))
+        model.initialise(0)
+        if folder.resumes:
+            model, _, state = load_checkpoint(folder.path)
+        run = Run(folder, model, world.data.tokenizer, "{prompt}", state, save_checkpoint)
         run.logged, run.saved = [], []
         run.log = lambda step, **metrics: run.logged.append({"step": step, **metrics})
         save = run.save
@@ -94,18 +97,43 @@ def test_a_checkpoint_keeps_what_the_task_adds(run_of):
     assert state["measured"] == {"val_loss": 2.0}
 
 
-def test_learning_rates_rise_stay_and_fall():
-    rates = [learning_rate(step, 10, warmup=.2, decay=.5) for step in range(10)]
-    assert rates == pytest.approx([.5, 1, 1, 1, 1, 1, .8, .6, .4, .2])
-    assert learning_rate(9, 10, 0, 1.0, final=.1) == pytest.approx(.1 + .9 * .1)
+def test_parts_of_a_step_add_up_to_the_whole(run_of):
+    weights, logged = [], []
+    for parts in (1, 2):
+        run = run_of("--log_every=1", "--fresh")
+        task = Toy(run, 3)
+        task.losses = lambda step, run=run, parts=parts: (
+            (run.model(torch.tensor([[7, 8]])).square().mean() / parts, 2 // parts)
+            for _ in range(parts))
+        fit(run, task)
+        weights.append(run.model.state_dict())
+        logged.append([line["loss"] for line in run.logged])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-4) for name in weights[0])
 
 
-def test_muon_trains_the_blocks_matrices_and_adamw_the_others():
-    from reward import RewardConfig, RewardModel, RewardOptions
-    model = RewardModel(RewardConfig(**TINY))
-    muon, adamw = make_optimizers(model, parse(RewardOptions, [], "x"))
-    name = {id(p): n for n, p in model.named_parameters()}
-    of = lambda x: {name[id(p)] for group in x.param_groups for p in group["params"]}  # noqa: E731
-    matrices = ("qkv.weight", "out.weight", "gate_up.weight", "down.weight")
-    assert of(muon) == {n for n in name.values() if ".blocks." in n and n.endswith(matrices)}
-    assert of(adamw) == set(name.values()) - of(muon)
+def test_an_interrupted_run_resumes_to_the_same_weights_and_optimizers(run_of, tmp_path):
+    checkpoint = lambda: torch.load(tmp_path / "reviews/sft/checkpoint.pt", weights_only=True)  # noqa: E731
+    fit(run := run_of(), Toy(run))
+    uninterrupted = checkpoint()
+    run = run_of("--fresh")
+    Interrupt.number = 15  # as if SIGTERM had come during the first step
+    with pytest.raises(Interrupted):
+        fit(run, Toy(run))
+    assert [step for step, _, _ in run.saved] == [1]
+    Interrupt.number = 0
+    fit(run := run_of("--resume"), Toy(run))
+    resumed = checkpoint()
+    for payload in (uninterrupted, resumed):
+        payload["state"].pop("seconds")
+    assert resumed["state"]["step"] == 6
+    assert equal(resumed, uninterrupted)
+
+
+def test_a_run_that_was_killed_after_its_last_save_learns_nothing_more(run_of):
+    fit(run := run_of(), Toy(run))
+    before = weights_hash(run.model)
+    run = run_of("--resume")
+    assert fit(run, Toy(run)) == {"val_loss": 6.0}  # the last measurements, from the checkpoint
+    assert run.logged == []
+    assert weights_hash(run.model) == before

@@ -16,7 +16,7 @@ import torch
 
 import train
 from runtime.run import Run
-from tests.conftest import write_reviews_source
+from tests.conftest import signals_restored, write_reviews_source
 
 GOLDEN = pathlib.Path(__file__).with_name("golden.json")
 STEPS = 4  # logged lines kept of each stage; step 0 of PPO measures the policy before it learns
@@ -37,11 +37,11 @@ def golden_run(folder: pathlib.Path) -> dict:
 
     Run.log = keep
     try:
-        train.main(["all", "--preset=smoke", "--dtype=float32", "--compile=off", "--device=cpu",
-                    "--fresh",
-                    f"--source={folder / 'source'}", f"--out={folder / 'out'}",
-                    "--pretrain.log_every=1",
-                    "--sft.log_every=1", "--reward.log_every=1"])
+        with signals_restored():
+            train.main(["all", "--preset=smoke", "--dtype=float32", "--compile=off",
+                        "--device=cpu", "--fresh", f"--source={folder / 'source'}",
+                        f"--out={folder / 'out'}", "--pretrain.log_every=1",
+                        "--sft.log_every=1", "--reward.log_every=1"])
     finally:
         Run.log = log
     report = json.loads((folder / "out" / "reviews" / "report.json").read_text(encoding="utf-8"))

@@ -1,9 +1,12 @@
-"""Muon equals torch's own, and learning rates follow their schedule."""
+"""Muon equals torch's own and trains the blocks' matrices; learning rates follow their schedule."""
+import pytest
 import torch
 from torch import nn
 
-from runtime.optim import Muon, orthogonal
-from tests.conftest import noise
+from reward import RewardConfig, RewardModel, RewardOptions
+from runtime.optim import Muon, learning_rate, make_optimizers, orthogonal
+from runtime.options import parse
+from tests.conftest import TINY, noise
 
 
 def test_muon_in_batches_equals_torchs_own():
@@ -28,6 +31,23 @@ def test_orthogonal_keeps_directions_and_evens_out_their_lengths():
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     y = orthogonal(x, 5).float()
     values = torch.linalg.svdvals(y)
-    assert values.min() > 0.5 and values.max() < 1.4
+    assert values.min() > 0.5
+    assert values.max() < 1.4
     inner = u.mT @ y @ vh.mT  # diagonal, if the singular vectors are kept
     assert (inner - torch.diag_embed(inner.diagonal(dim1=1, dim2=2))).abs().max() < 0.05
+
+
+def test_learning_rates_rise_stay_and_fall():
+    rates = [learning_rate(step, 10, warmup=.2, decay=.5) for step in range(10)]
+    assert rates == pytest.approx([.5, 1, 1, 1, 1, 1, .8, .6, .4, .2])
+    assert learning_rate(9, 10, 0, 1.0, final=.1) == pytest.approx(.1 + .9 * .1)
+
+
+def test_muon_trains_the_blocks_matrices_and_adamw_the_others():
+    model = RewardModel(RewardConfig(**TINY))
+    muon, adamw = make_optimizers(model, parse(RewardOptions, [], "x"))
+    name = {id(p): n for n, p in model.named_parameters()}
+    of = lambda x: {name[id(p)] for group in x.param_groups for p in group["params"]}  # noqa: E731
+    matrices = ("qkv.weight", "out.weight", "gate_up.weight", "down.weight")
+    assert of(muon) == {n for n in name.values() if ".blocks." in n and n.endswith(matrices)}
+    assert of(adamw) == set(name.values()) - of(muon)

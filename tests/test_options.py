@@ -27,21 +27,31 @@ class Stage(Shared):
     updates: int = option(36, "updates", low=1)
     lam: float = option(0.95, "trade", low=0, high=1)
     critic: str = option("separate", "whose trunk", choices=("separate", "shared"))
+    title: str = option("", "any text")
 
 
 def test_default_preset_and_flag_take_precedence_in_this_order():
     assert parse(Stage, [], "x").updates == 36
     assert parse(Stage, ["--preset=smoke"], "x").updates == 2
     o = parse(Stage, ["--updates", "7", "--preset", "smoke"], "x")
-    assert (o.updates, o.kl_coef) == (7, 0.5) and o.explicit == {"updates", "preset"}
+    assert (o.updates, o.kl_coef) == (7, 0.5)
+
+
+def test_options_know_which_flags_were_given():
+    assert parse(Stage, [], "x").explicit == set()
+    o = parse(Stage, ["--updates=36", "--preset", "smoke"], "x")  # one of them at its default
+    assert o.explicit == {"updates", "preset"}
 
 
 @pytest.mark.parametrize("words,name,value", [
     (["--kl_coef=.1"], "kl_coef", 0.1), (["--kl-coef", "1e-4"], "kl_coef", 1e-4),
-    (["--resume"], "resume", True),
-    (["--resume=false"], "resume", False),
-    (["--resume", "false"], "resume", False), (["--updates=2_000"], "updates", 2000),
-    (["--kl_coef=-1"], "kl_coef", -1.0), (["--kl_coef", "-1"], "kl_coef", -1.0)])
+    (["--kl_coef=-1"], "kl_coef", -1.0), (["--kl_coef", "-1"], "kl_coef", -1.0),
+    (["--kl_coef", "-1e-4"], "kl_coef", -1e-4), (["--updates=2_000"], "updates", 2000),
+    (["--updates=2", "--updates=3"], "updates", 3),
+    (["--resume"], "resume", True), (["--resume", "on"], "resume", True),
+    (["--resume=false"], "resume", False), (["--resume", "false"], "resume", False),
+    (["--title", "-x"], "title", "-x"), (["--title=--x=y"], "title", "--x=y"),
+    (["--title", ""], "title", ""), (["--title="], "title", "")])
 def test_ways_to_write_a_flag(words, name, value):
     assert getattr(parse(Stage, words, "x"), name) == value
 
@@ -52,30 +62,56 @@ def test_a_switch_does_not_swallow_what_follows():
 
 
 @pytest.mark.parametrize("words,message", [
-    (["--kl_coeff=1"], "did you mean --kl_coef"), (["--kl_coeff", "1"], "did you mean --kl_coef"),
+    (["--kl_coeff=1"], "^x: unknown option --kl_coeff; did you mean --kl_coef"),
+    (["--kl_coeff", "1"], "unknown option --kl_coeff; did you mean --kl_coef"),
+    (["--update=3"], "unknown option --update; did you mean --updates"),  # no abbreviations
+    (["--zzz=3"], r"^x: unknown option --zzz \(--help lists all\)$"),
     (["--updates=two"], "--updates: 'two' is not a whole number"),
-    (["--updates=1.5"], "whole number"), (["--updates=0"],
-                                          "--updates: 0 is out of range: at least 1$"),
-    (["--lam=2"], "at least 0 and at most 1"), (["--lam=nan"], "not a finite number"),
-    (["--critic=both"], "not one of separate, shared"), (["--updates"], "value is missing"),
-    (["updates=3"], "no option"), (["--resume=maybe"], "true or false"),
-    (["--preset=huge"], "smoke, demo, base")])
+    (["--updates=1.5"], "--updates: '1.5' is not a whole number"),
+    (["--updates=0"], "--updates: 0 is out of range: at least 1$"),
+    (["--lam=2"], "--lam: 2 is out of range: at least 0 and at most 1"),
+    (["--lam=nan"], "--lam: 'nan' is not a finite number"),
+    (["--critic=both"], "--critic: 'both' is not one of separate, shared"),
+    (["--updates"], "--updates: a value is missing; write --updates=36"),
+    (["--updates", "--resume"], "--updates: a value is missing"),
+    (["--title"], "--title: a value is missing; write --title=TEXT"),
+    (["updates=3"], "'updates=3' is no option"), (["-u", "3"], "'-u' is no option"),
+    (["--"], "'--' is no option"), (["--title", "a", "b"], "'b' is no option"),
+    (["--resume=maybe"], "--resume: 'maybe' is not true or false"),
+    (["--preset=huge"], "'huge' is not one of smoke, demo, base")])
 def test_what_cannot_be_understood_is_an_error(words, message):
     with pytest.raises(UserError, match=message):
         parse(Stage, words, "x")
 
 
-def test_several_stages_share_a_command_line():
-    o = parse_all(Shared, {"a": Stage, "b": Stage}, ["--seed=3", "--a.kl_coef=.2", "--preset",
-                                                     "smoke", "--b.updates",
-                                                     "9"], "x")
-    assert (o["a"].seed, o["b"].seed, o["a"].kl_coef, o["b"].kl_coef, o["b"].updates,
-            o["a"].updates) == (3, 3, 0.2,
-                                                                                                          0.5, 9, 2)
-    with pytest.raises(UserError, match="a.kl_coef"):
-        parse_all(Shared, {"a": Stage}, ["--a.klcoef=1"], "x")
-    with pytest.raises(UserError, match="unknown option --kl_coef"):
-        parse_all(Shared, {"a": Stage}, ["--kl_coef=1"], "x")
+def parse_both(*words: str) -> tuple[Stage, Stage]:
+    """The options of two stages, a and b, from one command line."""
+    o = parse_all(Shared, {"a": Stage, "b": Stage}, list(words), "x")
+    return o["a"], o["b"]
+
+
+def test_a_shared_option_reaches_every_stage():
+    a, b = parse_both("--seed=3", "--preset", "smoke")
+    assert (a.seed, b.seed) == (3, 3)
+    assert (a.updates, b.updates) == (2, 2)
+    assert a.explicit == b.explicit == {"seed", "preset"}
+
+
+def test_an_option_with_a_stages_name_reaches_this_stage_alone():
+    a, b = parse_both("--a.kl-coef=.2", "--b.updates", "9")
+    assert (a.kl_coef, b.kl_coef) == (0.2, 0.05)
+    assert (a.updates, b.updates) == (36, 9)
+    assert (a.explicit, b.explicit) == ({"kl_coef"}, {"updates"})
+
+
+@pytest.mark.parametrize("word,message", [
+    ("--a.klcoef=1", "unknown option --a.klcoef; did you mean --a.kl_coef"),
+    ("--kl_coef=1", "unknown option --kl_coef; did you mean --a.kl_coef|--b.kl_coef"),
+    ("--a.seed=1", "unknown option --a.seed"), ("--c.updates=1", "unknown option --c.updates"),
+    ("--a.updates=0", "--a.updates: 0 is out of range")])
+def test_what_no_stage_understands_is_an_error(word, message):
+    with pytest.raises(UserError, match=message):
+        parse_both(word)
 
 
 @dataclasses.dataclass
@@ -92,16 +128,22 @@ def test_what_a_stage_redefines_can_be_set_and_is_shown_for_it_alone(capsys):
         parse_all(Shared, {"a": Own, "b": Stage}, ["--b.seed=4"], "x")
     with pytest.raises(SystemExit):
         parse_all(Shared, {"a": Own, "b": Stage}, ["--help"], "x")
-    said = capsys.readouterr().out
-    assert "--seed (default 0)" in said and "--a.seed (default 7)" in said and "--b.seed" not in said
-
-
-def test_help_tells_default_presets_meaning_and_source(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(Stage, ["--help"], "train.py ppo")
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and "train.py ppo" in text
+    assert "--seed (default 0)" in text
+    assert "--a.seed (default 7)" in text
+    assert "--b.seed" not in text
+
+
+def test_help_tells_default_presets_range_meaning_and_source(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Stage, ["--updates=0", "--help"], "train.py ppo")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert text.startswith("usage: python train.py ppo ")
     assert "--kl_coef (default 0.05, smoke 0.5)\n        price of KL [MOSS]" in text
+    assert "--updates (default 36, smoke 2, base 200, from 1)\n" in text
+    assert "--lam (default 0.95, from 0 to 1)\n" in text
+    assert "--critic {separate,shared} (default 'separate')\n" in text
 
 
 def test_every_stage_of_train_explains_every_option():
@@ -118,7 +160,11 @@ def test_only_options_that_differ_from_their_defaults_are_shown(capsys):
     assert capsys.readouterr().out == "ppo: updates=5\n"
     show(parse(Stage, [], "x"), "ppo")
     assert capsys.readouterr().out == "ppo: the defaults\n"
-    assert as_dict(Stage())["critic"] == "separate"
+
+
+def test_all_options_are_in_the_record():
+    assert as_dict(Stage(updates=5)) == dict(preset="demo", seed=0, resume=False, kl_coef=0.05,
+                                             updates=5, lam=0.95, critic="separate", title="")
 
 
 def test_a_class_takes_its_parents_presets_and_its_own_win():
@@ -129,11 +175,31 @@ def test_a_class_takes_its_parents_presets_and_its_own_win():
     assert presets_of(Child) == {"smoke": dict(kl_coef=0.5, updates=3), "base": dict(updates=200)}
 
 
-def test_presets_name_options_that_there_are():
+def test_a_redefined_option_drops_its_parents_preset_values():
+    @dataclasses.dataclass
+    class Child(Stage):
+        PRESETS: ClassVar = {"smoke": dict(lam=0.5)}
+        updates: int = option(50, "updates")
+
+    assert presets_of(Child) == {"smoke": dict(kl_coef=0.5, lam=0.5), "base": {}}
+    assert parse(Child, ["--preset=base"], "x").updates == 50
+    assert parse(Child, ["--preset=smoke"], "x").updates == 50
+
+
+def test_presets_name_options_and_presets_that_there_are():
     from train import STAGES
     for cls, _ in STAGES.values():
+        assert set(presets_of(cls)) <= {"smoke", "base"}
         for values in presets_of(cls).values():
             assert set(values) <= {field.name for field in dataclasses.fields(cls)}
+
+
+def test_the_values_of_presets_are_in_their_options_ranges():
+    from train import STAGES
+    for cls, _ in STAGES.values():
+        for preset, values in presets_of(cls).items():
+            words = [f"--{name}={value}" for name, value in values.items()]
+            assert as_dict(parse(cls, words, "x")).items() >= values.items(), preset
 
 
 @dataclasses.dataclass
@@ -146,11 +212,23 @@ class Words(Options):
 
 
 @pytest.mark.parametrize("words", [["--from", "a", "--pair", "b", "c"], ["--path=a", "--pair=b,c"],
-                                   ["--pair", "b", "c", "--from=a"]])
+                                   ["--pair", "b", "c", "--from=a"],
+                                   ["--pair", "b,c", "--path", "a"]])
 def test_a_flag_may_have_another_name_and_several_words(words):
     o = parse(Words, words, "x")
     assert (o.path, o.pair) == ("a", "b,c")
     assert o.explicit == {"path", "pair"}
+
+
+def test_help_lists_both_names_of_a_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse(Words, ["-h"], "x")
+    assert "  --path, --from (default '')\n" in capsys.readouterr().out
+
+
+def test_a_flag_of_two_words_takes_no_third():
+    with pytest.raises(UserError, match="'d' is no option"):
+        parse(Words, ["--pair", "b", "c", "d"], "x")
 
 
 def test_a_flag_of_two_words_does_not_swallow_the_next_flag():
@@ -168,28 +246,46 @@ def test_an_option_is_declared_with_known_properties_only():
         option(1, "help", smoke=2)
 
 
-def test_errors_of_the_user_are_one_line_and_exit_code_2(capsys):
+# ---- run_main ------------------------------------------------------------------------------------
+
+def raising(error: BaseException):
+    """A main that raises an error."""
     def main(argv):
-        raise UserError("the disk is full: free some space")
+        raise error
+    return main
 
-    assert run_main(main, []) == 2
-    assert capsys.readouterr().err == "error: the disk is full: free some space\n"
-    assert run_main(main, ["--traceback"]) == 2 and "Traceback" in capsys.readouterr().err
+
+def test_a_command_that_ends_well_has_exit_code_0():
     assert run_main(lambda argv: None, []) == 0
+    assert run_main(lambda argv: 143, []) == 143
 
-    def full(argv):
-        raise OSError(28, "No space left on device", "out/metrics.jsonl")
 
-    assert run_main(full, []) == 2
-    assert "No space left on device: 'out/metrics.jsonl'" in capsys.readouterr().err
+def test_errors_of_the_user_are_one_line_and_exit_code_2(capsys):
+    assert run_main(raising(UserError("no such stage")), []) == 2
+    assert capsys.readouterr().err == "error: no such stage\n"
 
-    def interrupted(argv):
-        raise KeyboardInterrupt
 
-    assert run_main(interrupted, []) == 130
+def test_a_traceback_is_shown_on_request(capsys):
+    assert run_main(raising(UserError("no such stage")), ["--traceback"]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("Traceback")
+    assert text.endswith("\nerror: no such stage\n")
 
-    def bug(argv):
-        raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):  # our own errors are not dressed up as the user's
-        run_main(bug, [])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "out/metrics.jsonl"),
+                                   PermissionError(13, "Permission denied", "out/metrics.jsonl"),
+                                   FileNotFoundError(2, "No such file", "out/metrics.jsonl")])
+def test_an_error_of_the_system_is_one_line_that_names_file_and_cause(error, capsys):
+    assert run_main(raising(error), []) == 2
+    assert capsys.readouterr().err == (f"error: {error}; check the path, the rights and the free "
+                                       "space\n")
+
+
+def test_ctrl_c_has_exit_code_130(capsys):
+    assert run_main(raising(KeyboardInterrupt()), []) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_our_own_errors_are_not_dressed_up_as_the_users():
+    with pytest.raises(ZeroDivisionError):
+        run_main(raising(ZeroDivisionError()), [])

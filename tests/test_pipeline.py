@@ -1,8 +1,9 @@
 """The commands of the README with --preset smoke: every stage, resume after a kill, and what goes
 wrong.
 
-Most run in this process, by the same `main` that the command calls; five real processes show what
-only a process can.
+Most run in this process, by the same `main` that the command calls. Five real processes show what
+only a process can: the first command of the README, kill -9, SIGTERM, a reader that leaves early,
+and a module's --help.
 """
 import contextlib
 import importlib
@@ -23,7 +24,7 @@ from data.prepare import open_data
 from ppo import PPOOptions
 from runtime.options import run_main
 from runtime.run import Run
-from tests.conftest import ROOT, equal
+from tests.conftest import ROOT, equal, signals_restored
 
 STAGES = ("pretrain", "sft", "reward", "ppo")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CI": "true"}
@@ -36,20 +37,26 @@ def process(*words, **more):
 
 
 def mosslet(*words, input=""):
-    """Run one command in this process: (returncode, stdout, stderr), as `process` has them."""
-    words = [*map(str, words)]
-    module, rest = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"),
-                                                                   words[1:])
-    streams = sys.argv, sys.stdin
+    """Run one command in this process: returncode, stdout and stderr, as `process` has them."""
+    module, *rest = map(str, words[1:] if words[0] == "-m" else words)
     out, err = io.StringIO(), io.StringIO()
-    sys.argv, sys.stdin = [words[0], *rest], io.TextIOWrapper(io.BytesIO(input.encode()),
-                                                              encoding="utf-8")
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = run_main(importlib.import_module(module).main, rest)
-    finally:
-        sys.argv, sys.stdin = streams
+    typed = io.TextIOWrapper(io.BytesIO(input.encode()), encoding="utf-8")
+    with (signals_restored(), pytest.MonkeyPatch.context() as m, contextlib.redirect_stdout(out),
+          contextlib.redirect_stderr(err)):
+        m.setattr(sys, "argv", [module, *rest])
+        m.setattr(sys, "stdin", typed)
+        code = run_main(importlib.import_module(module.removesuffix(".py")).main, rest)
     return types.SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def refused(done, *messages):
+    """The command ended with exit code 2 and one line that holds these words."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    for message in messages:
+        assert message in last
 
 
 def train_words(*words, source, out):
@@ -60,12 +67,16 @@ def train(*words, source, out):
     return mosslet(*train_words(*words, source=source, out=out))
 
 
-def weights(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
-
-
 def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
 @pytest.fixture(scope="session")
@@ -75,37 +86,48 @@ def root(reviews_source, tmp_path_factory):
     done = process(*train_words(source=reviews_source, out=out))
     assert done.returncode == 0, done.stderr
     root = out / "reviews"
-    (root / "said.txt").write_text(done.stdout, encoding="utf-8")
+    (root / "printed.txt").write_text(done.stdout, encoding="utf-8")
     return root
 
 
-def test_one_command_walks_the_whole_road(root, reviews_source):
-    for stage in STAGES:
-        assert {"checkpoint.pt", "config.json", "metrics.jsonl",
-                "samples.jsonl"} <= {p.name for p in (root / stage).iterdir()}
-        config = json.loads((root / stage / "config.json").read_text(encoding="utf-8"))
-        assert config["finished"] and config["seconds"] > 0 and config["versions"]["torch"] == torch.__version__
-        steps = [line["step"] for line in lines(root / stage / "metrics.jsonl")]
-        assert steps == sorted(set(steps))
-    report = json.loads((root / "report.json").read_text(encoding="utf-8"))
-    assert [r["name"] for r in report["policies"]] == ["SFT", "PPO", "real liked reviews",
-                                                       "real disliked reviews"]
+# ---- the whole road ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_command_leaves_every_stage_finished(root, stage):
+    assert {"checkpoint.pt", "config.json", "metrics.jsonl",
+            "samples.jsonl"} <= {file.name for file in (root / stage).iterdir()}
+    config = read_json(root / stage / "config.json")
+    assert config["finished"]
+    assert config["seconds"] > 0
+    assert config["versions"]["torch"] == torch.__version__
+    steps = [line["step"] for line in lines(root / stage / "metrics.jsonl")]
+    assert steps == sorted(set(steps))
+
+
+def test_one_command_writes_the_report(root, reviews_source):
+    report = read_json(root / "report.json")
+    assert [row["name"] for row in report["policies"]] == ["SFT", "PPO", "real liked reviews",
+                                                           "real disliked reviews"]
     assert len(report["pairs"]) == 10
     assert (root / "report.md").read_text(encoding="utf-8").startswith("# reviews, seed 0")
     data = open_data("reviews", source=str(reviews_source), vocab_size=800, limit=800)
-    assert {p["prompt"] for p in report["pairs"]} <= {r["prompt"]
-                                                      for r in data.records("ppo", "test")}
-    assert "KL in nats per reply" in (root / "said.txt").read_text(encoding="utf-8")
+    held_out = {record["prompt"] for record in data.records("ppo", "test")}
+    assert {pair["prompt"] for pair in report["pairs"]} <= held_out
+    assert "KL in nats per reply" in (root / "printed.txt").read_text(encoding="utf-8")
 
 
-def test_the_policy_moved_and_the_reference_is_the_sft_model(root):
-    sft, ppo = weights(root / "sft"), weights(root / "ppo")
-    assert any(not torch.equal(sft[k], ppo[k]) for k in sft)
-    config = {s: json.loads((root / s / "config.json").read_text(encoding="utf-8")) for s in STAGES}
-    states = {s: torch.load(root / s / "checkpoint.pt", weights_only=True)["state"] for s in STAGES}
-    assert config["sft"]["parents"]["init"] == states["pretrain"]["hash"]
-    parents = config["ppo"]["parents"]
-    assert (parents["init"], parents["reward"]) == (states["sft"]["hash"], states["reward"]["hash"])
+def test_the_policy_moved(root):
+    sft, ppo = (checkpoint(root / stage)["model"] for stage in ("sft", "ppo"))
+    assert any(not torch.equal(sft[name], ppo[name]) for name in sft)
+
+
+def test_every_stage_names_the_weights_that_it_started_from(root):
+    weights = {stage: checkpoint(root / stage)["state"]["hash"] for stage in STAGES}
+    parents = {stage: read_json(root / stage / "config.json")["parents"] for stage in STAGES}
+    assert parents["sft"]["init"] == weights["pretrain"]
+    assert parents["reward"]["init"] == weights["sft"]
+    assert parents["ppo"]["init"] == weights["sft"]
+    assert parents["ppo"]["reward"] == weights["reward"]
 
 
 def test_ppo_optimises_the_reward_model_that_was_trained(root, reviews_source):
@@ -126,36 +148,47 @@ def test_ppo_optimises_the_reward_model_that_was_trained(root, reviews_source):
         _, again, _ = measure_policy(policy, policy, tokenizer, prompts, state["template"],
                                      reward_model=model, settings=ReplySettings(o["reply_len"]))
         assert [r["reply"] for r in again] == [r["reply"] for r in last]
-        equal = [abs(a["raw_score"] - b["raw_score"]) < 2e-3 for a,
-                 b in zip(again, last, strict=True)]
-        assert all(equal) if same else not any(equal)
+        close = [abs(a["raw_score"] - b["raw_score"]) < 2e-3
+                 for a, b in zip(again, last, strict=True)]
+        assert close == [same] * len(last)
 
 
 def test_what_is_scored_is_what_was_sampled_in_every_update(root):
     updates = [line for line in lines(root / "ppo" / "metrics.jsonl") if line["step"] > 0]
+    assert updates[0]["kl"] == 0
+    assert "ratio_start" in updates[-1]
     for line in updates:
-        assert line["sampler_gap"] < 1e-4 and line.get("ratio_start", 0) < 1e-4
-    assert updates[0]["kl"] == 0 and "ratio_start" in updates[-1]
+        assert line["sampler_gap"] < 1e-4
+        assert line.get("ratio_start", 0) < 1e-4
+
+
+def test_every_update_logs_what_the_documentation_lists(root):
+    last = lines(root / "ppo" / "metrics.jsonl")[-1]
     names = ("score judge kl kl_per_token entropy length end_rate ref_perplexity approx_kl "
              "clip_frac value_clip_frac explained_variance value_loss policy_grad_norm "
              "critic_grad_norm kl_coef generate_tokens_per_s train_tokens_per_s seconds_generate "
              "seconds_score seconds_train eval_judge eval_kl eval_raw_score").split()
-    assert not set(names) - set(updates[-1])
+    assert set(names) - set(last) == set()
 
 
 def test_running_again_skips_what_is_done(root, reviews_source):
-    before = {s: (root / s / "checkpoint.pt").stat().st_mtime_ns for s in STAGES}
-    done = train(source=reviews_source, out=root.parent)
-    assert done.returncode == 0 and before == {s: (root / s / "checkpoint.pt").stat().st_mtime_ns
-                                               for s in STAGES}
+    written = lambda: {stage: (root / stage / "checkpoint.pt").stat().st_mtime_ns  # noqa: E731
+                       for stage in STAGES}
+    before = written()
+    assert train(source=reviews_source, out=root.parent).returncode == 0
+    assert written() == before
 
 
 def test_other_options_in_the_same_place_are_refused_with_the_difference(root, reviews_source):
-    done = train("--ppo.kl_coef=.3", source=reviews_source, out=root.parent)
-    assert done.returncode == 2 and f"kl_coef was {PPOOptions.kl_coef}, is 0.3" in done.stderr
-    assert "--fresh" in done.stderr and "--out" in done.stderr
-    done = train("sft", source=reviews_source, out=root.parent)
-    assert done.returncode == 2 and "--resume" in done.stderr
+    refused(train("--ppo.kl_coef=.3", source=reviews_source, out=root.parent),
+            f"kl_coef was {PPOOptions.kl_coef}, is 0.3", "--fresh", "--out")
+
+
+def test_a_stage_that_is_there_is_refused_with_the_command_that_resumes_it(root, reviews_source):
+    refused(train("sft", source=reviews_source, out=root.parent), "train.py sft ", "--resume`")
+
+
+# ---- killed, interrupted, resumed ----------------------------------------------------------------
 
 
 def copy_parents(root, out, stage):
@@ -169,11 +202,17 @@ MORE_STATE = ("--critic_warmup=0", "--reward_norm=running", "--kl_control=adapti
               "--kl_horizon=50", "--critic=shared")
 
 
+def timeless(path):
+    """Logged lines without what depends on the machine's speed."""
+    return [{name: value for name, value in line.items()
+             if "second" not in name and "per_s" not in name} for line in lines(path)]
+
+
 class Killed(BaseException):
     """What a power cut is to a process."""
 
 
-def run_until_killed(words, folder, monkeypatch):
+def run_until_killed(words, folder):
     """Run a stage in this process until it has saved its first checkpoint."""
     save = Run.save
 
@@ -181,7 +220,7 @@ def run_until_killed(words, folder, monkeypatch):
         save(run, step, **state)
         raise Killed
 
-    with monkeypatch.context() as m:
+    with pytest.MonkeyPatch.context() as m:
         m.setattr(Run, "save", save_and_die)
         with pytest.raises(Killed):
             mosslet(*words)
@@ -189,34 +228,42 @@ def run_until_killed(words, folder, monkeypatch):
 
 def kill_when_saved(words, folder):
     """Run a stage in a process of its own, and kill -9 it as soon as there is a checkpoint."""
+    running = start_and_wait_for(words, folder)
+    running.kill()
+    running.communicate()
+
+
+def start_and_wait_for(words, folder):
+    """A stage in a process of its own, which has saved a checkpoint or ended."""
     running = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=ENVIRONMENT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline and running.poll() is None:
+    while (not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline
+           and running.poll() is None):
         time.sleep(0.001)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    return running
 
 
-@pytest.mark.parametrize("stage,options,really", [
-    ("pretrain", (), True), ("sft", (), False), ("reward", (), False),
-    ("ppo", ("--critic_warmup=0",), False),
-    ("ppo", MORE_STATE, False)])
-def test_killed_and_resumed_equals_uninterrupted(root, reviews_source, tmp_path, monkeypatch, stage,
-                                                 options, really):
-    # the policy moves from the first update on, and there is more to forget: a run of its own
+@pytest.mark.parametrize("stage,options,kill", [
+    ("pretrain", (), kill_when_saved), ("sft", (), run_until_killed),
+    ("reward", (), run_until_killed), ("ppo", ("--critic_warmup=0",), run_until_killed),
+    ("ppo", MORE_STATE, run_until_killed)], ids=["pretrain", "sft", "reward", "ppo", "ppo-more"])
+def test_killed_and_resumed_equals_uninterrupted(root, reviews_source, tmp_path, stage, options,
+                                                 kill):
+    # The policy moves from the first update on, and there is more to forget: a run of its own.
     if options:
-        copy_parents(root, tmp_path / "whole", stage)
-        assert train(stage, *options, source=reviews_source, out=tmp_path / "whole").returncode == 0
-        root = tmp_path / "whole" / "reviews"
-        coefficients = [line["kl_coef"] for line in lines(root / stage / "metrics.jsonl")
-                        if "kl_coef" in line]
-        assert len(set(coefficients)) > (2 if options == MORE_STATE else 0)
+        out = tmp_path / "uninterrupted"
+        copy_parents(root, out, stage)
+        assert train(stage, *options, source=reviews_source, out=out).returncode == 0
+        root = out / "reviews"
+        coefficients = {line["kl_coef"] for line in lines(root / stage / "metrics.jsonl")
+                        if "kl_coef" in line}
+        assert len(coefficients) > (2 if options == MORE_STATE else 0)
     copy_parents(root, tmp_path, stage)
-    folder, words = tmp_path / "reviews" / stage, train_words(stage, *options,
-                                                              source=reviews_source, out=tmp_path)
-    kill_when_saved(words, folder) if really else run_until_killed(words, folder, monkeypatch)
-    killed_at = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]["step"]
+    folder = tmp_path / "reviews" / stage
+    words = train_words(stage, *options, source=reviews_source, out=tmp_path)
+    kill(words, folder)
+    killed_at = checkpoint(folder)["state"]["step"]
     last = lines(root / stage / "metrics.jsonl")[-1]["step"]
     assert 0 < killed_at < last, "the kill came too late to prove anything"
     # what was written after the checkpoint, down to half a line
@@ -224,61 +271,116 @@ def test_killed_and_resumed_equals_uninterrupted(root, reviews_source, tmp_path,
         with open(folder / name, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": killed_at + 1, "loss": 9.9}) + '\n{"step": 1')
     if stage == "sft":  # what comes next does not build on half a model without being told to
-        refused = train("reward", source=reviews_source, out=tmp_path)
-        assert refused.returncode == 2 and "not finished" in refused.stderr and "sft --resume" in refused.stderr
+        refused(train("reward", source=reviews_source, out=tmp_path), "not finished",
+                "sft --resume")
     done = mosslet(*words, "--resume")
     assert done.returncode == 0, done.stderr
-    whole, resumed = (torch.load(f / "checkpoint.pt", weights_only=True)
-                      for f in (root / stage, folder))
-    for payload in (whole, resumed):  # the only thing that may differ
+    uninterrupted, resumed = checkpoint(root / stage), checkpoint(folder)
+    for payload in (uninterrupted, resumed):  # the only thing that may differ
         assert payload["state"].pop("seconds") > 0
-    assert equal(whole, resumed)
-    timeless = lambda path: [{k: v for k, v in line.items() if "second" not in k and "per_s" not in k}  # noqa: E731
-                             for line in lines(path)]
+    assert equal(uninterrupted, resumed)
     assert timeless(root / stage / "metrics.jsonl") == timeless(folder / "metrics.jsonl")
     assert lines(root / stage / "samples.jsonl") == lines(folder / "samples.jsonl")
 
 
 def test_sigterm_finishes_the_step_saves_and_names_the_command(reviews_source, tmp_path):
     words = train_words("pretrain", source=reviews_source, out=tmp_path)
-    running = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=ENVIRONMENT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "reviews/pretrain/checkpoint.pt").exists() and running.poll() is None:
-        time.sleep(0.001)
+    folder = tmp_path / "reviews" / "pretrain"
+    running = start_and_wait_for(words, folder)
     running.terminate()
-    said = running.communicate(timeout=60)[1]
-    assert running.returncode == 143 and "train.py pretrain" in said and "--resume" in said and "Traceback" not in said
-    assert torch.load(tmp_path / "reviews/pretrain/checkpoint.pt",
-                      weights_only=True)["state"]["step"] > 0
+    printed = running.communicate(timeout=60)[1]
+    assert running.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in printed
+    step = checkpoint(folder)["state"]["step"]
+    assert f"pretrain: saved after step {step}; go on with `python train.py pretrain" in printed
+    assert printed.rstrip().endswith("--resume`")
+    assert not read_json(folder / "config.json")["finished"]
 
 
-def test_samples_can_be_drawn_in_every_way_the_readme_shows(root, tmp_path):
-    done = mosslet("sample.py", "--from", root / "ppo", "--prompt", "这本书")
-    assert done.returncode == 0 and done.stdout.startswith("这本书")
-    alone = process("sample.py", "--from", root / "ppo", "--prompt", "这本书")
-    assert alone.stdout == done.stdout  # the same seed
-    assert mosslet("sample.py", "--from", root / "pretrain", "--prompt",
-                   "房间").stdout.startswith("房间")
-    (tmp_path / "p.jsonl").write_text('{"prompt": "酒店"}\n{"prompt": "电脑"}\n', encoding="utf-8")
-    done = mosslet("sample.py", "--from", root / "sft", "--file", tmp_path / "p.jsonl")
-    assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == ["酒店", "电脑"]
-    done = mosslet("sample.py", "--from", root / "sft", "--prompt", "房间", "--best_of", "4")
-    scores = [float(line.split()[0]) for line in done.stdout.splitlines() if line[:1] in "+-"]
-    assert done.returncode == 0 and len(scores) == 4
-    done = mosslet("sample.py", "--compare", root / "sft", root / "ppo")
-    assert done.returncode == 0 and done.stdout.count("»") == 8
-    done = mosslet("sample.py", "--from", root / "ppo", "--chat", input="房间\n早餐\n")
-    assert done.returncode == 0 and done.stdout.count("MOSS: ") == 2
+def test_ctrl_c_is_pytests_again_after_a_command_in_this_process():
+    before = signal.getsignal(signal.SIGINT)
+    mosslet("train.py", "ppo", "--kl_coeff=1")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_checkpoints_can_be_measured_and_plotted(root, reviews_source, tmp_path):
+def test_a_reader_that_leaves_early_ends_the_command_quietly():
+    running = subprocess.Popen([sys.executable, "-u", "train.py", "--help"], cwd=ROOT,
+                               env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
+    running.stdout.close()  # as `| head` does, here before the first line
+    printed = running.communicate(timeout=60)[1]
+    assert running.returncode == 128 + 13  # SIGPIPE's number, as a shell has it
+    assert printed == ""
+
+
+def test_a_module_runs_as_a_command_and_explains_itself():
+    done = process("-m", "data.prepare", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--vocab_size" in done.stdout
+    assert done.stderr == ""
+
+
+# ---- what is done with the checkpoints -----------------------------------------------------------
+
+def sample(*words, **more):
+    """What sample.py prints."""
+    done = mosslet("sample.py", *words, **more)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_reply_follows_from_the_seed(root):
+    reply, again, other = (sample("--from", root / "ppo", "--prompt", "这本书", "--seed", seed)
+                           for seed in (1, 1, 2))
+    assert reply.startswith("这本书")
+    assert again == reply
+    assert other != reply
+
+
+def test_a_pretrained_model_goes_on_from_a_text(root):
+    assert sample("--from", root / "pretrain", "--prompt", "房间").startswith("房间")
+
+
+def test_a_file_of_prompts_is_answered_in_order(root, tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "酒店"}\n{"prompt": "电脑"}\n', encoding="utf-8")
+    printed = sample("--from", root / "sft", "--file", file).splitlines()
+    assert [json.loads(line)["prompt"] for line in printed] == ["酒店", "电脑"]
+
+
+def test_the_best_of_several_replies_stands_last(root):
+    printed = sample("--from", root / "sft", "--prompt", "房间", "--best_of", "4").splitlines()
+    scores = [float(line.split()[0]) for line in printed if line[:1] in "+-"]
+    assert len(scores) == 4
+    assert scores == sorted(scores)
+
+
+def test_two_checkpoints_are_compared_on_the_same_openings(root):
+    assert sample("--compare", root / "sft", root / "ppo").count("»") == 8
+
+
+def test_a_conversation_answers_each_line(root):
+    printed = sample("--from", root / "ppo", "--chat", input="房间\n早餐\n")
+    assert printed.count("MOSS: ") == 2
+
+
+def test_checkpoints_are_measured(root, reviews_source):
     done = mosslet("evaluate.py", root / "sft", root / "ppo", "--prompts", "12", "--source",
                    reviews_source)
-    assert done.returncode == 0 and "judged positive" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "judged positive" in done.stdout
+
+
+def test_seeds_are_averaged(root):
     done = mosslet("-m", "tools.seeds", root, root)  # twice the same run: its mean is itself
-    report = json.loads((root / "report.json").read_text(encoding="utf-8"))
-    kl = next(r["kl"] for r in report["policies"] if r["name"] == "PPO")
-    assert f"{kl:.3f} [{kl:.3f}, {kl:.3f}]" in done.stdout and "(paired)" in done.stdout, done.stderr
+    report = read_json(root / "report.json")
+    kl = next(row["kl"] for row in report["policies"] if row["name"] == "PPO")
+    assert done.returncode == 0, done.stderr
+    assert f"{kl:.3f} [{kl:.3f}, {kl:.3f}]" in done.stdout
+    assert "(paired)" in done.stdout
+
+
+def test_curves_are_drawn(root, tmp_path):
     done = mosslet("-m", "tools.plot", root, "--out", tmp_path / "p.png")
     assert done.returncode == 0, done.stderr
     if (tmp_path / "p.png").exists():  # matplotlib is an extra
@@ -286,6 +388,8 @@ def test_checkpoints_can_be_measured_and_plotted(root, reviews_source, tmp_path)
     else:
         assert "matplotlib" in done.stdout
 
+
+# ---- what goes wrong -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("words,message", [
     (["train.py", "--preset", "smokey"], "smoke, demo, base"),
@@ -334,31 +438,41 @@ def test_what_a_user_can_mend_is_one_clear_line(words, message, reviews_source, 
     if words[0] == "train.py" and "--out" not in words:
         words = [*words, "--out", str(tmp_path)]
     done = mosslet(*words)
-    assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+    refused(done)
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert re.search(message, done.stderr), done.stderr
 
 
-def test_checkpoints_that_do_not_fit_each_other_are_refused(root, reviews_source, tmp_path):
+def test_a_policy_is_no_reward_model(root, reviews_source, tmp_path):
     copy_parents(root, tmp_path, "ppo")
-    done = train("ppo", "--reward_from", root / "sft", source=reviews_source, out=tmp_path)
-    assert done.returncode == 2 and "holds a Transformer, but a RewardModel is needed" in done.stderr
-    payload = torch.load(root / "reward" / "checkpoint.pt", weights_only=True)
+    refused(train("ppo", "--reward_from", root / "sft", source=reviews_source, out=tmp_path),
+            "holds a Transformer, but a RewardModel is needed")
+
+
+def test_policy_and_reward_model_must_share_a_tokenizer(root, reviews_source, tmp_path):
+    copy_parents(root, tmp_path, "ppo")
+    payload = checkpoint(root / "reward")
     payload["tokenizer"]["ranks"][300:302] = payload["tokenizer"]["ranks"][300:302][::-1]
     torch.save(payload, tmp_path / "other.pt")
-    done = train("ppo", "--reward_from", tmp_path / "other.pt", source=reviews_source, out=tmp_path)
-    assert done.returncode == 2 and "different tokenizers" in done.stderr
-    copy_parents(root, tmp_path / "new", "sft")
-    done = train("sft", "--max_len=500", source=reviews_source, out=tmp_path / "new")
-    assert done.returncode == 2 and "made for rows of at most 128 tokens" in done.stderr
+    refused(train("ppo", "--reward_from", tmp_path / "other.pt", source=reviews_source,
+                  out=tmp_path), "different tokenizers")
+
+
+def test_a_row_longer_than_the_parent_allows_is_refused(root, reviews_source, tmp_path):
+    copy_parents(root, tmp_path, "sft")
+    refused(train("sft", "--max_len=500", source=reviews_source, out=tmp_path),
+            "made for rows of at most 128 tokens")
+
+
+def test_prompts_that_leave_no_room_for_a_reply_are_refused(root, reviews_source, tmp_path):
+    copy_parents(root, tmp_path, "ppo")
+    refused(train("ppo", "--reply_len=127", source=reviews_source, out=tmp_path), "--reply_len")
 
 
 def test_a_loss_that_explodes_stops_and_names_the_step(root, reviews_source, tmp_path):
     copy_parents(root, tmp_path, "sft")
-    done = train("sft", "--optimizer=adamw", "--lr=1e30", "--warmup=0", "--clip=1e30",
-                 source=reviews_source, out=tmp_path)
-    assert done.returncode == 2 and "at step" in done.stderr and "lower --lr" in done.stderr
-    assert "Traceback" not in done.stderr
+    refused(train("sft", "--optimizer=adamw", "--lr=1e30", "--warmup=0", "--clip=1e30",
+                  source=reviews_source, out=tmp_path), "at step", "lower --lr")
 
 
 def test_a_users_own_dialogues_and_pairs_train_on_a_pretrained_model(root, tmp_path):
@@ -376,10 +490,9 @@ def test_a_users_own_dialogues_and_pairs_train_on_a_pretrained_model(root, tmp_p
     common = ["--preset", "smoke", "--data", tmp_path / "mine", "--out", tmp_path / "out"]
     done = mosslet("train.py", *common, "--init_from", root / "pretrain")
     assert done.returncode == 0, done.stderr
-    measured = [line for line in lines(tmp_path / "out/mine/reward/metrics.jsonl")
-                if "val_accuracy" in line]
-    assert measured and (tmp_path / "out/mine/report.md").exists()
-    ppo = json.loads((tmp_path / "out/mine/ppo/config.json").read_text(encoding="utf-8"))["options"]
-    assert ppo["reward_norm"] == "fixed"  # a preference's score is no log-odds
-    done = mosslet("train.py", "ppo", *common, "--fresh", "--reward_norm=sigmoid")
-    assert done.returncode == 2 and "log-odds" in done.stderr
+    folder = tmp_path / "out" / "mine"
+    assert any("val_accuracy" in line for line in lines(folder / "reward" / "metrics.jsonl"))
+    assert (folder / "report.md").exists()
+    options = read_json(folder / "ppo" / "config.json")["options"]
+    assert options["reward_norm"] == "fixed"  # a preference's score is no log-odds
+    refused(mosslet("train.py", "ppo", *common, "--fresh", "--reward_norm=sigmoid"), "log-odds")

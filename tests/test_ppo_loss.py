@@ -8,59 +8,54 @@ from ppo import gae, masked_mean, token_rewards
 from tests.ppo_world import arrays, bools, loss_of
 
 
-@pytest.mark.parametrize("poison", [123.0, math.nan, math.inf])
-def test_what_stands_under_a_false_mask_changes_nothing(poison):
-    clean, mask = arrays()
-    dirty = {k: torch.where(mask, v, poison) for k, v in clean.items()}
-    results = []
-    for x in (clean, dirty):
-        x = {k: v.clone().requires_grad_() for k, v in x.items()}
-        loss, metrics = loss_of(x, mask)
-        loss.backward()
-        results.append((loss.detach(), metrics, x["logprobs"].grad, x["values"].grad))
-        rewards = token_rewards(torch.ones(6), x["logprobs"], x["old_logprobs"], mask, .1)
-        results[-1] += (rewards, *gae(rewards, x["values"].detach(), mask),
-                        masked_mean(x["entropy"].detach(), mask))
-    for a, b in zip(*results, strict=True):
-        assert a == b if isinstance(a, dict) else torch.equal(a, b)
-        assert isinstance(a, dict) or torch.isfinite(a).all()
-    assert (results[1][2][~mask] == 0).all()
+# ---- formula and gradient ------------------------------------------------------------------------
+
+def test_the_loss_by_its_formula():
+    x, mask = arrays(seed=2)
+    loss, _ = loss_of(x, mask, clip_range=.2, value_clip=.3, value_coef=.7, entropy_coef=.4)
+    r = {name: array[mask].double() for name, array in x.items()}
+    ratio, A, G = (r["logprobs"] - r["old_logprobs"]).exp(), r["advantages"], r["returns"]
+    clipped = r["old_values"] + (r["values"] - r["old_values"]).clamp(-.3, .3)
+    policy = torch.maximum(-A * ratio, -A * ratio.clamp(.8, 1.2)).mean()
+    value = .5 * torch.maximum((r["values"] - G) ** 2, (clipped - G) ** 2).mean()
+    expected = policy + .7 * value - .4 * r["entropy"].mean()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_clip_fractions_count_where_a_clip_was_active():
-    clean, mask = arrays()
-    _, found = loss_of(clean, mask, clip_range=.2, value_clip=.3)
-    x = {k: v[mask].double() for k, v in clean.items()}
-    ratio = (x["logprobs"] - x["old_logprobs"]).exp()
-    too_far = torch.where(x["advantages"] > 0, ratio > 1.2, ratio < .8)
-    clipped = x["old_values"] + (x["values"] - x["old_values"]).clamp(-.3, .3)
-    further = (clipped - x["returns"]) ** 2 > (x["values"] - x["returns"]) ** 2
-    assert float(found["clip_frac"]) == pytest.approx(float(too_far.double().mean()))
-    assert float(found["value_clip_frac"]) == pytest.approx(float(further.double().mean()))
-    assert 0 < further.sum() < len(further) and 0 < too_far.sum() < len(too_far)
+def test_the_gradient_of_the_loss_is_the_policy_gradient():
+    x, mask = arrays(seed=4)
+    x["logprobs"] = x["old_logprobs"].clone().double().requires_grad_()
+    loss_of(x, mask, value_coef=0)[0].backward()
+    expected = torch.where(mask, -x["advantages"].double() / mask.sum(), 0)
+    assert torch.allclose(x["logprobs"].grad, expected, atol=1e-9)
 
 
 def test_the_loss_of_a_minibatch_is_the_sum_of_its_micro_batches():
     x, mask = arrays()
-    whole, metrics = loss_of(x, mask, entropy_coef=.3)
-    parts = [loss_of({k: v[i] for k, v in x.items()}, mask[i], n_tokens=mask.sum(), entropy_coef=.3)
-             for i in (slice(0, 2), slice(2, 6))]
-    assert torch.allclose(whole, parts[0][0] + parts[1][0], atol=1e-6)
+    loss, metrics = loss_of(x, mask, entropy_coef=.3)
+    parts = [loss_of({name: array[i] for name, array in x.items()}, mask[i], n_tokens=mask.sum(),
+                     entropy_coef=.3) for i in (slice(0, 2), slice(2, 6))]
+    assert torch.allclose(loss, parts[0][0] + parts[1][0], atol=1e-6)
     for name, value in metrics.items():
         assert torch.allclose(value, parts[0][1][name] + parts[1][1][name], atol=1e-6), name
 
 
+# ---- the clips -----------------------------------------------------------------------------------
+
 def one(logprob, advantage, value=0., old_value=0., ret=0., **changes):
     """(loss, metrics, the log-probability's gradient, the value's) of a single token whose old
     log-probability is 0."""
-    leaf = lambda v: torch.tensor([[float(v)]], requires_grad=True)  # noqa: E731
+    def leaf(number):
+        return torch.tensor([[float(number)]], requires_grad=True)
+
     x = {"logprobs": leaf(logprob), "values": leaf(value), "old_logprobs": torch.zeros(1, 1),
          "advantages": torch.tensor([[float(advantage)]]),
          "old_values": torch.tensor([[float(old_value)]]),
          "returns": torch.tensor([[float(ret)]]), "entropy": torch.zeros(1, 1)}
     loss, metrics = loss_of(x, bools([[1]]), **changes)
     loss.backward()
-    return float(loss), {k: float(v) for k, v in metrics.items()}, float(x["logprobs"].grad), float(x["values"].grad)
+    return (float(loss), {name: float(value) for name, value in metrics.items()},
+            float(x["logprobs"].grad), float(x["values"].grad))
 
 
 @pytest.mark.parametrize("ratio,advantage,expected,flows", [
@@ -74,29 +69,52 @@ def test_the_clip_stops_the_gradient_only_where_it_went_too_far(ratio, advantage
     assert metrics["approx_kl"] == pytest.approx(ratio - 1 - math.log(ratio), abs=1e-6)
 
 
-def test_the_value_clip_takes_the_larger_error():
-    assert one(0, 0, value=1., old_value=0., ret=1., value_coef=1)[0] == pytest.approx(.5 * .8**2)
-    assert one(0, 0, value=1., old_value=0., ret=0., value_coef=1)[0] == pytest.approx(.5 * 1**2)
-    assert one(0, 0, value=1., old_value=0., ret=1., value_coef=1,
-               value_clip=0)[0] == pytest.approx(0)
+@pytest.mark.parametrize("value,ret,clip,expected,flows", [
+    (1., 1., .2, .5 * .8 ** 2, False),  # right already, but further from the rollout's than allowed
+    (1., 0., .2, .5 * 1 ** 2, True),  # it left the return: it may come back
+    (1., 1., 0., 0., False),  # without a clip
+    (.1, 1., .2, .5 * .9 ** 2, True)])
+def test_the_value_clip_takes_the_larger_error(value, ret, clip, expected, flows):
+    loss, _, _, grad = one(0, 0, value=value, ret=ret, value_coef=1, value_clip=clip)
+    assert loss == pytest.approx(expected, abs=1e-6)
+    assert (abs(grad) > 1e-6) == flows
 
 
-def test_the_gradient_of_the_loss_is_the_policy_gradient():
-    x, mask = arrays(seed=4)
-    x["logprobs"] = x["old_logprobs"].clone().double().requires_grad_()
-    loss_of(x, mask, value_coef=0)[0].backward()
-    assert torch.allclose(x["logprobs"].grad, torch.where(mask,
-                                                          -x["advantages"].double() / mask.sum(),
-                                                          0), atol=1e-9)
+def test_clip_fractions_count_where_a_clip_was_active():
+    clean, mask = arrays()
+    _, metrics = loss_of(clean, mask, clip_range=.2, value_clip=.3)
+    x = {name: array[mask].double() for name, array in clean.items()}
+    ratio = (x["logprobs"] - x["old_logprobs"]).exp()
+    too_far = torch.where(x["advantages"] > 0, ratio > 1.2, ratio < .8)
+    clipped = x["old_values"] + (x["values"] - x["old_values"]).clamp(-.3, .3)
+    further = (clipped - x["returns"]) ** 2 > (x["values"] - x["returns"]) ** 2
+    assert float(metrics["clip_frac"]) == pytest.approx(float(too_far.double().mean()))
+    assert float(metrics["value_clip_frac"]) == pytest.approx(float(further.double().mean()))
+    for active in (too_far, further):
+        assert 0 < active.sum() < len(active)  # the case is not trivial
 
 
-def test_the_loss_by_its_formula():
-    x, mask = arrays(seed=2)
-    loss, _ = loss_of(x, mask, clip_range=.2, value_clip=.3, value_coef=.7, entropy_coef=.4)
-    r = {k: v[mask].double() for k, v in x.items()}
-    ratio, A, G = (r["logprobs"] - r["old_logprobs"]).exp(), r["advantages"], r["returns"]
-    clipped = r["old_values"] + (r["values"] - r["old_values"]).clamp(-.3, .3)
-    expected = torch.maximum(-A * ratio, -A * ratio.clamp(.8,
-                                                          1.2)).mean() - .4 * r["entropy"].mean() \
-        + .7 * .5 * torch.maximum((r["values"] - G)**2, (clipped - G)**2).mean()
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+# ---- padding -------------------------------------------------------------------------------------
+
+def everything(x, mask):
+    """All that is computed from these arrays on the way to a gradient."""
+    x = {name: array.clone().requires_grad_() for name, array in x.items()}
+    loss, metrics = loss_of(x, mask)
+    loss.backward()
+    rewards = token_rewards(torch.ones(len(mask)), x["logprobs"], x["old_logprobs"], mask, .1)
+    advantages, returns = gae(rewards, x["values"].detach(), mask)
+    return {"loss": loss.detach(), **metrics, "logprobs.grad": x["logprobs"].grad,
+            "values.grad": x["values"].grad, "rewards": rewards, "advantages": advantages,
+            "returns": returns, "entropy": masked_mean(x["entropy"].detach(), mask)}
+
+
+@pytest.mark.parametrize("poison", [123.0, math.nan, math.inf])
+def test_what_stands_under_a_false_mask_changes_nothing(poison):
+    clean, mask = arrays()
+    dirty = {name: torch.where(mask, array, poison) for name, array in clean.items()}
+    expected, results = everything(clean, mask), everything(dirty, mask)
+    for name, value in results.items():
+        assert torch.equal(value, expected[name]), name
+        assert torch.isfinite(value).all(), name
+    for name in ("logprobs.grad", "values.grad", "rewards", "advantages", "returns"):
+        assert (results[name][~mask] == 0).all(), name

@@ -23,7 +23,8 @@ from tests.conftest import equal
 def trainer_of(command, world):
     """trainer_of(*words, **seams): a trainer of the small world, nothing trained yet."""
     def made(*words, **seams) -> PPOTrainer:
-        o = command("ppo", "--reward_norm=logsigmoid", "--fresh", *words)
+        o = command("ppo", "--fresh", *words).replace(**({} if any("reward_norm" in w for w in words) else
+                                                         {"reward_norm": "logsigmoid"}))
         policy, tokenizer, _ = load_checkpoint(world.root / "sft")
         reward_model, _, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
         run = open_run("ppo", o, world.data, {}, policy, tokenizer)
@@ -68,7 +69,7 @@ def test_the_scale_is_kept_in_the_checkpoint_and_not_measured_again(command, tmp
         with pytest.raises(Interrupted):
             train_ppo(command("ppo", "--updates=2"))
     scale = checkpoint(tmp_path)["state"]["scale"]
-    monkeypatch.setattr(PPOTrainer, "measure_scale", lambda self: pytest.fail("measured again"))
+    monkeypatch.setattr(PPOTrainer, "measure_scales", lambda self: pytest.fail("measured again"))
     train_ppo(command("ppo", "--updates=2", "--resume"))
     resumed = checkpoint(tmp_path)["state"]["scale"]
     assert (resumed["mean"], resumed["std"]) == (scale["mean"], scale["std"])
@@ -217,3 +218,30 @@ def test_replies_written_in_int8_are_scored_as_trained_and_given_up_where_too_fa
     assert given_up["ratio_start"] < 1e-5  # training reads unrounded weights
     assert exact["ratio_start"] < 1e-5
     assert checkpoint(tmp_path)["state"]["decoder_dtype"] == "float32"
+
+
+def test_with_a_scorer_of_ones_own_the_critic_still_starts_on_the_reward_models_scale(trainer_of):
+    class Loud:
+        def scores(self, prompts, replies):
+            return torch.tensor([100.0 * len(reply) for reply in replies])
+
+    own, other = trainer_of("--reward_norm=fixed"), trainer_of("--reward_norm=fixed", scorer=Loud())
+    assert other.scale.std > 50
+    assert own.scale.std < 50
+    heads = [t.networks.actor_critic.critic.score_head.weight for t in (own, other)]
+    assert torch.equal(*heads)
+
+
+def test_a_reward_that_is_not_needed_on_a_scale_may_start_constant(trainer_of):
+    class Never:
+        def scores(self, prompts, replies):
+            return torch.zeros(len(replies))
+
+    assert trainer_of("--reward_norm=logsigmoid", scorer=Never()).scale.std == 1.0
+    with pytest.raises(UserError, match="the scorer gives every reply the same score"):
+        trainer_of("--reward_norm=fixed", scorer=Never())
+
+
+def test_a_trainer_does_not_guess_how_scores_are_normalised(trainer_of):
+    with pytest.raises(ValueError, match="chosen_reward_norm"):
+        trainer_of("--reward_norm=auto")

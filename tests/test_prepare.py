@@ -175,6 +175,11 @@ def test_shakespeare_may_be_a_folder(shakespeare, tmp_path):
     assert open_data("shakespeare", source=str(tmp_path), cache=tmp_path).documents("train").single
 
 
+def test_a_folder_without_the_text_names_it(tmp_path):
+    with pytest.raises(UserError, match="tinyshakespeare.txt is missing; .*--source"):
+        prepare("shakespeare", source=str(tmp_path), cache=tmp_path)
+
+
 def test_a_text_that_is_too_short_is_refused(tmp_path):
     (tmp_path / "s.txt").write_text("x" * 999)
     with pytest.raises(UserError, match="only 999 characters"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model import ModelConfig, Transformer, open_run, save_checkpoint
+from runtime.machine import Interrupt, Interrupted
 from runtime.options import UserError
 from runtime.run import Compute, Progress, Run, RunFolder, resume_command
 from tests.conftest import TINY
@@ -85,6 +86,13 @@ def test_numbers_that_are_no_numbers_are_left_out_of_the_log(open_sft):
                                                                            "kl": 0.123457}
 
 
+def test_a_users_own_field_named_step_does_not_move_a_sample(open_sft):
+    run = open_sft()
+    with run.progress(4):
+        run.samples(2, [{"step": "mine", "text": "a"}])
+    assert json.loads((run.folder.path / "samples.jsonl").read_text())["step"] == 2
+
+
 def test_fresh_deletes_nothing_before_training_begins(open_sft):
     begin(open_sft(), 3)
     run = open_sft("--fresh")
@@ -111,20 +119,31 @@ def test_a_damaged_config_is_one_clear_line(command, tmp_path):
             RunFolder(command("sft", "--resume"), "sft", {})
 
 
+LOCK = ("import fcntl, sys, time; f = open(sys.argv[1], 'w'); "
+        "fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB); ")
+
+
 def test_two_processes_do_not_share_a_folder(command, tmp_path):
     pytest.importorskip("fcntl")
     folder = tmp_path / "reviews" / "sft"
     folder.mkdir(parents=True)
-    code = ("import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
-            "print(1, flush=True); time.sleep(60)")
-    other = subprocess.Popen([sys.executable, "-c", code, folder / ".lock"], stdout=subprocess.PIPE)
-    try:
+    with subprocess.Popen([sys.executable, "-c", LOCK + "print(1, flush=True); time.sleep(60)",
+                           folder / ".lock"], stdout=subprocess.PIPE) as other:
         other.stdout.read(1)
-        with pytest.raises(UserError, match="another process"):
-            RunFolder(command("sft"), "sft", {})
-    finally:
-        other.kill()
-        other.wait()
+        try:
+            with pytest.raises(UserError, match="another process"):
+                RunFolder(command("sft"), "sft", {})
+        finally:
+            other.kill()
+    assert RunFolder(command("sft"), "sft", {}).path == folder  # the lock ends with its process
+
+
+def test_a_run_holds_the_lock_as_long_as_it_lives(open_sft):
+    pytest.importorskip("fcntl")
+    run = open_sft()
+    other = subprocess.run([sys.executable, "-c", LOCK, run.folder.path / ".lock"],
+                           capture_output=True, text=True)
+    assert "BlockingIOError" in other.stderr
 
 
 @pytest.mark.parametrize("took,chosen", [(10.0, "on"), (0.5, "off")])
@@ -157,10 +176,44 @@ def test_a_log_file_gets_a_line_with_rate_and_remaining_time_every_30_seconds(mo
     (["ppo", "--resume"], True, "python train.py ppo --resume"),
     (["sft", "--fresh", "--data", "my texts"], False, "python train.py sft --data 'my texts' "
                                                       "--resume"),
-    (["--seed=1"], True, "python train.py --seed=1"), ([], True, "python train.py")])
+    (["--seed=1"], True, "python train.py --seed=1"), ([], True, "python train.py"),
+    (["all", "--fresh", "--seed=1"], False, "python train.py all --seed=1 --resume")])
 def test_the_command_that_resumes_is_the_one_typed(command, monkeypatch, words, resume, expected):
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     assert resume_command(command("sft", *["--resume"] * resume)) == expected
+
+
+def test_an_interrupted_run_saves_and_prints_the_command_that_resumes_it(open_sft, monkeypatch,
+                                                                         capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "sft", "--lr=.1"])
+    run = open_sft("--lr=.1")
+    run.stop_if_asked(1, run.save)
+    assert not (run.folder.path / "checkpoint.pt").exists()  # nobody has asked
+    Interrupt.number = 15
+    with pytest.raises(Interrupted) as stop, run.progress(4):
+        run.stop_if_asked(2, run.save)
+    assert stop.value.args == (15,)
+    assert open_sft("--lr=.1", "--resume").step == 2
+    assert ("sft: saved after step 2; go on with `python train.py sft --lr=.1 --resume`"
+            in capsys.readouterr().err)
+
+
+def test_seconds_go_on_from_the_checkpoint(open_sft):
+    run = open_sft()
+    run.started -= 100
+    begin(run, 3)
+    assert 100 <= open_sft("--resume").seconds() < 200
+
+
+def test_config_json_tells_what_ran_and_with_what(open_sft):
+    run = open_sft("--lr=.1")
+    begin(run, 4)
+    record = json.loads((run.folder.path / "config.json").read_text())
+    assert record["options"]["lr"] == .1
+    assert record["parents"]["init"] == "one"
+    assert record["finished"] is False
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["dtype"] == "float32"
 
 
 def test_a_run_is_complete_when_its_constructor_returns(command, world):

@@ -94,6 +94,16 @@ def test_its_source_gets_the_path_and_the_folder_for_downloads(registry, tmp_pat
                      (tmp_path, tmp_path / "c/downloads")]
 
 
+def test_without_a_download_the_source_has_to_be_given(registry, tmp_path):
+    register(DataSet("counting", lambda path, downloads: [path], build_counting,
+                     options=("source", "vocab_size")))
+    with pytest.raises(UserError, match="counting: its raw data is missing; .*--source"):
+        open_data("counting", vocab_size=300, cache=tmp_path)
+    (tmp_path / "raw.txt").write_text("x")
+    data = open_data("counting", source=str(tmp_path / "raw.txt"), vocab_size=300, cache=tmp_path)
+    assert data.has("sft")
+
+
 def test_a_name_is_taken_once(registry):
     with pytest.raises(ValueError, match="'reviews' already"):
         register(DataSet("reviews", None, build_counting))

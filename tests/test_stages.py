@@ -68,6 +68,7 @@ def test_sft_learns_replies_alone_by_their_tokens(task_of, world):
     (loss, tokens), = task.losses(0)
     assert tokens == n
     assert float(loss) == pytest.approx(nats / n, rel=1e-4)
+    assert task.run.model.config.dropout == 0
 
 
 def reward_batch_of(records, world, field="response"):
@@ -175,14 +176,15 @@ def test_the_reward_model_is_measured_on_records_drawn_from_all(task_of):
     assert 240 < sum(i >= 700 for i in numbers) < 360
 
 
-def test_no_stage_trains_on_the_judges_half_or_on_test(task_of, world, monkeypatch):
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_no_stage_trains_on_the_judges_half_or_on_test(command, world, monkeypatch, stage):
     asked, real = set(), type(world.data).records
-    monkeypatch.setattr(type(world.data), "records", lambda self,
-                        *a: asked.add(a) or real(self, *a))
-    for stage in ("sft", "reward"):
-        task_of(stage)
-    assert {("reward", "train"), ("sft", "train")} <= asked
-    assert not any(stage == "judge" or split == "test" for stage, split in asked)
+    monkeypatch.setattr(type(world.data), "records",
+                        lambda self, *names: asked.add(names) or real(self, *names))
+    run = {"sft": train.sft, "reward": train_reward}[stage]
+    run(command(stage, "--epochs=.2"))
+    assert (stage, "train") in asked
+    assert [names for names in asked if "judge" in names or "test" in names] == []
 
 
 # ---- what is refused, and what is left as it was -------------------------------------------------
@@ -245,9 +247,10 @@ def test_all_says_before_the_first_stage_what_a_later_one_lacks(tmp_path):
 
 
 def test_a_kill_between_the_last_save_and_the_end_writes_no_sample_twice(command):
-    path = train_reward(command("reward")).folder.path
+    path = train_reward(command("reward", "--epochs=.2")).folder.path
     before = (path / "samples.jsonl").read_text()
+    assert before
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"finished": False}))
-    train_reward(command("reward", "--resume"))
+    train_reward(command("reward", "--epochs=.2", "--resume"))
     assert (path / "samples.jsonl").read_text() == before
