@@ -1,9 +1,8 @@
-"""The Transformer: the one network that every stage of Mosslet trains, scores with, or samples
-from.
+"""The Transformer: the network that every stage of Mosslet trains, scores with or samples from.
 
 Read from leaf to root: configuration, rotary positions, attention, MLP, block, the Transformer
-itself, its loss, and the checkpoint file. The language model, the policy, the reference, the reward
-model and the critic are all this trunk.
+itself, its losses, and the checkpoint file. The language model, the policy, the reference, the
+reward model and the critic all have this trunk.
 
 Letters for shapes: B rows, T positions, D width, H query heads, G key/value heads, K width of a
 head, V vocabulary, L cached positions, N selected positions. Nothing here knows about text: a
@@ -33,31 +32,28 @@ from runtime.run import Run, RunFolder, read_config, run_folder
 
 @dataclasses.dataclass
 class ModelConfig:
-    """Shape of a Transformer. The defaults are the demo's but for max_len: 2.6 million parameters,
+    """Shape of a Transformer. The defaults are the demo's, except max_len: 2.6 million parameters,
     for two CPU cores."""
 
     vocab_size: int = 4096
     n_layer: int = 4
     n_head: int = 4
-    # fewer than n_head: groups of query heads share keys and values (Ainslie 2023)
-    n_kv_head: int = 4
+    n_kv_head: int = 4  # fewer than n_head: query heads share keys and values (Ainslie 2023)
     d_model: int = 192
     d_ff: int = 512
     max_len: int = 512
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
-    # RMSNorm on queries and keys: keeps attention logits tame at large learning rates
-    qk_norm: bool = True
+    qk_norm: bool = True  # RMSNorm on queries and keys bounds attention logits at large rates
     tied: bool = True  # the output layer is the embedding matrix
-    # on what each branch adds to the residual stream; only reward-model training uses it
-    dropout: float = 0.0
+    dropout: float = 0.0  # on each residual branch; only reward-model training uses it
 
     def __post_init__(self) -> None:
-        if self.d_model % self.n_head or self.n_head % self.n_kv_head or (self.d_model // self.n_head) % 2:
+        if self.d_model % (2 * self.n_head) or self.n_head % self.n_kv_head:
             raise UserError(
-                f"model shape does not divide: d_model {self.d_model} needs to be a multiple of 2 "
-                f"* n_head ({self.n_head}), and n_head a multiple of n_kv_head ({self.n_kv_head}); "
-                "change one of them")
+                f"model shape does not divide: d_model {self.d_model} needs to be a multiple of "
+                f"2 * n_head ({self.n_head}), and n_head a multiple of n_kv_head "
+                f"({self.n_kv_head}); change one of them")
 
     @property
     def head_dim(self) -> int:
@@ -66,14 +62,14 @@ class ModelConfig:
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, each (max_len, K/2) (Su et al. 2021)."""
-    frequencies = config.rope_base ** (-torch.arange(0, config.head_dim, 2,
-                                                     dtype=torch.float64) / config.head_dim)
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    frequencies = config.rope_base ** -exponents
     angles = torch.arange(config.max_len, dtype=torch.float64)[:, None] * frequencies
     return angles.cos().float(), angles.sin().float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + K/2}) of a head by its position's angle.
+    """Rotate each pair (x_i, x_{i + K/2}) of a head by its position's angle.
 
     x (B, H, T, K), cos and sin (B or 1, 1, T, K/2) -> (B, H, T, K).
     """
@@ -82,12 +78,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / √K) v: q (B, H, T, K), k and v (B, G, T, K), allowed (B or 1, 1, T, T) bool or
-    None for plain causal attention -> (B, H, T, K).
+    """softmax(q kᵀ / √K) v: q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K).
 
-    PyTorch's fused attention, but for short rows in bfloat16 on a CPU: there its backward is slow,
-    and products one after another take a quarter to a third of the time (measured). Their softmax
-    computes in float32 inside.
+    allowed: (B or 1, 1, T, T) bool, or None for plain causal attention. Uses SDPA, except for short
+    bfloat16 rows on a CPU, where its backward is 3 to 4 times slower than plain matrix products
+    (measured). The softmax of those computes in float32 internally.
     """
     if v.dtype == torch.bfloat16 and v.device.type == "cpu" and v.shape[2] <= 512:
         repeats, T = q.shape[1] // k.shape[1], q.shape[2]
@@ -96,8 +91,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
         if allowed is None:
             allowed = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        scores += torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill(~allowed,
-                                                                                         -torch.inf)
+        zeros = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device)
+        scores += zeros.masked_fill(~allowed, -torch.inf)
         return scores.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None,
                                           enable_gqa=q.shape[1] != k.shape[1])
@@ -108,15 +103,16 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_dim = config.head_dim
         self.qkv = Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * config.head_dim)
         self.out = Linear(config.d_model, config.d_model)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D) -> queries (B, H, T, K), keys and values (B, G, T, K), normalised and turned
-        to their places."""
+        """x (B, T, D) -> queries (B, H, T, K), keys (B, G, T, K), both normalised and rotated, and
+        values (B, G, T, K)."""
         B, T, _ = x.shape
         q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2).split(
             (self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
@@ -125,9 +121,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None,
                 cache: KVCache | None = None, layer: int = 0,
                 where: Tensor | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D), or (N, D) of the positions `where`. allowed: (B or 1, 1, T, T)
-        bool, or None for plain causal attention. A cache, if given, receives this layer's keys and
-        values in its first T places."""
+        """x (B, T, D) -> (B, T, D), or (N, D) of the positions `where`.
+
+        allowed: (B or 1, 1, T, T) bool, or None for plain causal attention. A cache receives this
+        layer's keys and values at its first T positions.
+        """
         B, T, D = x.shape
         q, k, v = self.heads(x, cos, sin)
         if cache is not None:
@@ -137,31 +135,29 @@ class Attention(nn.Module):
 
     def step(self, x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, allowed: Tensor,
              cache: KVCache, layer: int) -> Tensor:
-        """One token per row: x (B, 1, D) -> (B, 1, D). It is written at place `slot` (B,) of the
-        cache and sees the cached places that `allowed` (n, B, S) names.
+        """One token per row: x (B, 1, D) -> (B, 1, D). Its key and value are written at position
+        `slot` (B,) of the cache; it attends to the positions where `allowed` (n, B, S) is True.
 
-        As multiplications and sums, which the compiler fuses into one pass over the cache; run
-        eagerly those would write down every product, so there PyTorch's attention does it.
+        Compiled: multiply-and-sum, which Inductor fuses into one pass over the cache. Eager: SDPA,
+        because the products would be materialised.
         """
         q, k, v = self.heads(x, cos, sin)
         cache.write(layer, slot, k[:, :, 0], v[:, :, 0])
         n, B, S = allowed.shape
-        # (n, B, G, S, K)
-        keys, values = cache.kv[2 * layer][:n, :, :, :S], cache.kv[2 * layer + 1][:n, :, :, :S]
+        keys = cache.kv[2 * layer][:n, :, :, :S]  # (n, B, G, S, K)
+        values = cache.kv[2 * layer + 1][:n, :, :, :S]
         if not torch.compiler.is_dynamo_compiling():
-            # (B, G, n * S, K)
-            keys, values = (t.movedim(0, 2).flatten(2, 3) for t in (keys, values))
+            keys, values = (t.movedim(0, 2).flatten(2, 3) for t in (keys, values))  # (B, G, n S, K)
             allowed = allowed.transpose(0, 1).reshape(B, 1, 1, n * S)
             y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=allowed,
                                                enable_gqa=self.n_head != self.n_kv_head)
         else:
             q = q.view(1, B, self.n_kv_head, -1, 1, self.head_dim)  # (1, B, G, H/G, 1, K)
-            # (n, B, G, H/G, S)
             scores = self.head_dim ** -0.5 * (q * keys[:, :, :, None].float()).sum(-1)
-            scores = torch.where(allowed[:, :, None, None], scores, -torch.inf)
+            scores = torch.where(allowed[:, :, None, None], scores, -torch.inf)  # (n, B, G, H/G, S)
             weights = (scores - scores.amax((0, 4), keepdim=True)).exp()
-            y = (weights[..., None] * values[:, :, :, None].float()).sum(4).sum(0) / weights.sum((0,
-                                                                                                  4))[..., None]
+            y = (weights[..., None] * values[:, :, :, None].float()).sum(4).sum(0)
+            y = y / weights.sum((0, 4))[..., None]  # (B, G, H/G, K)
         return self.out(y.reshape(B, 1, -1).to(v.dtype))
 
 
@@ -203,12 +199,11 @@ class Block(nn.Module):
 
 
 def attention_allowed(mask: Tensor | None, docs: Tensor | None) -> Tensor | None:
-    """Which keys each query may attend to: (B, 1, T, T) bool, [query, key]. None means plain causal
-    attention.
+    """Which keys each query may attend to: (B, 1, T, T) bool, [query, key]; None: causal attention.
 
     A query sees itself and earlier keys that are real tokens of its own document. A pad sees at
-    least itself: a softmax over no key at all is NaN, and 0 * NaN would reach every real row
-    through the values of the next layer.
+    least itself: a softmax over no key is NaN, and 0 * NaN would reach every real row through the
+    values of the next layer.
     """
     if mask is None and docs is None:
         return None
@@ -240,7 +235,7 @@ class Transformer(nn.Module):
         cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        # gradient checkpointing: keep each block's input alone, and go through it once more
+        # Gradient checkpointing: store only each block's input, recompute the block in backward.
         self.recompute = False
         self.initialise()
 
@@ -257,14 +252,16 @@ class Transformer(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """(V, D): the rows that hidden states are compared with."""
+        """(V, D): the matrix of the output layer."""
         return self.embedding.weight if self.output is None else self.output.weight
 
     def trunk(self, tokens: Tensor, positions: Tensor | None, allowed: Tensor | None,
               cache: KVCache | None = None, where: Tensor | None = None) -> Tensor:
-        """tokens (B, T), positions (B, T) or None for 0…T−1 -> (B, T, D), or (N, D) of the
-        positions `where` (N,), as numbered in a flattened (B, T): the last layer, but for its keys
-        and values, is then computed only there."""
+        """tokens (B, T) -> hidden states (B, T, D), or (N, D) of the positions `where` alone.
+
+        positions: (B, T), or None for 0…T−1. where: (N,), indices into a flattened (B, T); the last
+        layer, except its keys and values, is then computed only there.
+        """
         T = tokens.shape[1]
         at = slice(0, T) if positions is None else positions
         cos, sin = self.cos[at], self.sin[at]  # (T, K/2) or (B, T, K/2)
@@ -272,8 +269,10 @@ class Transformer(nn.Module):
         x, last = self.embedding(tokens), len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             others = (cos, sin, allowed, cache, i, where if i == last else None)
-            again = self.recompute and torch.is_grad_enabled()
-            x = checkpoint(block, x, *others, use_reentrant=False) if again else block(x, *others)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, *others, use_reentrant=False)
+            else:
+                x = block(x, *others)
         return self.norm(x)
 
     def hidden(self, tokens: Tensor, mask: Tensor | None = None, docs: Tensor | None = None,
@@ -296,12 +295,10 @@ class Transformer(nn.Module):
         """One token per row: token (B,) -> final hidden states (B, D).
 
         A row's text begins at position `start` (B,) of the cache, and this token is at `slot` (B,);
-        span (n, S) is cache.span(L), where L is at least the largest slot + 1: places that it
-        leaves out are not read.
+        span (n, S) is cache.span(L) with L > every slot: positions outside it are not read.
         """
         position = slot - start
-        # (B, 1, 1, K/2)
-        cos, sin = self.cos[position][:, None, None], self.sin[position][:, None, None]
+        cos, sin = (t[position][:, None, None] for t in (self.cos, self.sin))  # (B, 1, 1, K/2)
         span = span[:, None]
         allowed = (span >= start[:, None]) & (span <= slot[:, None])  # (n, B, S)
         x = self.embedding(token)[:, None]
@@ -328,22 +325,20 @@ class Transformer(nn.Module):
 
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations of forward and backward for one token in a row of `length`
-        (PaLM, appendix B).
+        tokens (PaLM, appendix B).
 
-        Six for each weight that takes part in a matrix product (the embedding look-up is none, the
-        output layer is), and 12 * D per layer and key seen; a causal row sees half of `length` on
-        average.
+        Six for each weight of a matrix product (the output layer included, the embedding look-up
+        not), and 12 D per layer and key; a causal row sees half of `length` on average.
         """
-        matrices = sum(p.numel() for p in self.blocks.parameters()
-                       if p.dim() == 2) + self.output_weight.numel()
+        matrices = sum(p.numel() for p in self.matrix_parameters()) + self.output_weight.numel()
         return 6 * matrices + 12 * self.config.n_layer * self.config.d_model * length // 2
 
 
 # ---- from logits to losses -----------------------------------------------------------------------
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log π(· | context) at a sampling temperature, in float32 whatever the logits are. A decoder
-    has its own, `sample.choose`."""
+    """log π(· | context) at a sampling temperature, in float32 whatever the logits' dtype. A
+    decoder has its own, `sample.choose`."""
     return F.log_softmax(logits if temperature == 1 else logits.float() / temperature, dim=-1,
                          dtype=torch.float32)
 
@@ -367,23 +362,24 @@ def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, temperat
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of −log softmax(hidden @ weightᵀ)[target], with the gradient taken in the forward, chunk
-    by chunk.
+    """Σ −log softmax(hidden @ weightᵀ)[target], with gradients computed in the forward, by chunks.
 
     The logits of all positions never exist at once: each chunk's probabilities become the gradient
-    p − onehot(target) in place and are multiplied into the gradients of hidden and weight while
+    p − onehot(target) in place, and are multiplied into the gradients of hidden and weight while
     they are still in the processor's cache.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int,
                 dtype: torch.dtype, products: str) -> Tensor:
-        """hidden (N, D), weight (V, D), targets (N,) -> scalar float32; `dtype` and `products` are
-        those of the matrix products."""
+        """hidden (N, D), weight (V, D), targets (N,) -> scalar float32.
+
+        dtype and products: in which precision and by whose kernels matrices are multiplied.
+        """
         training = any(ctx.needs_input_grad)
         total = torch.zeros((), device=hidden.device)
-        grad_hidden, grad_weight = torch.empty_like(hidden,
-                                                    dtype=torch.float32), torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight)
         w = weight.to(dtype)
         for i in range(0, len(hidden), chunk):
             h, t = hidden[i:i + chunk].to(dtype), targets[i:i + chunk, None]
@@ -406,12 +402,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def cross_entropy_sum(model: Transformer, hidden: Tensor, targets: Tensor,
                       chunk: int = 512) -> Tensor:
-    """Maximum likelihood: Σ −log π(target | context) in nats; hidden (N, D) at the positions before
-    targets (N,)."""
+    """Maximum likelihood: Σ −log π(target | context), a scalar in nats.
+
+    hidden (N, D): final hidden states at the positions before targets (N,).
+    """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     weight = model.output_weight
-    if not torch.is_grad_enabled():  # the function itself cannot see that no gradient is wanted
+    if not torch.is_grad_enabled():  # ctx.needs_input_grad would still be True
         hidden, weight = hidden.detach(), weight.detach()
     with torch.autocast(device, enabled=False):
         return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, dtype, model.products)
@@ -453,12 +451,11 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
     """
     path = checkpoint_path(path)
     if not path.exists():
-        inside = sorted(str(other.parent) for other in path.parent.glob("*/checkpoint.pt"))
+        runs = sorted(str(other.parent) for other in path.parent.glob("*/checkpoint.pt"))
         stage = path.parent.name if path.parent.name in STAGES else "all"
-        raise UserError(f"{path}: no checkpoint there; " + (f"did you mean {' or '.join(inside)}?"
-                                                            if inside else
-                        f"make it with `python train.py {stage}` (--out says where), or name one "
-                        "that is there"))
+        advice = f"did you mean {' or '.join(runs)}?" if runs else (
+            f"make it with `python train.py {stage}` (--out says where), or name one that exists")
+        raise UserError(f"{path}: no checkpoint there; {advice}")
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
         kind = payload["kind"]
@@ -473,12 +470,11 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
         model = cls(cls.config_class(**payload["config"]))
         model.load_state_dict(payload["model"])
         tokenizer, state = Tokenizer.from_state(payload["tokenizer"]), payload["state"]
-    # strict: a head that is not there must not be scored as noise
+    # load_state_dict is strict: a reward head that was not saved must not score as noise.
     except (RuntimeError, TypeError, KeyError) as error:
         raise UserError(f"{path}: its parts do not fit this version of Mosslet, or each other: "
                         f"{' '.join(str(error).split())[:200]}; use the version that wrote it, or "
-                        "train it again"
-                        ) from error
+                        "train it again") from error
     use_products(model, state.get("products", "aten"))  # those that its numbers were made with
     return model.to(device).eval(), tokenizer, state
 
@@ -500,8 +496,8 @@ def load_parent(o: Common, data: Prepared, stage: str, path: str,
                         "or take it as it is by the path of its checkpoint.pt")
     print(f"from {where}: {c.n_layer} layers of width {c.d_model}, at most {c.max_len} tokens, "
           f"vocabulary of {c.vocab_size}")
-    other_vocabulary = data.tokenizer is not None and data.tokenizer.to_state() != tokenizer.to_state()
-    if "vocab_size" in o.explicit and other_vocabulary:
+    differs = data.tokenizer is not None and data.tokenizer.to_state() != tokenizer.to_state()
+    if "vocab_size" in o.explicit and differs:
         raise UserError(f"--vocab_size {o.vocab_size} contradicts {where}, whose vocabulary of "
                         f"{c.vocab_size} tokens is used: leave it out, or pretrain again")
     return model, tokenizer, state
@@ -525,7 +521,7 @@ def open_run(stage: str, o: Common, data: Prepared, parents: dict[str, str], mod
     """
     folder = RunFolder(o, stage, {"data": data.fingerprint, **parents})
     if folder.finished:
-        print(f"{stage}: finished already in {folder.path}; --fresh trains it anew")
+        print(f"{stage}: finished already in {folder.path}; --fresh trains it again")
         return None
     state: dict[str, Any] = {}
     if folder.resumes:

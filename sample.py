@@ -1,13 +1,14 @@
-"""Sampling: write tokens one after another, each drawn from what the model expects next.
+"""Sampling: write tokens one after another, each drawn from the model's distribution of the next.
 
-    python sample.py --from out/reviews/ppo --prompt "这本书"      complete one prompt, printed as it is written
-    python sample.py --from out/reviews/ppo --chat                 talk: Ctrl-C stops an answer, Ctrl-D leaves
-    python sample.py --from out/reviews/ppo --file prompts.jsonl   one JSON line per prompt, for other programs
-    python sample.py --from out/reviews/sft --prompt "这本书" --best_of 16      sixteen replies, the best one last
-    python sample.py --compare out/reviews/sft out/reviews/ppo     same openings and random numbers, one below the other
+    python sample.py --from out/reviews/ppo --prompt "这本书"       complete one prompt, streamed
+    python sample.py --from out/reviews/ppo --chat                  talk; Ctrl-C stops an answer
+    python sample.py --from out/reviews/ppo --file prompts.jsonl    one JSON line per prompt
+    python sample.py --from out/reviews/sft --prompt "这本书" --best_of 16    best reply last
+    python sample.py --compare out/reviews/sft out/reviews/ppo      same prompts and random numbers
 
-`generate` is also the rollout engine of PPO: there it draws from the whole softmax at one
-temperature, nothing else.
+`generate` is also the rollout engine of PPO, which draws from the plain softmax at one temperature.
+
+Letters for shapes: B rows, P prompt length, R reply length, V vocabulary.
 """
 import codecs
 import dataclasses
@@ -36,21 +37,21 @@ from runtime.options import Options, UserError, option, parse, run_main
 # ---- choosing one token --------------------------------------------------------------------------
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make tokens that occur in the text already less likely (Keskar 2019): logits (B, V), seen (B,
-    V) bool."""
+    """Logits (B, V) with tokens of the text so far, seen (B, V) bool, made less likely (Keskar
+    2019)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Keep the k likeliest tokens, then the smallest set of them that holds probability p (Holtzman
-    2020); (B, V)."""
+    """Logits (B, V) with −inf outside the k likeliest tokens, and outside the smallest set of them
+    with probability top_p or more (Holtzman 2020)."""
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probs = ordered.softmax(-1)
-        # mass before this token already suffices; never true for the first
+        # The tokens before this one suffice; never true for the first.
         beyond = probs.cumsum(-1) - probs >= top_p
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
     return logits
@@ -61,10 +62,9 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
 
     weights (B, V) ≥ 0, probabilities up to a factor, u (B,) in [0, 1) -> (B,).
 
-    In two steps, which read the vocabulary once: sums of blocks of 64 tokens say in which block the
-    token lies, and only that block is cumulated. A threshold is u times the last sum and kept below
-    it, so that a token of weight 0 is never picked: not by u = 0, because its cumulated value does
-    not exceed its predecessor's, nor by rounding.
+    In two steps, which read the vocabulary once: sums of blocks of 64 tokens give the token's
+    block, and only that block is cumulated. The threshold u · total stays strictly below the total,
+    so a token of weight 0 is never picked, even for u = 0 or after rounding.
     """
     def first_above(cumulated: Tensor, threshold: Tensor) -> Tensor:
         total = cumulated[:, -1:]
@@ -82,8 +82,8 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
 
 
 def choose(logits: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(token, its log-probability), each (B,), from logits (B, V) at their temperature; u None: the
-    likeliest."""
+    """(token, its log-probability), each (B,), from logits (B, V) already divided by the
+    temperature. u (B,): uniform numbers; None: the likeliest token."""
     logits = logits - logits.amax(1, keepdim=True)
     weights = logits.exp()
     token = logits.argmax(1) if u is None else draw(weights, u)
@@ -93,8 +93,7 @@ def choose(logits: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
 # ---- the two halves of decoding ------------------------------------------------------------------
 
 def prefill(model: Transformer, tokens: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
-    """Read whole prompts (B, P), left-padded, into the cache; logits (B, V) of the token after
-    each."""
+    """Read left-padded prompts (B, P) into the cache -> logits (B, V) of the token after each."""
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     allowed = None if bool(mask.all()) else attention_allowed(mask, None)
     last = torch.arange(1, len(tokens) + 1, device=tokens.device) * tokens.shape[1] - 1
@@ -103,52 +102,53 @@ def prefill(model: Transformer, tokens: Tensor, mask: Tensor, cache: KVCache) ->
 
 def decode_step(model: Transformer, token: Tensor, slot: Tensor, start: Tensor, cache: KVCache,
                 span: Tensor) -> Tensor:
-    """One token per row (B,), at position `slot` (B,) of the cache, its text from position `start`
-    (B,) on -> logits (B, V). span: the positions to read (KVCache.span)."""
+    """One token per row, token (B,) -> logits (B, V) of the next.
+
+    slot (B,): the token's position in the cache; start (B,): that of its text's first token; span:
+    the positions to read (KVCache.span).
+    """
     return model.head(model.step(token, slot, start, span, cache))
 
 
 def sample_step(model: Transformer, token: Tensor, slot: Tensor, start: Tensor, cache: KVCache,
                 span: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """A step and the choice of its token, as one function to compile: (token, log-probability),
-    each (B,)."""
+    """A decoding step and the draw of the next token, as one function to compile -> (token,
+    log-probability), each (B,)."""
     return choose(decode_step(model, token, slot, start, cache, span).float() / temperature, u)
 
 
-_step_numbers = itertools.count()
+_step_numbers = itertools.count()  # each compiled step has a name of its own
 
 
 class Decoder:
-    """A model made ready to write: its weights packed, room for keys and values, its steps
-    compiled.
+    """A model prepared for decoding: packed weights, a cache of keys and values, compiled steps.
 
-    `generate` makes one if none is given. Whoever writes many times keeps one, and calls `refresh`
-    after the weights have changed, which compiles nothing again. One thread writes with it at a
-    time.
+    `generate` makes one if none is given. Keep one decoder across calls and call `refresh` after
+    the weights change; nothing is recompiled. One thread at a time may use it.
     """
 
     def __init__(self, model: Transformer, dtype: str | None = None, compile: bool = False):
-        self.model, self.compile, self.device = model, compile, model.embedding.weight.device
-        self.dtype = {"bfloat16": torch.bfloat16, "int8": torch.int8}.get(dtype,
-                                                                          model.embedding.weight.dtype)
+        weight = model.embedding.weight
+        self.model, self.compile, self.device = model, compile, weight.device
+        self.dtype = {"bfloat16": torch.bfloat16, "int8": torch.int8}.get(dtype, weight.dtype)
         if self.dtype == torch.int8 and self.device.type != "cpu":
             raise UserError("int8 is for writing on a CPU; on this device use bfloat16")
         self.copies: dict[int, Transformer] = {}  # with packed weights, by rows
         self.steps: dict[tuple[int, float], Callable] = {}  # compiled, by rows and temperature
-        # that of the last call, by rows and length
-        self.caches: dict[tuple[int, int], KVCache] = {}
+        self.caches: dict[tuple[int, int], KVCache] = {}  # the last call's, by rows and length
         self.in_use = threading.Lock()
 
     def refresh(self) -> None:
-        """Take the model's weights as they are now."""
+        """Repack the model's present weights."""
         for model in self.copies.values():
             refresh(model)
+        # Clear NaNs left by diverged weights: masked positions still contribute 0 · NaN.
         for cache in self.caches.values():
-            cache.kv.zero_()  # had weights been NaN, what they left here would count for 0 · NaN
+            cache.kv.zero_()
 
     def model_for(self, rows: int) -> Transformer:
-        """The model with weights packed for steps of `rows` rows. An eager copy serves fewer rows,
-        too."""
+        """The copy with weights packed for steps of `rows` rows. An eager copy also serves fewer.
+        """
         rows = rows if self.compile else max((rows, *self.copies))
         if rows not in self.copies:
             if not self.compile:
@@ -157,37 +157,36 @@ class Decoder:
         return self.copies[rows]
 
     def cache(self, rows: int, length: int) -> KVCache:
-        """Room for keys and values; that of the last call if it fits."""
+        """A cache of this size: that of the last call, if its size was the same."""
         if (rows, length) not in self.caches:
             self.caches = {(rows, length): self.new_cache(rows, length)}
         return self.caches[rows, length]
 
     def new_cache(self, rows: int, length: int) -> KVCache:
+        """An empty cache of the decoder's precision."""
         dtype = self.dtype if self.dtype.is_floating_point else torch.bfloat16
         return KVCache(self.model.config, rows, length, self.device, dtype, self.compile)
 
     def step(self, rows: int, temperature: float) -> Callable:
-        """`sample_step`, compiled once for each number of rows, whatever the length.
+        """`sample_step`, compiled once per number of rows and temperature, for all lengths.
 
-        Each has a code object of its own, so on a CPU none of torch.compile's guards need be
-        checked at every token: what they would guard is fixed by this decoder and the key. (On a
-        GPU they also ensure that 32-bit indices suffice.) On a CPU calls go through C++, not
-        Python.
+        Each compiled step has its own code object, so on a CPU no guard is checked at every token:
+        this decoder and the key fix all that they would check. (On a GPU guards also ensure that
+        32-bit indices suffice.) On a CPU kernels are called from C++, not Python.
         """
         if not self.compile:
             return sample_step
         if (rows, temperature) not in self.steps:
             options = {}
-            if self.device.type == "cpu":  # allocate once, check no sizes: they follow from the key
+            if self.device.type == "cpu":
                 options = {"cpp_wrapper": True, "memory_planning": True, "size_asserts": False}
                 if skip := getattr(torch.compiler, "skip_all_guards_unsafe", None):
                     options["guard_filter_fn"] = skip
-            # dynamic sizes are remembered by name, even across models
+            # Dynamo remembers dynamic sizes by a function's name, across models.
             name = f"sample_step_{next(_step_numbers)}"
             code = sample_step.__code__.replace(co_name=name)
-            self.steps[rows, temperature] = torch.compile(types.FunctionType(code,
-                                                                             sample_step.__globals__),
-                                                          options=options)
+            function = types.FunctionType(code, sample_step.__globals__)
+            self.steps[rows, temperature] = torch.compile(function, options=options)
         return self.steps[rows, temperature]
 
 
@@ -195,8 +194,7 @@ class Decoder:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from logits. PPO uses the plain softmax at a temperature, nothing else.
-    """
+    """How a token is chosen from logits. PPO samples the plain softmax at a temperature."""
 
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0
@@ -206,13 +204,17 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """The whole softmax at a temperature: then step and choice are one compiled function."""
+        """Whether this is the softmax at a temperature, unfiltered; `sample_step` draws from that.
+        """
         return self.temperature > 0 and self == Sampling(self.temperature)
 
-    def choose(self, logits: Tensor, seen: Tensor | None, u: Tensor | None) -> tuple[Tensor,
-                                                                                     Tensor]:
-        """(token, its log-probability), each (B,), from logits (B, V). seen (B, V): tokens of the
-        text so far."""
+    def choose(self, logits: Tensor, seen: Tensor | None,
+               u: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(token, its log-probability), each (B,), from logits (B, V).
+
+        seen (B, V) bool: tokens of the text so far, None without a repetition penalty. u (B,):
+        uniform numbers, None for greedy replies.
+        """
         logits = logits.float()
         if self.suppress:
             logits[:, list(self.suppress)] = -torch.inf
@@ -225,38 +227,38 @@ class Sampling:
 
 @dataclasses.dataclass
 class Generation:
-    """tokens (B, R) int64, mask (B, R) bool: True up to and including the end token, logprobs (B,
-    R) float32. After the end: id 0, mask False, log-probability 0."""
+    """Replies, one per prompt. After a reply's end: id 0, mask False, log-probability 0."""
 
-    tokens: Tensor
-    mask: Tensor
-    logprobs: Tensor
+    tokens: Tensor  # (B, R) int64
+    mask: Tensor  # (B, R) bool: True up to and including the end token
+    logprobs: Tensor  # (B, R) float32, of the distribution drawn from
 
 
 class Writer:
     """Replies in progress. Each of B rows answers one prompt; when its reply ends, the next prompt
     takes the row (continuous batching)."""
 
-    CHECK_EVERY = 8  # steps between checks for ended rows: each check makes a GPU wait
+    CHECK_EVERY = 8  # steps between checks for ended rows; each check synchronises a GPU
 
     def __init__(self, decoder: Decoder, prompts: tuple[Tensor, Tensor], reply_len: int,
                  sampling: Sampling, rows: int, u: Tensor | None, end_id: int | None,
                  on_token: Callable[[Tensor, Tensor], None] | None):
         """prompts: tokens and mask, each (n, P). u (n, reply_len): uniform numbers, None for greedy
-        replies."""
-        self.decoder, (self.tokens, self.mask), self.sampling, self.u = decoder, prompts, sampling, u
-        self.end_id, self.on_token = -1 if end_id is None else end_id, on_token  # −1 is no token
-        n, self.P, self.R, device = len(self.tokens), self.tokens.shape[1], reply_len, self.tokens.device
+        replies. rows: B, the most replies in progress."""
+        self.decoder, self.sampling, self.u, self.on_token = decoder, sampling, u, on_token
+        self.end_id = -1 if end_id is None else end_id  # −1 is no token
+        self.tokens, self.mask = prompts
+        (n, self.P), self.R, device = self.tokens.shape, reply_len, self.tokens.device
         self.out = Generation(torch.zeros(n, self.R, dtype=torch.int64, device=device),
                               torch.zeros(n, self.R, dtype=torch.bool, device=device),
                               torch.zeros(n, self.R, device=device))
-        # Of each row: its prompt's number, the tokens written, the last of them, where its text
-        # starts in the cache.
         self.rows, self.next_prompt = rows, 0
-        self.prompt, self.length, self.token, self.start = torch.zeros(4, rows, dtype=torch.int64,
-                                                                       device=device)
+        # The state of each row, all (B,): its prompt's number, its reply's length and last token,
+        # the cache position where its text starts, and whether its reply is in progress.
+        state = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self.prompt, self.length, self.token, self.start = state
         self.running = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.seen = None
+        self.seen = None  # (B, V) bool: tokens of the text so far
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(rows, decoder.model.config.vocab_size, dtype=torch.bool,
                                     device=device)
@@ -264,7 +266,7 @@ class Writer:
         self._prepare_steps()
 
     def _prepare_steps(self) -> None:
-        """The packed model and the step function for the present number of rows."""
+        """Take the packed model and the step function for the present number of rows."""
         self.model = self.decoder.model_for(self.rows)
         self.step = self.decoder.step(self.rows, self.sampling.temperature)
 
@@ -290,38 +292,42 @@ class Writer:
         prompt = torch.arange(self.next_prompt, self.next_prompt + len(free), device=at.device)
         self.next_prompt += len(free)
         tokens, mask = self.tokens[prompt], self.mask[prompt]
-        # Prefill all rows in place, or some in a cache of their own that is then copied.
+        # Prefill: all rows directly, fewer rows in a cache of their own that is then copied.
         cache = self.cache if len(free) == self.rows else self.decoder.new_cache(len(free), self.P)
         logits = prefill(self.model, tokens, mask, cache)
         if cache is not self.cache:
             self.cache.put(at, cache, self.P)
-        self.prompt[at], self.length[at], self.start[at], self.running[at] = prompt, 0, self.P - mask.sum(1), True
+        self.prompt[at], self.length[at], self.running[at] = prompt, 0, True
+        self.start[at] = self.P - mask.sum(1)
+        # The first token of each reply.
+        seen = None
         if self.seen is not None:
-            read = torch.where(mask, tokens, tokens[:, -1:])
-            self.seen[at] = torch.zeros_like(self.seen[at]).scatter_(1, read, True)
-        self.token[at], logprob = self.sampling.choose(logits,
-                                                       None if self.seen is None else self.seen[at],
-                                                       None if self.u is None
-                                                       else self.u[prompt, 0])
+            real = torch.where(mask, tokens, tokens[:, -1:])  # the last token is never a pad
+            seen = self.seen[at] = torch.zeros_like(self.seen[at]).scatter_(1, real, True)
+        u = None if self.u is None else self.u[prompt, 0]
+        self.token[at], logprob = self.sampling.choose(logits, seen, u)
         self._record(at, self.token[at, None], logprob[:, None])
 
     def _record(self, at: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
-        """Store k new tokens (len(at), k) of rows `at`, each up to its end token or limit; ended
+        """Store k new tokens (len(at), k) of rows `at`, each row's up to its end token or R; ended
         rows stop running."""
         column = self.length[at, None] + torch.arange(tokens.shape[1], device=at.device)
         is_end = tokens.eq(self.end_id)
         real = self.running[at, None] & (column < self.R) & (is_end.cumsum(1) - is_end.long() == 0)
-        where = (self.prompt[at, None].expand_as(column)[real], column[real])
-        self.out.tokens[where], self.out.mask[where], self.out.logprobs[where] = tokens[real], True, logprobs[real]
-        if self.on_token is not None:
+        cells = (self.prompt[at, None].expand_as(column)[real], column[real])
+        self.out.tokens[cells], self.out.mask[cells] = tokens[real], True
+        self.out.logprobs[cells] = logprobs[real]
+        if self.on_token is not None:  # then k is 1
             self.on_token(self.prompt[at][real[:, 0]], tokens[:, 0][real[:, 0]])
         self.length[at] += tokens.shape[1]
         self.running[at] &= ~(is_end & real).any(1) & (self.length[at] < self.R)
 
     def _shrink(self, running: int) -> None:
-        """Drop ended rows where that pays. Copying the cache costs about one step's reading of it;
-        a compiled step is made for its number of rows, so compiled rows shrink to a quarter at
-        once, or not at all."""
+        """Drop ended rows where that pays: copying the cache costs about one step's reading of it.
+
+        A compiled step is specialised on its number of rows, so compiled rows shrink by a factor of
+        4 or not at all.
+        """
         if self.decoder.compile:
             if self.rows < 32 or running > self.rows // 4:
                 return
@@ -343,7 +349,7 @@ class Writer:
         k = min(1 if self.on_token else self.CHECK_EVERY,
                 self.R - int(self.length[self.running].min()))
         ahead = self.length + torch.arange(k, device=self.length.device)[:, None]  # (k, B)
-        slot = self.P - 1 + ahead.clamp(max=self.R)  # full rows stay at R
+        slot = self.P - 1 + ahead.clamp(max=self.R)  # rows of length R stay there
         u = [None] * k if self.u is None else self.u[self.prompt, ahead.clamp(max=self.R - 1)]
         tokens, logprobs = [], []
         for j in range(k):
@@ -352,6 +358,7 @@ class Writer:
                 self.token, logprob = self.step(self.model, self.token, slot[j], self.start,
                                                 self.cache, span, u[j], self.sampling.temperature)
             else:
+                # Filters and penalties are computed eagerly.
                 if self.seen is not None:
                     self.seen.scatter_(1, self.token[:, None], True)
                 logits = decode_step(self.model, self.token, slot[j], self.start, self.cache, span)
@@ -363,7 +370,7 @@ class Writer:
 
 
 def require_room(model: Transformer, prompt: int, reply: int) -> None:
-    """UserError if a prompt and a reply of so many tokens exceed the model's max_len."""
+    """UserError if `prompt` and `reply` tokens together exceed the model's max_len."""
     if prompt + reply > model.config.max_len:
         raise UserError(f"a prompt of {prompt} tokens and a reply of up to {reply} exceed the "
                         f"model's {model.config.max_len} (max_len): shorten the prompt, or lower "
@@ -372,27 +379,29 @@ def require_room(model: Transformer, prompt: int, reply: int) -> None:
 
 @torch.no_grad()
 def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: int, *,
-             end_id: int | None = None,
-             seed: int | Sequence[int] = 0, decoder: Decoder | None = None,
-             sampling: Sampling | None = None, **settings: Any) -> Generation:
-    """Continue each prompt by up to max_new_tokens tokens.
+             end_id: int | None = None, seed: int | Sequence[int] = 0,
+             decoder: Decoder | None = None, sampling: Sampling | None = None,
+             **settings: Any) -> Generation:
+    """Continue each prompt by up to max_new_tokens tokens; a reply ends with end_id.
 
-    tokens (B, P) int64 and mask (B, P) bool: left-padded prompts. logprobs belong to the
-    distribution drawn from (greedy: to that at temperature 1, after the repetition penalty and
-    `suppress`). decoder: one kept from an earlier call for this model, which then decides the
-    dtype. Settings are the fields of `Sampling`, in place of one, and
+    tokens (B, P) int64 and mask (B, P) bool: left-padded prompts. The log-probabilities are those
+    of the distribution drawn from (greedy: of that at temperature 1, after the repetition penalty
+    and `suppress`). decoder: one made for this model, whose dtype is used. settings: the fields of
+    `Sampling`, unless `sampling` is given, and
 
-    - rows (B,): global row numbers, by default 0…B−1; reply b uses the uniform numbers of (seed, rows[b]) only
-    - batch_size: the most replies written at a time; when one ends, the next prompt takes its row
-    - dtype: "bfloat16": matrix products and the cache in bfloat16; "int8": weights rounded to 8 bits besides (on a
-      CPU); None: as the weights are
-    - on_token(rows, tokens): called after each step with the indices of the rows still being written
+    - rows (B,): global row numbers, by default 0…B−1; reply b uses the uniform numbers of
+      (seed, rows[b]) only
+    - batch_size: the most replies in progress; when one ends, the next prompt takes its row
+    - dtype: "bfloat16": matrix products and the cache in bfloat16; "int8": also weights rounded to
+      8 bits (on a CPU); None: the weights' own
+    - on_token(rows, tokens): called after each step with the numbers of the replies that it
+      continued, and their new tokens
 
-    UserError if prompt and reply exceed the model's max_len. ValueError if the decoder is writing
-    already, in another thread or around this call.
+    UserError if prompt and reply exceed the model's max_len. ValueError if the decoder is in use,
+    by another thread or by a call whose on_token makes this one.
     """
-    rows, batch_size, dtype, on_token = (settings.pop(name, None) for name in
-                                         ("rows", "batch_size", "dtype", "on_token"))
+    names = ("rows", "batch_size", "dtype", "on_token")
+    rows, batch_size, dtype, on_token = (settings.pop(name, None) for name in names)
     if sampling is not None and settings:
         raise TypeError(f"generate: sampling is given, so {', '.join(settings)} must not be")
     sampling = sampling or Sampling(**{**settings, "suppress": tuple(settings.get("suppress", ()))})
@@ -405,7 +414,7 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
     decoder = decoder or Decoder(model, dtype)
     if decoder.model is not model:
         raise ValueError("generate: this decoder was made for another model, and would write with "
-                         "that")
+                         "that one")
     if not decoder.in_use.acquire(blocking=False):
         raise ValueError("generate: this decoder is writing already; give each thread, and each "
                          "call inside on_token, a decoder of its own")
@@ -425,8 +434,8 @@ def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: i
 
 def reply_ids(replies: Generation) -> list[list[int]]:
     """The ids of each reply, its end token included."""
-    return [tokens[mask].tolist() for tokens, mask in zip(replies.tokens.cpu(), replies.mask.cpu(),
-                                                          strict=True)]
+    pairs = zip(replies.tokens.cpu(), replies.mask.cpu(), strict=True)
+    return [tokens[mask].tolist() for tokens, mask in pairs]
 
 
 def reply_texts(tokenizer: Tokenizer, replies: Generation) -> list[str]:
@@ -436,7 +445,7 @@ def reply_texts(tokenizer: Tokenizer, replies: Generation) -> list[str]:
 
 
 def reply_to(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[int]],
-             max_new_tokens: int, **settings) -> Generation:
+             max_new_tokens: int, **settings: Any) -> Generation:
     """`generate` for prompts given as lists of ids; settings are those of `generate`."""
     tokens, mask = pad_left(prompts, tokenizer.pad_id)
     device = model.embedding.weight.device
@@ -480,36 +489,40 @@ class SampleOptions(Options):
 
 
 class ChatSession:
-    """A loaded checkpoint with the settings of one command."""
+    """A loaded checkpoint that replies by the options of one command."""
 
     def __init__(self, path: str, o: SampleOptions):
         self.device = pick_device(o.device)
         self.model, self.tokenizer, self.state = load_checkpoint(path, self.device)
         self.dtype = pick_dtype(o.dtype, self.device, self.model.config.d_model)[0]
-        self.o, self.bare = o, self.state.get("stage") == "pretrain"
+        self.o = o
+        self.bare = self.state.get("stage") == "pretrain"  # it knows documents, no dialogues
         self.template = "{prompt}" if o.raw else self.state.get("template", "{prompt}")
 
-    def ids(self, prompt) -> list[int]:
+    def ids(self, prompt: str | list[dict]) -> list[int]:
+        """A prompt's ids, in the checkpoint's template; UserError if they leave no room."""
         ids = prompt_ids(self.tokenizer, prompt, self.template, self.bare)
         require_room(self.model, len(ids), self.o.max_new_tokens)
         return ids
 
-    def replies(self, prompts: list[list[int]], rows=None, on_token=None) -> Generation:
+    def replies(self, prompts: list[list[int]], rows: Sequence[int] | None = None,
+                on_token: Callable[[Tensor, Tensor], None] | None = None) -> Generation:
+        """One reply to each prompt, without control tokens other than the end."""
         o, t = self.o, self.tokenizer
-        return reply_to(self.model, t, prompts, o.max_new_tokens, temperature=o.temperature,
-                        top_k=o.top_k,
-                        top_p=o.top_p, repetition_penalty=o.repetition_penalty, seed=o.seed,
+        sampling = Sampling(o.temperature, o.top_k, o.top_p, o.repetition_penalty,
+                            suppress=tuple(i for i in t.special_ids if i != t.eom_id))
+        return reply_to(self.model, t, prompts, o.max_new_tokens, sampling=sampling, seed=o.seed,
                         rows=rows, batch_size=None if on_token else 64, dtype=self.dtype,
-                        suppress=[i for i in t.special_ids if i != t.eom_id], on_token=on_token)
+                        on_token=on_token)
 
     def texts(self, prompts: list[list[int]]) -> tuple[list[str], Generation]:
         """One reply to each prompt, as text and as it was generated."""
         replies = self.replies(prompts)
         return reply_texts(self.tokenizer, replies), replies
 
-    def stream(self, prompt: list[int], rows=None, before: str = "") -> str:
-        """Print `before`, then a reply while it is written; Ctrl-C keeps what was written.
-        """
+    def stream(self, prompt: list[int], rows: Sequence[int] | None = None,
+               before: str = "") -> str:
+        """Print `before`, then a reply while it is written; Ctrl-C ends it. Returns the reply."""
         decoder, written = codecs.getincrementaldecoder("utf-8")("replace"), []
         print(before, end="", flush=True)
 
@@ -527,8 +540,8 @@ class ChatSession:
 
 
 def chat(session: ChatSession) -> None:
-    """A conversation: the whole history is the prompt of every answer; the oldest turns go when it
-    grows too long."""
+    """A conversation. The prompt of every answer is the whole history; when that grows too long,
+    its oldest turns are dropped."""
     if session.bare:
         raise UserError(f"{session.o.checkpoint}: pretraining teaches no talk; use --prompt, or an "
                         "sft checkpoint")
@@ -541,25 +554,27 @@ def chat(session: ChatSession) -> None:
             return
         if not line:
             continue
-        asked = [*messages, {"role": "user", "content": line if messages
-                             else apply_template(session.template, line)}]
-        room = session.model.config.max_len - session.o.max_new_tokens
-        while len(ids := session.tokenizer.render_chat(asked,
-                                                       reply=True)[0]) > room and len(asked) > 2:
-            asked = asked[2:]
-        if len(ids) > room:
-            print(f"(that is too long by {len(ids) - room} tokens: say it shorter)")
+        content = line if messages else apply_template(session.template, line)
+        history = [*messages, {"role": "user", "content": content}]
+        longest = session.model.config.max_len - session.o.max_new_tokens
+        ids, _ = session.tokenizer.render_chat(history, reply=True)
+        while len(ids) > longest and len(history) > 2:
+            history = history[2:]
+            ids, _ = session.tokenizer.render_chat(history, reply=True)
+        if len(ids) > longest:
+            print(f"(that is too long by {len(ids) - longest} tokens: say it shorter)")
             continue
-        messages = [*asked, {"role": "assistant", "content": session.stream(ids, rows=[turn],
-                                                                            before="MOSS: ")}]
+        reply = session.stream(ids, rows=[turn], before="MOSS: ")
+        messages = [*history, {"role": "assistant", "content": reply}]
         turn += 1
 
 
 def best_of(session: ChatSession, prompt: str, n: int) -> None:
-    """Draw n replies, print them from worst to best by the reward model."""
-    where = session.o.reward_from or str(checkpoint_path(session.o.checkpoint).parent.parent / "reward")
-    reward_model, tokenizer, _ = load_checkpoint(where, session.device, RewardModel)
-    tokenizer.require_same(session.tokenizer, f"{where} and {session.o.checkpoint}")
+    """Draw n replies and print them from worst to best by the reward model."""
+    beside = checkpoint_path(session.o.checkpoint).parent.parent / "reward"
+    reward_from = session.o.reward_from or str(beside)
+    reward_model, tokenizer, _ = load_checkpoint(reward_from, session.device, RewardModel)
+    tokenizer.require_same(session.tokenizer, f"{reward_from} and {session.o.checkpoint}")
     ids = [session.ids(prompt)] * n
     texts, replies = session.texts(ids)
     scores = reward_model.scores(ids, reply_ids(replies))
@@ -568,7 +583,7 @@ def best_of(session: ChatSession, prompt: str, n: int) -> None:
 
 
 def compare(folders: list[str], prompts: list, o: SampleOptions) -> None:
-    """The same prompts and random numbers through two checkpoints."""
+    """Print two checkpoints' replies to the same prompts from the same random numbers."""
     if len(folders) != 2:
         raise UserError(f"--compare needs two run folders, got {len(folders)}: --compare "
                         "out/mine/sft out/mine/ppo")
@@ -581,6 +596,7 @@ def compare(folders: list[str], prompts: list, o: SampleOptions) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """`python sample.py`: check the options, then do what they ask for."""
     o = parse(SampleOptions, argv, "sample.py")
     if o.chat or o.file or o.compare:
         o.refuse("best_of", why="with --chat, --file or --compare: it is for one --prompt")
@@ -593,10 +609,14 @@ def main(argv: list[str]) -> None:
     if o.best_of == 1:
         o.refuse("reward_from", why="without --best_of: nothing is scored")
     if o.compare:
-        prompts = [r["prompt"] for r in load_records(o.file,
-                                                     "ppo")] if o.file else [o.prompt] if o.prompt else None
         folders = o.compare.split(",")
-        compare(folders, prompts or load_checkpoint(folders[-1])[2].get("example_prompts", [""]), o)
+        if o.file:
+            prompts = [r["prompt"] for r in load_records(o.file, "ppo")]
+        elif o.prompt:
+            prompts = [o.prompt]
+        else:
+            prompts = load_checkpoint(folders[-1])[2].get("example_prompts", [""])
+        compare(folders, prompts, o)
         return
     session = ChatSession(o.checkpoint, o)
     if o.chat:

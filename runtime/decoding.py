@@ -1,8 +1,8 @@
-"""What decoding keeps: the cache of keys and values, and weights packed for steps of a few rows.
+"""Decoding: the cache of keys and values, and weights packed for steps of a few rows.
 
-One decoding step multiplies a few rows with every weight once, so its time is that of reading
-weights. Packed weights are laid out for that. A compiled step refers to a packed weight by its
-layer's number, outside the graph, so packing anew after an update compiles nothing.
+A decoding step multiplies a few rows with every weight once, so it is bound by reading weights.
+Packed weights are laid out for that. A compiled step refers to a packed weight by its layer's
+number, outside the graph, so repacking after an update recompiles nothing.
 """
 import copy
 import functools
@@ -21,31 +21,30 @@ from runtime.products import Linear, _library, _onednn, _reorder
 # ---- keys and values -----------------------------------------------------------------------------
 
 class KVCache:
-    """Keys and values of all tokens so far, in one tensor that is written in place: kv (2 × layers,
-    n, B, G, S, K) of n blocks of S positions; layer i's keys are kv[2 i], its values kv[2 i + 1].
+    """Keys and values of all tokens so far: kv (2 × layers, n, B, G, S, K), written in place.
 
-    An eager decoder has one block for all positions. A compiled step reads blocks of 16, as many as
-    the present length needs: what it reads of a layer is contiguous, which processors fetch a third
-    faster (measured), and all lengths in a block share one graph. Keys and values of all layers are
-    one tensor because each input of a compiled step, and each dynamic size, costs about 1 µs.
+    n blocks of S positions; layer i's keys are kv[2 i], its values kv[2 i + 1]. An eager decoder
+    has one block for all positions. A compiled step reads as many blocks of 16 as the present
+    length needs: these are contiguous for a layer, which processors read a third faster (measured),
+    and all lengths share one graph. Keys and values of all layers are one tensor because each input
+    of a compiled step, and each dynamic size, costs about 1 µs.
     """
 
     BLOCK = 16
 
     def __init__(self, config: Any, batch: int, length: int, device: Any = "cpu",
                  dtype: Any = torch.float32, blocks: bool = False):
-        # A step reads at least two blocks, and there is one that it never reads: the compiler
-        # specialises on a dimension of 1, and on two dimensions that are equal.
+        # Dynamo specialises sizes that are 1 or equal to another size, so a compiled step reads
+        # at least two blocks and the cache has one more than any step reads.
         self.size = self.BLOCK if blocks else length
         n = max(2, -(-length // self.size)) + 1 if blocks else 1
         self.positions = torch.arange(n * self.size, device=device).view(n, self.size)
-        self.kv = self._dynamic(torch.zeros(2 * config.n_layer, n, batch, config.n_kv_head,
-                                            self.size, config.head_dim,
-                                            device=device, dtype=dtype), 1)
+        shape = (2 * config.n_layer, n, batch, config.n_kv_head, self.size, config.head_dim)
+        self.kv = self._dynamic(torch.zeros(shape, device=device, dtype=dtype), 1)
         self.spans: dict[int, Tensor] = {}  # by number of blocks
 
     def _dynamic(self, tensor: Tensor, dim: int) -> Tensor:
-        """Tell the compiler that this dimension changes, so that one graph serves all lengths."""
+        """Mark this dimension as dynamic, so that one graph serves all lengths."""
         if len(self.positions) > 1:
             torch._dynamo.mark_dynamic(tensor, dim)
         return tensor
@@ -60,22 +59,21 @@ class KVCache:
         return self.spans[n]
 
     def write(self, layer: int, slot: Tensor, k: Tensor, v: Tensor) -> None:
-        """Put one token per row, k and v (B, G, K), at position `slot` (B,). All indices are
-        tensors: with a number among them the compiler would copy the whole cache."""
-        kv, device = self.kv, slot.device
-        keys_values = torch.arange(2 * layer, 2 * layer + 2, device=device)[:, None]
-        row = torch.arange(len(slot), device=device)
-        kv[keys_values, slot // self.size, row, :, slot % self.size] = torch.stack((k.to(kv.dtype),
-                                                                                    v.to(kv.dtype)))
+        """Put one token per row, k and v (B, G, K), at position `slot` (B,). Every index is a
+        tensor: a Python int would make Inductor copy the whole cache."""
+        keys_values = torch.arange(2 * layer, 2 * layer + 2, device=slot.device)[:, None]
+        block, row = slot // self.size, torch.arange(len(slot), device=slot.device)
+        new = torch.stack((k.to(self.kv.dtype), v.to(self.kv.dtype)))
+        self.kv[keys_values, block, row, :, slot % self.size] = new
 
     def write_prompt(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Put k and v (B, G, T, K) at the first T positions."""
-        full, rest = divmod(k.shape[2], self.size)
+        full, partial = divmod(k.shape[2], self.size)  # full blocks, positions in the last one
         for cache, new in zip(self.kv[2 * layer:2 * layer + 2], (k, v), strict=True):
-            cache[:full] = new[:, :, :full * self.size].unflatten(2, (full, self.size)).movedim(2,
-                                                                                                0)
-            if rest:
-                cache[full, :, :, :rest] = new[:, :, full * self.size:]
+            blocks = new[:, :, :full * self.size].unflatten(2, (full, self.size))
+            cache[:full] = blocks.movedim(2, 0)
+            if partial:
+                cache[full, :, :, :partial] = new[:, :, full * self.size:]
 
     def keep(self, rows: Tensor) -> "KVCache":
         """A cache of these rows (indices) alone: ended replies need no further steps."""
@@ -91,7 +89,7 @@ class KVCache:
 
 # ---- packed weights ------------------------------------------------------------------------------
 
-# products by a layer's number, which no other layer ever gets
+# Each layer's product on its packed weight, by the layer's number, which is never used again.
 _packed: dict[int, Callable[[Tensor], Tensor]] = {}
 _numbers = itertools.count()
 
@@ -101,14 +99,14 @@ _library.impl("packed_linear", lambda x, number, n_out: _packed[number](x), "CPU
 
 @torch.library.register_fake("mosslet::packed_linear")
 def _(x: Tensor, number: int, n_out: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], n_out, dtype=torch.bfloat16 if x.dtype == torch.uint8
-                       else x.dtype)
+    dtype = torch.bfloat16 if x.dtype == torch.uint8 else x.dtype
+    return x.new_empty(*x.shape[:-1], n_out, dtype=dtype)
 
 
-def packed_product(weight: Tensor, rows: int, products: str = "aten") -> Callable[[Tensor],
-                                                                                  Tensor] | None:
-    """A function x (rows, K) -> (rows, N) on a packed copy of weight (N, K); None if nothing beats
-    F.linear here."""
+def packed_product(weight: Tensor, rows: int,
+                   products: str = "aten") -> Callable[[Tensor], Tensor] | None:
+    """A function x (rows, K) -> (rows, N) on a packed copy of weight (N, K); None where nothing is
+    faster than F.linear."""
     weight = weight.detach()
     if weight.device.type != "cpu":
         return None
@@ -137,59 +135,58 @@ class PackedLinear(nn.Module):
         self.weight = self.source[0].detach().to(self.dtype)
         self.product = _packed[self.number] = packed_product(self.weight, self.rows, self.products)
         self.is_packed = self.product is not None
-        # One compiled row is memory-bound: a product and a sum, fused, read the weight once.
+        # One compiled row is memory-bound: a fused multiply-and-sum reads the weight once.
         self.fuses = self.rows == 1 and self.weight.device.type == "cpu"
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
         if self.fuses and torch.compiler.is_dynamo_compiling():
             return (x[..., None, :].float() * self.weight.float()).sum(-1).to(self.dtype)
-        if self.is_packed:  # as a matrix: oneDNN would reshape it at a higher price
-            return torch.ops.mosslet.packed_linear(x.flatten(0, -2), self.number,
-                                                   self.n_out).unflatten(0, x.shape[:-1])
+        if self.is_packed:  # flattened here, which costs less than oneDNN's own reshape
+            y = torch.ops.mosslet.packed_linear(x.flatten(0, -2), self.number, self.n_out)
+            return y.unflatten(0, x.shape[:-1])
         return F.linear(x, self.weight)
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) -> (q (M, K) uint8, scale (M, 1) float32) with x ≈ scale · (q − 128); q − 128 is
-    within ± 127 (Dettmers 2022)."""
+    """x (M, K) -> (q (M, K) uint8, scale (M, 1) float32): x ≈ scale · (q − 128), |q − 128| ≤ 127
+    (Dettmers 2022)."""
     scale = x.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
     return ((x / scale).round() + 128).to(torch.uint8), scale
 
 
 def int8_product(weight: Tensor, scale: Tensor, few_rows: bool) -> Callable[[Tensor], Tensor]:
-    """A function on a copy of weight (N, K) int8 times scale (N,), which returns (M, N) bfloat16.
+    """A function that multiplies by the weight scale (N,) · weight (N, K) int8, -> (M, N) bfloat16.
 
-    With few rows, when time goes into reading weights, it takes x (M, K) bfloat16; else q (M, K)
-    uint8, which stands for q − 128.
+    few_rows: it takes x (M, K) bfloat16, because such steps are bound by reading weights; otherwise
+    q (M, K) uint8, which represents q − 128.
     """
     if few_rows:
         half_scale = scale.bfloat16()
         return lambda x: torch.ops.aten._weight_int8pack_mm(x, weight, half_scale)
     onednn = getattr(torch.ops.onednn, "qlinear_pointwise", None) if _reorder is not None else None
-    # without AVX512-VNNI sums overflow 16 bits
+    # Without AVX512-VNNI, oneDNN's 16-bit sums overflow.
     if onednn is None or not torch.cpu._is_vnni_supported():
         dequantised = weight.float() * scale[:, None]
         return lambda q: F.linear(q.float() - 128, dequantised).bfloat16()
-    packed, zero = torch.ops.onednn.qlinear_prepack(weight, None), torch.zeros(len(weight),
-                                                                               dtype=torch.int32)
-    return lambda q: onednn(q, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.bfloat16, "none",
-                            [], "")
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    zero = torch.zeros(len(weight), dtype=torch.int32)
+    return lambda q: onednn(q, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.bfloat16,
+                            "none", [], "")
 
 
 class Int8Linear(PackedLinear):
-    """A PackedLinear whose weight is rounded to 8 bits, each output by its own scale; from 8 rows
-    on its input is rounded, too. More than `rows` rows at once, as most prompts have, are read in
-    bfloat16."""
+    """A PackedLinear with 8-bit weights, one scale per output. From 8 rows on, inputs are rounded
+    to 8 bits, too. More than `rows` rows at once (most prompts) are multiplied in bfloat16."""
 
     def refresh(self) -> None:
         super().refresh()
         self.many_rows = self.product or functools.partial(F.linear, weight=self.weight)
-        # that product reads 16 numbers at a time
+        # _weight_int8pack_mm reads 16 numbers at a time.
         self.few_rows = self.rows < 8 and self.weight.shape[1] % 16 == 0
         q, scale = quantise_rows(self.source[0].detach())
-        self.product = _packed[self.number] = int8_product((q.short() - 128).to(torch.int8),
-                                                           scale[:, 0], self.few_rows)
+        signed = (q.short() - 128).to(torch.int8)
+        self.product = _packed[self.number] = int8_product(signed, scale[:, 0], self.few_rows)
 
     def forward(self, x: Tensor) -> Tensor:
         shape, x = x.shape[:-1], x.flatten(0, -2)
@@ -204,12 +201,12 @@ class Int8Linear(PackedLinear):
 
 
 def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int) -> nn.Module:
-    """The model with its tensors shared, but each Linear replaced by a PackedLinear for steps of
+    """A copy that shares the model's tensors, each Linear replaced by a PackedLinear for steps of
     `rows` rows."""
     pack, dtype = (Int8Linear, torch.bfloat16) if dtype == torch.int8 else (PackedLinear, dtype)
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     packed = copy.deepcopy(model, shared)
-    vars(packed).pop("trunk", None)  # a compiled one would be the model's own
+    vars(packed).pop("trunk", None)  # a compiled trunk would run the original's layers
     for parent in list(packed.modules()):
         for name, child in parent.named_children():
             if isinstance(child, Linear):
@@ -220,11 +217,12 @@ def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int) -> nn.Module:
 
 
 def packed_layers(model: nn.Module) -> list[PackedLinear]:
+    """The packed layers of a decoding copy; none of any other model."""
     return [module for module in model.modules() if isinstance(module, PackedLinear)]
 
 
 @torch.no_grad()
 def refresh(model: nn.Module) -> None:
-    """Let a decoding copy take its model's weights as they are now."""
+    """Repack a decoding copy from its model's present weights."""
     for layer in packed_layers(model):
         layer.refresh()

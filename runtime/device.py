@@ -29,23 +29,24 @@ def pick_device(device: str) -> str:
 
 def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024,
                repeats: int = 60) -> tuple[str, str]:
-    """(dtype, why). `auto` times one layer's matrix product in float32, and in bfloat16 as autocast
-    would do it.
+    """(dtype, reason). `auto` times one layer's matrix product in float32, and in bfloat16 with the
+    conversions of autocast.
 
-    On CPUs flags do not tell which is faster (of two that have bfloat16 instructions it was worth
-    2.4x on one and lost on the other), and the conversions that autocast adds eat the gain at small
-    widths, so bfloat16 has to win by a clear margin.
+    A CPU's flags do not tell which is faster: of two with bfloat16 instructions, one gained 2.4x
+    and one lost. At small widths the conversions of autocast cost the gain, so bfloat16 has to win
+    by a clear margin.
     """
     if dtype != "auto":
         return dtype, "as asked"
     if device == "cuda":
-        ok = torch.cuda.is_bf16_supported()
-        return ("bfloat16" if ok else "float32"), f"this GPU has {'' if ok else 'no '}bfloat16 units"
+        if torch.cuda.is_bf16_supported():
+            return "bfloat16", "this GPU has bfloat16 units"
+        return "float32", "this GPU has no bfloat16 units"
     if device == "mps" or width < 128:
         return "float32", "bfloat16 gains nothing at this width, or is not measured on this device"
     x, w = torch.randn(rows, width), torch.randn(4 * width, width)
     best = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    # in turns, and the best of each, so that what else the machine does favours neither
+    # In turns, and the best of each, so that other load on the machine favours neither.
     for _ in range(repeats):
         for cast in best:
             start = time.perf_counter()
@@ -57,29 +58,32 @@ def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024,
                     f"{1e3 * half:.2f} in bfloat16")
 
 
-def precision(dtype: str, device: str):
+def precision(dtype: str, device: str) -> contextlib.AbstractContextManager:
     """Context for forwards: autocast lowers matrix products to bfloat16; weights, norms and losses
     stay float32."""
-    return torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+    if dtype == "bfloat16":
+        return torch.autocast(device, torch.bfloat16)
+    return contextlib.nullcontext()
 
-# seconds of work ahead; it saves some 15 % on a CPU and takes 15 to 40 s
+
+# Compiling takes 15 to 40 s and saves some 15 % on a CPU: it pays from this many seconds of work.
 COMPILE_FROM = {"cpu": 300.0, "cuda": 120.0}
 
 
 @functools.lru_cache(maxsize=2)
 def compiler_fault(device: str = "cpu") -> str:
-    """What keeps torch.compile from working here, in one line; empty where it works. Tries it on a
-    small function."""
+    """Why torch.compile does not work here, in one line; empty if it works on a small function."""
     compiler, headers = os.environ.get("CXX", "g++"), sysconfig.get_paths()["include"]
     if shutil.which(compiler) is None:
-        return f"there is no C++ compiler ({compiler}): install g++, or name yours in the variable CXX"
+        return (f"there is no C++ compiler ({compiler}): install g++, or name yours in the "
+                "variable CXX")
     if not os.path.exists(os.path.join(headers, "Python.h")):
         return f"Python's headers are not in {headers}: install them (Debian: python3-dev)"
     try:
         x = torch.arange(4096.0, device=device)
-        fine = torch.equal(torch.compile(lambda x: 2 * x + 1)(x), 2 * x + 1)
-        return "" if fine else "torch.compile computes something else than was asked for"
-    except Exception as error:  # whatever the compiler, the linker or triton say
+        right = torch.equal(torch.compile(lambda x: 2 * x + 1)(x), 2 * x + 1)
+        return "" if right else "torch.compile computes a wrong result"
+    except Exception as error:  # the compiler, the linker and triton raise many kinds
         message = str(error)
         if "omp.h" in message or "gomp" in message or "fopenmp" in message:
             return "OpenMP is missing: install libgomp (with clang: libomp-dev)"
@@ -88,9 +92,8 @@ def compiler_fault(device: str = "cpu") -> str:
 
 
 def compile_pays(asked: str, device: str, seconds_ahead: float) -> tuple[bool, str]:
-    """(compile?, why) for `--compile on` or `auto`, with about `seconds_ahead` seconds of work to
-    do.
-    """
+    """(whether to compile, reason) for `--compile on` or `auto`, with about `seconds_ahead` seconds
+    of work to do."""
     least = COMPILE_FROM.get(device, math.inf)
     if asked == "auto" and seconds_ahead < least:
         return False, f"about {seconds_ahead:.0f} s lie ahead; compiling pays from {least:.0f} on"
@@ -100,10 +103,9 @@ def compile_pays(asked: str, device: str, seconds_ahead: float) -> tuple[bool, s
 
 
 def compile_trunks(*models: nn.Module) -> None:
-    """Compile the part that all stages share. Models of one shape share its graphs, whatever their
-    weights; the number of rows, their length and the number of chosen positions may change freely.
-    """
+    """Compile each model's trunk, the part that all stages share. Models of one shape share graphs;
+    numbers of rows, lengths and selected positions are dynamic."""
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     for model in models:
-        if "trunk" not in vars(model):  # else it is compiled already
+        if "trunk" not in vars(model):  # otherwise it is compiled already
             model.trunk = torch.compile(model.trunk, dynamic=True)

@@ -1,9 +1,9 @@
 """Linear layers and RMSNorm in the forms that are fast on this processor.
 
 On some processors (AMD's, for example) the float32 products behind `F.linear` reach less than half
-of the speed of oneDNN's, which PyTorch ships, too. A run therefore measures which is faster
-(`pick_products`) and tells its models (`use_products`). Everything here has a plain fallback that
-computes the same. The names of oneDNN's operators are private to PyTorch: if one is missing,
+the speed of oneDNN's, which PyTorch also ships. A run therefore measures which is faster
+(`pick_products`) and sets its models to it (`use_products`). Everything here has a plain fallback
+that computes the same. The names of oneDNN's operators are private to PyTorch: if one is missing,
 `F.linear` is used.
 """
 import math
@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise",
-                  None) if torch.backends.mkldnn.is_available() else None
-_reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight",
-                   None) if _onednn is not None else None
+_onednn = _reorder = None
+if torch.backends.mkldnn.is_available():
+    _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+if _onednn is not None:
+    _reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
 
 # ---- float32 products of training ----------------------------------------------------------------
@@ -44,23 +45,27 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, w = ctx.saved_tensors
-        g = g.contiguous()
-        grad_x = _product(g, w.t()) if ctx.needs_input_grad[0] else None
-        return grad_x, _weight_gradient(g.flatten(0, -2),
-                                        x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        g, grad_x, grad_w = g.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            grad_x = _product(g, w.t())
+        if ctx.needs_input_grad[1]:
+            grad_w = _weight_gradient(g.flatten(0, -2), x.flatten(0, -2))
+        return grad_x, grad_w
 
 
 def _weight_gradient(g: Tensor, x: Tensor) -> Tensor:
-    """gᵀ x of g (M, N), x (M, K) -> (N, K). The left operand of a product is copied when it is
-    transposed, so that should be the narrower one."""
-    return _product(g.t(), x.t()) if g.shape[1] <= x.shape[1] else _product(x.t(),
-                                                                            g.t()).t().contiguous()
+    """gᵀ x of g (M, N), x (M, K) -> (N, K). oneDNN copies a transposed left operand, so the
+    narrower matrix is put on the left."""
+    if g.shape[1] <= x.shape[1]:
+        return _product(g.t(), x.t())
+    return _product(x.t(), g.t()).t().contiguous()
 
 
 def use_products(model: nn.Module, name: str) -> None:
-    """Let all layers of this model compute float32 products on a CPU by "aten" or "onednn". The
-    choice belongs to the layers: another model's stays as it is. Without oneDNN it is always
-    "aten"."""
+    """Set whose kernels this model's layers use for float32 products on a CPU: "aten" or "onednn".
+
+    The choice belongs to the layers, so no other model changes. Without oneDNN it is "aten".
+    """
     for module in model.modules():
         if hasattr(module, "products"):
             module.products = name if _onednn is not None else "aten"
@@ -73,29 +78,30 @@ def pick_products(device: str, width: int, rows: int = 1024, repeats: int = 7) -
         return "aten", "nothing to choose at this width or on this device"
     x, w = torch.randn(rows, width), torch.randn(4 * width, width)
     best = {F.linear: math.inf, _product: math.inf}
-    # in turns, and the best of each, so that what else the machine does favours neither
+    # In turns, and the best of each, so that other load on the machine favours neither.
     for _ in range(repeats):
         for multiply in best:
             start = time.perf_counter()
             multiply(x, w)
             best[multiply] = min(best[multiply], time.perf_counter() - start)
     aten, onednn = best.values()
-    return ("onednn" if onednn < 0.9 * aten else "aten"), (f"a {rows}x{width}x{4 * width} product "
-                                                           f"takes {1e3 * aten:.2f} ms by "
-                                                           f"F.linear, {1e3 * onednn:.2f} by oneDNN")
+    why = (f"a {rows}x{width}x{4 * width} product takes {1e3 * aten:.2f} ms by F.linear, "
+           f"{1e3 * onednn:.2f} by oneDNN")
+    return ("onednn" if onednn < 0.9 * aten else "aten"), why
 
 
 def linear(x: Tensor, weight: Tensor, products: str = "aten") -> Tensor:
-    """x (…, K), weight (N, K) -> (…, N), as F.linear; `products` says by whose kernels."""
-    if (products == "onednn" and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
-            and not torch.is_autocast_enabled("cpu")):
+    """F.linear: x (…, K), weight (N, K) -> (…, N). products: whose kernels compute it on a CPU in
+    float32, "aten" or "onednn"."""
+    if (products == "onednn" and x.dtype == weight.dtype == torch.float32
+            and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")):
         learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         return _Linear.apply(x, weight) if learning else _product(x, weight)
     return F.linear(x, weight)
 
 
 class Linear(nn.Linear):
-    """nn.Linear without bias, by `linear`."""
+    """nn.Linear without bias; `products` says whose kernels compute it."""
 
     products = "aten"  # see use_products
 
@@ -107,15 +113,17 @@ class Linear(nn.Linear):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = n w with n = x / sqrt(mean x² + ε), over the last dimension: x (…, D), w (D,). Where g is
-    the gradient of y,
+    """y = n w with n = x / sqrt(mean x² + ε) over the last dimension: x (…, D), w (D,).
+
+    With g the gradient of y,
 
         ∂x = (g w − n · mean(g w n)) / sqrt(mean x² + ε),        ∂w = Σ g n.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, eps: float) -> Tensor:
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, w, inverse)
         return (x * inverse).mul_(w)
 
@@ -131,8 +139,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm, on a CPU in fewer passes over memory: PyTorch composes its own there from
-    separate operations."""
+    """nn.RMSNorm, on a CPU with fewer passes over memory: PyTorch's is composed of separate
+    operations there."""
 
     def forward(self, x: Tensor) -> Tensor:
         # The compiler fuses it itself. (Not is_compiling(): that is True in every thread while one

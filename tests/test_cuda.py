@@ -29,8 +29,8 @@ def test_replies_equal_those_of_the_cpu():
 
 def test_a_compiled_trunk_equals_the_eager_one():
     model = Transformer(CONFIG).cuda()
-    tokens, where = torch.randint(1, 256, (4, 30), device="cuda"), torch.arange(5, 90, 3,
-                                                                                device="cuda")
+    tokens = torch.randint(1, 256, (4, 30), device="cuda")
+    where = torch.arange(5, 90, 3, device="cuda")
     expected = model.hidden(tokens, where=where)
     device.compile_trunks(model)
     assert torch.allclose(model.hidden(tokens, where=where), expected, atol=1e-4)

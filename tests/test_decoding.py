@@ -47,8 +47,8 @@ def test_packed_products_equal_plain_ones_and_follow_the_weights(by, rows, dtype
 
 @pytest.mark.parametrize("vnni", [True, False])
 @pytest.mark.parametrize("rows,width", [(1, 64), (1, 344), (8, 64), (40, 344)])
-def test_products_in_int8_are_plain_ones_but_for_rounding_and_follow_the_weights(rows, width, vnni,
-                                                                                 monkeypatch):
+def test_products_in_int8_are_plain_ones_but_for_rounding_and_follow_the_weights(
+        rows, width, vnni, monkeypatch):
     if not vnni:  # the plain fall-back
         monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     weight = nn.Parameter(noise(48, width))
@@ -61,9 +61,11 @@ def test_products_in_int8_are_plain_ones_but_for_rounding_and_follow_the_weights
         for inputs, error in ((x, 0.02), (x.repeat(1, 5, 1), 0.006)):
             expected = F.linear(inputs, weight.detach())
             found = layer(inputs)
-            assert found.dtype == torch.bfloat16 and found.shape == expected.shape
+            assert found.dtype == torch.bfloat16
+            assert found.shape == expected.shape
             off = (found.float() - expected).norm() / expected.norm()
-            assert off < error and not found[..., 3].any()
+            assert off < error
+            assert not found[..., 3].any()
             # a step's really are rounded: bfloat16 alone is .003 off
             assert off > 0.005 or inputs is not x
         with torch.no_grad():
@@ -74,8 +76,11 @@ def test_products_in_int8_are_plain_ones_but_for_rounding_and_follow_the_weights
 def test_rows_are_rounded_to_their_own_255_steps():
     x = torch.cat((noise(6, 40) * torch.logspace(-6, 6, 6)[:, None], torch.zeros(1, 40)))
     q, scale = quantise_rows(x)
-    assert q.dtype == torch.uint8 and int(q[:-1].int().sub(128).abs().amax(1).min()) == 127 and q.min() >= 1
-    assert bool(((scale * (q.float() - 128) - x).abs() <= 0.501 * scale).all()) and bool((q[-1] == 128).all())
+    assert q.dtype == torch.uint8
+    assert (q[:-1].int() - 128).abs().amax(1).tolist() == [127] * 6
+    assert q.min() >= 1
+    assert bool(((scale * (q.float() - 128) - x).abs() <= 0.501 * scale).all())
+    assert bool((q[-1] == 128).all())  # a row of zeros stays one
 
 
 def test_int8_is_refused_where_it_would_not_be_used():
@@ -85,9 +90,11 @@ def test_int8_is_refused_where_it_would_not_be_used():
 
 def test_a_decoding_copy_shares_the_tensors_and_leaves_the_model_as_it_was():
     model = loud_model()
-    ready = decoding_copy(model, torch.float32, 4)
-    assert ready.embedding.weight is model.embedding.weight and ready.blocks[0].mlp_norm is not model.blocks[0].mlp_norm
-    assert len(packed_layers(ready)) == 4 * CONFIG.n_layer + 1 and not packed_layers(model)
+    packed = decoding_copy(model, torch.float32, 4)
+    assert packed.embedding.weight is model.embedding.weight
+    assert packed.blocks[0].mlp_norm is not model.blocks[0].mlp_norm
+    assert len(packed_layers(packed)) == 4 * CONFIG.n_layer + 1
+    assert packed_layers(model) == []
     assert model.output is None
 
 
@@ -101,8 +108,8 @@ def test_each_layer_of_a_decoder_finds_its_own_weight(by, rows, dtype, tied):
     use_products(model, by)
     out = generate(model, tokens, torch.ones_like(tokens).bool(), 12, dtype=dtype)
     expected = logprobs_of(model(torch.cat((tokens, out.tokens), 1))[:, 5:-1], out.tokens)
-    assert (out.logprobs - expected).abs().mean() < {"float32": 1e-5, "bfloat16": 0.03,
-                                                     "int8": 0.06}[dtype]
+    bound = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.06}[dtype]
+    assert (out.logprobs - expected).abs().mean() < bound
 
 
 # ---- compiled equals eager -----------------------------------------------------------------------
@@ -122,8 +129,8 @@ def test_a_compiled_decoder_writes_the_same_with_one_graph_for_all_lengths_and_w
         mask[-1, :length // 2] = rows == 1
         fast = generate(model, tokens, mask, 20, seed=seed, decoder=decoder)
         plain = generate(model, tokens, mask, 20, seed=seed)
-        assert torch.equal(fast.tokens, plain.tokens) and torch.allclose(fast.logprobs,
-                                                                         plain.logprobs, atol=1e-4)
+        assert torch.equal(fast.tokens, plain.tokens)
+        assert torch.allclose(fast.logprobs, plain.logprobs, atol=1e-4)
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.05 * noise(*p.shape, seed=seed))
@@ -134,15 +141,14 @@ def test_a_compiled_decoder_writes_the_same_with_one_graph_for_all_lengths_and_w
 @needs_compiler
 def test_weights_of_another_type_are_another_step():
     """On a CPU no guard would notice that the graph of float32 norms is given bfloat16 ones."""
-    model, tokens = loud_model(), torch.randint(1, 70, (3, 5),
-                                                generator=torch.Generator().manual_seed(0))
+    model = loud_model()
+    tokens = torch.randint(1, 70, (3, 5), generator=torch.Generator().manual_seed(0))
     settings = dict(seed=1, mask=torch.ones(3, 5, dtype=torch.bool), max_new_tokens=16)
     generate(model, tokens, decoder=Decoder(model, "bfloat16", compile=True), **settings)
     half = copy.deepcopy(model).bfloat16()
     fast = generate(half, tokens, decoder=Decoder(half, compile=True), **settings)
-    gap = fast.logprobs - logprobs_of(half(torch.cat((tokens, fast.tokens), 1))[:, 4:-1],
-                                      fast.tokens)
-    assert gap.abs().mean() < 0.1
+    logits = half(torch.cat((tokens, fast.tokens), 1))[:, 4:-1]
+    assert (fast.logprobs - logprobs_of(logits, fast.tokens)).abs().mean() < 0.1
 
 
 @needs_compiler
@@ -154,9 +160,10 @@ def test_compiled_rows_are_refilled_and_dropped_as_eager_ones_are():
     settings = dict(end_id=3, seed=4, batch_size=32)
     fast = generate(model, tokens, mask, 40, decoder=Decoder(model, compile=True), **settings)
     plain = generate(model, tokens, mask, 40, **settings)
-    assert torch.equal(fast.tokens, plain.tokens) and torch.allclose(fast.logprobs, plain.logprobs,
-                                                                     atol=1e-4)
-    assert plain.mask.sum(1).unique().numel() > 5 and graphs() - before == 2  # of 32 rows, and of 8
+    assert torch.equal(fast.tokens, plain.tokens)
+    assert torch.allclose(fast.logprobs, plain.logprobs, atol=1e-4)
+    assert plain.mask.sum(1).unique().numel() > 5
+    assert graphs() - before == 2  # of 32 rows, and of 8
 
 
 # ---- threads -------------------------------------------------------------------------------------
@@ -226,8 +233,8 @@ def test_an_eager_model_writes_the_same_while_another_thread_compiles(dtype):
 
 
 def test_calls_without_a_decoder_do_not_mix_in_threads():
-    models, mask, together = [loud_model(1), loud_model(2,
-                                                        n_layer=1)], torch.ones_like(PROMPT).bool(), [[], []]
+    models = [loud_model(1), loud_model(2, n_layer=1)]
+    mask, together = torch.ones_like(PROMPT).bool(), [[], []]
 
     def work(i: int) -> None:
         together[i] += [generate(models[i], PROMPT, mask, 16, seed=seed).tokens

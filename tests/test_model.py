@@ -80,23 +80,23 @@ def test_cached_decoding_equals_the_full_forward(model, monkeypatch, block):
     with torch.no_grad():
         steps = [model.trunk(tokens[:, :4], None, None, cache)]
         for t in range(4, 10):
-            span = cache.span(t + 1 + t % 3)  # places beyond a row's own are not seen
+            span = cache.span(t + 1 + t % 3)  # positions beyond a row's own are masked
             steps.append(model.step(tokens[:, t], torch.full((3,), t), start, span, cache)[:, None])
     assert torch.allclose(torch.cat(steps, 1), model.hidden(tokens), atol=1e-5)
 
 
-def test_rows_may_stand_at_different_places_of_the_cache(model):
+def test_rows_may_begin_at_different_positions_of_the_cache(model):
     tokens, lengths = tokens_of((2, 9)), torch.tensor([9, 6])
     cache = KVCache(CONFIG, 2, 12)
     start = torch.tensor([0, 2])
     with torch.no_grad():
-        # the second row's token t stands at place t + 2; after its end it goes on with pads
+        # The second row's token t is at position t + 2; after its end it continues with pads.
         for t in range(9):
             hidden = model.step(tokens[:, t], start + t, start, cache.span(12), cache)
             for row in range(2):
                 if t < lengths[row]:
-                    assert torch.allclose(hidden[row], model.hidden(tokens[row:row + 1, :t + 1])[0,
-                                                                                                 -1], atol=1e-5)
+                    expected = model.hidden(tokens[row:row + 1, :t + 1])[0, -1]
+                    assert torch.allclose(hidden[row], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -114,8 +114,7 @@ def test_chosen_positions_equal_those_of_the_whole_and_so_do_the_gradients(padde
 
 
 def test_computing_blocks_again_changes_no_gradient():
-    model, tokens, found = Transformer(dataclasses.replace(CONFIG, n_layer=2)), tokens_of((2,
-                                                                                           8)), []
+    model, tokens, found = Transformer(CONFIG), tokens_of((2, 8)), []
     for model.recompute in (False, True):
         model.zero_grad()
         hidden = model.hidden(tokens, where=torch.tensor([3, 9]))
@@ -219,8 +218,11 @@ def test_a_checkpoint_returns_what_it_was_given(tmp_path, model, tokenizer):
                     optimizer=[{"x": torch.ones(2)}])
     loaded, tok, state = load_checkpoint(tmp_path)
     assert weights_hash(loaded) == weights_hash(model) == state["hash"]
-    assert state["step"] == 7 and state["moments"] == {"mean": 0.5} and tok.to_state() == tokenizer.to_state()
-    assert loaded.config == CONFIG and not loaded.training
+    assert state["step"] == 7
+    assert state["moments"] == {"mean": 0.5}
+    assert tok.to_state() == tokenizer.to_state()
+    assert loaded.config == CONFIG
+    assert not loaded.training
 
 
 def test_a_checkpoint_knows_its_kind(tmp_path, model, tokenizer):
@@ -238,9 +240,10 @@ def test_a_reward_head_that_is_not_there_is_an_error(tmp_path, tokenizer):
         load_checkpoint(tmp_path, cls=RewardModel)
 
 
-def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(UserError, match="train.py sft"):
-        load_checkpoint(tmp_path / "sft")
+@pytest.mark.parametrize("folder,command", [("sft", "train.py sft`"), ("mine", "train.py all`")])
+def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path, folder, command):
+    with pytest.raises(UserError, match=command):
+        load_checkpoint(tmp_path / folder)
 
 
 def test_a_folder_that_holds_runs_names_them(tmp_path, model, tokenizer):
@@ -295,7 +298,8 @@ def test_half_precision_logits_are_normalised_in_float32():
     logprobs = log_softmax(logits).gather(1, targets[:, None])[:, 0]
     assert torch.allclose(logprobs.double(), exact, atol=1e-5)
     lm = Transformer(CONFIG)
-    hidden, targets = torch.randn(256, 32, generator=torch.Generator().manual_seed(1)) * 30, torch.arange(256) % 40
+    hidden = torch.randn(256, 32, generator=torch.Generator().manual_seed(1)) * 30
+    targets = torch.arange(256) % 40
     with precision("bfloat16", "cpu"):
         loss = cross_entropy_sum(lm, hidden, targets)
     products = (hidden.bfloat16() @ lm.embedding.weight.bfloat16().T).double()

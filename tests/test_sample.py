@@ -34,9 +34,8 @@ def model() -> Transformer:
 
 def prompts(lengths, seed=0):
     g, width = torch.Generator().manual_seed(seed), max(lengths)
-    tokens, mask = torch.zeros(len(lengths), width, dtype=torch.int64), torch.zeros(len(lengths),
-                                                                                    width,
-                                                                                    dtype=torch.bool)
+    tokens = torch.zeros(len(lengths), width, dtype=torch.int64)
+    mask = torch.zeros(len(lengths), width, dtype=torch.bool)
     for i, n in enumerate(lengths):
         tokens[i, width - n:] = torch.randint(1, 50, (n,), generator=g)
         mask[i, width - n:] = True
@@ -159,8 +158,8 @@ def test_filtered_logprobs_belong_to_the_distribution_drawn_from(model):
 
 
 def test_repetition_penalty_lowers_seen_tokens_of_either_sign():
-    logits, seen = torch.tensor([[2.0, -2.0, 2.0, -2.0]]), torch.tensor([[True, True, False,
-                                                                          False]])
+    logits = torch.tensor([[2.0, -2.0, 2.0, -2.0]])
+    seen = torch.tensor([[True, True, False, False]])
     assert penalise_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
 
 
@@ -208,30 +207,34 @@ def test_every_token_is_drawn_from_the_stated_distribution_by_the_rows_own_numbe
                                          s["repetition_penalty"])
             logps = log_softmax(filter_logits(logits / s["temperature"], s["top_k"], s["top_p"]))
             assert int(out.tokens[i, t]) == int(draw(logps.exp(), u[i, t:t + 1]))
-            assert float(out.logprobs[i, t]) == pytest.approx(float(logps[0, out.tokens[i, t]]),
-                                                              abs=1e-4)
+            logp = float(logps[0, out.tokens[i, t]])
+            assert float(out.logprobs[i, t]) == pytest.approx(logp, abs=1e-4)
             ids.append(int(out.tokens[i, t]))
 
 
 def test_tokens_are_announced_as_they_are_written(model):
     tokens, mask = prompts([4] * 6, seed=9)
-    said = {i: [] for i in range(6)}
+    announced = {i: [] for i in range(6)}
+
+    def announce(rows: torch.Tensor, new: torch.Tensor) -> None:
+        for row, token in zip(rows.tolist(), new.tolist(), strict=True):
+            announced[row].append(token)
+
     end = int(generate(model, tokens, mask, 20, seed=2).tokens.flatten().bincount().argmax())
-    out = generate(model, tokens, mask, 20, seed=2, end_id=end,
-                   on_token=lambda rows, new: [said[r].append(n) for r,
-                                               n in zip(rows.tolist(), new.tolist(),
-                                                                                  strict=True)])
-    assert all(said[i] == out.tokens[i, out.mask[i]].tolist() for i in range(6))
+    out = generate(model, tokens, mask, 20, seed=2, end_id=end, on_token=announce)
+    assert announced == {i: out.tokens[i, out.mask[i]].tolist() for i in range(6)}
 
 
 def test_another_model_may_write_in_between(model):
     tokens, mask = prompts([4, 6])
     expected = generate(model, tokens, mask, 10, dtype="bfloat16")  # its weights are packed
     other = Transformer(CONFIG)
-    found = generate(model, tokens, mask, 10, dtype="bfloat16",
-                     on_token=lambda rows, new: generate(other, tokens[:1], mask[:1], 2,
-                                                         dtype="bfloat16"))
-    assert torch.equal(found.tokens, expected.tokens)
+
+    def interrupt(*_) -> None:
+        generate(other, tokens[:1], mask[:1], 2, dtype="bfloat16")
+
+    out = generate(model, tokens, mask, 10, dtype="bfloat16", on_token=interrupt)
+    assert torch.equal(out.tokens, expected.tokens)
 
 
 def test_a_decoder_of_another_model_is_refused(model):
@@ -240,11 +243,13 @@ def test_a_decoder_of_another_model_is_refused(model):
 
 
 def test_what_weights_gone_wrong_left_in_the_cache_is_forgotten(model):
-    """A row that took another's place reads, masked, places that only older calls have written."""
+    """A prompt that takes a free row reads, masked, positions that only older calls have written.
+    """
     model, (tokens, mask) = copy.deepcopy(model), prompts([4, 6, 2] * 6)
     plain = generate(model, tokens, mask, 20)
     settings = dict(end_id=int(plain.tokens.flatten().bincount().argmax()), batch_size=3)
-    expected, good = generate(model, tokens, mask, 20, **settings), copy.deepcopy(model.state_dict())
+    expected = generate(model, tokens, mask, 20, **settings)
+    good = copy.deepcopy(model.state_dict())
     decoder = Decoder(model)
     with torch.no_grad():
         model.embedding.weight.fill_(torch.nan)
@@ -252,9 +257,9 @@ def test_what_weights_gone_wrong_left_in_the_cache_is_forgotten(model):
     assert generate(model, tokens, mask, 20, batch_size=3, decoder=decoder).logprobs.isnan().any()
     model.load_state_dict(good)
     decoder.refresh()
-    found = generate(model, tokens, mask, 20, decoder=decoder, **settings)
-    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.logprobs,
-                                                                      expected.logprobs)
+    out = generate(model, tokens, mask, 20, decoder=decoder, **settings)
+    assert torch.equal(out.tokens, expected.tokens)
+    assert torch.equal(out.logprobs, expected.logprobs)
 
 
 def test_dropout_is_refused_while_sampling():
@@ -269,7 +274,8 @@ def test_bfloat16_is_used_where_asked_for_and_stays_near(model, monkeypatch):
     monkeypatch.setattr(sample_module, "prefill", lambda *a: seen.append(a[3].kv.dtype) or real(*a))
     exact, half = (generate(model, tokens, mask, 1, seed=0, dtype=d)
                    for d in ("float32", "bfloat16"))
-    assert 0 < float((exact.logprobs - half.logprobs).abs().max()) < .1 and half.logprobs.dtype == torch.float32
+    assert 0 < float((exact.logprobs - half.logprobs).abs().max()) < .1
+    assert half.logprobs.dtype == torch.float32
     assert seen == [torch.float32, torch.bfloat16]
 
 
@@ -307,28 +313,29 @@ def test_best_of_scores_the_very_ids_that_were_sampled(model):
 def test_a_prompt_that_is_too_long_is_one_clear_line(world, capsys):
     words = ["--from", str(world.root / "sft"), "--prompt", "好" * 400]
     assert run_main(sample_module.main, words) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: a prompt of") and "exceed the model's 128" in said and said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: a prompt of")
+    assert "exceed the model's 128" in message
+    assert message.count("\n") == 1
 
 
 # ---- the command line ----------------------------------------------------------------------------
 
 def test_control_tokens_other_than_the_end_are_never_written(world, monkeypatch):
-    session, asked, real = ChatSession(str(world.root / "sft"),
-                                   SampleOptions(device="cpu")), [], sample_module.reply_to
-    monkeypatch.setattr(sample_module, "reply_to", lambda *a,
-                        **k: asked.append(k["suppress"]) or real(*a, **k))
+    session = ChatSession(str(world.root / "sft"), SampleOptions(device="cpu"))
+    samplings, real = [], sample_module.reply_to
+    monkeypatch.setattr(sample_module, "reply_to",
+                        lambda *a, **k: samplings.append(k["sampling"]) or real(*a, **k))
     _, replies = session.texts([session.ids("好")] * 3)
-    special = set(session.tokenizer.special_ids)
-    assert set(asked[0]) == special - {session.tokenizer.eom_id}
-    assert not set(replies.tokens[replies.mask].tolist()) & set(asked[0])
+    control = set(session.tokenizer.special_ids) - {session.tokenizer.eom_id}
+    assert set(samplings[0].suppress) == control
+    assert not set(replies.tokens[replies.mask].tolist()) & control
 
 
-def test_a_chat_puts_the_template_around_its_first_line_alone_and_outlives_a_long_one(world,
-                                                                                      monkeypatch,
-                                                                                      capsys):
-    session, lines, asked = ChatSession(str(world.root / "sft"), SampleOptions(device="cpu")), ["书",
-                                                                                            "好" * 400, "好"], []
+def test_a_chat_puts_the_template_around_its_first_line_alone_and_outlives_a_long_one(
+        world, monkeypatch, capsys):
+    session = ChatSession(str(world.root / "sft"), SampleOptions(device="cpu"))
+    lines, asked = ["书", "好" * 400, "好"], []
 
     def typed(_) -> str:
         if not lines:
