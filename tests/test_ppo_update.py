@@ -125,7 +125,8 @@ def test_a_separate_critic_leaves_the_policy_alone():
 def test_policy_and_critic_are_clipped_to_the_norm_each():
     limit, o = 1e-3, options(epochs=1, minibatches=1, max_grad_norm=1e-3)
     nets, metrics = updated(o, optimizer=descent(0.0))
-    for module, name in ((nets.actor_critic.policy, "policy"), (nets.actor_critic.critic, "critic")):
+    for name in ("policy", "critic"):
+        module = getattr(nets.actor_critic, name)
         norm = torch.cat([p.grad.flatten() for p in module.parameters()
                           if p.grad is not None]).norm()
         assert metrics[f"{name}_grad_norm"] > limit, name  # logged as it was before clipping
@@ -202,7 +203,8 @@ def test_a_limit_that_is_not_reached_changes_nothing():
 
 @pytest.mark.parametrize("shift,advantage", [
     (0.0, math.nan),
-    (100.0, 1.0)], ids=["loss", "gradient"])  # a finite loss, its gradient 0 · ∞ behind the maximum
+    (100.0, 1.0),  # a finite loss, but its gradient is 0 · ∞ behind the maximum
+], ids=["loss", "gradient"])
 def test_what_is_not_finite_stops_before_any_step(shift, advantage):
     nets, o = nets_of(), options()
     rollout, before = shifted(rollout_of(nets, o), shift), weights(nets.actor_critic)
