@@ -43,7 +43,7 @@ def test_a_loss_of_ones_own(trainer_of, world):
         return policy_loss + value_loss, {"policy_loss": (policy_loss, batch.policy_tokens),
                                           "mse": (value_loss, batch.n_tokens)}
 
-    trainer = trainer_of("--epochs=1", "--minibatches=1", loss=reinforce,
+    trainer = trainer_of("--epochs=1", "--minibatches=1", "--policy_lr=.03", loss=reinforce,
                          scorer=PythonReward(praise, world.data.tokenizer))
     assert gain(trainer) > 1.5
     logged = trainer.update(12)
