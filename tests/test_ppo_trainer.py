@@ -149,6 +149,11 @@ def test_a_trainer_does_not_guess_how_scores_are_normalised(trainer_of):
         trainer_of("--reward_norm=auto")
 
 
+def test_held_out_prompts_are_answered_as_the_rollouts_are(trainer_of):
+    settings = trainer_of("--temperature=.7", "--reply_len=9", "--dtype=bfloat16").held_out.settings
+    assert (settings.temperature, settings.reply_len, settings.dtype) == (.7, 9, "bfloat16")
+
+
 def test_prompts_leave_room_for_a_reply_in_every_network(trainer_of, world):
     records = world.data.records("ppo", "train")
     ids = [prompt_ids(world.data.tokenizer, r["prompt"], world.data.template) for r in records]
