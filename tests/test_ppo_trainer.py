@@ -1,5 +1,6 @@
 """PPOTrainer and its stage: what it starts from, what it carries from update to update, and what it
 warns of."""
+import dataclasses
 import json
 
 import pytest
@@ -154,13 +155,17 @@ def test_held_out_prompts_are_answered_as_the_rollouts_are(trainer_of):
     assert (settings.temperature, settings.reply_len, settings.dtype) == (.7, 9, "bfloat16")
 
 
-def test_prompts_leave_room_for_a_reply_in_every_network(trainer_of, world):
+@pytest.mark.parametrize("shorter", ["policy", "reward model"])
+def test_prompts_leave_room_for_a_reply_in_every_network(trainer_of, world, shorter):
     records = world.data.records("ppo", "train")
     ids = [prompt_ids(world.data.tokenizer, r["prompt"], world.data.template) for r in records]
-    reply_len = 128 - sorted(map(len, ids))[len(ids) // 2]  # the longer ones do not fit
-    trainer = trainer_of(f"--reply_len={reply_len}")
-    assert trainer.prompts == [r["prompt"] for r, prompt in zip(records, ids, strict=True)
-                               if len(prompt) + reply_len <= 128]
+    room = sorted(map(len, ids))[len(ids) // 2]  # the longer ones do not fit
+    config = load_checkpoint(world.root / "reward", cls=RewardModel)[0].config
+    reply_len, longest = (128 - room, 256) if shorter == "policy" else (16, room + 16)
+    reward_model = RewardModel(dataclasses.replace(config, max_len=longest)).eval()
+    trainer = trainer_of(f"--reply_len={reply_len}", reward_model=reward_model)
+    assert trainer.prompts == [record["prompt"] for record, prompt in zip(records, ids, strict=True)
+                               if len(prompt) <= room]
     assert len(trainer.prompts) < len(records)
 
 
@@ -208,6 +213,11 @@ def test_rates_rise_from_the_policys_first_update_and_fall_to_the_last(trainer_o
     assert [critic for _, critic in rates] == pytest.approx([.002 * x for x in factors])
     assert [line["lr"] for line in logged] == pytest.approx([0, 0, *(.01 * x for x in factors[2:])])
     assert [line["critic_lr"] for line in logged] == pytest.approx([.002 * x for x in factors])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rollout_and_update_compute_in_one_precision(trainer_of, dtype):
+    assert trainer_of("--critic_warmup=0", f"--dtype={dtype}").update(0)["ratio_start"] < 1e-5
 
 
 def test_adaptive_control_acts_once_an_update_of_the_policy(trainer_of):
