@@ -53,7 +53,7 @@ def commands(page: pathlib.Path) -> list[str]:
 def figures(page: pathlib.Path) -> list[str]:
     """All numbers in the tables that both READMEs have, in order; not those of the resources."""
     rows = [line for line in text_of(page).splitlines() if line.startswith("|")]
-    shared = [row for row in rows if not re.match(r"\| *(资源|时间|内存|磁盘)", row)]
+    shared = [row for row in rows if not re.match(r"\| *(时间|内存|磁盘)", row)]
     return re.findall(r"\d*\.?\d+", "\n".join(shared))
 
 
