@@ -102,8 +102,7 @@ class PPOOptions(Common):
     # Advantages and loss.
     gamma: float = option(1.0, "discount per token", source="N+, MOSS", low=0, high=1)
     lam: float = option(0.95, "GAE's trade of bias for variance",
-                        source="Schulman 2016; N+ and MOSS's code 0.95, its paper 0.9", low=0,
-                        high=1)
+                        source="Schulman 2016; N+ and MOSS's code 0.95, its paper 0.9", low=0, high=1)
     whiten: bool = option(True, "advantages to mean 0, spread 1 over the rollout", source="N+")
     clip_range: float = option(0.2, "policy ratio clip", source="Schulman 2017, N+, MOSS", low=0)
     value_clip: float = option(0.2, "value clip around the rollout's values; 0 disables",
@@ -481,8 +480,8 @@ def score_replies(networks: Networks, replies: Replies, o: PPOOptions) -> tuple[
 
 @torch.no_grad()
 def collect_rollout(networks: Networks, prompts: Sequence[list[int]], o: PPOOptions, *, step: int,
-                    scorer: Scorer,
-                    scale: ScoreScale, kl_coef: float, estimator: Callable = gae_estimator) -> Rollout:
+                    scorer: Scorer, scale: ScoreScale, kl_coef: float,
+                    estimator: Callable = gae_estimator) -> Rollout:
     """Reply to prompts (lists of ids) with the policy, score the replies, estimate advantages.
 
     scorer: gives each reply its raw score. estimator(scored, o) returns (advantages, returns), each
@@ -628,14 +627,14 @@ def predict(actor_critic: ActorCritic, rollout: Rollout, index: Tensor, o: PPOOp
 def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout: Rollout,
            o: PPOOptions, step: int, *, train_policy: bool = True, dtype: str = "float32",
            loss: Callable = ppo_loss) -> dict[str, float]:
-    """Several passes over one rollout; each minibatch is one optimizer step. Returns means over all
-    its tokens.
+    """Passes over a rollout, one optimizer step per minibatch. Returns means over all its tokens.
 
     loss(batch, new, o) returns (loss, metrics) of a `Minibatch` and a `Prediction`, as `ppo_loss`
-    does. Rows are permuted anew each epoch, from (seed, stage, step, epoch). train_policy=False
-    (critic warm-up) trains values alone. A minibatch above --max_approx_kl ends the policy's part
-    of this update: its gradients stay None, so Adam moves neither it nor its momentum. UserError if
-    a number of an optimizer step is not finite, before that step is taken.
+    does; new.entropy has a gradient only if --entropy_coef is not 0. Rows are permuted anew each
+    epoch, from (seed, stage, step, epoch). train_policy=False (critic warm-up) trains values alone.
+    A minibatch above --max_approx_kl ends the policy's part of this update: its gradients stay
+    None, so Adam moves neither it nor its momentum. UserError if a number of an optimizer step is
+    not finite, before that step is taken.
     """
     start, device, means = time.perf_counter(), rollout.tokens.device, Means()
     norms: dict[str, list[Tensor]] = defaultdict(list)
@@ -665,7 +664,8 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             for index, batch in parts:
                 new = predict(actor_critic, rollout, index, o, dtype, policy_active)
                 part_loss, metrics = loss(batch, new, o)
-                part_loss.backward()
+                if policy_active or part_loss.requires_grad:  # a loss without values rests else
+                    part_loss.backward()
                 metrics = {"loss": (part_loss, n_tokens), **metrics, **ratio_metrics(batch, new)}
                 for name, (x, weight) in metrics.items():
                     shares[name] = (x.detach() + (shares[name][0] if name in shares else 0), weight)
@@ -812,8 +812,8 @@ class PPOTrainer:
         prompts = [self.prompts[i] for i in index]
         ids = [prompt_ids(self.run.tokenizer, prompt, self.template) for prompt in prompts]
         rollout = collect_rollout(self.networks, ids, o, step=step, scorer=self.scorer,
-                                  scale=self.scale,
-                                  kl_coef=self.control.coef, estimator=self.estimator)
+                                  scale=self.scale, kl_coef=self.control.coef,
+                                  estimator=self.estimator)
         # Learn.
         learned = update(self.networks.actor_critic, self.optimizer, rollout, o, step,
                          train_policy=train_policy, dtype=self.run.dtype, loss=self.loss)
@@ -854,8 +854,8 @@ class PPOTrainer:
     def save(self, step: int) -> None:
         self.run.save(step, critic=self.networks.actor_critic.value_module.state_dict(),
                       optimizer=self.optimizer.state_dict(), scale=self.scale.state(),
-                      kl_coef=self.control.coef,
-                      decoder_dtype=self.decoder_dtype, example_prompts=self.held_out.prompts[:8])
+                      kl_coef=self.control.coef, decoder_dtype=self.decoder_dtype,
+                      example_prompts=self.held_out.prompts[:8])
 
 
 # ---- the stage -----------------------------------------------------------------------------------

@@ -283,6 +283,36 @@ def test_a_loss_is_told_whether_the_policy_learns(changes, train_policy, expecte
     assert gradients == expected
 
 
+def policy_gradient(batch, new, o):
+    """A loss without values, for estimators that need no critic."""
+    loss = batch.mean(-batch.advantages * new.logprobs)
+    return loss, {"policy_loss": (loss, batch.policy_tokens)}
+
+
+def test_a_loss_without_values_rests_while_the_critic_would_learn_alone():
+    start = weights(nets_of().actor_critic)
+    nets, metrics = updated(options(), train_policy=False, loss=policy_gradient)
+    assert torch.equal(weights(nets.actor_critic), start)
+    assert metrics["critic_grad_norm"] == 0
+
+
+def test_a_loss_without_values_rests_where_the_policy_has_moved_too_far():
+    o = options(max_approx_kl=1e-12, minibatches=1, epochs=3)
+    skipped, once = (updated(dataclasses.replace(o, epochs=epochs), loss=policy_gradient)
+                     for epochs in (3, 1))
+    assert skipped[1]["skipped_minibatches"] == 2
+    assert torch.equal(weights(skipped[0].actor_critic), weights(once[0].actor_critic))
+
+
+def test_a_loss_that_reaches_no_network_is_an_error():
+    def detached(batch, new, o):
+        loss = batch.mean(-batch.advantages * new.logprobs.detach())
+        return loss, {"policy_loss": (loss, batch.policy_tokens)}
+
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        updated(options(), loss=detached)
+
+
 def test_the_entropy_has_a_gradient_only_if_it_has_a_weight():
     gradients = []
 
