@@ -9,7 +9,7 @@ the KL penalty over tokens; `gae` turns rewards and values into advantages; `upd
 passes over these replies with `ppo_loss`. The file has the formulas first, then the rollout, then
 learning. `PPOTrainer` carries what one update hands to the next, and `train_ppo` is the stage. To
 change one idea, pass your own function: `collect_rollout(…, estimator=, scorer=)`, `update(…,
-loss=)`, or all three to `PPOTrainer`.
+loss=)`, or all three to `PPOTrainer` or `train_ppo`.
 
 Papers, by the names that --help uses: Schulman 2016 (GAE), Schulman 2017 (PPO), Schulman 2020
 (estimates of KL), Ziegler 2019 (PPO on language), MOSS (MOSS-RLHF parts I and II), N+ (Huang 2024,
@@ -871,26 +871,27 @@ def chosen_reward_norm(asked: str, feedback: str) -> str:
     return asked
 
 
-def train_ppo(o: PPOOptions) -> Run | None:
+def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     """J(π) = E[Σ γᵗ r]: reply, score, find out which tokens were better than expected, make those
     likelier; repeat.
 
-    Returns the finished run, or None if it was finished before.
+    seams: a scorer, estimator or loss of your own, as `PPOTrainer` takes them; --reward_norm auto is
+    fixed for a scorer. Returns the finished run, or None if it was finished before.
     """
     data = open_for(o, o.data)
     policy, tokenizer, state = load_parent(o, data, "sft", o.init_from)
     reward_model, reward_tokenizer, reward_state = load_parent(o, data, "reward", o.reward_from,
                                                                RewardModel)
     tokenizer.require_same(reward_tokenizer, "the policy and the reward model")
-    o = o.replace(reward_norm=chosen_reward_norm(o.reward_norm,
-                                                 reward_state.get("feedback", "unknown scores")))
+    feedback = "scores of any kind" if "scorer" in seams else reward_state.get("feedback", "unknown scores")
+    o = o.replace(reward_norm=chosen_reward_norm(o.reward_norm, feedback))
     run = open_run("ppo", o, data, {"init": state["hash"], "reward": reward_state["hash"]}, policy,
                    tokenizer)
     if run is None:
         return None
     if o.rollout_dtype == "int8" and run.device != "cpu":
         raise UserError(f"--rollout_dtype int8 is for a CPU: on {run.device} use bfloat16")
-    trainer, metrics = PPOTrainer(run, policy, reward_model, data), {}
+    trainer, metrics = PPOTrainer(run, policy, reward_model, data, **seams), {}
     with run.progress(o.updates) as bar:
         if run.step == 0:
             run.log(0, **trainer.measure(0))

@@ -7,7 +7,12 @@ import train
 from data.dataset import DataSet, DataWriter
 from data.sets import DATA_SETS, register
 from data.tokenizer import train_bpe
+from model import weights_hash
+from ppo import train_ppo
 from reward import PythonReward
+from runtime.machine import Interrupted
+from runtime.options import UserError
+from runtime.run import Run
 from tests.ppo_world import make_trainer
 
 
@@ -83,6 +88,31 @@ def test_rloo_learns(trainer_of, world):
 
 def test_a_reward_in_python(trainer_of, world):
     assert gain(trainer_of(scorer=PythonReward(praise, world.data.tokenizer))) > 1.5
+
+
+def test_the_stage_runs_with_a_changed_idea_and_resumes(command, world, monkeypatch):
+    def run(*words):
+        o = command("ppo", "--updates=3", "--samples_per_prompt=4", *words)
+        return train_ppo(o, estimator=rloo, scorer=PythonReward(praise, world.data.tokenizer))
+
+    def interrupt(self, step, save):
+        if step == 2:
+            raise Interrupted(15)
+
+    uninterrupted = run()
+    expected = weights_hash(uninterrupted.model)
+    assert uninterrupted.o.reward_norm == "fixed"  # though the reward model learned from labels
+    with monkeypatch.context() as m:
+        m.setattr(Run, "stop_if_asked", interrupt)
+        with pytest.raises(Interrupted):
+            run("--fresh")
+    assert weights_hash(run("--resume").model) == expected
+
+
+def test_log_odds_are_not_read_from_a_reward_in_python(command, world):
+    with pytest.raises(UserError, match="reads raw scores as log-odds"):
+        train_ppo(command("ppo", "--reward_norm=sigmoid"),
+                  scorer=PythonReward(praise, world.data.tokenizer))
 
 
 @pytest.fixture
