@@ -9,7 +9,7 @@ the KL penalty over tokens; `gae` turns rewards and values into advantages; `upd
 passes over these replies with `ppo_loss`. The file has the formulas first, then the rollout, then
 learning. `PPOTrainer` carries what one update hands to the next, and `train_ppo` is the stage. To
 change one idea, pass your own function: `collect_rollout(…, estimator=, scorer=)`, `update(…,
-loss=)`, or all three to `PPOTrainer`.
+loss=)`, or all three to `PPOTrainer` or `train_ppo`.
 
 Papers, by the names that --help uses: Schulman 2016 (GAE), Schulman 2017 (PPO), Schulman 2020
 (estimates of KL), Ziegler 2019 (PPO on language), MOSS (MOSS-RLHF parts I and II), N+ (Huang 2024,
@@ -102,8 +102,7 @@ class PPOOptions(Common):
     # Advantages and loss.
     gamma: float = option(1.0, "discount per token", source="N+, MOSS", low=0, high=1)
     lam: float = option(0.95, "GAE's trade of bias for variance",
-                        source="Schulman 2016; N+ and MOSS's code 0.95, its paper 0.9", low=0,
-                        high=1)
+                        source="Schulman 2016; N+ and MOSS's code 0.95, its paper 0.9", low=0, high=1)
     whiten: bool = option(True, "advantages to mean 0, spread 1 over the rollout", source="N+")
     clip_range: float = option(0.2, "policy ratio clip", source="Schulman 2017, N+, MOSS", low=0)
     value_clip: float = option(0.2, "value clip around the rollout's values; 0 disables",
@@ -481,8 +480,8 @@ def score_replies(networks: Networks, replies: Replies, o: PPOOptions) -> tuple[
 
 @torch.no_grad()
 def collect_rollout(networks: Networks, prompts: Sequence[list[int]], o: PPOOptions, *, step: int,
-                    scorer: Scorer,
-                    scale: ScoreScale, kl_coef: float, estimator: Callable = gae_estimator) -> Rollout:
+                    scorer: Scorer, scale: ScoreScale, kl_coef: float,
+                    estimator: Callable = gae_estimator) -> Rollout:
     """Reply to prompts (lists of ids) with the policy, score the replies, estimate advantages.
 
     scorer: gives each reply its raw score. estimator(scored, o) returns (advantages, returns), each
@@ -628,14 +627,14 @@ def predict(actor_critic: ActorCritic, rollout: Rollout, index: Tensor, o: PPOOp
 def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout: Rollout,
            o: PPOOptions, step: int, *, train_policy: bool = True, dtype: str = "float32",
            loss: Callable = ppo_loss) -> dict[str, float]:
-    """Several passes over one rollout; each minibatch is one optimizer step. Returns means over all
-    its tokens.
+    """Passes over a rollout, one optimizer step per minibatch. Returns means over all its tokens.
 
     loss(batch, new, o) returns (loss, metrics) of a `Minibatch` and a `Prediction`, as `ppo_loss`
-    does. Rows are permuted anew each epoch, from (seed, stage, step, epoch). train_policy=False
-    (critic warm-up) trains values alone. A minibatch above --max_approx_kl ends the policy's part
-    of this update: its gradients stay None, so Adam moves neither it nor its momentum. UserError if
-    a number of an optimizer step is not finite, before that step is taken.
+    does; new.entropy has a gradient only if --entropy_coef is not 0. Rows are permuted anew each
+    epoch, from (seed, stage, step, epoch). train_policy=False (critic warm-up) trains values alone.
+    A minibatch above --max_approx_kl ends the policy's part of this update: its gradients stay
+    None, so Adam moves neither it nor its momentum. UserError if a number of an optimizer step is
+    not finite, before that step is taken.
     """
     start, device, means = time.perf_counter(), rollout.tokens.device, Means()
     norms: dict[str, list[Tensor]] = defaultdict(list)
@@ -665,7 +664,8 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             for index, batch in parts:
                 new = predict(actor_critic, rollout, index, o, dtype, policy_active)
                 part_loss, metrics = loss(batch, new, o)
-                part_loss.backward()
+                if policy_active or part_loss.requires_grad:  # not: it has no value term, and waits
+                    part_loss.backward()
                 metrics = {"loss": (part_loss, n_tokens), **metrics, **ratio_metrics(batch, new)}
                 for name, (x, weight) in metrics.items():
                     shares[name] = (x.detach() + (shares[name][0] if name in shares else 0), weight)
@@ -812,8 +812,8 @@ class PPOTrainer:
         prompts = [self.prompts[i] for i in index]
         ids = [prompt_ids(self.run.tokenizer, prompt, self.template) for prompt in prompts]
         rollout = collect_rollout(self.networks, ids, o, step=step, scorer=self.scorer,
-                                  scale=self.scale,
-                                  kl_coef=self.control.coef, estimator=self.estimator)
+                                  scale=self.scale, kl_coef=self.control.coef,
+                                  estimator=self.estimator)
         # Learn.
         learned = update(self.networks.actor_critic, self.optimizer, rollout, o, step,
                          train_policy=train_policy, dtype=self.run.dtype, loss=self.loss)
@@ -854,8 +854,8 @@ class PPOTrainer:
     def save(self, step: int) -> None:
         self.run.save(step, critic=self.networks.actor_critic.value_module.state_dict(),
                       optimizer=self.optimizer.state_dict(), scale=self.scale.state(),
-                      kl_coef=self.control.coef,
-                      decoder_dtype=self.decoder_dtype, example_prompts=self.held_out.prompts[:8])
+                      kl_coef=self.control.coef, decoder_dtype=self.decoder_dtype,
+                      example_prompts=self.held_out.prompts[:8])
 
 
 # ---- the stage -----------------------------------------------------------------------------------
@@ -871,26 +871,27 @@ def chosen_reward_norm(asked: str, feedback: str) -> str:
     return asked
 
 
-def train_ppo(o: PPOOptions) -> Run | None:
+def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     """J(π) = E[Σ γᵗ r]: reply, score, find out which tokens were better than expected, make those
     likelier; repeat.
 
-    Returns the finished run, or None if it was finished before.
+    seams: a scorer, estimator or loss of your own, as `PPOTrainer` takes them; --reward_norm auto is
+    fixed for a scorer. Returns the finished run, or None if it was finished before.
     """
     data = open_for(o, o.data)
     policy, tokenizer, state = load_parent(o, data, "sft", o.init_from)
     reward_model, reward_tokenizer, reward_state = load_parent(o, data, "reward", o.reward_from,
                                                                RewardModel)
     tokenizer.require_same(reward_tokenizer, "the policy and the reward model")
-    o = o.replace(reward_norm=chosen_reward_norm(o.reward_norm,
-                                                 reward_state.get("feedback", "unknown scores")))
+    feedback = "scores of any kind" if "scorer" in seams else reward_state.get("feedback", "unknown scores")
+    o = o.replace(reward_norm=chosen_reward_norm(o.reward_norm, feedback))
     run = open_run("ppo", o, data, {"init": state["hash"], "reward": reward_state["hash"]}, policy,
                    tokenizer)
     if run is None:
         return None
     if o.rollout_dtype == "int8" and run.device != "cpu":
         raise UserError(f"--rollout_dtype int8 is for a CPU: on {run.device} use bfloat16")
-    trainer, metrics = PPOTrainer(run, policy, reward_model, data), {}
+    trainer, metrics = PPOTrainer(run, policy, reward_model, data, **seams), {}
     with run.progress(o.updates) as bar:
         if run.step == 0:
             run.log(0, **trainer.measure(0))

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from model import ModelConfig, Transformer
-from ppo import (ActorCritic, Minibatch, Networks, PPOOptions, Prediction, Rollout, ScoreScale,
-                 collect_rollout, ppo_loss, ratio_metrics)
+from model import ModelConfig, Transformer, load_checkpoint, open_run
+from ppo import (ActorCritic, Minibatch, Networks, PPOOptions, PPOTrainer, Prediction, Rollout,
+                 ScoreScale, collect_rollout, ppo_loss, ratio_metrics)
 from reward import RewardConfig, RewardModel, critic_from
 from tests.conftest import loud
 
@@ -28,8 +28,7 @@ def bools(rows) -> torch.Tensor:
 
 def options(**changes) -> PPOOptions:
     return PPOOptions(**{"preset": "smoke", "batch": 8, "minibatches": 2, "epochs": 2,
-                         "reply_len": 12,
-                         "micro_batch": 3, **changes})
+                         "reply_len": 12, "micro_batch": 3, **changes})
 
 
 def nets_of(seed: int = 0, critic: str = "separate") -> Nets:
@@ -73,13 +72,23 @@ def arrays(B: int = 6, R: int = 9, seed: int = 0) -> tuple[dict[str, torch.Tenso
 def loss_of(x: dict[str, torch.Tensor], mask: torch.Tensor, n_tokens=None, loss=ppo_loss,
             **changes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(loss, means of its metrics) of such arrays."""
-    rollout = types.SimpleNamespace(response_mask=mask, logprobs=x["old_logprobs"],
-                                    ref_logprobs=x["old_logprobs"],
-                                    values=x["old_values"], advantages=x["advantages"],
-                                    returns=x["returns"])
-    batch = Minibatch.of(rollout, torch.arange(len(mask)),
-                         mask.sum() if n_tokens is None else n_tokens)
+    rollout = types.SimpleNamespace(
+        response_mask=mask, logprobs=x["old_logprobs"], ref_logprobs=x["old_logprobs"],
+        values=x["old_values"], advantages=x["advantages"], returns=x["returns"])
+    n_tokens = mask.sum() if n_tokens is None else n_tokens
+    batch = Minibatch.of(rollout, torch.arange(len(mask)), n_tokens)
     new = Prediction(x["logprobs"], x["entropy"], x["values"])
     value, metrics = loss(batch, new, options(**changes))
-    return value, {name: mean.detach() for name, (mean, _) in {**metrics,
-                                                               **ratio_metrics(batch, new)}.items()}
+    metrics = {**metrics, **ratio_metrics(batch, new)}
+    return value, {name: mean.detach() for name, (mean, _) in metrics.items()}
+
+
+def make_trainer(o: PPOOptions, world, reward_model: RewardModel | None = None,
+                 **seams) -> PPOTrainer:
+    """A trainer of the small world of conftest, nothing trained yet; reward_model: in place of the
+    world's."""
+    policy, tokenizer, _ = load_checkpoint(world.root / "sft")
+    if reward_model is None:
+        reward_model, _, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
+    run = open_run("ppo", o, world.data, {}, policy, tokenizer)
+    return PPOTrainer(run, policy, reward_model, world.data, **seams)

@@ -1,4 +1,4 @@
-"""Measures: textbook values, paired intervals, and a judge that learns what is there to learn."""
+"""Measures of replies, of policies on held-out prompts, of the reward model; tables and report."""
 import copy
 import dataclasses
 import json
@@ -9,8 +9,8 @@ import torch
 
 import evaluate
 from data.batches import prompt_ids
-from data.tokenizer import train_bpe
 from data.judge import ngram_classifier
+from data.tokenizer import train_bpe
 from evaluate import ReplySettings, distinct_n, measure_policy, reply_statistics, table, text_plot
 from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint
 from ppo import train_ppo
@@ -19,21 +19,34 @@ from runtime.options import UserError
 from tests.conftest import logprobs_of
 
 
-def test_distinct_n_counts_over_equal_numbers():
-    rows = [[1, 2, 3], [1, 2], [4]]
-    assert distinct_n(rows, 2) == 2 / 3 and distinct_n(rows, 1) == 4 / 6
-    assert distinct_n(rows, 2, budget=2) == 1
-    assert distinct_n([[1, 1, 1, 1]], 2) == 1 / 3
+# ---- replies -------------------------------------------------------------------------------------
+
+ROWS = [[1, 2, 3], [1, 2], [4]]
+
+
+@pytest.mark.parametrize("rows,n,budget,expected", [
+    (ROWS, 2, None, 2 / 3), (ROWS, 1, None, 4 / 6), (ROWS, 2, 2, 1),
+    ([[1, 1, 1, 1]], 2, None, 1 / 3), ([[1]], 2, None, 0)])
+def test_distinct_n_counts_over_equal_numbers(rows, n, budget, expected):
+    assert distinct_n(rows, n, budget) == expected
 
 
 def test_statistics_of_replies():
-    found = reply_statistics([[1, 2], [1, 2], [3] * 10, [4] * 10], [True, True, False, True])
-    assert found == {"length": 6, "end_rate": .75, "identical": .5, "short": .5}
+    rows = [[1, 2], [1, 2], [3] * 10, [4] * 10]
+    assert reply_statistics(rows, [True, True, False, True]) \
+        == {"length": 6, "end_rate": .75, "identical": .5, "short": .5}
+
+
+def test_no_replies_have_no_statistics():
+    with pytest.raises(UserError, match="there are no replies"):
+        reply_statistics([], [])
 
 
 # ---- policies ------------------------------------------------------------------------------------
 
-def test_a_policys_measures_equal_those_of_its_replies_alone():
+@pytest.fixture(scope="module")
+def pair():
+    """(a policy, a reference, their tokenizer), untrained."""
     tokenizer = train_bpe(["好书好看的书"] * 3, 270)
     shape = dict(vocab_size=270, n_layer=1, n_head=2, n_kv_head=2, d_model=16, d_ff=32, max_len=64)
     policy, reference = Transformer(ModelConfig(**shape)), Transformer(ModelConfig(**shape))
@@ -41,89 +54,174 @@ def test_a_policys_measures_equal_those_of_its_replies_alone():
         model.initialise(seed)
         with torch.no_grad():
             model.embedding.weight.mul_(8)
-    prompts = ["书", "好看", "的书好"]
-    found, records, rows = measure_policy(policy, reference, tokenizer, prompts, "{prompt}",
-                                          settings=ReplySettings(reply_len=12, seed=3))
+    return policy, reference, tokenizer
+
+
+PROMPTS = ["书", "好看", "的书好"]
+
+
+def measured(pair, **settings):
+    policy, reference, tokenizer = pair
+    return measure_policy(policy, reference, tokenizer, PROMPTS, "{prompt}",
+                          settings=ReplySettings(reply_len=12, seed=3, **settings))
+
+
+def test_a_policys_measures_equal_those_of_its_replies_alone(pair):
+    policy, reference, tokenizer = pair
+    metrics, records, rows = measured(pair)
     kl, nats = [], 0.0
-    for prompt, row in zip(prompts, rows, strict=True):
+    for prompt, row in zip(PROMPTS, rows, strict=True):
         ids = prompt_ids(tokenizer, prompt)
-        of = [logprobs_of(m(torch.tensor([ids + row]))[0, len(ids) - 1:-1], torch.tensor(row))
-              for m in (policy, reference)]
-        kl.append(float((of[0] - of[1]).sum()))
-        nats -= float(of[1].sum())
-    assert [r["kl"] for r in records] == pytest.approx(kl,
-                                                       abs=.01) and found["kl"] == pytest.approx(np.mean(kl), 1e-4)
-    assert found["ref_perplexity"] == pytest.approx(np.exp(nats / sum(map(len, rows))), rel=1e-4)
-    assert found["length"] == np.mean([len(r) for r in rows])
-    again, _, _ = measure_policy(policy, reference, tokenizer, prompts, "{prompt}",
-                                 settings=ReplySettings(reply_len=12, seed=3, rows_at_once=1))
-    assert again == pytest.approx(found, rel=1e-4)
+        logprobs, ref_logprobs = (
+            logprobs_of(model(torch.tensor([ids + row]))[0, len(ids) - 1:-1], torch.tensor(row))
+            for model in (policy, reference))
+        kl.append(float((logprobs - ref_logprobs).sum()))
+        nats -= float(ref_logprobs.sum())
+    assert [record["kl"] for record in records] == pytest.approx(kl, abs=.01)
+    assert metrics["kl"] == pytest.approx(np.mean(kl), 1e-4)
+    assert metrics["ref_perplexity"] == pytest.approx(np.exp(nats / sum(map(len, rows))), rel=1e-4)
+    assert metrics["length"] == np.mean([len(row) for row in rows])
 
 
-def test_tables_and_plots_of_text():
-    rows = [{"a": 1.23456, "b": "x"}, {"a": None}]
-    assert table(rows, {"a": "A", "b": "B"}) == "| A | B |\n| --- | --- |\n| 1.235 | x |\n| – | – |"
-    plot = text_plot([0, 1, 2, 3], "rise").splitlines()
-    assert plot[0] == "rise" and plot[1].endswith("•") and plot[-1].split("|")[1].startswith("•")
-    assert "no values" in text_plot([], "empty")
+def test_they_do_not_depend_on_how_many_are_measured_at_a_time(pair):
+    assert measured(pair, rows_at_once=1)[0] == pytest.approx(measured(pair)[0], rel=1e-4)
 
 
-def test_an_empty_list_of_prompts_is_an_error(world):
-    lm = Transformer(ModelConfig(vocab_size=270, n_layer=1, n_head=2, n_kv_head=2, d_model=16,
-                                 d_ff=32, max_len=64))
+def test_a_policy_measured_twice_writes_the_same_replies(pair):
+    assert measured(pair)[2] == measured(pair)[2]
+
+
+def test_an_empty_list_of_prompts_is_an_error(pair):
+    policy, reference, tokenizer = pair
     with pytest.raises(UserError, match="nothing to evaluate"):
-        measure_policy(lm, lm, world.data.tokenizer, [], "{prompt}")
+        measure_policy(policy, reference, tokenizer, [], "{prompt}")
 
 
 @pytest.mark.parametrize("temperature", [1.0, .6])
-def test_a_policys_scores_and_kl_are_those_of_its_ids_at_the_sampling_temperature(world,
-                                                                                  temperature):
+def test_scores_and_kl_are_those_of_the_ids_at_the_sampling_temperature(world, temperature):
     (sft, tokenizer, _), data = load_checkpoint(world.root / "sft"), world.data
-    judge, other = load_checkpoint(world.root / "reward", cls=RewardModel)[0], copy.deepcopy(sft)
+    scorer, other = load_checkpoint(world.root / "reward", cls=RewardModel)[0], copy.deepcopy(sft)
     with torch.no_grad():
         other.embedding.weight.mul_(1.1)
-    asked = [r["prompt"] for r in data.records("ppo", "val")[:6]]
-    found, records, rows = measure_policy(sft, other, tokenizer, asked, data.template,
-                                          reward_model=judge, settings=ReplySettings(reply_len=10,
-                                                                 temperature=temperature))
-    ids = [prompt_ids(tokenizer, p, data.template) for p in asked]
-    for p, row, record in zip(ids, rows, records, strict=True):
-        a, b = (logprobs_of(m(torch.tensor([p + row]))[0, len(p) - 1:-1] / temperature,
-                            torch.tensor(row)).sum()
-                for m in (sft, other))
-        assert record["kl"] == pytest.approx(float(a - b), abs=.01)
-        assert record["raw_score"] == pytest.approx(float(judge.scores([p], [row])), abs=2e-3)
-    assert found["raw_score"] == pytest.approx(np.mean([r["raw_score"] for r in records]), abs=2e-3)
+    prompts = [record["prompt"] for record in data.records("ppo", "val")[:6]]
+    settings = ReplySettings(reply_len=10, temperature=temperature)
+    metrics, records, rows = measure_policy(sft, other, tokenizer, prompts, data.template,
+                                            reward_model=scorer, settings=settings)
+    for prompt, row, record in zip(prompts, rows, records, strict=True):
+        ids = prompt_ids(tokenizer, prompt, data.template)
+        logits, other_logits = (model(torch.tensor([ids + row]))[0, len(ids) - 1:-1] / temperature
+                                for model in (sft, other))
+        kl = (logprobs_of(logits, torch.tensor(row)) - logprobs_of(other_logits, torch.tensor(row)))
+        assert record["kl"] == pytest.approx(float(kl.sum()), abs=.01)
+        assert record["raw_score"] == pytest.approx(float(scorer.scores([ids], [row])), abs=2e-3)
+    mean = np.mean([record["raw_score"] for record in records])
+    assert metrics["raw_score"] == pytest.approx(mean, abs=2e-3)
 
 
-def test_the_tables_lines_are_measured_alike_and_by_the_judge(world):
-    (sft, tokenizer, _), data = load_checkpoint(world.root / "sft"), world.data
-    table_rows, replies = evaluate.policy_table({"A": sft, "B": sft}, sft, tokenizer, data,
-                                                reward_model=None,
-                                                n_prompts=20, settings=ReplySettings(reply_len=10),
-                                                split="val")
-    # the same openings and random numbers
-    assert replies["A"] == replies["B"] and table_rows[0]["kl"] == 0
-    real = evaluate.people_wrote(data, tokenizer, 10, "val")
+# ---- the policies' table -------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def two_alike(world):
+    """(the table of one policy under two names, its replies)."""
+    sft, tokenizer, _ = load_checkpoint(world.root / "sft")
+    return evaluate.policy_table({"A": sft, "B": sft}, sft, tokenizer, world.data, n_prompts=20,
+                                 reward_model=None, settings=ReplySettings(reply_len=10),
+                                 split="val")
+
+
+def test_policies_are_measured_on_the_same_openings_and_random_numbers(two_alike):
+    lines, replies = two_alike
+    assert replies["A"] == replies["B"]
+    assert lines[0]["kl"] == 0
+
+
+def test_lines_of_people_follow_the_policies(two_alike, world):
+    real = evaluate.people_wrote(world.data, world.data.tokenizer, 10, "val")
+    assert [line["name"] for line in two_alike[0]] == ["A", "B", *(name for name, _, _ in real)]
+
+
+def test_distinct_2_is_over_the_same_number_of_bigrams_in_every_line(two_alike, world):
+    lines, replies = two_alike
+    real = evaluate.people_wrote(world.data, world.data.tokenizer, 10, "val")
     counts = [sum(max(0, len(row) - 1) for row in rows) for _, _, rows in real]
-    counts.append(sum(r["tokens"] - 1 for r in replies["A"]))
-    assert [r["name"] for r in table_rows] == ["A", "B", *(name for name, _, _ in real)]
-    assert {r["bigrams"] for r in table_rows} == {min(counts)} and len(set(counts)) > 1
-    probs = ngram_classifier(data, "judge").probs([r["prompt"] + r["reply"] for r in replies["A"]])
-    assert [r["judge"] for r in replies["A"]] == pytest.approx(probs.tolist(), abs=1e-5)
-    assert table_rows[0]["judged"].startswith(f"{(probs > .5).mean():.3f} [")
+    counts.append(sum(reply["tokens"] - 1 for reply in replies["A"]))
+    assert {line["bigrams"] for line in lines} == {min(counts)}
+    assert len(set(counts)) > 1  # the case is not trivial
 
 
-def test_reward_model_and_baseline_read_the_same_halves_and_learned_from_the_same_labels(world):
-    judge, tokenizer, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
-    found = evaluate.score_reward_model(judge, world.data, "val", tokenizer, 128)
-    records, baseline = world.data.records("reward", "val"), ngram_classifier(world.data, "reward")
-    halves = [r["prompt"] + tokenizer.decode(i[:max(1, len(i) // 2)])
-              for r in records for i in [tokenizer.encode(r["response"])]]
-    assert found["labels"] == [r["label"] for r in records]
-    assert np.allclose(found["baseline"], baseline.logits([r["prompt"] + r["response"]
-                                                           for r in records]), atol=1e-5)
-    assert np.allclose(found["half_baseline"], baseline.logits(halves), atol=1e-5)
+def test_the_judge_reads_opening_and_reply(two_alike, world):
+    lines, replies = two_alike
+    texts = [reply["prompt"] + reply["reply"] for reply in replies["A"]]
+    probs = ngram_classifier(world.data, "judge").probs(texts)
+    assert [reply["judge"] for reply in replies["A"]] == pytest.approx(probs.tolist(), abs=1e-5)
+    assert lines[0]["judged"].startswith(f"{(probs > .5).mean():.3f} [")
+
+
+def test_real_lines_answer_held_out_openings(world):
+    held_out = {record["prompt"] for record in world.data.records("ppo", "val")}
+    judged = {record["prompt"] for record in world.data.records("reward", "val")}
+    assert judged - held_out  # the case is not trivial
+    lines = evaluate.people_wrote(world.data, world.data.tokenizer, 64, "val")
+    assert [name for name, _, _ in lines] == ["real liked reviews", "real disliked reviews"]
+    assert {record["prompt"] for _, records, _ in lines for record in records} <= held_out
+
+
+def test_openings_leave_room_in_the_reward_model_too(world):
+    (sft, tokenizer, _), data = load_checkpoint(world.root / "sft"), world.data
+    records = data.records("ppo", "val")
+    longest = max(len(prompt_ids(tokenizer, r["prompt"], data.template)) for r in records)
+    short = RewardModel(dataclasses.replace(sft.config, max_len=longest + 9))
+    lines, _ = evaluate.policy_table({"A": sft}, sft, tokenizer, data, reward_model=short,
+                                     n_prompts=500, split="val",
+                                     settings=ReplySettings(reply_len=10))
+    assert 0 < lines[0]["replies"] < len(records)
+
+
+# ---- the reward model ----------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def scored(world):
+    """What reward model and baseline say of the validation records."""
+    scorer, tokenizer, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
+    return evaluate.score_reward_model(scorer, world.data, "val", tokenizer, 128)
+
+
+def test_the_labels_are_those_of_the_records(scored, world):
+    assert scored["labels"] == [r["label"] for r in world.data.records("reward", "val")]
+
+
+def test_the_baseline_learned_from_the_reward_models_labels(scored, world):
+    texts = [r["prompt"] + r["response"] for r in world.data.records("reward", "val")]
+    expected = ngram_classifier(world.data, "reward").logits(texts)
+    assert np.allclose(scored["baseline"], expected, atol=1e-5)
+
+
+def test_the_baseline_reads_the_same_halves_as_the_reward_model(scored, world):
+    tokenizer, halves = world.data.tokenizer, []
+    for record in world.data.records("reward", "val"):
+        ids = tokenizer.encode(record["response"])
+        halves.append(record["prompt"] + tokenizer.decode(ids[:max(1, len(ids) // 2)]))
+    expected = ngram_classifier(world.data, "reward").logits(halves)
+    assert np.allclose(scored["half_baseline"], expected, atol=1e-5)
+
+
+# ---- tables, plots and the report ----------------------------------------------------------------
+
+def test_a_table_shows_three_digits_and_a_dash_for_what_is_missing():
+    rows = [{"a": 1.23456, "b": "x"}, {"a": None, "b": 12.34}]
+    assert table(rows, {"a": "A", "b": "B"}) \
+        == "| A | B |\n| --- | --- |\n| 1.235 | x |\n| – | 12.3 |"
+
+
+def test_a_rising_curve_rises():
+    title, *lines = text_plot([0, 1, 2, 3], "rise").splitlines()
+    assert title == "rise"
+    assert lines[0].endswith("•")
+    assert lines[-1].split("|")[1].startswith("•")
+
+
+def test_a_curve_without_values_says_so():
+    assert "no values" in text_plot([], "empty")
 
 
 def test_the_report_says_which_reply_the_judge_prefers(command, world, tmp_path):
@@ -141,23 +239,6 @@ def test_the_report_says_which_reply_the_judge_prefers(command, world, tmp_path)
                                        world.data, reward_model=None, **sizes)
     after, before = (np.array([r["judge"] for r in replies[k]]) for k in ("PPO", "SFT"))
     share = float((after > before).mean() + (after == before).mean() / 2)
-    assert report["win_rate"][0] == pytest.approx(share) and share != .5
+    assert report["win_rate"][0] == pytest.approx(share)
+    assert share != .5  # the case is not trivial
     assert {p["after"]["reply"] for p in report["pairs"]} <= {r["reply"] for r in replies["PPO"]}
-
-
-def test_real_lines_answer_held_out_openings(world):
-    held = {r["prompt"] for r in world.data.records("ppo", "val")}
-    assert any(r["prompt"] not in held for r in world.data.records("reward", "val"))
-    lines = evaluate.people_wrote(world.data, world.data.tokenizer, 64, "val")
-    assert lines and all(r["prompt"] in held for _, records, _ in lines for r in records)
-
-
-def test_openings_leave_room_in_the_reward_model_too(world):
-    (sft, tokenizer, _), data = load_checkpoint(world.root / "sft"), world.data
-    longest = max(len(prompt_ids(tokenizer, r["prompt"], data.template))
-                  for r in data.records("ppo", "val"))
-    short = RewardModel(dataclasses.replace(sft.config, max_len=longest + 9))
-    rows, _ = evaluate.policy_table({"A": sft}, sft, tokenizer, data, reward_model=short,
-                                    n_prompts=500, split="val",
-                                    settings=ReplySettings(reply_len=10))
-    assert 0 < rows[0]["replies"] < len(data.records("ppo", "val"))

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from ppo import gae, masked_mean, token_rewards
+from ppo import gae, masked_mean, ppo_loss, token_rewards
 from tests.ppo_world import arrays, bools, loss_of
 
 
@@ -95,6 +95,15 @@ def test_clip_fractions_count_where_a_clip_was_active():
 
 
 # ---- padding -------------------------------------------------------------------------------------
+
+def test_a_loss_reads_0_where_the_rollout_has_padding():
+    x, mask = arrays()
+    dirty = {name: torch.where(mask, array, math.nan) for name, array in x.items()}
+    read = []
+    loss_of(dirty, mask, loss=lambda batch, new, o: read.append(batch) or ppo_loss(batch, new, o))
+    for name in ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns"):
+        assert (getattr(read[0], name)[~mask] == 0).all(), name
+
 
 def everything(x, mask):
     """All that is computed from these arrays on the way to a gradient."""

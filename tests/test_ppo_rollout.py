@@ -36,8 +36,9 @@ def test_what_is_scored_is_what_was_sampled(temperature):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_kl_of_the_first_update_is_exactly_0(dtype):
-    rollout = rollout_of(nets_of(), options(), dtype=dtype)
+@pytest.mark.parametrize("temperature", [1.0, .7])
+def test_the_kl_of_the_first_update_is_exactly_0(dtype, temperature):
+    rollout = rollout_of(nets_of(), options(temperature=temperature), dtype=dtype)
     assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
     assert rollout_metrics(rollout)["kl"] == 0
 

@@ -1,5 +1,6 @@
 """PPOTrainer and its stage: what it starts from, what it carries from update to update, and what it
 warns of."""
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import ppo
 from data.batches import prompt_ids
 from data.judge import ngram_classifier
-from model import load_checkpoint, open_run, save_checkpoint, weights_hash
+from model import load_checkpoint, save_checkpoint, weights_hash
 from ppo import PPOTrainer, train_ppo
 from reward import RewardModel
 from runtime.draws import batch_indices, key
@@ -17,23 +18,23 @@ from runtime.options import UserError
 from runtime.run import Run
 from sample import reply_ids, reply_to
 from tests.conftest import equal
+from tests.ppo_world import make_trainer
 
 
 @pytest.fixture
 def trainer_of(command, world):
     """trainer_of(*words, **seams): a trainer of the small world, nothing trained yet."""
     def made(*words, **seams) -> PPOTrainer:
-        o = command("ppo", "--fresh", *words).replace(**({} if any("reward_norm" in w for w in words) else
-                                                         {"reward_norm": "logsigmoid"}))
-        policy, tokenizer, _ = load_checkpoint(world.root / "sft")
-        reward_model, _, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
-        run = open_run("ppo", o, world.data, {}, policy, tokenizer)
-        return PPOTrainer(run, policy, reward_model, world.data, **seams)
+        o = command("ppo", "--fresh", *words)
+        if "reward_norm" not in o.explicit:
+            o = o.replace(reward_norm="logsigmoid")
+        return make_trainer(o, world, **seams)
     return made
 
 
 def metrics(path) -> list[dict]:
-    return [json.loads(line) for line in (path / "reviews/ppo/metrics.jsonl").read_text().splitlines()]
+    text = (path / "reviews/ppo/metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def checkpoint(path) -> dict:
@@ -49,9 +50,7 @@ def test_the_scale_of_scores_is_measured_at_ppos_own_temperature_and_length(trai
     ids = [prompt_ids(tokenizer, openings[i], world.data.template)
            for i in batch_indices(len(openings), 20, 0, 0, "reward")]
     replies = reply_to(sft, tokenizer, ids, 9, temperature=.7, seed=key(0, "reward", "reply"))
-    with torch.no_grad():
-        raw = load_checkpoint(world.root / "reward", cls=RewardModel)[0].scores(ids,
-                                                                                reply_ids(replies))
+    raw = load_checkpoint(world.root / "reward", cls=RewardModel)[0].scores(ids, reply_ids(replies))
     assert trainer.scale.mean == pytest.approx(float(raw.mean()), rel=1e-4)
     assert trainer.scale.std == pytest.approx(float(raw.std(correction=0)), rel=1e-4)
 
@@ -87,16 +86,15 @@ def test_a_reward_checkpoint_of_an_older_version_still_serves(command, world, tm
 
 def test_a_reward_model_that_learned_nothing_is_told_before_any_update(trainer_of, world,
                                                                        monkeypatch):
-    monkeypatch.setattr(RewardModel, "scores", lambda self, prompts,
-                        replies: torch.ones(len(prompts)))
+    monkeypatch.setattr(RewardModel, "scores", lambda self, prompts, _: torch.ones(len(prompts)))
     with pytest.raises(UserError, match="learned nothing"):
         trainer_of()
 
 
 @pytest.mark.parametrize("asked,feedback,expected", [
     ("auto", "label", "logsigmoid"), ("auto", "pairwise", "fixed"),
-    ("auto", "unknown scores", "fixed"),
-    ("running", "pairwise", "running"), ("sigmoid", "label", "sigmoid")])
+    ("auto", "unknown scores", "fixed"), ("running", "pairwise", "running"),
+    ("sigmoid", "label", "sigmoid")])
 def test_the_reward_norm_follows_from_the_feedback(asked, feedback, expected):
     assert ppo.chosen_reward_norm(asked, feedback) == expected
 
@@ -110,10 +108,11 @@ def test_the_networks_are_the_trained_ones_and_the_others_never_move(trainer_of,
     trainer = trainer_of("--critic_warmup=0", "--updates=2")
     for step in (0, 1):
         trainer.update(step)
-    assert weights_hash(trainer.reward_model) == load_checkpoint(world.root / "reward",
-                                                                 cls=RewardModel)[2]["hash"]
-    assert weights_hash(trainer.networks.reference) == load_checkpoint(world.root / "sft")[2]["hash"]
-    assert weights_hash(trainer.run.model) != load_checkpoint(world.root / "sft")[2]["hash"]
+    sft = load_checkpoint(world.root / "sft")[2]["hash"]
+    reward = load_checkpoint(world.root / "reward", cls=RewardModel)[2]["hash"]
+    assert weights_hash(trainer.reward_model) == reward
+    assert weights_hash(trainer.networks.reference) == sft
+    assert weights_hash(trainer.run.model) != sft
     assert not trainer.reward_model.training
 
 
@@ -122,6 +121,57 @@ def test_adam_steps_as_the_options_say(trainer_of):
                                 "--critic_lr=.002").optimizer.param_groups
     assert (policy["eps"], critic["eps"]) == (.003, .003)
     assert (policy["lr"], critic["lr"]) == (.001, .002)
+
+
+def test_with_a_scorer_of_ones_own_the_critic_still_starts_on_the_reward_models_scale(trainer_of):
+    class Loud:
+        def scores(self, prompts, replies):
+            return torch.tensor([100.0 * len(reply) for reply in replies])
+
+    own, other = (trainer_of("--reward_norm=fixed", **seams) for seams in ({}, {"scorer": Loud()}))
+    assert other.scale.std > 50
+    assert own.scale.std < 50
+    assert torch.equal(*(trainer.networks.actor_critic.critic.score_head.weight
+                         for trainer in (own, other)))
+
+
+def test_a_reward_that_is_not_needed_on_a_scale_may_start_constant(trainer_of):
+    class Never:
+        def scores(self, prompts, replies):
+            return torch.zeros(len(replies))
+
+    assert trainer_of("--reward_norm=logsigmoid", scorer=Never()).scale.std == 1.0
+    with pytest.raises(UserError, match="the scorer gives every reply the same score"):
+        trainer_of("--reward_norm=fixed", scorer=Never())
+
+
+def test_a_trainer_does_not_guess_how_scores_are_normalised(trainer_of):
+    with pytest.raises(ValueError, match="chosen_reward_norm"):
+        trainer_of("--reward_norm=auto")
+
+
+def test_held_out_prompts_are_answered_as_the_rollouts_are(trainer_of):
+    settings = trainer_of("--temperature=.7", "--reply_len=9", "--dtype=bfloat16").held_out.settings
+    assert (settings.temperature, settings.reply_len, settings.dtype) == (.7, 9, "bfloat16")
+
+
+@pytest.mark.parametrize("shorter", ["policy", "reward model"])
+def test_prompts_leave_room_for_a_reply_in_every_network(trainer_of, world, shorter):
+    records = world.data.records("ppo", "train")
+    ids = [prompt_ids(world.data.tokenizer, r["prompt"], world.data.template) for r in records]
+    room = sorted(map(len, ids))[len(ids) // 2]  # the longer ones do not fit
+    config = load_checkpoint(world.root / "reward", cls=RewardModel)[0].config
+    reply_len, longest = (128 - room, 256) if shorter == "policy" else (16, room + 16)
+    reward_model = RewardModel(dataclasses.replace(config, max_len=longest)).eval()
+    trainer = trainer_of(f"--reply_len={reply_len}", reward_model=reward_model)
+    assert trainer.prompts == [record["prompt"] for record, prompt in zip(records, ids, strict=True)
+                               if len(prompt) <= room]
+    assert len(trainer.prompts) < len(records)
+
+
+def test_a_reply_length_that_leaves_no_room_is_told(trainer_of):
+    with pytest.raises(UserError, match="--reply_len"):
+        trainer_of("--reply_len=127")
 
 
 # ---- from update to update -----------------------------------------------------------------------
@@ -141,17 +191,60 @@ def test_the_critic_warms_up_alone_and_held_out_measures_repeat(command, monkeyp
     monkeypatch.setattr(ppo, "update", lambda *a, **k: trained.append(k["train_policy"])
                         or real(*a, **k))
     train_ppo(command("ppo", "--updates=4", "--critic_warmup=2", "--policy_lr=0", "--eval_every=1"))
-    assert trained == [False, False, True, True]
-    measured = [{k: v for k, v in line.items() if k.startswith("eval_")}
+    measured = [{name: x for name, x in line.items() if name.startswith("eval_")}
                 for line in metrics(tmp_path)]
-    assert len(measured) == 5
-    assert all(m == measured[0] for m in measured)  # a policy that stands still
+    assert trained == [False, False, True, True]
+    assert measured == 5 * [measured[0]]  # a policy that stands still
 
 
+def test_rates_rise_from_the_policys_first_update_and_fall_to_the_last(trainer_of):
+    rates = []
+
+    def loss(batch, new, o):
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+        return ppo.ppo_loss(batch, new, o)
+
+    trainer = trainer_of("--updates=6", "--critic_warmup=2", "--warmup=.5", "--final_lr=.1",
+                         "--epochs=1", "--minibatches=1", "--micro_batch=8", "--policy_lr=.01",
+                         "--critic_lr=.002", loss=loss)
+    logged = [trainer.update(step) for step in range(6)]
+    factors = [1, 1, .5, .775, .55, .325]  # of the critic alone, then of both
+    assert [policy for policy, _ in rates] == pytest.approx([.01 * x for x in factors])
+    assert [critic for _, critic in rates] == pytest.approx([.002 * x for x in factors])
+    assert [line["lr"] for line in logged] == pytest.approx([0, 0, *(.01 * x for x in factors[2:])])
+    assert [line["critic_lr"] for line in logged] == pytest.approx([.002 * x for x in factors])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rollout_and_update_compute_in_one_precision(trainer_of, dtype):
+    assert trainer_of("--critic_warmup=0", f"--dtype={dtype}").update(0)["ratio_start"] < 1e-5
+
+
+def test_adaptive_control_acts_once_an_update_of_the_policy(trainer_of):
+    trainer = trainer_of("--updates=4", "--critic_warmup=1", "--kl_control=adaptive",
+                         "--kl_horizon=50", "--policy_lr=.01")
+    expected = ppo.KLController(ppo.PPOOptions.kl_coef, target=6, horizon=50)
+    for step in range(4):
+        logged = trainer.update(step)
+        assert logged["kl_coef"] == expected.coef, step  # as used, before it changes
+        if step >= 1:
+            expected.update(logged["kl"], 8)
+    assert trainer.control.coef == expected.coef
+    assert trainer.control.coef < .95 * ppo.PPOOptions.kl_coef  # the case is not trivial
+
+
+def test_replies_are_written_with_the_weights_of_the_last_update(trainer_of):
+    trainer = trainer_of("--updates=3", "--critic_warmup=0", "--policy_lr=.05")
+    logged = [trainer.update(step) for step in range(3)]
+    assert [line["sampler_gap"] < 1e-4 for line in logged] == [True] * 3
+    assert logged[-1]["kl"] > .1  # the policy has moved
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_ppo_resumes_after_the_warm_up_as_if_nothing_had_happened(command, world, tmp_path,
-                                                                  monkeypatch):
+                                                                  monkeypatch, critic):
     more = ("--updates=5", "--kl_control=adaptive", "--kl_horizon=50", "--reward_norm=running",
-            "--policy_lr=.01")
+            "--policy_lr=.01", f"--critic={critic}")
     train_ppo(command("ppo", *more))
     uninterrupted = checkpoint(tmp_path)
     with monkeypatch.context() as m:
@@ -174,35 +267,58 @@ def test_ppo_resumes_after_the_warm_up_as_if_nothing_had_happened(command, world
 
 def test_an_independent_opinion_of_every_rollout_is_logged(trainer_of, world, monkeypatch):
     rollouts, real = [], ppo.collect_rollout
-    monkeypatch.setattr(ppo, "collect_rollout", lambda *a,
-                        **k: rollouts.append(real(*a, **k)) or rollouts[-1])
+    monkeypatch.setattr(ppo, "collect_rollout",
+                        lambda *a, **k: rollouts.append(real(*a, **k)) or rollouts[-1])
     logged, tokenizer = trainer_of("--samples_per_prompt=2").update(0), world.data.tokenizer
     asked = world.data.records("ppo", "train")
     openings = [asked[i]["prompt"] for i in batch_indices(len(asked), 4, 0, 0, "ppo")
                 for _ in range(2)]
     replies = [tokenizer.decode(i for i in ids if i != tokenizer.eom_id)
                for ids in reply_ids(rollouts[0].generation)]
-    probs = ngram_classifier(world.data, "judge").probs([a + b for a,
-                                                         b in zip(openings, replies, strict=True)])
+    texts = [opening + reply for opening, reply in zip(openings, replies, strict=True)]
+    probs = ngram_classifier(world.data, "judge").probs(texts)
     assert logged["judge"] == pytest.approx(float(probs.mean()), abs=1e-6)
+    assert logged["judged_positive"] == pytest.approx(float((probs > .5).mean()), abs=1e-6)
+
+
+def test_that_opinion_reaches_no_weight(trainer_of):
+    ends = []
+    for asked in (True, False):
+        trainer = trainer_of("--critic_warmup=0")
+        if not asked:
+            trainer.held_out.judge = None
+        assert ("judge" in trainer.update(0)) == asked
+        ends.append(weights_hash(trainer.networks.actor_critic))
+    assert ends[0] == ends[1]
 
 
 # ---- gaps ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["sampler_gap", "ratio_start"])
-@pytest.mark.parametrize("dtype,limit", [("float32", 1e-4), ("bfloat16", 2e-2)])
-def test_a_gap_between_what_is_scored_and_sampled_is_warned_of(trainer_of, capsys, name, dtype,
+@pytest.mark.parametrize("name,words,limit", [
+    ("ratio_start", ["--dtype=float32"], 1e-4), ("ratio_start", ["--dtype=bfloat16"], 2e-2),
+    ("ratio_start", ["--rollout_dtype=int8"], 1e-4),  # training reads unrounded weights
+    ("sampler_gap", ["--dtype=float32"], 1e-4), ("sampler_gap", ["--dtype=bfloat16"], 2e-2),
+    ("sampler_gap", ["--rollout_dtype=bfloat16"], 2e-2),
+    ("sampler_gap", ["--dtype=bfloat16", "--rollout_dtype=float32"], 2e-2)])
+def test_a_gap_between_what_is_scored_and_sampled_is_warned_of(trainer_of, capsys, name, words,
                                                                limit):
-    trainer = trainer_of(f"--dtype={dtype}")
+    trainer = trainer_of(*words)
     trainer.check_gaps({"sampler_gap": 0.0, name: limit / 2}, 0)
     assert capsys.readouterr().err == ""
     trainer.check_gaps({"sampler_gap": 0.0, name: 2 * limit}, 1)
-    assert f"warning: {name} is {2 * limit:.1e}" in capsys.readouterr().err
+    warning, = capsys.readouterr().err.splitlines()
+    assert f"warning: {name} is {2 * limit:.1e}, above {limit:g}, at update 2" in warning
 
 
-def test_replies_written_in_int8_are_scored_as_trained_and_given_up_where_too_far_off(command,
-                                                                                      tmp_path,
-                                                                                      monkeypatch):
+@pytest.mark.parametrize("gap,expected", [(.04, torch.bfloat16), (.06, torch.float32)])
+def test_a_decoder_that_is_too_far_off_is_given_up(trainer_of, gap, expected):
+    trainer = trainer_of("--rollout_dtype=bfloat16")
+    trainer.check_gaps({"sampler_gap": gap}, 0)
+    assert trainer.networks.decoder.dtype == expected
+
+
+def test_replies_written_in_int8_are_scored_as_trained_and_given_up_where_too_far_off(
+        command, tmp_path, monkeypatch):
     real, size = ppo.rollout_metrics, iter([None, 0.06, None])
     monkeypatch.setattr(ppo, "rollout_metrics", lambda r: real(r) | {
         k: v for k, v in {"sampler_gap": next(size)}.items() if v is not None})
@@ -218,30 +334,3 @@ def test_replies_written_in_int8_are_scored_as_trained_and_given_up_where_too_fa
     assert given_up["ratio_start"] < 1e-5  # training reads unrounded weights
     assert exact["ratio_start"] < 1e-5
     assert checkpoint(tmp_path)["state"]["decoder_dtype"] == "float32"
-
-
-def test_with_a_scorer_of_ones_own_the_critic_still_starts_on_the_reward_models_scale(trainer_of):
-    class Loud:
-        def scores(self, prompts, replies):
-            return torch.tensor([100.0 * len(reply) for reply in replies])
-
-    own, other = trainer_of("--reward_norm=fixed"), trainer_of("--reward_norm=fixed", scorer=Loud())
-    assert other.scale.std > 50
-    assert own.scale.std < 50
-    heads = [t.networks.actor_critic.critic.score_head.weight for t in (own, other)]
-    assert torch.equal(*heads)
-
-
-def test_a_reward_that_is_not_needed_on_a_scale_may_start_constant(trainer_of):
-    class Never:
-        def scores(self, prompts, replies):
-            return torch.zeros(len(replies))
-
-    assert trainer_of("--reward_norm=logsigmoid", scorer=Never()).scale.std == 1.0
-    with pytest.raises(UserError, match="the scorer gives every reply the same score"):
-        trainer_of("--reward_norm=fixed", scorer=Never())
-
-
-def test_a_trainer_does_not_guess_how_scores_are_normalised(trainer_of):
-    with pytest.raises(ValueError, match="chosen_reward_norm"):
-        trainer_of("--reward_norm=auto")

@@ -125,7 +125,8 @@ def test_a_separate_critic_leaves_the_policy_alone():
 def test_policy_and_critic_are_clipped_to_the_norm_each():
     limit, o = 1e-3, options(epochs=1, minibatches=1, max_grad_norm=1e-3)
     nets, metrics = updated(o, optimizer=descent(0.0))
-    for module, name in ((nets.actor_critic.policy, "policy"), (nets.actor_critic.critic, "critic")):
+    for name in ("policy", "critic"):
+        module = getattr(nets.actor_critic, name)
         norm = torch.cat([p.grad.flatten() for p in module.parameters()
                           if p.grad is not None]).norm()
         assert metrics[f"{name}_grad_norm"] > limit, name  # logged as it was before clipping
@@ -202,7 +203,8 @@ def test_a_limit_that_is_not_reached_changes_nothing():
 
 @pytest.mark.parametrize("shift,advantage", [
     (0.0, math.nan),
-    (100.0, 1.0)], ids=["loss", "gradient"])  # a finite loss, its gradient 0 · ∞ behind the maximum
+    (100.0, 1.0),  # a finite loss, but its gradient is 0 · ∞ behind the maximum
+], ids=["loss", "gradient"])
 def test_what_is_not_finite_stops_before_any_step(shift, advantage):
     nets, o = nets_of(), options()
     rollout, before = shifted(rollout_of(nets, o), shift), weights(nets.actor_critic)
@@ -279,6 +281,36 @@ def test_a_loss_is_told_whether_the_policy_learns(changes, train_policy, expecte
     updated(options(micro_batch=8, **changes), loss=loss, train_policy=train_policy)
     assert told == expected
     assert gradients == expected
+
+
+def policy_gradient(batch, new, o):
+    """A loss without values, for estimators that need no critic."""
+    loss = batch.mean(-batch.advantages * new.logprobs)
+    return loss, {"policy_loss": (loss, batch.policy_tokens)}
+
+
+def test_a_loss_without_values_rests_while_the_critic_would_learn_alone():
+    start = weights(nets_of().actor_critic)
+    nets, metrics = updated(options(), train_policy=False, loss=policy_gradient)
+    assert torch.equal(weights(nets.actor_critic), start)
+    assert metrics["critic_grad_norm"] == 0
+
+
+def test_a_loss_without_values_rests_where_the_policy_has_moved_too_far():
+    o = options(max_approx_kl=1e-12, minibatches=1, epochs=3)
+    skipped, once = (updated(dataclasses.replace(o, epochs=epochs), loss=policy_gradient)
+                     for epochs in (3, 1))
+    assert skipped[1]["skipped_minibatches"] == 2
+    assert torch.equal(weights(skipped[0].actor_critic), weights(once[0].actor_critic))
+
+
+def test_a_loss_that_reaches_no_network_is_an_error():
+    def detached(batch, new, o):
+        loss = batch.mean(-batch.advantages * new.logprobs.detach())
+        return loss, {"policy_loss": (loss, batch.policy_tokens)}
+
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        updated(options(), loss=detached)
 
 
 def test_the_entropy_has_a_gradient_only_if_it_has_a_weight():

@@ -20,8 +20,8 @@ def reward_model(pool: str) -> RewardModel:
 
 
 def rows(lengths, width, side):
-    tokens, mask = torch.full((len(lengths), width), 59), torch.zeros(len(lengths), width,
-                                                                      dtype=torch.bool)
+    tokens = torch.full((len(lengths), width), 59)
+    mask = torch.zeros(len(lengths), width, dtype=torch.bool)
     for i, n in enumerate(lengths):
         at = slice(width - n, width) if side == "left" else slice(0, n)
         tokens[i, at] = torch.randint(0, 50, (n,), generator=torch.Generator().manual_seed(n))
@@ -37,23 +37,31 @@ def test_a_score_does_not_depend_on_padding_or_batch(pool, side):
     reply = mask & (mask.cumsum(1) > 3)
     together = model(tokens, mask, reply)
     for i in range(3):
-        alone = model(tokens[i, mask[i]][None], torch.ones(1, lengths[i], dtype=torch.bool),
-                      reply[i, mask[i]][None])
-        assert torch.allclose(together[i], alone[0], atol=1e-5)
+        ids, ones = tokens[i, mask[i]][None], torch.ones(1, lengths[i], dtype=torch.bool)
+        alone, = model(ids, ones, reply[i, mask[i]][None])
+        assert torch.allclose(together[i], alone, atol=1e-5)
     tokens[~mask] = 3
     assert torch.equal(model(tokens, mask, reply), together)
 
 
-def test_last_reads_the_last_real_token_and_mean_the_reply():
-    values, mask = torch.tensor([[1.0, 2, 4, 9], [5, 6, 7, 8]]), torch.tensor([[1, 1, 1, 0],
-                                                                               [0, 0, 1, 1]]).bool()
-    assert reward_model("last").pool(values, mask).tolist() == [4, 8]
-    assert reward_model("mean").pool(values, mask).tolist() == [pytest.approx(7 / 3), 7.5]
-    assert reward_model("mean").pool(values, mask, torch.tensor([[0, 1, 1, 1],
-                                                                 [0, 0, 0,
-                                                                  1]]).bool()).tolist() == [3, 8]
-    with pytest.raises(ValueError):
-        reward_model("mean").pool(values, mask, torch.zeros_like(mask))
+VALUES = torch.tensor([[1.0, 2, 4, 9], [5, 6, 7, 8]])
+REAL = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]]).bool()
+
+
+@pytest.mark.parametrize("pool,expected", [("last", [4, 8]), ("mean", [7 / 3, 7.5])])
+def test_last_reads_the_last_real_token_and_mean_all(pool, expected):
+    assert reward_model(pool).pool(VALUES, REAL).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("pool,expected", [("last", [2, 7]), ("mean", [2, 7])])
+def test_of_a_reply_only_its_tokens_count(pool, expected):
+    reply = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 0]]).bool()
+    assert reward_model(pool).pool(VALUES, REAL, reply).tolist() == expected
+
+
+def test_a_row_without_tokens_cannot_be_scored():
+    with pytest.raises(ValueError, match="without any token"):
+        reward_model("mean").pool(VALUES, REAL, torch.zeros_like(REAL))
 
 
 def test_nan_in_a_pad_changes_no_score():
@@ -68,20 +76,32 @@ def test_scores_of_rows_keep_their_order_and_do_not_depend_on_the_batch():
     scored = model.score_rows([(ids, [False] * 2 + [True] * (len(ids) - 2)) for ids in texts])
     for ids, score in zip(texts, scored, strict=True):
         real = torch.ones(1, len(ids), dtype=torch.bool)
-        assert score == pytest.approx(float(model(torch.tensor([ids]), real,
-                                                  torch.arange(len(ids))[None] > 1)[0]), abs=1e-5)
+        alone, = model(torch.tensor([ids]), real, torch.arange(len(ids))[None] > 1)
+        assert float(score) == pytest.approx(float(alone), abs=1e-5)
+
+
+def test_a_score_is_that_of_the_replys_tokens_after_the_prompt():
+    model = reward_model("mean")
+    prompt, reply = [1, 2, 3], [4, 5]
+    score, = model.scores([prompt], [reply])
+    expected, = model.score_rows([(prompt + reply, [False] * 3 + [True] * 2)])
+    assert torch.equal(score, expected)
+
+
+def test_prompts_and_replies_come_in_equal_numbers():
+    with pytest.raises(ValueError):
+        reward_model("mean").scores([[1, 2]], [[3], [4]])
 
 
 @pytest.mark.parametrize("record", [{"label": 1}, {"score": 2.5},
                                     {"chosen": "a", "rejected": "b", "margin": .5}])
 def test_each_kind_of_feedback_has_its_loss(record):
     scores, kind = torch.tensor([.3, -.2]), feedback_kind(record)
-    expected = {"label": lambda: label_loss(scores, torch.tensor([1, 1])),
-                "regression": lambda: regression_loss(scores, torch.tensor([2.5, 2.5])),
-                "pairwise": lambda: pairwise_loss(scores[:1], scores[1:], margin=.5,
-                                                  label_smoothing=.1)}[kind]()
-    found = feedback_loss(kind, scores, [record] * (1 if kind == "pairwise" else 2), .1)
-    assert float(found) == pytest.approx(float(expected))
+    expected = {"label": label_loss(scores, torch.tensor([1, 1])),
+                "regression": regression_loss(scores, torch.tensor([2.5, 2.5])),
+                "pairwise": pairwise_loss(scores[:1], scores[1:], margin=.5, label_smoothing=.1)}
+    records = [record] if kind == "pairwise" else [record] * 2
+    assert torch.allclose(feedback_loss(kind, scores, records, .1), expected[kind])
 
 
 def test_the_end_token_is_read():
@@ -93,11 +113,20 @@ def test_the_end_token_is_read():
 
 
 def test_a_critics_values_are_scores_on_the_scale_it_is_given():
-    model = reward_model("mean").eval()
+    model = reward_model("mean")
     critic = critic_from(model, mean=2.0, std=0.5)
     tokens, ones = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.bool)
     assert torch.allclose(critic(tokens, ones), (model(tokens, ones) - 2.0) / 0.5, atol=1e-5)
-    assert all(p.requires_grad for p in critic.parameters())
+
+
+def test_a_critic_learns_and_the_reward_model_it_comes_from_does_not():
+    model = reward_model("mean").requires_grad_(False)
+    critic = critic_from(model)
+    assert all(parameter.requires_grad for parameter in critic.parameters())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        critic.score_head.weight.zero_()
+    assert model.score_head.weight.abs().min() > 0  # a copy
 
 
 def test_an_older_reward_models_weights_load_without_their_mean_and_spread():
@@ -133,9 +162,8 @@ def test_the_head_starts_with_the_stated_spread():
 @pytest.mark.parametrize("delta,expected", [(0.0, math.log(2)), (-20.0, 20.000000002061154),
                                             (20.0, 2.0611536e-09)])
 def test_bradley_terry_at_known_values(delta, expected):
-    loss = pairwise_loss(torch.tensor([delta], dtype=torch.float64),
-                         torch.zeros(1, dtype=torch.float64))
-    assert float(loss) == pytest.approx(expected, rel=1e-7) and loss >= 0
+    loss = pairwise_loss(torch.tensor([delta]).double(), torch.zeros(1).double())
+    assert float(loss) == pytest.approx(expected, rel=1e-7)
 
 
 def test_the_worst_pairs_keep_their_gradient():
@@ -144,18 +172,30 @@ def test_the_worst_pairs_keep_their_gradient():
     assert float(delta.grad) == pytest.approx(-1, abs=1e-6)
 
 
-def test_margin_and_smoothing_do_what_they_say():
-    c, r = torch.tensor([1.0]), torch.tensor([0.25])
-    logsigmoid = lambda x: -math.log1p(math.exp(-x))  # noqa: E731
-    assert float(pairwise_loss(c, r, margin=0.5)) == pytest.approx(-logsigmoid(0.25), rel=1e-6)
-    smoothed = -(0.9 * logsigmoid(0.75) + 0.1 * logsigmoid(-0.75))
-    assert float(pairwise_loss(c, r, label_smoothing=0.1)) == pytest.approx(smoothed, rel=1e-6)
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x))
 
 
-def test_label_and_regression_losses():
-    assert float(label_loss(torch.tensor([0.0]), torch.tensor([1]))) == pytest.approx(math.log(2),
-                                                                                      rel=1e-6)
-    assert float(label_loss(torch.tensor([3.0]), torch.tensor([0]))) == pytest.approx(math.log1p(math.exp(3)), rel=1e-6)
+def test_a_margin_asks_for_more_than_the_right_order():
+    loss = pairwise_loss(torch.tensor([1.0]), torch.tensor([0.25]), margin=0.5)
+    assert float(loss) == pytest.approx(-log_sigmoid(0.25), rel=1e-6)
+
+
+def test_label_smoothing_takes_a_share_of_pairs_to_be_the_wrong_way_round():
+    loss = pairwise_loss(torch.tensor([1.0]), torch.tensor([0.25]), label_smoothing=0.1)
+    expected = -(0.9 * log_sigmoid(0.75) + 0.1 * log_sigmoid(-0.75))
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("score,label,expected", [(0.0, 1, math.log(2)), (0.0, 0, math.log(2)),
+                                                  (3.0, 0, math.log1p(math.exp(3))),
+                                                  (3.0, 1, math.log1p(math.exp(-3)))])
+def test_the_label_loss_is_the_cross_entropy_of_log_odds(score, label, expected):
+    loss = label_loss(torch.tensor([score]), torch.tensor([label]))
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_regression_loss_is_the_mean_squared_error():
     assert float(regression_loss(torch.tensor([1.0, 3.0]), torch.tensor([0, 0]))) == 5
 
 

@@ -1,30 +1,46 @@
-"""Change one idea: a loss, an estimator, a reward, a data set. Each
-is a few lines and touches no file of the project."""
+"""Change one idea: a loss, an estimator, a reward, a data set. Each is a few lines and touches no
+file of the project."""
 import pytest
 import torch
 
 import train
-from data.tokenizer import train_bpe
 from data.dataset import DataSet, DataWriter
 from data.sets import DATA_SETS, register
-from model import load_checkpoint, open_run
-from ppo import PPOTrainer
-from reward import PythonReward, RewardModel
+from data.tokenizer import train_bpe
+from model import weights_hash
+from ppo import train_ppo
+from reward import PythonReward
+from runtime.machine import Interrupted
+from runtime.options import UserError
+from runtime.run import Run
+from tests.ppo_world import make_trainer
 
 
 @pytest.fixture
 def trainer_of(command, world):
-    def made(*words, **seams) -> PPOTrainer:
-        o = command("ppo", "--reward_norm=fixed", "--critic_warmup=0", "--policy_lr=.003",
-                    "--fresh", *words)
-        policy, tokenizer, _ = load_checkpoint(world.root / "sft")
-        reward_model, _, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
-        run = open_run("ppo", o, world.data, {}, policy, tokenizer)
-        return PPOTrainer(run, policy, reward_model, world.data, **seams)
+    """trainer_of(*words, **seams): a trainer whose policy learns from its first update on."""
+    def made(*words, **seams):
+        o = command("ppo", "--reward_norm=fixed", "--critic_warmup=0", "--policy_lr=.01",
+                    "--batch=32", "--rollout_rows=32", "--updates=12", "--kl_coef=0",
+                    "--end_penalty=0", "--eval_prompts=32", "--fresh", *words)
+        return make_trainer(o, world, **seams)
     return made
 
 
-def test_a_loss_of_ones_own(trainer_of):
+def praise(prompts, replies):
+    """A reward in Python: how many characters of praise a reply has."""
+    return [float(sum(reply.count(word) for word in "很不好满意推荐")) for reply in replies]
+
+
+def gain(trainer) -> float:
+    """How many times as high held-out replies score after twelve updates as before."""
+    before = trainer.measure(0)["eval_raw_score"]
+    for step in range(12):
+        trainer.update(step)
+    return trainer.measure(12)["eval_raw_score"] / before
+
+
+def test_a_loss_of_ones_own(trainer_of, world):
     def reinforce(batch, new, o):
         """Plain policy gradient, −A log π, and an unclipped value loss."""
         policy_loss = batch.mean(-batch.advantages * new.logprobs)
@@ -32,45 +48,71 @@ def test_a_loss_of_ones_own(trainer_of):
         return policy_loss + value_loss, {"policy_loss": (policy_loss, batch.policy_tokens),
                                           "mse": (value_loss, batch.n_tokens)}
 
-    trainer = trainer_of("--epochs=1", "--minibatches=1", loss=reinforce)
-    before = trainer.run.model.embedding.weight.detach().clone()
-    logged = [trainer.update(step) for step in range(3)]
-    assert logged[-1]["mse"] < logged[0]["mse"]
-    assert "value_loss" not in logged[0]
-    assert logged[0]["ratio_start"] < 1e-5
-    assert not torch.equal(trainer.run.model.embedding.weight, before)
+    trainer = trainer_of("--epochs=1", "--minibatches=1", "--policy_lr=.03", loss=reinforce,
+                         scorer=PythonReward(praise, world.data.tokenizer))
+    assert gain(trainer) > 1.5
+    logged = trainer.update(12)
+    assert "mse" in logged
+    assert "value_loss" not in logged
+    assert logged["ratio_start"] < 1e-4
+
+
+def rloo(scored, o):
+    """Each reply's reward minus the mean of the others that answer the same prompt (Ahmadian
+    2024)."""
+    k, total = o.samples_per_prompt, scored.rewards.sum(1)
+    mean = torch.zeros(len(total)).index_add(0, scored.group, total)[scored.group] / k
+    advantages = ((total - mean) * k / (k - 1))[:, None] * scored.response_mask
+    return advantages, scored.rewards.flip(1).cumsum(1).flip(1)
 
 
 def test_rloo_as_an_estimator(trainer_of):
-    def rloo(scored, o):
-        """Each reply's reward minus the mean of the others that answer the same prompt (Ahmadian
-        2024)."""
-        k, total = o.samples_per_prompt, scored.rewards.sum(1)
-        mean = torch.zeros(len(total)).index_add(0, scored.group, total)[scored.group] / k
-        advantages = ((total - mean) * k / (k - 1))[:, None] * scored.response_mask
-        return advantages, scored.rewards.flip(1).cumsum(1).flip(1)
-
-    collected, seen = {}, lambda scored, o: collected.update(scored=scored) or rloo(scored, o)
-    trainer = trainer_of("--samples_per_prompt=4", estimator=seen)
-    assert trainer.update(0)["reply_tokens"] > 0
-    total = collected["scored"].rewards.sum(1)
-    advantages, _ = rloo(collected["scored"], trainer.o)
-    assert collected["scored"].group.tolist() == [0] * 4 + [1] * 4
+    seen = []
+    trainer = trainer_of("--batch=8", "--samples_per_prompt=4", "--kl_coef=.1",
+                         estimator=lambda scored, o: seen.append(scored) or rloo(scored, o))
+    trainer.update(0)
+    scored, total = seen[0], seen[0].rewards.sum(1)
+    advantages, _ = rloo(scored, trainer.o)
+    assert scored.group.tolist() == [0] * 4 + [1] * 4
     assert float(advantages[0, 0]) == pytest.approx(float(total[0] - total[1:4].mean()), abs=1e-5)
-    assert float(advantages[4:, 0].sum()) == pytest.approx(0, abs=1e-5)
+    assert float(advantages[7, 0]) == pytest.approx(float(total[7] - total[4:7].mean()), abs=1e-5)
+    for group in (advantages[:4, 0], advantages[4:, 0]):  # every reply has a first token
+        assert float(group.sum()) == pytest.approx(0, abs=1e-5)
+
+
+def test_rloo_learns(trainer_of, world):
+    trainer = trainer_of("--samples_per_prompt=4", estimator=rloo,
+                         scorer=PythonReward(praise, world.data.tokenizer))
+    assert gain(trainer) > 1.5
 
 
 def test_a_reward_in_python(trainer_of, world):
-    def praise(prompts, replies):
-        return [float(sum(reply.count(word) for word in "很不好满意推荐")) for reply in replies]
+    assert gain(trainer_of(scorer=PythonReward(praise, world.data.tokenizer))) > 1.5
 
-    trainer = trainer_of("--batch=32", "--rollout_rows=32", "--kl_coef=0", "--end_penalty=0",
-                         "--policy_lr=.01", "--updates=12", "--eval_prompts=32",
-                         scorer=PythonReward(praise, world.data.tokenizer))
-    before = trainer.measure(0)["eval_raw_score"]
-    for step in range(12):
-        trainer.update(step)
-    assert trainer.measure(12)["eval_raw_score"] > 1.5 * before
+
+def test_the_stage_runs_with_a_changed_idea_and_resumes(command, world, monkeypatch):
+    def run(*words):
+        o = command("ppo", "--updates=3", "--samples_per_prompt=4", *words)
+        return train_ppo(o, estimator=rloo, scorer=PythonReward(praise, world.data.tokenizer))
+
+    def interrupt(self, step, save):
+        if step == 2:
+            raise Interrupted(15)
+
+    uninterrupted = run()
+    expected = weights_hash(uninterrupted.model)
+    assert uninterrupted.o.reward_norm == "fixed"  # though the reward model learned from labels
+    with monkeypatch.context() as m:
+        m.setattr(Run, "stop_if_asked", interrupt)
+        with pytest.raises(Interrupted):
+            run("--fresh")
+    assert weights_hash(run("--resume").model) == expected
+
+
+def test_log_odds_are_not_read_from_a_reward_in_python(command, world):
+    with pytest.raises(UserError, match="reads raw scores as log-odds"):
+        train_ppo(command("ppo", "--reward_norm=sigmoid"),
+                  scorer=PythonReward(praise, world.data.tokenizer))
 
 
 @pytest.fixture
