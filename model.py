@@ -316,9 +316,14 @@ class Transformer(nn.Module):
                 docs: Tensor | None = None) -> Tensor:
         return self.head(self.hidden(tokens, mask, docs))
 
-    def matrix_parameters(self) -> list[nn.Parameter]:
-        """The blocks' matrices: what Muon trains."""
-        return [p for p in self.blocks.parameters() if p.dim() == 2]
+    def matrix_parameters(self) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
+        """The blocks' matrices, which Muon trains: (parameter, rows of each matrix stacked in it).
+        """
+        c = self.config
+        stacked = {"qkv": tuple(n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)),
+                   "gate_up": (c.d_ff, c.d_ff)}
+        return [(p, stacked.get(name.split(".")[-2], (len(p),)))
+                for name, p in self.blocks.named_parameters() if p.dim() == 2]
 
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -330,7 +335,7 @@ class Transformer(nn.Module):
         Six for each weight of a matrix product (the output layer included, the embedding look-up
         not), and 12 D per layer and key; a causal row sees half of `length` on average.
         """
-        matrices = sum(p.numel() for p in self.matrix_parameters()) + self.output_weight.numel()
+        matrices = sum(p.numel() for p, _ in self.matrix_parameters()) + self.output_weight.numel()
         return 6 * matrices + 12 * self.config.n_layer * self.config.d_model * length // 2
 
 

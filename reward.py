@@ -70,8 +70,8 @@ class RewardModel(nn.Module):
         self.score_head.weight.copy_(noise / math.sqrt(width + 1))
         self.score_head.bias.zero_()
 
-    def matrix_parameters(self) -> list[nn.Parameter]:
-        """The trunk's matrices: what Muon trains."""
+    def matrix_parameters(self) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
+        """The trunk's matrices, which Muon trains, with the rows of those stacked in each."""
         return self.backbone.matrix_parameters()
 
     def head_values(self, hidden: Tensor) -> Tensor:

@@ -331,8 +331,8 @@ class MaximumLikelihoodOptions(Common):
     optimizer: str = option("muon", "muon: block matrices by Muon, everything else by AdamW; "
                                     "adamw: everything by AdamW",
                             choices=("muon", "adamw"), source="Jordan 2024; Loshchilov 2019")
-    muon_steps: int = option(3, "Newton-Schulz iterations of Muon",
-                             source="measured: 3 learn as well as 5 here", low=1)
+    newton_schulz_iterations: int = option(3, "iterations that make Muon's step orthogonal",
+                                           source="measured: 3 learn as well as 5 here", low=1)
     weight_decay: float = option(0.0, "decoupled weight decay of block matrices",
                                  source="Loshchilov 2019", low=0)
     clip: float = option(1.0, "clip gradients to this norm; 0 disables", low=0)
@@ -350,5 +350,5 @@ class MaximumLikelihoodOptions(Common):
     def check(self) -> None:
         super().check()
         if self.optimizer == "adamw":
-            self.refuse("adam_lr", "muon_steps", why="with --optimizer adamw, which trains "
-                                                     "everything at --lr")
+            self.refuse("adam_lr", "newton_schulz_iterations",
+                        why="with --optimizer adamw, which trains everything at --lr")

@@ -13,7 +13,7 @@ def test_muon_in_batches_equals_torchs_own():
     shapes = [(12, 8), (12, 8), (8, 12), (8, 8)]
     ours, theirs = ([nn.Parameter(noise(*s, seed=i)) for i, s in enumerate(shapes)]
                     for _ in range(2))
-    a = Muon(ours, lr=0.02, weight_decay=0.1, steps=3)
+    a = Muon([(p, (len(p),)) for p in ours], lr=0.02, weight_decay=0.1, iterations=3)
     b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, ns_steps=3)
     for step in range(4):
         for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
@@ -24,6 +24,30 @@ def test_muon_in_batches_equals_torchs_own():
     for p, q, s, i in zip(ours, theirs, shapes, range(4), strict=True):
         moved = (q - noise(*s, seed=i)).abs().max()
         assert (p - q).abs().max() < 0.03 * moved  # both iterate in bfloat16
+
+
+def test_stacked_matrices_learn_as_if_each_stood_alone():
+    rows, scales = (8, 4, 4), (1, 1, 0.02)  # v, whose gradients are small, would hardly move
+    gradients = [s * noise(r, 8, seed=i) for i, (r, s) in enumerate(zip(rows, scales, strict=True))]
+    stacked = nn.Parameter(torch.zeros(16, 8))
+    alone = [nn.Parameter(torch.zeros(r, 8)) for r in rows]
+    a, b = Muon([(stacked, rows)], lr=0.02), Muon([(p, (len(p),)) for p in alone], lr=0.02)
+    for p, gradient in zip([stacked, *alone], [torch.cat(gradients), *gradients], strict=True):
+        p.grad = gradient
+    a.step()
+    b.step()
+    assert torch.allclose(stacked, torch.cat(list(alone)), atol=1e-4)  # batched in bfloat16
+    assert all(0.7 < part.norm() / (0.02 * r ** 0.5) < 1.2
+               for part, r in zip(stacked.split(rows), rows, strict=True))
+
+
+def test_the_model_names_all_that_is_stacked():
+    model = RewardModel(RewardConfig(**TINY))
+    for p, rows in model.matrix_parameters():
+        assert sum(rows) == len(p)
+    c, rows = model.config, dict.fromkeys(rows for _, rows in model.matrix_parameters())
+    heads = tuple(n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head))
+    assert list(rows) == [heads, (c.d_model,), (c.d_ff, c.d_ff)]
 
 
 def test_orthogonal_keeps_directions_and_evens_out_their_lengths():
