@@ -420,6 +420,13 @@ def cross_entropy_sum(model: Transformer, hidden: Tensor, targets: Tensor,
         return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, dtype, model.products)
 
 
+def next_token_loss(model: Transformer, tokens: Tensor, targets: Tensor,
+                    docs: Tensor | None) -> Tensor:
+    """Mean −log π(target | tokens before it, of the same document), all (B, T); a scalar in nats."""
+    hidden = model.hidden(tokens, docs=docs)
+    return cross_entropy_sum(model, hidden.flatten(0, 1), targets.flatten()) / targets.numel()
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 def weights_hash(model: nn.Module) -> str:

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 import evaluate
-from data.batches import PackedDocuments, dialogue_rows, drop_long_prompts, eval_windows, pack_rows, prompt_ids
+from data.batches import dialogue_rows, drop_long_prompts, eval_windows, pack_rows, prompt_ids, text_batches
 from data.prepare import open_for
 from data.prepared import Prepared
-from model import ModelConfig, Transformer, cross_entropy_sum, limit_length, load_checkpoint, load_parent, open_run
+from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, load_checkpoint, load_parent,
+                   next_token_loss, open_run)
 from ppo import PPOOptions, train_ppo
 from reward import RewardModel, RewardOptions, train_reward
 from runtime.device import pick_device, precision
@@ -75,11 +76,9 @@ class PretrainTask:
 
     def __init__(self, run: Run, data: Prepared):
         o = self.o = run.o
-        self.run, self.train, self.val = run, data.documents("train"), data.documents("val")
-        shares, early = data.mixture(o.mixture)
-        self.batches = PackedDocuments(self.train, window=o.window, batch=o.batch * o.accumulate,
-                                       total_tokens=o.tokens, seed=o.seed, shares=shares,
-                                       early=early)
+        self.run, self.val = run, data.documents("val")
+        self.batches = text_batches(data, o.window, o.batch * o.accumulate, o.tokens, o.seed,
+                                    o.mixture)
         self.n_steps, self.extra = self.batches.n_steps, {}
 
     def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
@@ -88,9 +87,9 @@ class PretrainTask:
         batch = (x.to(self.run.device).chunk(self.o.accumulate) for x in self.batches.batch(step))
         for tokens, targets, docs in zip(*batch, strict=True):
             with precision(self.run.dtype, self.run.device):
-                hidden = self.run.model.hidden(tokens, docs=None if self.train.single else docs)
-                nats = cross_entropy_sum(self.run.model, hidden.flatten(0, 1), targets.flatten())
-            yield nats / (targets.numel() * self.o.accumulate), targets.numel()
+                loss = next_token_loss(self.run.model, tokens, targets,
+                                       None if self.batches.single else docs)
+            yield loss / self.o.accumulate, targets.numel()
 
     def measure(self, step: int) -> dict[str, float]:
         """Nats a token and bits a byte of validation text; free texts go into samples.jsonl."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.prepared import Documents
+from data.prepared import Documents, Prepared
 from data.records import apply_template, as_messages
 from data.tokenizer import Tokenizer
 from runtime.draws import key
@@ -214,6 +214,15 @@ class PackedDocuments:
         stream, number = (torch.from_numpy(x[skip:skip + B * W + 1].astype(np.int64))
                           for x in (stream, number))
         return stream[:-1].view(B, W), stream[1:].view(B, W), number[:-1].view(B, W)
+
+
+def text_batches(data: Prepared, window: int, batch: int, total_tokens: int, seed: int,
+                 mixture: str = "") -> PackedDocuments:
+    """Batches of a data set's pretraining text for that many tokens, in the shares of its mixture;
+    `mixture` changes them (`Prepared.mixture`)."""
+    shares, early = data.mixture(mixture)
+    return PackedDocuments(data.documents("train"), window=window, batch=batch,
+                           total_tokens=total_tokens, seed=seed, shares=shares, early=early)
 
 
 def eval_windows(tokens: np.ndarray, starts: np.ndarray, window: int,

@@ -1,12 +1,13 @@
 """Optimizers and learning rates: Muon and AdamW, and the schedule over a run."""
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from runtime.options import MaximumLikelihoodOptions
+from runtime.options import MaximumLikelihoodOptions, UserError
 
 
 class Muon(torch.optim.Optimizer):
@@ -99,3 +100,17 @@ def restore(optimizers: list[torch.optim.Optimizer], state: dict) -> None:
     """Load the optimizers' state from a checkpoint's, if it is there."""
     for optimizer, saved in zip(optimizers, state.get("optimizers", []), strict=False):
         optimizer.load_state_dict(saved)
+
+
+def clip_gradients(modules: dict[str, nn.Module], max_norm: float) -> dict[str, Tensor]:
+    """Clip each module's gradients to this norm (0: not at all); the norms before, by
+    `<name>_grad_norm`."""
+    return {f"{name}_grad_norm": nn.utils.clip_grad_norm_(module.parameters(), max_norm or math.inf)
+            for name, module in modules.items()}
+
+
+def require_finite(numbers: dict[str, Tensor], where: str, remedy: str) -> None:
+    """UserError, with the numbers, if one of these losses and gradient norms is not finite."""
+    if not torch.stack([*numbers.values()]).isfinite().all():  # one wait for a GPU
+        shown = ", ".join(f"{name} {float(x):.4g}" for name, x in numbers.items())
+        raise UserError(f"{where}: not finite: {shown}; the weights stay as they were: {remedy}")

@@ -156,3 +156,27 @@ class Means:
         """Names without any weight are left out."""
         return {name: float(x) / float(self.weights[name]) for name,
                 x in self.sums.items() if self.weights[name] > 0}
+
+
+# ---- means over what is real ---------------------------------------------------------------------
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over True entries, float32; 0 if there is none. Values under False, NaN included, change
+    nothing.
+
+    >>> x, mask = torch.tensor([[1., 2, 0], [3, 4, 5]]), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
+    >>> round(float(masked_mean(x, mask)), 4)  # 15 / 5
+    3.0
+    """
+    return torch.where(mask, x.float(), 0).sum() / mask.sum().clamp(min=1)
+
+
+def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
+    """Variance over True entries, divided by their number."""
+    return masked_mean((x.float() - masked_mean(x, mask)) ** 2, mask)
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and spread 1 over the mask; 0 elsewhere. The variance is divided by n."""
+    scale = torch.rsqrt(masked_variance(x, mask) + 1e-8)
+    return torch.where(mask, (x.float() - masked_mean(x, mask)) * scale, 0)

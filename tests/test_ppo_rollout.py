@@ -103,13 +103,28 @@ def test_the_reference_is_scored_as_it_is():
     assert rollout_metrics(rollout)["kl"] > .1
 
 
-@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
-def test_kl_is_priced_by_the_chosen_estimator(kind):
-    rollout = rollout_of(moved_policy(nets_of()), options(kl_estimator=kind), kl_coef=.1)
+@pytest.mark.parametrize("kl_in,price", [("reward", .1), ("loss", 0.0)])
+def test_kl_is_priced_once(kl_in, price):
+    rollout = rollout_of(moved_policy(nets_of()), options(kl_in=kl_in), kl_coef=.1)
     arrays = (rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.response_mask)
-    assert torch.equal(rollout.rewards, token_rewards(*arrays, .1, kind))
-    assert (rollout.rewards - token_rewards(*arrays, 0.0)).abs().max() > .01  # the price is felt
+    assert torch.equal(rollout.rewards, token_rewards(*arrays, price))
+    assert (token_rewards(*arrays, .1) - token_rewards(*arrays, 0.0)).abs().max() > .01
     assert rollout.kl_coef == .1
+
+
+def test_the_objective_is_the_sum_of_rewards():
+    rollout = rollout_of(moved_policy(nets_of()), options(), kl_coef=.1)
+    objective = rollout_metrics(rollout)["objective"]
+    assert objective == pytest.approx(float(rollout.rewards.sum(1).mean()), abs=1e-5)
+
+
+def test_the_value_bias_is_how_much_the_critic_promises_too_much():
+    nets = nets_of(critic="shared")
+    torch.nn.init.constant_(nets.actor_critic.value_head.bias, 2.0)
+    rollout = rollout_of(nets, options(lam=1.0, gamma=1.0), kl_coef=0.0)
+    mask = rollout.response_mask
+    expected = 2 - float((rollout.scores[:, None] * mask).sum() / mask.sum())
+    assert rollout_metrics(rollout)["value_bias"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_critic_does_not_see_the_token_whose_value_it_gives():
