@@ -152,8 +152,8 @@ class PythonReward:
 def critic_from(reward_model: RewardModel, mean: float = 0.0, std: float = 1.0) -> RewardModel:
     """A trainable copy whose head gives (raw − mean) / std: w/σ and (b − μ)/σ.
 
-    PPO's critic starts from it. Its first values are exact for --reward_norm fixed only; for the
-    sigmoid forms the critic adapts during warm-up.
+    PPO's critic starts from it, with a mean and a spread at which its values are those that the
+    starting policy's replies are paid.
     """
     critic = copy.deepcopy(reward_model).requires_grad_(True)
     with torch.no_grad():

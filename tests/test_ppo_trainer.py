@@ -141,16 +141,18 @@ def test_adam_steps_as_the_options_say(trainer_of):
     assert (policy["lr"], critic["lr"]) == (.001, .002)
 
 
-def test_with_a_scorer_of_ones_own_the_critic_still_starts_on_the_reward_models_scale(trainer_of):
+def test_with_a_scorer_of_ones_own_the_critic_starts_at_what_that_scorer_pays(trainer_of):
     class Loud:
         def scores(self, prompts, replies):
             return torch.tensor([100.0 * len(reply) for reply in replies])
 
-    own, other = (trainer_of("--reward_norm=fixed", **seams) for seams in ({}, {"scorer": Loud()}))
+    own, other = (trainer_of("--reward_norm=fixed", "--end_penalty=0", **seams)
+                  for seams in ({}, {"scorer": Loud()}))
     assert other.scale.std > 50
     assert own.scale.std < 50
-    assert torch.equal(*(trainer.networks.actor_critic.critic.score_head.weight
-                         for trainer in (own, other)))
+    critics = [trainer.networks.actor_critic.critic.score_head for trainer in (own, other)]
+    assert torch.allclose(critics[0].weight, critics[1].weight)  # both are paid mean 0, spread 1
+    assert torch.allclose(critics[0].bias, critics[1].bias, atol=1e-5)
 
 
 def test_a_reward_that_is_not_needed_on_a_scale_may_start_constant(trainer_of):

@@ -209,7 +209,7 @@ def test_what_is_not_finite_stops_before_any_step(shift, advantage):
     nets, o = nets_of(), options()
     rollout, before = shifted(rollout_of(nets, o), shift), weights(nets.actor_critic)
     rollout.advantages[rollout.response_mask] = advantage
-    with pytest.raises(UserError, match="not finite at update 5, epoch 1"):
+    with pytest.raises(UserError, match="update 5, epoch 1: not finite"):
         update(nets.actor_critic, optimizer_of(nets.actor_critic), rollout, o, 4)
     assert torch.equal(weights(nets.actor_critic), before)
 
