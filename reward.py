@@ -288,13 +288,13 @@ class RewardTask:
             return kind
         self.o.refuse("label_smoothing", why=f"on records for {kind}: it is for pairs")
         name = "label" if kind == "label" else "score"
-        for records, where, verb in ((self.records, "to learn from", "learned"),
-                                     (self.val, "set aside for validation", "measured")):
+        for records, where, verb, file in (
+                (self.records, "to learn from", "learned", "reward.jsonl"),
+                (self.val, "set aside for validation", "measured", "reward_val.jsonl")):
             if len({r.get(name) for r in records}) == 1:
                 raise UserError(f"reward: all {name}s {where} are the same "
                                 f"({records[0].get(name)}), so that nothing can be {verb}: bring "
-                                "more records, or a file reward_val.jsonl of your own, in which "
-                                "they differ")
+                                f"more records, or a file {file} in which they differ")
         return kind
 
     def differing(self, split: str, pairs: list[dict]) -> list[dict]:
@@ -388,13 +388,12 @@ class RewardTask:
         if self.kind == "label":  # Mann and Whitney 1947
             liked = sum(r["label"] for r in records)
             error = math.sqrt((n + 1) / (12 * max(1, liked * (n - liked))))
-        value, limit = measured.get(name, chance), chance + 1.645 * error
+        value, limit = measured.get(name, chance), min(1.0, chance + 1.645 * error)
         if value > limit:
             return []
-        return [f"{name} {value:.3f} over {n} records is no better than chance, which gives "
-                f"{chance:g} and one time in twenty {limit:.3f} or more: PPO would follow noise; "
-                "bring more feedback (reward_val.jsonl, too), train longer (--epochs), or look for "
-                "mistakes in it"]
+        return [f"{name} {value:.3f} over {n} records is no better than chance ({chance:g}, by "
+                f"luck up to {limit:.3f}): PPO would follow noise; bring more feedback, for "
+                "validation, too, train longer (--epochs), or look for mistakes in the feedback"]
 
 
 def reward_model_from(trunk: Transformer, o: RewardOptions) -> RewardModel:
