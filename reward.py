@@ -315,10 +315,11 @@ class RewardTask:
         """Ratings of any scale become numbers of mean 0 and spread 1 over the training records: what
         the head and its learning rate are made for. The checkpoint keeps mean and spread."""
         ratings = np.array([r["score"] for r in self.records], float)
-        mean, spread = float(ratings.mean()), float(ratings.std())
-        self.extra["ratings"] = {"mean": mean, "spread": spread}
-        self.records, self.val = ([r | {"score": (r["score"] - mean) / spread} for r in records]
-                                  for records in (self.records, self.val))
+        size = float(np.ptp(ratings))  # divided out first: squares of 1e-200 are 0
+        mean, spread = float((ratings / size).mean()), float((ratings / size).std())
+        self.extra["ratings"] = {"mean": mean * size, "spread": spread * size}
+        self.records, self.val = ([r | {"score": (r["score"] / size - mean) / spread}
+                                   for r in records] for records in (self.records, self.val))
 
     def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
         """The loss of one batch: that of the feedback, and a share of the language model's on the

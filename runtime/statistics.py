@@ -59,7 +59,9 @@ def share_above(a: Sequence[float], b: Sequence[float]) -> float:
 def correlation(a: Sequence[float], b: Sequence[float]) -> float:
     """Pearson's; 0 where all of a, or all of b, are equal: then neither tells of the other."""
     a, b = _as_arrays(a, b)
-    return 0.0 if min(np.ptp(a), np.ptp(b)) == 0 else float(np.corrcoef(a, b)[0, 1])
+    if min(np.ptp(a), np.ptp(b)) == 0:
+        return 0.0
+    return float(np.corrcoef(a / np.ptp(a), b / np.ptp(b))[0, 1])
 
 
 def calibration_error(probs: Sequence[float], labels: Sequence[int], bins: int = 10) -> float:
