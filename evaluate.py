@@ -31,10 +31,10 @@ from data.tokenizer import Tokenizer
 from model import Transformer, checkpoint_path, load_checkpoint, token_logprobs
 from reward import RewardModel
 from runtime.device import pick_device, precision
-from runtime.machine import replace_text
 from runtime.options import Options, UserError, option, parse, run_main
 from runtime.statistics import (accuracy, auc, calibration_error, interval, paired_auc_difference,
                                 positive_share, win_rate)
+from runtime.storage import replace_text
 from sample import reply_ids, reply_texts, reply_to
 
 

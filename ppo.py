@@ -46,7 +46,7 @@ from runtime.draws import batch_indices, key
 from runtime.optim import learning_rate, set_learning_rate
 from runtime.options import Common, UserError, option
 from runtime.products import use_products
-from runtime.run import Run
+from runtime.run import NotFinite, Run
 from runtime.scan import discounted_sums
 from runtime.statistics import Means, RunningMoments
 from sample import Decoder, Generation, generate, reply_ids, reply_texts, reply_to
@@ -633,7 +633,7 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
     does; new.entropy has a gradient only if --entropy_coef is not 0. Rows are permuted anew each
     epoch, from (seed, stage, step, epoch). train_policy=False (critic warm-up) trains values alone.
     A minibatch above --max_approx_kl ends the policy's part of this update: its gradients stay
-    None, so Adam moves neither it nor its momentum. UserError if a number of an optimizer step is
+    None, so Adam moves neither it nor its momentum. NotFinite if a number of an optimizer step is
     not finite, before that step is taken.
     """
     start, device, means = time.perf_counter(), rollout.tokens.device, Means()
@@ -699,13 +699,13 @@ def clip_gradients(actor_critic: ActorCritic, max_norm: float,
 
 
 def require_finite(shares: Shares, norms: dict[str, list[Tensor]], step: int, epoch: int) -> None:
-    """UserError, with the numbers, if a loss or a gradient norm of this step is not finite."""
+    """NotFinite, with the numbers, if a loss or a gradient norm of this step is not finite."""
     numbers = {name: x for name, (x, _) in shares.items() if name.endswith("loss")}
     numbers |= {name: x[-1] for name, x in norms.items()}
     if not torch.stack([*numbers.values()]).isfinite().all():  # one wait for a GPU
         numbers = {name: float(x) for name, x in numbers.items()}
-        raise UserError(f"ppo: not finite at update {step + 1}, epoch {epoch + 1}: {numbers}; the "
-                        "last good checkpoint is kept: lower --policy_lr or --critic_lr")
+        raise NotFinite(f"not finite at update {step + 1}, epoch {epoch + 1}: {numbers}: lower "
+                        "--policy_lr or --critic_lr")
 
 
 # ---- the trainer ---------------------------------------------------------------------------------
