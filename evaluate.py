@@ -337,7 +337,7 @@ def write_report(data: Prepared, root: pathlib.Path, *, seed: int, settings: Rep
     lines = [json.loads(line) for line in (root / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for key, title in (("score", "reward per reply, by update"),
                        ("kl", "KL in nats per reply, by update")):
-        print("\n" + text_plot([line[key] for line in lines if key in line], title))
+        print("\n" + text_plot([line[key] for line in lines if line.get(key) is not None], title))
     print(f"\nwritten: {root / 'report.md'}; curves: python -m tools.plot {root}; try it: python "
           f"sample.py --from {root / 'ppo'} --prompt …")
 

@@ -43,7 +43,7 @@ from model import Transformer, load_parent, open_run, token_logprobs
 from reward import RewardModel, critic_from
 from runtime.device import compile_trunks, precision
 from runtime.draws import batch_indices, key
-from runtime.optim import learning_rate, set_learning_rate
+from runtime.optim import learning_rate, restore, set_learning_rate
 from runtime.options import Common, UserError, option
 from runtime.products import use_products
 from runtime.run import NotFinite, Run
@@ -755,7 +755,7 @@ class PPOTrainer:
         self.control = KLController(state.get("kl_coef", o.kl_coef), target, o.kl_horizon)
         if state:
             actor_critic.value_module.load_state_dict(state["critic"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            restore([self.optimizer], {"optimizers": [state["optimizer"]]})
         rollout_dtype = run.dtype if o.rollout_dtype == "auto" else o.rollout_dtype
         self.decoder_dtype = state.get("decoder_dtype", rollout_dtype)
         self.prepare_decoder()

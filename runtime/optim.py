@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.options import MaximumLikelihoodOptions
+from runtime.options import MaximumLikelihoodOptions, UserError
 
 
 class Muon(torch.optim.Optimizer):
@@ -90,6 +90,15 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
 
 
 def restore(optimizers: list[torch.optim.Optimizer], state: dict) -> None:
-    """Load the optimizers' state from a checkpoint's, if it is there."""
+    """Load the optimizers' state from a checkpoint's, if it is there; UserError if it is that of
+    other weights."""
     for optimizer, saved in zip(optimizers, state.get("optimizers", []), strict=False):
-        optimizer.load_state_dict(saved)
+        try:
+            optimizer.load_state_dict(saved)
+            fits = all(x.shape in ((), p.shape) for p, own in optimizer.state.items()
+                       for x in own.values() if isinstance(x, Tensor))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            fits = False
+        if not fits:
+            raise UserError("the checkpoint's optimizer state is not that of its weights: start anew "
+                            "with --fresh")
