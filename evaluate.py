@@ -31,11 +31,11 @@ from data.tokenizer import Tokenizer
 from model import Transformer, checkpoint_path, load_checkpoint, token_logprobs
 from reward import RewardModel
 from runtime.device import pick_device, precision
-from runtime.machine import replace_text
 from runtime.lines import parse_line, read_lines
 from runtime.options import Options, UserError, option, parse, run_main
 from runtime.statistics import (accuracy, auc, calibration_error, interval, paired_auc_difference,
                                 positive_share, win_rate)
+from runtime.storage import replace_text
 from sample import reply_ids, reply_texts, reply_to
 
 
@@ -338,7 +338,7 @@ def write_report(data: Prepared, root: pathlib.Path, *, seed: int, settings: Rep
     lines = [parse_line(line) for _, line in read_lines(root / "ppo" / "metrics.jsonl")]
     for key, title in (("score", "reward per reply, by update"),
                        ("kl", "KL in nats per reply, by update")):
-        print("\n" + text_plot([line[key] for line in lines if key in line], title))
+        print("\n" + text_plot([line[key] for line in lines if line.get(key) is not None], title))
     print(f"\nwritten: {root / 'report.md'}; curves: python -m tools.plot {root}; try it: python "
           f"sample.py --from {root / 'ppo'} --prompt …")
 

@@ -45,7 +45,7 @@ from reward import RewardModel, critic_from
 from runtime.alarms import Alarm, Alarms
 from runtime.device import compile_trunks, precision
 from runtime.draws import batch_indices, key
-from runtime.optim import clip_gradients, learning_rate, require_finite
+from runtime.optim import clip_gradients, learning_rate, require_finite, restore
 from runtime.options import Common, UserError, option
 from runtime.products import use_products
 from runtime.run import Run
@@ -646,7 +646,7 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
     epoch, from (seed, stage, step, epoch). train_policy=False (critic warm-up) trains values alone.
     text_loss(k): what the policy's k-th step of the stage also minimises, times --ptx_coef. A
     minibatch above --max_approx_kl ends the policy's part of this update: its gradients stay None,
-    so Adam moves neither it nor its momentum. UserError if a number of an optimizer step is not
+    so Adam moves neither it nor its momentum. NotFinite if a number of an optimizer step is not
     finite, before that step is taken.
     """
     begin, device, means = time.perf_counter(), rollout.tokens.device, Means()
@@ -693,7 +693,7 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             for name, norm in clipped.items():
                 norms[name].append(norm)
             numbers = {name: x for name, (x, _) in shares.items() if name.endswith("loss")}
-            require_finite(numbers | clipped, f"ppo: update {step + 1}, epoch {epoch + 1}",
+            require_finite(numbers | clipped, f"update {step + 1}, epoch {epoch + 1}",
                            "lower --policy_lr or --critic_lr")
             optimizer.step()
             # Keep what is logged.
@@ -775,7 +775,7 @@ class PPOTrainer:
         self.control = KLController(state.get("kl_coef", o.kl_coef), target, o.kl_horizon)
         if state:
             actor_critic.value_module.load_state_dict(state["critic"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            restore([self.optimizer], {"optimizers": [state["optimizer"]]})
         rollout_dtype = run.dtype if o.rollout_dtype == "auto" else o.rollout_dtype
         self.decoder_dtype = state.get("decoder_dtype", rollout_dtype)
         self.prepare_decoder()

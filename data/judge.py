@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.prepared import Prepared
 from data.records import prompt_text
-from runtime.machine import save_whole
+from runtime.storage import save_whole
 
 
 class NgramClassifier:

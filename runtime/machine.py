@@ -1,7 +1,5 @@
-"""Atomic files, signals, memory, and the names of code and processor for a run's record."""
-import contextlib
+"""Signals, memory, and the names of code and processor for a run's record."""
 import ctypes
-import os
 import pathlib
 import platform
 import signal
@@ -10,40 +8,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-from runtime.options import UserError
-
-
-def replace_text(path: pathlib.Path, text: str) -> None:
-    """Write a file atomically: under a temporary name, then renamed."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def save_whole(path: pathlib.Path, payload: Any) -> None:
-    """torch.save, atomically; UserError if the file cannot be written.
-
-    The payload is written under a temporary name, synced to the disk and then renamed, so that a
-    kill or a full disk at any moment leaves the previous file as it was.
-    """
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):  # it may not exist, nor its folder
-            temporary.unlink()
-        previous = " (the previous one is kept)" if path.exists() else ""
-        raise UserError(f"{path}: cannot be written: {error}{previous}; check the path, the rights "
-                        "and the free space, or choose another --out") from error
 
 
 class Interrupted(Exception):
@@ -105,6 +73,14 @@ def processor() -> str:
                     if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def this_machine() -> dict[str, Any]:
+    """What the last digits of a result may depend on."""
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
+                "numpy": np.__version__}
+    return {"commit": git_commit(), "processor": processor(), "threads": torch.get_num_threads(),
+            "versions": versions}
 
 
 # Numbers that `row_chunks` lets a function hold at once: in float32 ¼ GiB, on CUDA 1 GiB.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.options import MaximumLikelihoodOptions, UserError
+from runtime.run import NotFinite
 
 
 class Muon(torch.optim.Optimizer):
@@ -97,9 +98,18 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
 
 
 def restore(optimizers: list[torch.optim.Optimizer], state: dict) -> None:
-    """Load the optimizers' state from a checkpoint's, if it is there."""
+    """Load the optimizers' state from a checkpoint's, if it is there; UserError if it is that of
+    other weights."""
     for optimizer, saved in zip(optimizers, state.get("optimizers", []), strict=False):
-        optimizer.load_state_dict(saved)
+        try:
+            optimizer.load_state_dict(saved)
+            fits = all(x.shape in ((), p.shape) for p, own in optimizer.state.items()
+                       for x in own.values() if isinstance(x, Tensor))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            fits = False
+        if not fits:
+            raise UserError("the checkpoint's optimizer state is not that of its weights: start anew "
+                            "with --fresh")
 
 
 def clip_gradients(modules: dict[str, nn.Module], max_norm: float) -> dict[str, Tensor]:
@@ -110,7 +120,7 @@ def clip_gradients(modules: dict[str, nn.Module], max_norm: float) -> dict[str, 
 
 
 def require_finite(numbers: dict[str, Tensor], where: str, remedy: str) -> None:
-    """UserError, with the numbers, if one of these losses and gradient norms is not finite."""
+    """NotFinite, with the numbers, if one of these losses and gradient norms is not finite."""
     if not torch.stack([*numbers.values()]).isfinite().all():  # one wait for a GPU
         shown = ", ".join(f"{name} {float(x):.4g}" for name, x in numbers.items())
-        raise UserError(f"{where}: not finite: {shown}; the weights stay as they were: {remedy}")
+        raise NotFinite(f"{where}: not finite: {shown}: {remedy}")

@@ -141,8 +141,11 @@ def test_prompt_and_response_are_read_as_one_text():
     assert plain_text({"prompt": [{"role": "user", "content": "a"}], "response": "b"}) == "ab"
 
 
-def test_a_full_disk_while_it_is_saved_is_one_clear_line(data, tmp_path, capsys):
-    (tmp_path / "ngrams_judge.tmp").symlink_to("/dev/full")
+def test_a_full_disk_while_it_is_saved_is_one_clear_line(data, tmp_path, capsys, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("runtime.storage.os.fsync", full)
     broken = types.SimpleNamespace(folder=tmp_path, records=data.records)
     assert run_main(lambda argv: ngram_classifier(broken, "judge") and 0, []) == 2
     assert capsys.readouterr().err.startswith("error: ")

@@ -1,5 +1,4 @@
-"""Files are written atomically, signals ask for a stop, and row-wise work fits into memory."""
-import os
+"""Signals ask for a stop, and row-wise work fits into memory."""
 import pathlib
 import signal
 import subprocess
@@ -8,75 +7,7 @@ import pytest
 import torch
 
 from runtime import machine
-from runtime.machine import (Interrupt, git_commit, keep_freed_memory, processor, replace_text,
-                             row_chunks, save_whole)
-from runtime.options import UserError
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def killed(*_) -> None:
-    raise KeyboardInterrupt
-
-
-def test_text_replaces_the_file_and_leaves_nothing_else(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text("old, and longer", encoding="utf-8")
-    replace_text(path, "新")
-    assert path.read_text(encoding="utf-8") == "新"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_stop_before_the_renaming_keeps_the_old_text(tmp_path, monkeypatch):
-    path = tmp_path / "config.json"
-    path.write_text("old", encoding="utf-8")
-    monkeypatch.setattr(machine.os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        replace_text(path, "new")
-    assert path.read_text(encoding="utf-8") == "old"
-
-
-def test_a_payload_is_saved_and_its_folder_is_made(tmp_path):
-    path = tmp_path / "new" / "checkpoint.pt"
-    save_whole(path, {"step": 3})
-    assert torch.load(path, weights_only=True) == {"step": 3}
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_payload_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
-    order, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(machine.os, "fsync", lambda f: order.append("synced") or fsync(f))
-    monkeypatch.setattr(machine.os, "replace", lambda *a: order.append("renamed") or replace(*a))
-    save_whole(tmp_path / "checkpoint.pt", {"step": 1})
-    assert order == ["synced", "renamed"]
-
-
-def test_a_stop_before_the_renaming_keeps_the_old_payload(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pt"
-    save_whole(path, {"step": 1})
-    monkeypatch.setattr(machine.os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save_whole(path, {"step": 2})
-    assert torch.load(path, weights_only=True) == {"step": 1}
-
-
-@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="Linux only")
-def test_a_full_disk_keeps_the_old_payload_and_is_reported(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    save_whole(path, {"step": 1})
-    (tmp_path / "checkpoint.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="checkpoint.pt.*No space left.*previous one is kept"):
-        save_whole(path, {"step": 2})
-    assert torch.load(path, weights_only=True) == {"step": 1}
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_failed_first_save_claims_no_previous_file(tmp_path):
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(UserError, match="cannot be written") as error:
-        save_whole(tmp_path / "file" / "checkpoint.pt", {"step": 1})
-    assert "kept" not in str(error.value)
-
+from runtime.machine import Interrupt, git_commit, keep_freed_memory, processor, row_chunks
 
 # ---- signals -------------------------------------------------------------------------------------
 

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from reward import RewardConfig, RewardModel, RewardOptions
-from runtime.optim import Muon, learning_rate, make_optimizers, orthogonal
-from runtime.options import parse
+from runtime.optim import Muon, learning_rate, make_optimizers, orthogonal, restore
+from runtime.options import UserError, parse
 from tests.conftest import TINY, noise
 
 
@@ -75,3 +75,22 @@ def test_muon_trains_the_blocks_matrices_and_adamw_the_others():
     matrices = ("qkv.weight", "out.weight", "gate_up.weight", "down.weight")
     assert of(muon) == {n for n in name.values() if ".blocks." in n and n.endswith(matrices)}
     assert of(adamw) == set(name.values()) - of(muon)
+
+
+@pytest.mark.parametrize("change", [
+    lambda saved: saved["state"][0].update(exp_avg=torch.ones(7)),
+    lambda saved: saved["param_groups"][0]["params"].append(9), lambda saved: saved.clear()])
+def test_the_state_of_other_weights_is_refused(change):
+    def adam() -> torch.optim.Optimizer:
+        weight = torch.nn.Parameter(torch.ones(3))
+        weight.grad = torch.ones(3)
+        return torch.optim.Adam([weight])
+
+    first, second = adam(), adam()
+    first.step()
+    saved = first.state_dict()
+    restore([second], {"optimizers": [saved]})
+    assert torch.equal(second.state_dict()["state"][0]["exp_avg"], saved["state"][0]["exp_avg"])
+    change(saved)
+    with pytest.raises(UserError, match="optimizer state"):
+        restore([adam()], {"optimizers": [saved]})
