@@ -636,6 +636,23 @@ def predict(actor_critic: ActorCritic, rollout: Rollout, index: Tensor, o: PPOOp
     return flat.spread(rollout.response_mask[index])
 
 
+def backward(actor_critic: ActorCritic, rollout: Rollout, parts: list[tuple[Tensor, Minibatch]],
+             o: PPOOptions, loss: Callable) -> tuple[Shares, list[Tensor]]:
+    """Gradients of a minibatch, part by part. Returns (metrics, log π/π_old of each part)."""
+    shares: Shares = {}
+    ratios = []
+    for index, batch in parts:
+        new = predict(actor_critic, rollout, index, o, batch.train_policy)
+        part_loss, metrics = loss(batch, new, o)
+        if batch.train_policy or part_loss.requires_grad:  # not: it has no value term, and waits
+            part_loss.backward()
+        ratios.append(batch.log_ratio(new))
+        metrics = {"loss": (part_loss, batch.n_tokens), **metrics, **ratio_metrics(batch, new)}
+        for name, (x, weight) in metrics.items():
+            shares[name] = (x.detach() + (shares[name][0] if name in shares else 0), weight)
+    return shares, ratios
+
+
 def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout: Rollout,
            o: PPOOptions, step: int, *, train_policy: bool = True, loss: Callable = ppo_loss,
            text_loss: Callable[[int], Tensor] | None = None) -> dict[str, float]:
@@ -672,17 +689,7 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             skipped += train_policy and not policy_active
             # One optimizer step.
             optimizer.zero_grad(set_to_none=True)
-            shares: Shares = {}
-            ratios = []
-            for index, batch in parts:
-                new = predict(actor_critic, rollout, index, o, policy_active)
-                part_loss, metrics = loss(batch, new, o)
-                if policy_active or part_loss.requires_grad:  # not: it has no value term, and waits
-                    part_loss.backward()
-                ratios.append(batch.log_ratio(new))
-                metrics = {"loss": (part_loss, n_tokens), **metrics, **ratio_metrics(batch, new)}
-                for name, (x, weight) in metrics.items():
-                    shares[name] = (x.detach() + (shares[name][0] if name in shares else 0), weight)
+            shares, ratios = backward(actor_critic, rollout, parts, o, loss)
             if policy_active and text_loss is not None:
                 nats = text_loss((step * o.epochs + epoch) * o.minibatches + number)
                 (o.ptx_coef * nats).backward()

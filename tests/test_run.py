@@ -45,7 +45,8 @@ def test_a_resumed_log_keeps_whole_lines_up_to_the_checkpoint(open_sft):
     run.samples(4, [{"text": text}])
     with open(run.folder.path / "samples.jsonl", "ab") as file:
         file.write(b'\0\0\n{"step": 3, "text": "a')
-    open_sft("--resume").progress(4)
+    with open_sft("--resume").progress(4):
+        pass
     assert (run.folder.path / "samples.jsonl").read_bytes() == kept
 
 
