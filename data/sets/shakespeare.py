@@ -30,7 +30,7 @@ def raw_files(path: pathlib.Path | None, downloads: pathlib.Path) -> list[pathli
 def read(path: pathlib.Path) -> str:
     """The text of the file; UserError if it cannot be read or is too short to be split."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--source {path}: cannot be read: {error}") from None
     if len(text) < 1000:
