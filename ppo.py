@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import evaluate
-from data.batches import (Rows, drop_long_prompts, make_rows, pad_left, prompt_ids, scatter_tokens,
-                          text_batches)
+from data.batches import (Rows, drop_long_prompts, held_out_prompts, make_rows, pad_left, prompt_ids,
+                          scatter_tokens, text_batches)
 from data.prepare import open_for
 from data.prepared import Prepared
 from model import Transformer, load_parent, next_token_loss, open_run, token_logprobs
@@ -760,10 +760,9 @@ class PPOTrainer:
         self.scorer = scorer or self.reward_model
         # Prompts that leave room for a reply in every network.
         room = min(run.model.config.max_len, reward_model.config.max_len) - o.reply_len
-        self.prompts, held_out = (
-            [record["prompt"] for record in drop_long_prompts(data.records("ppo", split),
-                                                              run.tokenizer, data.template, room)]
-            for split in ("train", "val"))
+        self.prompts = [record["prompt"] for record in drop_long_prompts(
+            data.records("ppo", "train"), run.tokenizer, data.template, room)]
+        held_out = held_out_prompts(data, "val", run.tokenizer, room, o.eval_prompts)
         # The scale of scores and the critic's first values; a checkpoint has both.
         self.scale, from_raw, paid = ScoreScale(**state.get("scale", {})), (0.0, 1.0), 0.0
         if not state:
@@ -792,8 +791,8 @@ class PPOTrainer:
             window = min(128, run.model.config.max_len)
             tokens = o.updates * o.epochs * o.minibatches * o.micro_batch * window
             self.text = text_batches(data, window, o.micro_batch, tokens, o.seed)
-        self.held_out = evaluate.HeldOutPrompts(data, run.tokenizer, held_out[:o.eval_prompts],
-                                                reference, self.scorer, settings)
+        self.held_out = evaluate.HeldOutPrompts(data, run.tokenizer, held_out, reference,
+                                                self.scorer, settings)
 
     def measure_start(self) -> tuple[ScoreScale, tuple[float, float], float]:
         """(the scale of scores, (mean, std) for `critic_from`, the mean score paid), on replies that

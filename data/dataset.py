@@ -15,7 +15,7 @@ call `data.sets.register(DataSet(…))` instead.
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -113,6 +113,19 @@ class DataWriter:
         write_records(self.folder / f"{stage}_{split}.jsonl", records)
 
 
+def feedback_of(record: dict) -> str:
+    """The kind of a reward record's feedback: pairs, scores or labels."""
+    return "pairs" if "chosen" in record else "scores" if "score" in record else "labels"
+
+
+def require_one_feedback(files: Mapping[str, Sequence[dict]]) -> None:
+    """UserError unless the reward records of all files, by name, have the same kind of feedback."""
+    kinds = {name: feedback_of(records[0]) for name, records in files.items()}
+    if len(set(kinds.values())) > 1:
+        raise UserError(f"{', '.join(f'{name} has {kind}' for name, kind in kinds.items())}: training, "
+                        "validation and test need the same kind of feedback; bring one kind")
+
+
 # ---- splits --------------------------------------------------------------------------------------
 
 def text_hash(text: str) -> int:
@@ -120,8 +133,7 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def split_of(text: str, borders: tuple[int, int] = (80, 90)) -> str:
-    """The split that a text belongs to: of 100 texts, train takes those below the first border, val
-    those below the second, test the others."""
+def split_of(text: str) -> str:
+    """The split that a text belongs to, by a hash of it: 80 % train, 10 % val, 10 % test."""
     percentile = text_hash("split " + text) % 100
-    return SPLITS[(percentile >= borders[0]) + (percentile >= borders[1])]
+    return SPLITS[(percentile >= 80) + (percentile >= 90)]

@@ -10,7 +10,8 @@ import torch
 from model import ModelConfig, Transformer, load_checkpoint, open_run, save_checkpoint
 from runtime.machine import Interrupt, Interrupted
 from runtime.options import UserError
-from runtime.run import Compute, Progress, Run, RunFolder, resume_command, stored_state
+from runtime.run import (Compute, Progress, Run, RunFolder, data_name, resume_command, run_folder,
+                         stored_state)
 from tests.conftest import TINY
 
 
@@ -375,3 +376,18 @@ def test_a_run_is_complete_when_its_constructor_returns(command, world):
         run.finish()
     assert set(vars(run)) == attributes
     assert isinstance(run.model, torch.nn.Module)
+
+
+# ---- names of folders ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("data,name", [
+    ("reviews", "reviews"), ("..", "texts"), (".", "v1.0"), ("../..", None), ("../v1.1/", "v1.1"),
+    ("../my.v1.jsonl", "my.v1"), ("my.jsonl.gz", "my"), ("notes.txt", "notes.txt"), ("/", "root"),
+    ("../../texts/v1.0", "v1.0"), ("sub/../..", "texts"), (".jsonl", ".jsonl")])
+def test_a_runs_folder_has_the_whole_name_of_its_data_and_is_inside_out(tmp_path, monkeypatch, command,
+                                                                        data, name):
+    (tmp_path / "texts/v1.0/sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "texts/v1.0")
+    o = command("sft", "--data", data)
+    assert data_name(data) == (name or tmp_path.name)
+    assert run_folder(o, "sft").resolve() == tmp_path / data_name(data) / "sft"

@@ -348,6 +348,47 @@ def test_all_says_before_the_first_stage_what_a_later_one_lacks(tmp_path):
     assert not (tmp_path / "mine/pretrain").exists()
 
 
+def change(world, monkeypatch, **changes):
+    """Let the reward records of some splits be others: each is changed by its split's function."""
+    real = type(world.data).records
+
+    def records(self, stage, split):
+        of_split = real(self, stage, split)
+        return [changes[split](r) for r in of_split] if stage == "reward" and split in changes else of_split
+
+    monkeypatch.setattr(type(world.data), "records", records)
+
+
+@pytest.mark.parametrize("stages", [["reward"], ["sft", "reward", "ppo"]])
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_another_kind_of_feedback_in_a_held_out_split_is_refused(world, monkeypatch, stages, split):
+    change(world, monkeypatch, **{split: lambda r: {"prompt": r["prompt"], "chosen": "a", "rejected": "b"}})
+    with pytest.raises(UserError, match=f"reward_{split}.jsonl has pairs.*same kind of feedback"):
+        train.require_inputs(world.data, stages, "")
+
+
+def test_test_labels_that_are_all_the_same_are_refused_before_training(world, monkeypatch):
+    train.require_inputs(world.data, list(train.STAGES), "")
+    change(world, monkeypatch, test=lambda r: r | {"label": 1})
+    train.require_inputs(world.data, ["sft", "ppo"], "")
+    with pytest.raises(UserError, match="set aside for test are the same"):
+        train.require_inputs(world.data, ["reward"], "")
+
+
+@pytest.mark.parametrize("words", [[], ["reward"]])
+def test_all_and_single_stages_check_the_test_split_before_training(tmp_path, words):
+    pairs = [{"prompt": f"Question {i}", "chosen": "a", "rejected": "b"} for i in range(60)]
+    label = {"prompt": "x", "response": "a", "label": 1}
+    (tmp_path / "mine").mkdir()
+    for name, records in (("pretrain", [{"text": f"text {i}"} for i in range(60)]),
+                          ("sft", [{"prompt": f"Question {i}", "response": "a"} for i in range(60)]),
+                          ("reward", pairs), ("reward_test", [label])):
+        (tmp_path / f"mine/{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    with pytest.raises(UserError, match="reward_test.jsonl has labels"):
+        train.main([*words, "--preset=smoke", f"--data={tmp_path / 'mine'}", f"--out={tmp_path}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_a_kill_between_the_last_save_and_the_end_writes_no_sample_twice(command):
     path = train_reward(command("reward", "--epochs=.2")).folder.path
     before = (path / "samples.jsonl").read_text()
