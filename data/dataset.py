@@ -15,10 +15,12 @@ call `data.sets.register(DataSet(…))` instead.
 import dataclasses
 import hashlib
 import pathlib
+import zipfile
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from data.folders import file_digest
 from data.records import write_records
 from data.tokenizer import Tokenizer
 from runtime.options import UserError
@@ -110,6 +112,22 @@ class DataWriter:
         """Write a stage's records of a split (see data/records.py); `judge` has those of reward."""
         self.counts[f"{stage}_{split}"] = len(records)
         write_records(self.folder / f"{stage}_{split}.jsonl", records)
+
+
+# ---- raw files -----------------------------------------------------------------------------------
+
+def refuse_zip(path: pathlib.Path) -> None:
+    """UserError for a .zip archive, whatever its name."""
+    if path.is_file() and zipfile.is_zipfile(path):
+        raise UserError(f"{path}: a .zip archive is not read: unpack it, and give the folder or "
+                        "the file in it")
+
+
+def require_published(path: pathlib.Path, sha256: str) -> None:
+    """UserError unless a downloaded file is the one with this digest."""
+    if file_digest(path) != sha256:
+        raise UserError(f"{path}: damaged, or not the file that was published (its SHA-256 "
+                        "differs); delete it and run again")
 
 
 # ---- splits --------------------------------------------------------------------------------------
