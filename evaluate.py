@@ -32,6 +32,7 @@ from model import Transformer, checkpoint_path, load_checkpoint, token_logprobs
 from reward import RewardModel
 from runtime.device import pick_device, precision
 from runtime.machine import replace_text
+from runtime.lines import parse_line, read_lines
 from runtime.options import Options, UserError, option, parse, run_main
 from runtime.statistics import (accuracy, auc, calibration_error, interval, paired_auc_difference,
                                 positive_share, win_rate)
@@ -334,7 +335,7 @@ def write_report(data: Prepared, root: pathlib.Path, *, seed: int, settings: Rep
     replace_text(root / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     replace_text(root / "report.md", text + "\n")
     print("\n" + text)
-    lines = [json.loads(line) for line in (root / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [parse_line(line) for _, line in read_lines(root / "ppo" / "metrics.jsonl")]
     for key, title in (("score", "reward per reply, by update"),
                        ("kl", "KL in nats per reply, by update")):
         print("\n" + text_plot([line[key] for line in lines if key in line], title))
@@ -457,7 +458,8 @@ def main(argv: list[str]) -> None:
     # Open the data set that they were trained on, with their own prompt template.
     trained = state["options"]
     data = open_data(o.data or trained["data"], source=o.source or trained["source"] or None,
-                     vocab_size=trained["vocab_size"], limit=trained["limit"])
+                     vocab_size=trained["vocab_size"], limit=trained["limit"],
+                     skip_bad=trained.get("skip_bad", False))
     data = dataclasses.replace(data, meta=data.meta | {"template": state["template"]})
     # Measure as the PPO run among the folders sampled.
     ppo = {k: v for _, _, s in loaded if s["stage"] == "ppo" for k, v in s["options"].items()}

@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import pathlib
+import sys
 from typing import Any
 
 import torch
@@ -496,6 +497,8 @@ def load_parent(o: Common, data: Prepared, stage: str, path: str,
                         "or take it as it is by the path of its checkpoint.pt")
     print(f"from {where}: {c.n_layer} layers of width {c.d_model}, at most {c.max_len} tokens, "
           f"vocabulary of {c.vocab_size}")
+    for warning in state.get("warnings", ()):
+        print(f"{where}: warning: {warning}", file=sys.stderr)
     differs = data.tokenizer is not None and data.tokenizer.to_state() != tokenizer.to_state()
     if "vocab_size" in o.explicit and differs:
         raise UserError(f"--vocab_size {o.vocab_size} contradicts {where}, whose vocabulary of "

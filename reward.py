@@ -12,6 +12,7 @@ Letters for shapes: B rows, T positions, D width, N selected tokens.
 import dataclasses
 import copy
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -20,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.batches import drop_long_prompts, pack_rows, reward_batch, reward_rows
+from data.batches import (drop_equal_pairs, drop_long_prompts, pack_rows, reward_batch,
+                          reward_rows)
 from data.prepare import open_for
 from data.prepared import Prepared
 from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, load_parent, open_run)
@@ -29,7 +31,7 @@ from runtime.draws import batch_indices, key, torch_seed
 from runtime.fit import fit
 from runtime.options import MaximumLikelihoodOptions, UserError, option
 from runtime.run import Run
-from runtime.statistics import accuracy, auc
+from runtime.statistics import accuracy, auc, correlation, share_above
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -266,23 +268,57 @@ class RewardTask:
         self.records, self.val = (
             drop_long_prompts(data.records("reward", split), run.tokenizer, data.template,
                               run.o.max_len - 8) for split in ("train", "val"))
-        self.kind = self.checked_kind(data)
+        self.kind = self.checked_kind()
+        self.extra: dict[str, Any] = {"feedback": self.kind,
+                                      "warnings": run.state.get("warnings", [])}
+        if self.kind == "pairwise":
+            self.records, self.val = (self.differing(split, pairs) for split, pairs
+                                      in (("training", self.records), ("validation", self.val)))
+        if self.kind == "regression":
+            self.standardise_ratings()
         self.n_steps = math.ceil(run.o.epochs * len(self.records) / run.o.batch)
-        self.extra = {"feedback": self.kind}
 
-    def checked_kind(self, data: Prepared) -> str:
+    def checked_kind(self) -> str:
         """Which loss the records are for; UserError if the options or the records do not fit it."""
         kind = feedback_kind(self.records[0])
         if self.o.loss not in ("auto", kind):
             raise UserError(f"--loss {self.o.loss} does not fit these records, which are for "
                             f"{kind}: use --loss auto")
-        if kind == "label" and not data.has_labels("reward", "val"):
-            raise UserError("reward: all labels set aside for validation are the same, so that "
-                            "nothing can be measured: bring more records, or a file "
-                            "reward_val.jsonl with both")
-        if kind != "pairwise":
-            self.o.refuse("label_smoothing", why=f"on records for {kind}: it is for pairs")
+        if kind == "pairwise":
+            return kind
+        self.o.refuse("label_smoothing", why=f"on records for {kind}: it is for pairs")
+        name = "label" if kind == "label" else "score"
+        for records, where, verb, file in (
+                (self.records, "to learn from", "learned", "reward.jsonl"),
+                (self.val, "set aside for validation", "measured", "reward_val.jsonl")):
+            if len({r.get(name) for r in records}) == 1:
+                raise UserError(f"reward: all {name}s {where} are the same "
+                                f"({records[0].get(name)}), so that nothing can be {verb}: bring "
+                                f"more records, or a file {file} in which they differ")
         return kind
+
+    def differing(self, split: str, pairs: list[dict]) -> list[dict]:
+        """The pairs whose replies differ within max_len; the others would teach nothing. Prints how
+        many are left out and which option keeps them; UserError if all are."""
+        kept, needed = drop_equal_pairs(pairs, **self.render)
+        if len(kept) < len(pairs):
+            where = "" if needed <= self.run.model.config.max_len else "in pretraining and here "
+            text = (f"reward: {len(pairs) - len(kept)} of {len(pairs)} {split} pairs left out: "
+                    f"chosen and rejected are equal in their first {self.o.max_len} tokens; "
+                    f"--max_len {needed} {where}would keep all")
+            if not kept:
+                raise UserError(text)
+            print(text, flush=True)
+        return kept
+
+    def standardise_ratings(self) -> None:
+        """Ratings of any scale become numbers of mean 0 and spread 1 over the training records: what
+        the head and its learning rate are made for. The checkpoint keeps mean and spread."""
+        ratings = np.array([r["score"] for r in self.records], float)
+        mean, spread = float(ratings.mean()), float(ratings.std())
+        self.extra["ratings"] = {"mean": mean, "spread": spread}
+        self.records, self.val = ([r | {"score": (r["score"] - mean) / spread} for r in records]
+                                  for records in (self.records, self.val))
 
     def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
         """The loss of one batch: that of the feedback, and a share of the language model's on the
@@ -321,7 +357,9 @@ class RewardTask:
         self.run.samples(step, [{**record, **{f"{field}_score": round(float(scores[field][i]), 3)
                                               for field in fields}}
                                 for i, record in enumerate(records[:8])])
-        return self.agreement(records, scores)
+        measured = self.agreement(records, scores)
+        self.extra["warnings"] = self.chance_warnings(records, measured)
+        return measured
 
     def raw_scores(self, records: list[dict], field: str) -> np.ndarray:
         """Raw score (n,) of each record's reply in `field`."""
@@ -332,13 +370,30 @@ class RewardTask:
     def agreement(self, records: list[dict], scores: dict[str, np.ndarray]) -> dict[str, float]:
         """Accuracy on pairs; correlation with ratings; AUC and accuracy on labels."""
         if self.kind == "pairwise":
-            return {"val_accuracy": float((scores["chosen"] > scores["rejected"]).mean())}
+            return {"val_accuracy": share_above(scores["chosen"], scores["rejected"])}
         raw = scores["response"]
         if self.kind == "regression":
-            return {"val_correlation": float(np.corrcoef(raw, [r["score"] for r in records])[0, 1])}
+            return {"val_correlation": correlation(raw, [r["score"] for r in records])}
         labels = np.array([r["label"] for r in records])
         right = {"val_accuracy": accuracy(1 / (1 + np.exp(-raw)), labels)}
         return right if labels.min() == labels.max() else {"val_auc": auc(raw, labels), **right}
+
+    def chance_warnings(self, records: list[dict], measured: dict[str, float]) -> list[str]:
+        """A warning if the agreement is what a model that learned nothing reaches once in twenty
+        times: 1.645 standard errors above chance."""
+        n = len(records)
+        name, chance, error = {"pairwise": ("val_accuracy", 0.5, 0.5 / math.sqrt(n)),
+                               "regression": ("val_correlation", 0.0, 1 / math.sqrt(max(1, n - 1))),
+                               "label": ("val_auc", 0.5, 0.0)}[self.kind]
+        if self.kind == "label":  # Mann and Whitney 1947
+            liked = sum(r["label"] for r in records)
+            error = math.sqrt((n + 1) / (12 * max(1, liked * (n - liked))))
+        value, limit = measured.get(name, chance), min(1.0, chance + 1.645 * error)
+        if value > limit:
+            return []
+        return [f"{name} {value:.3f} over {n} records is no better than chance ({chance:g}, by "
+                f"luck up to {limit:.3f}): PPO would follow noise; bring more feedback, for "
+                "validation, too, train longer (--epochs), or look for mistakes in the feedback"]
 
 
 def reward_model_from(trunk: Transformer, o: RewardOptions) -> RewardModel:
@@ -369,4 +424,6 @@ def train_reward(o: RewardOptions) -> Run | None:
     print(f"reward: {len(task.records)} records ({task.kind}), {task.n_steps} steps of {o.batch}",
           flush=True)
     run.finish(**fit(run, task))
+    for warning in task.extra["warnings"]:
+        print(f"reward: warning: {warning}", file=sys.stderr)
     return run

@@ -88,7 +88,7 @@ class PretrainTask:
         batch = (x.to(self.run.device).chunk(self.o.accumulate) for x in self.batches.batch(step))
         for tokens, targets, docs in zip(*batch, strict=True):
             with precision(self.run.dtype, self.run.device):
-                hidden = self.run.model.hidden(tokens, docs=None if self.train.single else docs)
+                hidden = self.run.model.hidden(tokens, docs=None if self.batches.single else docs)
                 nats = cross_entropy_sum(self.run.model, hidden.flatten(0, 1), targets.flatten())
             yield nats / (targets.numel() * self.o.accumulate), targets.numel()
 

@@ -3,6 +3,8 @@
 Which records are in a batch follows from the step alone (runtime/draws.py), so a resumed run sees
 the batches of the uninterrupted one.
 """
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -108,6 +110,20 @@ def reward_rows(records: Sequence[dict], tokenizer: Tokenizer, template: str, ma
     return rows
 
 
+def drop_equal_pairs(records: Sequence[dict], tokenizer: Tokenizer, template: str,
+                     max_len: int) -> tuple[list[dict], int]:
+    """(the pairs whose two rows still differ within max_len, the max_len at which all do)."""
+    kept, needed = [], 0
+    for record in records:
+        (a, _), (b, _) = (row for field in ("chosen", "rejected") for row in
+                          reward_rows([record], tokenizer, template, sys.maxsize, field=field))
+        shared = len(os.path.commonprefix([a, b]))  # it takes lists, too
+        needed = max(needed, shared + 1)
+        if shared < max_len:
+            kept.append(record)
+    return kept, needed
+
+
 def reward_batch(rows: Sequence[Row], device: str) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens, real, reply) of `reward_rows`, each (B, L), padded to the right."""
     tokens, real = pad_right([ids for ids, _ in rows], 0)
@@ -166,7 +182,8 @@ class PackedDocuments:
         self.tokens, self.starts = documents.tokens, documents.starts
         self.window, self.batch_size, self.seed = window, batch, seed
         self.n_steps = max(1, total_tokens // (window * batch))
-        self.single = documents.single
+        # A text that fills no window is repeated in it, as documents are.
+        self.single = documents.single and len(self.tokens) > window
         needed = self.n_steps * window * batch + 1
         self.passes = 1 + (needed - 1) // len(self.tokens)  # over the part that is read most often
         if not self.single:

@@ -3,7 +3,9 @@
 data/records.py lists the formats. Files without a validation or test file beside them are divided
 90/5/5 by a hash of each record's prompt or text.
 """
+import contextlib
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from data.tokenizer import train_bpe
 from data.dataset import SPLITS, DataSet, DataWriter, split_of
 from data.records import FIELDS, as_messages, kind_of, load_records
+from runtime.lines import parse_line, read_lines
 from runtime.options import UserError
 
 Files = dict[tuple[str, str], pathlib.Path]  # (stage, split) -> file
@@ -23,26 +26,32 @@ def own_data_set(path: pathlib.Path) -> DataSet:
     has_text = any(stage == "pretrain" for stage, _ in files)
     return DataSet("own", source=lambda path, downloads: list(files.values()),
                    build=functools.partial(build, list(files)),
-                   options=("vocab_size",) if has_text else ())
+                   options=("vocab_size", "skip_bad") if has_text else ("skip_bad",))
 
 
 def find_files(path: pathlib.Path) -> Files:
-    """The user's files by (stage, split). The stage of a single file is that of its first record.
-    UserError if a folder has no training file."""
+    """The user's files by (stage, split), plain or gzipped. The stage of a single file is that of
+    its first record. UserError if a folder has no training file, or one in both forms."""
     if path.is_file():
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            first = next((line for line in file if line.strip()), "{}")
-        try:
-            return {(kind_of(json.loads(first)), "train"): path}
-        except json.JSONDecodeError:
-            raise UserError(f"{path}, line 1: not JSON; a data file has one JSON object a "
-                            "line") from None
-    candidates = {(stage, split): path / file_name(stage, split)
-                  for stage in FIELDS for split in SPLITS}
-    files = {place: file for place, file in candidates.items() if file.exists()}
+        return {(kind_of(first_object(path)), "train"): path}
+    files: Files = {}
+    for stage, split, suffix in itertools.product(FIELDS, SPLITS, ("", ".gz")):
+        file = path / (file_name(stage, split) + suffix)
+        if file.exists() and files.setdefault((stage, split), file) != file:
+            raise UserError(f"{path}: {file_name(stage, split)} is there, and so is {file.name}: "
+                            "keep one of them")
     if not any(split == "train" for _, split in files):
         raise UserError(f"{path}: none of {', '.join(f'{s}.jsonl' for s in FIELDS)} is there")
     return files
+
+
+def first_object(path: pathlib.Path) -> dict:
+    """The first JSON object of a file; {} if no line holds any."""
+    for _, line in read_lines(path):
+        with contextlib.suppress(ValueError):  # it is reported, or left out, with other bad lines
+            if isinstance(record := parse_line(line), dict):
+                return record
+    return {}
 
 
 def file_name(stage: str, split: str) -> str:
@@ -51,12 +60,12 @@ def file_name(stage: str, split: str) -> str:
 
 
 def build(places: Sequence[tuple[str, str]], folder: pathlib.Path, files: Sequence[pathlib.Path],
-          vocab_size: int = 0) -> DataWriter:
+          vocab_size: int = 0, skip_bad: bool = False) -> DataWriter:
     """Check and divide the user's records; train a vocabulary if there is pretraining text.
 
-    places: (stage, split) of each file.
+    places: (stage, split) of each file. skip_bad: leave out lines that are no record.
     """
-    records = divide(dict(zip(places, files, strict=True)))
+    records = divide(dict(zip(places, files, strict=True)), skip_bad)
     texts = {split: [r["text"] for r in records["pretrain", split]] for split in SPLITS
              if ("pretrain", split) in records}
     tokenizer = train_bpe(texts["train"], vocab_size, progress=True) if texts else None
@@ -74,15 +83,15 @@ def build(places: Sequence[tuple[str, str]], folder: pathlib.Path, files: Sequen
     return out
 
 
-def divide(files: Files) -> Records:
+def divide(files: Files, skip_bad: bool = False) -> Records:
     """The records of all files; what would fall into a split with a file of its own stays in train.
     UserError if a split of a stage stays empty."""
     records: Records = {}
     for (stage, split), path in files.items():
         if split != "train":
-            records[stage, split] = load_records(path, stage)
+            records[stage, split] = load_records(path, stage, skip_bad)
             continue
-        for record in load_records(path, stage):
+        for record in load_records(path, stage, skip_bad):
             drawn = split_of(json.dumps(record.get("prompt", record), sort_keys=True), (90, 95))
             place = (stage, "train") if (stage, drawn) in files else (stage, drawn)
             records.setdefault(place, []).append(record)

@@ -29,7 +29,8 @@ from runtime.options import Options, UserError, advice, option, parse, run_main
 VERSION = 4  # of the stored form; raise it to make folders prepared earlier unused
 CACHE = pathlib.Path(os.environ.get("MOSSLET_CACHE") or pathlib.Path(__file__).parent / "cache")
 NO_EFFECT = {"source": "it names the raw files of {names}", "limit": "it is for {names}",
-             "vocab_size": "no vocabulary of tokens is trained on it"}  # why an option is refused
+             "vocab_size": "no vocabulary of tokens is trained on it",
+             "skip_bad": "it is for files of your own"}  # why an option is refused
 
 
 def find_data_set(data: str) -> DataSet:
@@ -49,15 +50,15 @@ def find_data_set(data: str) -> DataSet:
 
 
 def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, limit: int = 0,
-            cache: str | os.PathLike | None = None) -> pathlib.Path:
+            skip_bad: bool = False, cache: str | os.PathLike | None = None) -> pathlib.Path:
     """The prepared folder of a data set, given by name, or of the user's files, given by path.
 
     It is built if it is not in `cache` yet (None: data/cache/, or the folder that the variable
     MOSSLET_CACHE names). Options that the data set does not read are ignored.
     """
     cache, data_set = pathlib.Path(cache or CACHE), find_data_set(data)
-    options = {name: value for name, value in (("vocab_size", vocab_size), ("limit", limit))
-               if name in data_set.options}
+    given = {"vocab_size": vocab_size, "limit": limit, "skip_bad": skip_bad}
+    options = {name: value for name, value in given.items() if name in data_set.options}
     path = pathlib.Path(source) if source and "source" in data_set.options else None
     if path is not None:
         if not path.exists():
@@ -133,14 +134,15 @@ def open_data(data: str, **options) -> Prepared:
 
 
 def open_for(o: Options, data: str) -> Prepared:
-    """`open_data` with a command's --source, --vocab_size and --limit; one that has no effect on
-    this data set must not be given."""
+    """`open_data` with a command's options for the data; one that has no effect on this data set
+    must not be given."""
     data_set = find_data_set(data)
     for name, why in NO_EFFECT.items():
         if name not in data_set.options:
             names = [known.name for known in DATA_SETS.values() if name in known.options]
             o.refuse(name, why=f"on {data}: {why.format(names=' and '.join(names))}")
-    return open_data(data, source=o.source or None, vocab_size=o.vocab_size, limit=o.limit)
+    return open_data(data, source=o.source or None, vocab_size=o.vocab_size, limit=o.limit,
+                     skip_bad=o.skip_bad)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -152,6 +154,7 @@ class PrepareOptions(Options):
     source: str = option("", "folder or archive with the raw files; empty: download them")
     vocab_size: int = option(4096, "tokens of the vocabulary, six special ones included", low=262)
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
+    skip_bad: bool = option(False, "leave out bad lines of your own files, and say how many")
     list: bool = option(False, "list the prepared folders, and whether each is whole")
     clean: bool = option(False, "remove prepared folders that are damaged, left by a stopped "
                                 "process or of an earlier version; the others stay")
@@ -163,13 +166,13 @@ def main(argv: list[str]) -> None:
     o = parse(PrepareOptions, argv[bool(name):], "-m data.prepare NAME")
     if o.list or o.clean:
         command = "clean" if o.clean else "list"
-        o.refuse("source", "vocab_size", "limit", why=f"with --{command}")
+        o.refuse("source", "vocab_size", "limit", "skip_bad", why=f"with --{command}")
         if name:
             raise UserError(f"--{command} is about all prepared folders: leave out {name}")
         return (clean if o.clean else list_folders)(CACHE)
     if not name:
         raise UserError(f"usage: python -m data.prepare {'|'.join(DATA_SETS)}|FILE.jsonl|FOLDER "
-                        "[--source …] [--vocab_size …] [--limit …], or --list, or --clean")
+                        "[--source …] [--vocab_size …] [--limit …] [--skip_bad], or --list, or --clean")
     data = open_for(o, name)
     print(data.folder)
     for name, count in data.meta["counts"].items():

@@ -12,13 +12,13 @@ A prompt is a text or a list of messages {"role", "content"}. HH's form has no p
 anything is trained.
 """
 import json
-import math
 import os
 import pathlib
 import re
 from collections.abc import Iterable
 from typing import Any
 
+from runtime.lines import parse_line, read_lines
 from runtime.options import UserError
 
 FIELDS = {"pretrain": "text", "sft": "prompt and response, or messages",
@@ -59,7 +59,7 @@ def check_dialogue(messages: list, reply: bool) -> None:
     roles = [m.get("role") for m in messages]
     turns = roles[roles[0] == "system":]
     if not turns or turns != (["user", "assistant"] * len(turns))[:len(turns)]:
-        raise ValueError(f"roles {roles}: a dialogue is one optional system message, then user and "
+        raise ValueError(f"roles {str(roles)[:60]}: a dialogue is one optional system message, then user and "
                          "assistant in turn")
     if (turns[-1] == "user") != reply:
         raise ValueError("to be continued, a dialogue must end with the user's message" if reply
@@ -72,15 +72,15 @@ def _require(record: dict, name: str, types: tuple, description: str) -> None:
     """ValueError unless record[name] has one of the types; a bool counts as no number."""
     value = record.get(name)
     if not isinstance(value, types) or isinstance(value, bool):
-        shown = json.dumps(value, ensure_ascii=False)[:40]
+        shown = {dict: "an object", list: "a list"}.get(type(value)) or json.dumps(value)[:40]
         raise ValueError(f'"{name}" must be {description}, is {shown}')
 
 
-def _require_number(record: dict, name: str) -> None:
-    """ValueError unless record[name] is a finite number."""
+def _require_number(record: dict, name: str, most: float) -> None:
+    """ValueError unless record[name] is a number of at most that size."""
     _require(record, name, (int, float), "a number")
-    if not math.isfinite(record[name]):
-        raise ValueError(f'"{name}" must be finite')
+    if not -most <= record[name] <= most:  # NaN, too
+        raise ValueError(f'"{name}" must be finite, and from {-most:g} to {most:g}')
 
 
 def _transcript(text: Any) -> list[dict[str, str]]:
@@ -109,30 +109,42 @@ def _pair_from_transcripts(record: dict) -> dict:
             "rejected": rejected[-1]["content"], **margin}
 
 
-def _check_feedback(record: dict) -> None:
-    """ValueError unless a reward record has a pair of replies, or one with label or score."""
+def _check_feedback(record: dict) -> list[str]:
+    """The fields of a reward record's feedback: ValueError unless it has a pair of replies, or one
+    with label or score."""
     if "chosen" in record:
         _require(record, "chosen", (str,), "a text")
         _require(record, "rejected", (str,), "a text")
-        if "margin" in record:
-            _require_number(record, "margin")
-        return
+        if record["chosen"] == record["rejected"]:
+            raise ValueError('"chosen" and "rejected" are equal: nothing is preferred')
+        if "margin" in record:  # a distance of raw scores, which are of the size of 1
+            _require_number(record, "margin", 1e3)
+            return ["chosen", "rejected", "margin"]
+        return ["chosen", "rejected"]
     _require(record, "response", (str,), "a text")
     if "score" in record:
-        _require_number(record, "score")
-    elif record.get("label") not in (0, 1):
+        _require_number(record, "score", 1e15)
+        return ["response", "score"]
+    if record.get("label") not in (0, 1):
         raise ValueError('needs "label" (0 or 1), "score" (a number), or "chosen" and "rejected"')
+    return ["response", "label"]
 
 
 def checked(record: Any, kind: str) -> dict:
-    """The record in the form of this file's head; ValueError says what is wrong with it."""
+    """The record in the form of this file's head, without any other field; ValueError says what is
+    wrong with it."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     if kind == "reward" and {"chosen", "rejected"} <= set(record) and "prompt" not in record:
         record = _pair_from_transcripts(record)
+    names = ["prompt"]
     if kind == "pretrain":
+        names = ["text"]
         _require(record, "text", (str,), "a text")
+        if not record["text"]:
+            raise ValueError('"text" is empty')
     elif kind == "sft" and "messages" in record:
+        names = ["messages"]
         _require(record, "messages", (list,), "a list of messages")
         check_dialogue(record["messages"], reply=False)
     else:
@@ -140,35 +152,47 @@ def checked(record: Any, kind: str) -> dict:
         if isinstance(record["prompt"], list):
             check_dialogue(record["prompt"], reply=True)
         if kind == "sft":
+            names.append("response")
             _require(record, "response", (str,), "a text")
         elif kind == "reward":
-            _check_feedback(record)
-    json.dumps(record, ensure_ascii=False).encode()  # UnicodeEncodeError for a lone surrogate
+            names += _check_feedback(record)
+    record = {name: _bare(record[name]) for name in names}
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a lone surrogate, which is half a character: write it whole") from None
     return record
+
+
+def _bare(value: Any) -> Any:
+    """Messages with nothing but role and content; any other value as it is."""
+    if not isinstance(value, list):
+        return value
+    return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
-def load_records(path: str | os.PathLike, kind: str) -> list[dict]:
+def load_records(path: str | os.PathLike, kind: str, skip_bad: bool = False) -> list[dict]:
     """The records of a JSON Lines file, for a stage (`kind`: pretrain, sft, reward or ppo).
 
-    UserError names file and line of a bad record. It is also raised for a file without records, and
-    for one that mixes pairs, labels and scores.
+    UserError names the bad lines and what is wrong with them; with skip_bad they are left out, and
+    named in a printed line. It is also raised for a file without records, and for one that mixes
+    pairs, labels and scores.
     """
-    path, records = pathlib.Path(path), []
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    if text := line.decode("utf-8-sig").strip():
-                        records.append(checked(json.loads(text), kind))
-                except ValueError as error:  # those of UTF-8, JSON and surrogates are ValueErrors
-                    reason = {UnicodeDecodeError: "not UTF-8: convert the file, or save it as that",
-                              UnicodeEncodeError: "a lone surrogate"}.get(type(error), str(error))
-                    raise UserError(f"{path}, line {number}: {reason}; a {kind} record has "
-                                    f"{FIELDS[kind]}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    records, bad = [], []
+    for number, line in read_lines(path):
+        if line.strip(b"\xef\xbb\xbf \t\r\n"):
+            try:
+                records.append(checked(parse_line(line), kind))
+            except ValueError as error:
+                bad.append(f"line {number}: {error}")
+    if bad and not (skip_bad and records):
+        raise UserError(f"{path}, {first_of(bad)}; a {kind} record has {FIELDS[kind]}; mend the "
+                        "file, or let train.py leave such lines out (--skip_bad)")
+    if bad:
+        print(f"{path}: {len(bad)} of {len(bad) + len(records)} records left out (--skip_bad): "
+              f"{first_of(bad)}")
     if not records:
         raise UserError(f"{path}: holds no records; a {kind} file has one JSON object a line, with "
                         f"{FIELDS[kind]}")
@@ -176,6 +200,12 @@ def load_records(path: str | os.PathLike, kind: str) -> list[dict]:
         raise UserError(f"{path}: pairs, labels and scores are mixed; keep one kind of feedback in "
                         "a file")
     return records
+
+
+def first_of(bad: list[str], most: int = 10) -> str:
+    """The first few of these descriptions, and how many there are."""
+    more = f"; … {len(bad)} bad lines in all" if len(bad) > most else ""
+    return "; ".join(bad[:most]) + more
 
 
 def write_records(path: pathlib.Path, records: Iterable[dict]) -> None:

@@ -300,6 +300,7 @@ class Common(Options):
     vocab_size: int = option(4096, "tokens of the vocabulary that is trained on the data, six "
                                    "special ones included", low=262)
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
+    skip_bad: bool = option(False, "leave out bad lines of your own files, and say how many")
     # The run.
     preset: str = option("demo", "demo: two CPU cores, ten minutes for all; smoke: seconds, for "
                                  "tests; base: one GPU",

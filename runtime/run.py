@@ -22,6 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from runtime.device import compile_pays, pick_device, pick_dtype
+from runtime.lines import parse_line, read_lines
 from runtime.machine import Interrupt, Interrupted, git_commit, processor, replace_text
 from runtime.options import Common, UserError, as_dict, show
 from runtime.products import pick_products, use_products
@@ -173,10 +174,16 @@ class RunFolder:
             self._drop_lines_after(self.path / name, step)
 
     def _drop_lines_after(self, path: pathlib.Path, step: int) -> None:
-        """Drop lines past the checkpoint's step; a resumed run writes them again."""
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        replace_text(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+        """Drop lines past the checkpoint's step, which a resumed run writes again, and lines cut
+        short or damaged: no log is worth a run."""
+        def stays(line: bytes) -> bool:
+            try:
+                return line.endswith(b"\n") and parse_line(line)["step"] <= step
+            except (ValueError, KeyError, TypeError):
+                return False
+
+        lines = [line for _, line in read_lines(path) if stays(line)] if path.exists() else []
+        replace_text(path, b"".join(lines).decode())
 
     def append(self, name: str, records: list[dict]) -> None:
         """Add JSON Lines to metrics.jsonl or samples.jsonl."""

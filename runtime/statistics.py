@@ -40,9 +40,26 @@ def auc(scores: Sequence[float], labels: Sequence[int]) -> float:
 
 
 def accuracy(probs: Sequence[float], labels: Sequence[int]) -> float:
-    """Share of texts whose probability is on their label's side of one half."""
+    """Share of texts whose probability is on their label's side of one half; those at one half
+    count one half."""
     probs, labels = _as_arrays(probs, labels)
-    return float(((probs > 0.5) == labels).mean())
+    return float(np.where(probs == 0.5, 0.5, (probs > 0.5) == labels).mean())
+
+
+def share_above(a: Sequence[float], b: Sequence[float]) -> float:
+    """How often a is above b; ties count one half.
+
+    >>> share_above([1, 2, 3, 3], [0, 2, 4, 1])
+    0.625
+    """
+    a, b = _as_arrays(a, b)
+    return float((a > b).mean() + (a == b).mean() / 2)
+
+
+def correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Pearson's; 0 where all of a, or all of b, are equal: then neither tells of the other."""
+    a, b = _as_arrays(a, b)
+    return 0.0 if min(np.ptp(a), np.ptp(b)) == 0 else float(np.corrcoef(a, b)[0, 1])
 
 
 def calibration_error(probs: Sequence[float], labels: Sequence[int], bins: int = 10) -> float:
@@ -109,7 +126,7 @@ def paired_auc_difference(scores: Sequence[Sequence[float]], baseline: Sequence[
 def win_rate(a: Sequence[float], b: Sequence[float], **settings: Any) -> tuple[float, float, float]:
     """(value, low, high): share of prompts on which a's reply scores above b's; ties count one
     half. settings: those of `bootstrap`."""
-    return bootstrap(lambda x, y: float((x > y).mean() + (x == y).mean() / 2), a, b, **settings)
+    return bootstrap(share_above, a, b, **settings)
 
 
 # ---- over a run ----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import (PackedDocuments, dialogue_rows, drop_long_prompts, eval_windows,
+from data.batches import (drop_equal_pairs, PackedDocuments, dialogue_rows, drop_long_prompts, eval_windows,
                           make_rows, pack_rows, pad_left, pad_right, prompt_ids, reward_batch,
                           reward_rows, scatter_tokens)
 from data.tokenizer import train_bpe
@@ -125,6 +125,17 @@ def test_one_long_text_is_cut_into_windows_of_neighbouring_tokens():
     assert not docs.any()
 
 
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 10])
+def test_a_text_of_any_length_fills_its_windows(length):
+    """Of the 8 tokens of a window and one more, the last target: shorter texts are repeated."""
+    batches = single(length)
+    inputs, targets, docs = batches.batch(19)
+    assert inputs.shape == targets.shape == docs.shape == (3, 8)
+    assert batches.single == (length > 8)
+    assert torch.equal(targets, (inputs + 1) % length)
+    assert batches.single or torch.equal(docs[:, 1:] != docs[:, :-1], inputs[:, 1:] == 0)
+
+
 def test_windows_of_one_long_text_depend_on_the_step_alone():
     assert torch.equal(single().batch(7)[0], single().batch(7)[0])
     assert not torch.equal(single().batch(7)[0], single().batch(8)[0])
@@ -194,6 +205,20 @@ def test_the_window_grows_to_the_longest_row():
 
 
 # ---- what the reward model reads -----------------------------------------------------------------
+
+def test_pairs_that_are_equal_once_cut_are_dropped(tokenizer):
+    def pair(shared):
+        return {"prompt": "好", "chosen": "书" * shared + "看", "rejected": "书" * shared + "好"}
+
+    pairs = [pair(n) for n in (0, 4, 90)]
+    kept, needed = drop_equal_pairs(pairs, tokenizer, "{prompt}", 40)
+    assert kept == pairs[:2]
+    for max_len, differ in ((needed, 3), (needed - 1, 2)):
+        rows = [reward_rows(pairs, tokenizer, "{prompt}", max_len, field=field)
+                for field in ("chosen", "rejected")]
+        assert sum(a != b for a, b in zip(*rows, strict=True)) == differ
+        assert len(drop_equal_pairs(pairs, tokenizer, "{prompt}", max_len)[0]) == differ
+
 
 def feedback(n=200):
     return [{"prompt": "这", "response": "一二三四五六七八九十"[:2 + i % 9], "label": i % 2} for i in range(n)]

@@ -29,6 +29,12 @@ def test_runs_are_compared_at_the_steps_they_share(runs):
     assert len(series(found, "sft", "loss")[0]) == 0
 
 
+def test_a_line_ends_at_a_line_feed_only(runs):
+    with open(runs[0] / "ppo/metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('\n{"step": 6, "note": "a\u2028b", "score": 9}\n{"step": 7, "sc')
+    assert series([read_metrics(runs[0])], "ppo", "score")[0].tolist() == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_page_is_drawn(runs, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     main([*map(str, runs), "--out", str(tmp_path / "p.png")])

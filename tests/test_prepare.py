@@ -2,6 +2,7 @@
 bring."""
 import dataclasses
 import functools
+import gzip
 import json
 import os
 import pathlib
@@ -181,7 +182,8 @@ def test_options_with_an_effect_are_not_refused(reviews_source, tmp_path, monkey
     monkeypatch.setattr("data.prepare.open_data", lambda data,
                         **options: opened.append((data, options)))
     open_for(parse(PrepareOptions, ["--source=s", "--limit=9", "--vocab_size=300"], "x"), "reviews")
-    assert opened == [("reviews", {"source": "s", "vocab_size": 300, "limit": 9})]
+    assert opened == [("reviews", {"source": "s", "vocab_size": 300, "limit": 9,
+                                   "skip_bad": False})]
 
 
 def test_the_command_prints_what_was_made(shakespeare, tmp_path, monkeypatch, capsys):
@@ -280,6 +282,40 @@ def test_the_names_of_files_count(tmp_path):
 def test_a_byte_order_mark_does_not_hide_the_stage(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "x"}\n')
     assert list(find_files(tmp_path / "d.jsonl")) == [("ppo", "train")]
+
+
+@pytest.fixture
+def flawed(tmp_path):
+    """A user's file of 200 prompts, its first line and its last no records."""
+    return write(tmp_path / "f.jsonl", "{", *({"prompt": f"{i}"} for i in range(200)), "[")
+
+
+def test_bad_lines_are_left_out_on_demand(flawed, tmp_path, capsys):
+    with pytest.raises(UserError, match="line 1: not a JSON object; line 202: "):
+        open_data(str(flawed), cache=tmp_path / "c")
+    data = open_data(str(flawed), skip_bad=True, cache=tmp_path / "c")
+    assert sum(len(data.records("ppo", split)) for split in ("train", "val", "test")) == 200
+    assert "2 of 202 records left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match="line 1"):  # also after it was prepared without them
+        open_data(str(flawed), cache=tmp_path / "c")
+
+
+def test_leaving_lines_out_is_for_files_of_ones_own():
+    with pytest.raises(UserError, match="--skip_bad has no effect on reviews"):
+        open_for(parse(PrepareOptions, ["--skip_bad"], "x"), "reviews")
+
+
+def test_files_may_be_gzipped(flawed, tmp_path):
+    records = open_data(str(flawed), skip_bad=True, cache=tmp_path / "c").records("ppo", "train")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "f.jsonl.gz", tmp_path / "folder/ppo.jsonl.gz"):
+        path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + flawed.read_bytes()))
+        place = path.parent if path.parent.name == "folder" else path
+        data = open_data(str(place), skip_bad=True, cache=tmp_path / "c")
+        assert data.records("ppo", "train") == records
+    write(tmp_path / "folder/ppo.jsonl", {"prompt": "x"})
+    with pytest.raises(UserError, match="ppo.jsonl is there, and so is ppo.jsonl.gz"):
+        find_files(tmp_path / "folder")
 
 
 @pytest.mark.parametrize("content,message", [

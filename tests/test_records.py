@@ -33,7 +33,20 @@ def write(path, *lines):
     ("sft", {"messages": ["x"]}, 'a "role"'),
     ("sft", {"messages": [{"role": "tool", "content": "x"}]}, "role"),
     ("sft", {"messages": [{"role": "user", "content": "x"}]}, "end with the assistant's"),
+    ("sft", "[" * 100_000, "nested"),
+    ("sft", '{"prompt": ' + "[" * 900 + "]" * 900 + "}", 'a "role"'),
     ("pretrain", {"txt": "x"}, '"text"'),
+    ("pretrain", {"text": ""}, '"text" is empty'),
+    ("pretrain", '{"text": Infinity}', '"text"'),
+    ("reward", {"prompt": "x", "response": "y", "score": 10**400}, "finite"),
+    ("reward", {"prompt": "x", "response": "y", "score": -1e30}, "from -1e.15 to 1e.15"),
+    ("reward", '{"prompt": "x", "response": "y", "score": -Infinity}', "finite"),
+    ("reward", '{"prompt": "x", "response": "y", "score": ' + "9" * 9000 + "}", "finite"),
+    ("reward", {"prompt": "x", "response": "y", "label": math.nan}, "label"),
+    ("reward", {"prompt": "x", "chosen": "y", "rejected": "y"}, "equal"),
+    ("reward", {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b "},
+     "equal"),
+    ("reward", {"prompt": "x", "chosen": "y", "rejected": "z", "margin": 1e30}, "from -1000 to 1000"),
     ("reward", {"prompt": "x", "response": "y"}, "label"),
     ("reward", {"prompt": "x", "response": "y", "label": 2}, "label"),
     ("reward", {"prompt": "x", "response": "y", "score": "9"}, '"score"'),
@@ -50,6 +63,31 @@ def write(path, *lines):
 def test_a_bad_line_is_refused_with_file_line_and_reason(tmp_path, kind, line, message):
     with pytest.raises(UserError, match=f"d.jsonl, line 3: .*{message}"):
         load_records(write(tmp_path / "d.jsonl", GOOD[kind], "", line), kind)
+
+
+def test_all_bad_lines_are_named_at_once(tmp_path):
+    lines = [{"prompt": str(i)} if i % 2 else {"prompt": i} for i in range(50)]
+    with pytest.raises(UserError) as caught:
+        load_records(write(tmp_path / "d.jsonl", *lines), "ppo")
+    assert [f"line {n}:" in str(caught.value) for n in range(1, 22)] == [True, False] * 10 + [False]
+    assert "25 bad lines" in str(caught.value) and "--skip_bad" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_lines_are_left_out_on_demand_and_counted(tmp_path, capsys):
+    path = write(tmp_path / "d.jsonl", {"prompt": "a"}, "{", {"prompt": 3}, {"prompt": "b"})
+    assert load_records(path, "ppo", skip_bad=True) == [{"prompt": "a"}, {"prompt": "b"}]
+    assert "2 of 4 records left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match="line 1: not JSON"):
+        load_records(write(tmp_path / "d.jsonl", "{"), "ppo", skip_bad=True)
+
+
+@pytest.mark.parametrize("extra", ["NaN", "1" * 9000, "[" * 500 + "]" * 500, "1e999", '"\\ud800"'])
+def test_other_fields_are_ignored_whatever_they_hold(tmp_path, extra):
+    message = f'{{"role": "user", "content": "q", "id": {extra}}}'
+    path = write(tmp_path / "d.jsonl", f'{{"prompt": [{message}], "response": "b", "id": {extra}}}')
+    record, = load_records(path, "sft")
+    assert record == {"prompt": [{"role": "user", "content": "q"}], "response": "b"}
 
 
 def test_bytes_that_are_not_utf8_are_refused_with_their_line(tmp_path):

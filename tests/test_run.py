@@ -35,6 +35,20 @@ def test_a_run_resumes_from_its_checkpoint(open_sft):
     assert (run.step, run.state["step"]) == (3, 3)
 
 
+def test_a_resumed_log_keeps_whole_lines_up_to_the_checkpoint(open_sft):
+    """A text may hold what str.splitlines takes for the end of a line."""
+    run = open_sft()
+    begin(run, 3)
+    text = "a\u2028b\u2029c\x85d"
+    run.samples(3, [{"text": text}])
+    kept = (run.folder.path / "samples.jsonl").read_bytes()
+    run.samples(4, [{"text": text}])
+    with open(run.folder.path / "samples.jsonl", "ab") as file:
+        file.write(b'\0\0\n{"step": 3, "text": "a')
+    open_sft("--resume").progress(4)
+    assert (run.folder.path / "samples.jsonl").read_bytes() == kept
+
+
 def test_a_run_that_is_there_is_not_overwritten_without_a_word(open_sft):
     begin(open_sft(), 3)
     with pytest.raises(UserError, match="a run is there already.*--resume.*--fresh"):

@@ -9,8 +9,9 @@ import torch
 
 import train
 from data.batches import dialogue_rows, eval_windows, reward_batch, reward_rows
-from model import limit_length, load_checkpoint, open_run
-from reward import RewardTask, label_loss, pairwise_loss, reward_model_from, train_reward
+from data.prepared import Documents
+from model import limit_length, load_checkpoint, load_parent, open_run
+from reward import RewardModel, RewardTask, label_loss, pairwise_loss, reward_model_from, train_reward
 from runtime.draws import batch_indices, key
 from runtime.options import UserError, run_main
 from tests.conftest import logprobs_of, loud
@@ -53,6 +54,23 @@ def test_pretraining_means_over_every_target_and_stays_inside_documents(task_of)
     assert float(ends[0][0]) == pytest.approx(nats / batch[0].numel(), rel=1e-4)
     assert torch.allclose(*ends, atol=1e-5)
     assert model.config.dropout == 0
+
+
+@torch.no_grad()
+def test_a_text_shorter_than_a_window_is_read_again_and_never_across_its_end(
+        task_of, world, monkeypatch):
+    ids = world.data.documents("train").tokens[:20]
+    text = Documents(ids, np.array([0, 20]), np.zeros(1, np.uint8), 40)
+    monkeypatch.setattr(type(world.data), "documents", lambda *_: text)
+    monkeypatch.setattr(type(world.data), "mixture", lambda *_: (None, {}))
+    task = task_of("pretrain")
+    model = loud(task.run.model)
+    nats = []
+    for tokens, targets, docs in zip(*task.batches.batch(0), strict=True):
+        nats += [-logprobs_of(model(tokens[docs == d][None])[0], targets[docs == d])
+                 for d in docs.unique()]
+    assert sum(torch.equal(part, nats[1]) for part in nats) > 1  # whole copies in a window
+    assert float(next(task.losses(0))[0]) == pytest.approx(float(torch.cat(nats).mean()), rel=1e-4)
 
 
 @torch.no_grad()
@@ -162,6 +180,90 @@ def test_agreement_reads_probabilities_and_the_order_of_pairs(task_of):
     task.kind = "pairwise"
     scores = {"chosen": np.array([2., 1, 0]), "rejected": np.array([1., 0, 3])}
     assert task.agreement([{}] * 3, scores)["val_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_ties_count_half_and_constant_scores_have_figures(task_of):
+    task, rated = task_of("reward"), [{"label": y, "score": y} for y in (0, 1, 1)]
+    flat = {"response": np.full(3, .1), "chosen": np.zeros(3), "rejected": np.zeros(3)}
+    expected = {"label": {"val_auc": .5, "val_accuracy": 2 / 3}, "pairwise": {"val_accuracy": .5},
+                "regression": {"val_correlation": 0}}
+    for task.kind, figures in expected.items():
+        measured = task.agreement(rated, flat)
+        assert measured == pytest.approx(figures)
+        assert len(task.chance_warnings(rated, measured)) == 1
+
+
+@pytest.mark.parametrize("kind,name,n,enough,too_little", [
+    ("pairwise", "val_accuracy", 100, .59, .57), ("pairwise", "val_accuracy", 1, None, 1.0),
+    ("regression", "val_correlation", 101, .17, .16), ("regression", "val_correlation", 2, None, 1.0),
+    ("label", "val_auc", 100, .60, .59), ("label", "val_auc", 2, None, 1.0)])
+def test_agreement_that_luck_reaches_is_warned_of(task_of, kind, name, n, enough, too_little):
+    task, records = task_of("reward"), [{"label": i % 2} for i in range(n)]
+    task.kind = kind
+    (warning,) = task.chance_warnings(records, {name: too_little})
+    assert name in warning and f"over {n} records" in warning
+    assert enough is None or task.chance_warnings(records, {name: enough}) == []
+    assert len(task.chance_warnings(records, {})) == 1  # what could not be measured
+
+
+def test_a_reward_model_that_learned_nothing_is_said_by_it_and_by_what_builds_on_it(
+        command, world, monkeypatch, capsys):
+    run = train_reward(command("reward", "--epochs=.1", "--lr=0", "--adam_lr=0"))
+    assert "is no better than chance" in capsys.readouterr().err
+    load_parent(run.o, world.data, "reward", run.folder.path, RewardModel)
+    assert "warning: val_auc" in capsys.readouterr().err
+    monkeypatch.setattr(RewardTask, "agreement", lambda *_: {"val_auc": .99})
+    train_reward(command("reward", "--epochs=.1", "--fresh"))
+    load_parent(run.o, world.data, "reward", run.folder.path, RewardModel)
+    assert "chance" not in capsys.readouterr().err
+
+
+def with_records(monkeypatch, world, train_records, val_records):
+    """The small world with these reward records."""
+    monkeypatch.setattr(type(world.data), "records",
+                        lambda _, stage, split: train_records if split == "train" else val_records)
+
+
+@torch.no_grad()
+def test_ratings_of_any_scale_teach_the_same(task_of, world, monkeypatch):
+    losses, measured = [], []
+    for scale, shift in ((1, 0), (100, 7), (1e-4, 0), (1e12, 1e12)):
+        records = [{"prompt": "书", "response": "好" * i, "score": scale * i + shift}
+                   for i in range(20)]
+        with_records(monkeypatch, world, records, records[3:9])
+        task = task_of("reward", "--dropout=0", "--lm_coef=0")
+        assert np.std([r["score"] for r in task.records]) == pytest.approx(1)
+        assert task.extra["ratings"]["mean"] == pytest.approx(9.5 * scale + shift)
+        losses.append(float(next(task.losses(0))[0]))
+        measured.append(task.measure(1)["val_correlation"])
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-4)
+    assert measured == pytest.approx([measured[0]] * 4, abs=1e-4)
+
+
+@pytest.mark.parametrize("part,where", [(0, "to learn from"), (1, "set aside for validation")])
+@pytest.mark.parametrize("name", ["label", "score"])
+def test_equal_feedback_is_refused(task_of, world, monkeypatch, name, part, where):
+    parts = [[{"prompt": "书", "response": "好", name: int(i % 2 or part == p)} for i in range(9)]
+             for p in (0, 1)]
+    with_records(monkeypatch, world, *parts)
+    with pytest.raises(UserError, match=f"all {name}s {where} are the same"):
+        task_of("reward")
+
+
+@torch.no_grad()
+def test_pairs_equal_once_cut_are_left_out_and_counted(task_of, world, monkeypatch, capsys):
+    good = [{"prompt": "书", "chosen": f"好{i}", "rejected": f"差{i}"} for i in range(6)]
+    late = [{"prompt": "书", "chosen": "，" * n + "好", "rejected": "，" * n + "差"} for n in (70, 85)]
+    with_records(monkeypatch, world, good + late, good + late[:1])
+    task = task_of("reward", "--max_len=64")
+    said = capsys.readouterr().out
+    assert (task.records, task.val) == (good, good)
+    assert "2 of 8 training pairs" in said and "1 of 7 validation pairs" in said
+    needed = said.split("validation")[0].split("--max_len ")[-1].split()[0]
+    assert len(task_of("reward", "--max_len", needed).records) == 8
+    with_records(monkeypatch, world, late, good)
+    with pytest.raises(UserError, match="2 of 2 training pairs .*--max_len"):
+        task_of("reward", "--max_len=64")
 
 
 def test_the_reward_model_is_measured_on_records_drawn_from_all(task_of):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from runtime.options import UserError
-from runtime.statistics import (accuracy, auc, bootstrap, calibration_error, interval,
-                                paired_auc_difference, positive_share, win_rate)
+from runtime.statistics import (accuracy, auc, bootstrap, calibration_error, correlation, interval,
+                                paired_auc_difference, positive_share, share_above, win_rate)
 
 
 def mean(x) -> float:
@@ -36,6 +36,23 @@ def test_auc_needs_both_labels():
 
 def test_accuracy_is_the_share_on_the_right_side_of_one_half():
     assert accuracy([.9, .2, .6], [1, 0, 0]) == pytest.approx(2 / 3)
+
+
+def test_ties_count_one_half():
+    assert accuracy([.5, .5, .9], [0, 1, 1]) == pytest.approx(2 / 3)
+    assert share_above([0, 0, 0], [0, 0, 0]) == .5
+    assert auc([3, 3, 3], [0, 1, 1]) == .5
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1, 1e15])
+def test_a_correlation_has_no_scale(scale):
+    a, b = np.array([1, 2, 4, 3]), np.array([1, 3, 5, 2])
+    assert correlation(scale * a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
+
+
+@pytest.mark.parametrize("a,b", [([.1] * 3, [1, 2, 3]), ([1, 2, 3], [.1] * 3), ([1], [1])])
+def test_what_never_changes_correlates_with_nothing(a, b):
+    assert correlation(a, b) == 0
 
 
 def test_calibrated_probabilities_have_almost_no_calibration_error():

@@ -9,7 +9,6 @@ metrics that are there. Solid lines are training batches, dots are held-out text
 matplotlib (an extra); without it the terminal shows the main curves.
 """
 import dataclasses
-import json
 import math
 import pathlib
 import sys
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from runtime.lines import parse_line, read_lines
 from runtime.options import UserError, option, parse, run_main
 
 if TYPE_CHECKING:  # matplotlib is an extra: imported where it is used
@@ -82,12 +82,12 @@ def read_stage(path: pathlib.Path) -> dict[str, dict[int, float]]:
     last line cut short: the run is still writing it. Another line that is no record raises
     UserError with file and line."""
     curves: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+    for number, line in read_lines(path):
         try:
-            record = json.loads(line)
+            record = parse_line(line)
             step = record.pop("step")
         except (ValueError, KeyError, TypeError, AttributeError):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 break
             raise UserError(f'{path}:{number}: not a record of metrics ({{"step": …}}): '
                             "delete the line, or run the stage again") from None

@@ -24,6 +24,7 @@ import torch
 from data.prepare import CACHE
 from data.sets import shakespeare
 from runtime.machine import processor
+from runtime.lines import parse_line, read_lines
 from runtime.options import Options, UserError, as_dict, option, parse, run_main
 from tools.measure import median_range, ratio, say
 
@@ -96,8 +97,8 @@ def our_run(o: RaceOptions, seed: int) -> tuple[float, float]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{' '.join(command)}: {done.stderr.strip()[-300:]}")
-        lines = (pathlib.Path(out) / "shakespeare/pretrain/metrics.jsonl").read_text().splitlines()
-        last = json.loads(lines[-1])
+        *_, (_, line) = read_lines(pathlib.Path(out) / "shakespeare/pretrain/metrics.jsonl")
+        last = parse_line(line)
     return last["seconds"], last["val_loss"]
 
 

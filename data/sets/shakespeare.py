@@ -38,7 +38,7 @@ def read(path: pathlib.Path) -> str:
         if path.stat().st_size > LARGEST:
             raise UserError(f"--source {path}: has more than {LARGEST / 1e6:.0f} MB; bring a long "
                             "text as records {\"text\"} in a .jsonl file: --data FILE.jsonl")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--source {path}: not UTF-8 at byte {error.start}: give a plain text, "
                         "unpacked, and convert it to UTF-8") from None

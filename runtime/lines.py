@@ -1,0 +1,42 @@
+"""JSON Lines as every reader here takes them: one JSON value a line, plain or gzipped.
+
+A line ends at a line feed and nowhere else. `str.splitlines` would also end it at U+2028, U+2029
+and U+0085, which JSON leaves in a text as they are.
+"""
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from runtime.options import UserError
+
+
+def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) of each line, its line feed included; .gz is unpacked on the way.
+    UserError if the file cannot be read."""
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            yield from enumerate(file, 1)
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged archive
+        raise UserError(f"{path}: cannot be read: {error}; check the path, or restore the "
+                        "file") from None
+
+
+def parse_line(line: bytes) -> Any:
+    """The JSON value of a line; ValueError, with a reason for the user, if it holds none. A byte
+    order mark is no part of it."""
+    try:
+        return json.loads(line.decode("utf-8-sig"), parse_int=_whole_number)
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8: convert the file, or save it as that") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("brackets nested too deeply") from None
+
+
+def _whole_number(digits: str) -> int | float:
+    """An int; of hundreds of digits a float, perhaps an infinite one: int() refuses thousands."""
+    return int(digits) if len(digits) < 300 else float(digits)
