@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.batches import drop_long_prompts, make_rows, pad_left, prompt_ids, reward_rows, scatter_tokens
+from data.batches import (drop_long_prompts, held_out_prompts, make_rows, pad_left, prompt_ids,
+                          reward_rows, scatter_tokens)
 from data.judge import NgramClassifier, ngram_classifier, plain_text
 from data.prepare import open_data
 from data.prepared import Prepared
@@ -246,9 +247,7 @@ def policy_table(policies: dict[str, Transformer], reference: Transformer, token
     each policy, and distinct-2 over the same number of bigrams."""
     limits = [m.config.max_len for m in (*policies.values(), reference, reward_model)
               if m is not None]
-    held_out = drop_long_prompts(data.records("ppo", split), tokenizer, data.template,
-                                 min(limits) - settings.reply_len)
-    prompts = [r["prompt"] for r in held_out][:n_prompts]
+    prompts = held_out_prompts(data, split, tokenizer, min(limits) - settings.reply_len, n_prompts)
     judge = ngram_classifier(data, "judge") if data.has("judge") else None
     lines, replies, tokens = [], {}, []
     for name, policy in policies.items():

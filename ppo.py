@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import evaluate
-from data.batches import Rows, drop_long_prompts, make_rows, pad_left, prompt_ids, scatter_tokens
+from data.batches import Rows, drop_long_prompts, held_out_prompts, make_rows, pad_left, prompt_ids, scatter_tokens
 from data.prepare import open_for
 from data.prepared import Prepared
 from model import Transformer, load_parent, open_run, token_logprobs
@@ -735,10 +735,9 @@ class PPOTrainer:
         self.scorer = scorer or self.reward_model
         # Prompts that leave room for a reply in every network.
         room = min(run.model.config.max_len, reward_model.config.max_len) - o.reply_len
-        self.prompts, held_out = (
-            [record["prompt"] for record in drop_long_prompts(data.records("ppo", split),
-                                                              run.tokenizer, data.template, room)]
-            for split in ("train", "val"))
+        self.prompts = [record["prompt"] for record in drop_long_prompts(
+            data.records("ppo", "train"), run.tokenizer, data.template, room)]
+        held_out = held_out_prompts(data, "val", run.tokenizer, room, o.eval_prompts)
         # Mean and spread of raw scores: the scorer's for --reward_norm fixed and running, the reward
         # model's for the critic's first values.
         scales = [ScoreScale(**state["scale"])] * 2 if state else self.measure_scales()
@@ -760,8 +759,8 @@ class PPOTrainer:
         self.decoder_dtype = state.get("decoder_dtype", rollout_dtype)
         self.prepare_decoder()
         settings = evaluate.ReplySettings(o.reply_len, o.temperature, dtype=run.dtype)
-        self.held_out = evaluate.HeldOutPrompts(data, run.tokenizer, held_out[:o.eval_prompts],
-                                                reference, self.scorer, settings)
+        self.held_out = evaluate.HeldOutPrompts(data, run.tokenizer, held_out, reference,
+                                                self.scorer, settings)
 
     def measure_scales(self) -> tuple[ScoreScale, ScoreScale]:
         """Scales of the scorer's and of the reward model's raw scores, on replies that the starting

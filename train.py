@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 import evaluate
-from data.batches import PackedDocuments, dialogue_rows, drop_long_prompts, eval_windows, pack_rows, prompt_ids
+from data.batches import PackedDocuments, dialogue_rows, eval_windows, held_out_prompts, pack_rows, prompt_ids
+from data.dataset import SPLITS, require_one_feedback
 from data.prepare import open_for
 from data.prepared import Prepared
 from model import ModelConfig, Transformer, cross_entropy_sum, limit_length, load_checkpoint, load_parent, open_run
@@ -189,9 +190,8 @@ class SFTTask:
                             "pretrain with a larger one")
         self.n_steps = math.ceil(o.epochs * len(self.rows) / o.batch)
         self.reply_len = min(64, o.max_len // 2)
-        prompts = drop_long_prompts(data.records("ppo", "val"), run.tokenizer, data.template,
-                                    run.model.config.max_len - self.reply_len)
-        self.examples = [record["prompt"] for record in prompts[:8]]
+        self.examples = held_out_prompts(data, "val", run.tokenizer,
+                                         run.model.config.max_len - self.reply_len, 8)
         self.extra = {"example_prompts": self.examples}
 
     def nats(self, rows: list) -> tuple[Tensor, int]:
@@ -285,13 +285,18 @@ def run_all(options: dict[str, Common]) -> None:
 
 
 def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
-    """Fail before hours of work: UserError if a stage has no data, or if the reward model is none.
-    """
+    """Fail before hours of work: UserError if a stage has no data, if its feedback is of several
+    kinds or cannot be measured on test, or if the reward model is none."""
     for stage in stages:
         if stage == "pretrain":
             data.require_tokenizer()
         else:
             data.records(stage, "train")
+    if "reward" in stages:
+        require_one_feedback({f"reward_{split}": data.records("reward", split) for split in SPLITS})
+        if "label" in data.records("reward", "test")[0] and not data.has_labels("reward"):
+            raise UserError("reward: all labels set aside for test are the same, so that nothing can "
+                            "be measured: bring more records, or a file reward_test.jsonl with both")
     if reward_from:  # what the first stage starts from is soon looked at
         load_checkpoint(reward_from, "cpu", RewardModel)
 
@@ -316,6 +321,7 @@ def main(argv: list[str]) -> int:
             o.refuse("report_prompts", why=f"on {stage} alone: it is for the report of `train.py "
                                            "all`")
             pick_device(o.device)
+            require_inputs(open_for(o, o.data), [stage], "")
             function(o)
     except Interrupted as stop:
         return 128 + stop.args[0]

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.prepared import Documents
-from data.records import apply_template, as_messages
+from data.dataset import text_hash
+from data.prepared import Documents, Prepared
+from data.records import apply_template, as_messages, prompt_text
 from data.tokenizer import Tokenizer
 from runtime.draws import key
 from runtime.options import UserError
@@ -84,6 +85,17 @@ def drop_long_prompts(records: Sequence[dict], tokenizer: Tokenizer, template: s
         print(f"{len(records) - len(short)} of {len(records)} records left out: their prompts "
               f"have over {limit} tokens")
     return short
+
+
+def held_out_prompts(data: Prepared, split: str, tokenizer: Tokenizer, limit: int, n: int) -> list:
+    """Up to n of the held-out prompts that have at most `limit` tokens, each once.
+
+    They are drawn by a hash of the prompt: neither the order of the file, which may be sorted, nor
+    the run's seed has a part in it, so all runs on this data are measured on the same prompts.
+    """
+    fitting = drop_long_prompts(data.records("ppo", split), tokenizer, data.template, limit)
+    prompts = {prompt_text(record["prompt"]): record["prompt"] for record in reversed(fitting)}
+    return [prompts[text] for text in sorted(prompts, key=lambda t: text_hash("order " + t))[:n]]
 
 
 def reward_rows(records: Sequence[dict], tokenizer: Tokenizer, template: str, max_len: int, *,

@@ -17,7 +17,7 @@ import hashlib
 import pathlib
 import zipfile
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -119,6 +119,15 @@ class DataWriter:
         write_records(self.folder / f"{stage}_{split}.jsonl", records)
 
 
+def require_one_feedback(files: Mapping[str, Sequence[dict]]) -> None:
+    """UserError unless the reward records of all files, by name, have the same kind of feedback."""
+    kinds = {name: "pairs" if "chosen" in records[0] else "scores" if "score" in records[0]
+             else "labels" for name, records in files.items()}
+    if len(set(kinds.values())) > 1:
+        raise UserError(f"{'; '.join(f'{name} has {kind}' for name, kind in kinds.items())}: a stage's "
+                        "files need one kind of feedback, in training, validation and test")
+
+
 # ---- raw files -----------------------------------------------------------------------------------
 
 def refuse_zip(path: pathlib.Path) -> None:
@@ -142,8 +151,7 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def split_of(text: str, borders: tuple[int, int] = (80, 90)) -> str:
-    """The split that a text belongs to: of 100 texts, train takes those below the first border, val
-    those below the second, test the others."""
+def split_of(text: str) -> str:
+    """The split that a text belongs to, by a hash of it: 80 % train, 10 % val, 10 % test."""
     percentile = text_hash("split " + text) % 100
-    return SPLITS[(percentile >= borders[0]) + (percentile >= borders[1])]
+    return SPLITS[(percentile >= 80) + (percentile >= 90)]

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shlex
 import sys
 import time
@@ -84,9 +85,18 @@ class Compute:
 
 # ---- the folder ----------------------------------------------------------------------------------
 
+def data_name(data: str) -> str:
+    """What a data set's folder is called: its name, or the whole last name of the path that it is.
+
+    >>> data_name("reviews"), data_name("texts/v1.0/"), data_name("v1.1.jsonl"), data_name("/")
+    ('reviews', 'v1.0', 'v1.1', 'root')
+    """
+    return re.sub(r"(?<=.)\.jsonl(\.gz)?$", "", pathlib.Path(data).resolve().name) or "root"
+
+
 def run_folder(o: Common, stage: str) -> pathlib.Path:
     """OUT/<data>/<stage>; of stage "" the folder that holds all stages of a data set."""
-    return pathlib.Path(o.out) / pathlib.Path(o.data).stem / stage
+    return pathlib.Path(o.out) / data_name(o.data) / stage
 
 
 def read_config(folder: str | os.PathLike) -> dict | None:

@@ -1,0 +1,138 @@
+"""Which split a record of the user's own belongs to, and what must leave training because it is held
+out.
+
+One key for all stages and forms: the first user message, or the text. Records with one key are in
+one split, whether they stand in sft.jsonl, reward.jsonl, ppo.jsonl or pretrain.jsonl, as messages, as
+prompt and response, or as a transcript that goes on for several turns.
+"""
+import collections
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+
+from data.dataset import text_hash
+from data.records import prompt_text
+
+ONE_IN = 20  # keys: one of so many is for validation, one for test
+GAP = 64  # characters that may stand between a prompt and its reply, such as "\n\nAssistant: "
+START = 12  # characters of a prompt by which it is looked up
+
+
+# ---- keys ----------------------------------------------------------------------------------------
+
+def normalised(text: str) -> str:
+    """Equal for texts that differ in white space, case or Unicode form only."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def dialogue(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    """A prompt or text as messages; a text may be a transcript, `Human: …\\n\\nAssistant: …`."""
+    if isinstance(prompt, list):
+        return prompt
+    parts = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", prompt)[1:]
+    messages = [{"role": "user" if speaker == "Human" else "assistant", "content": content}
+                for speaker, content in zip(parts[::2], parts[1::2], strict=True) if content.strip()]
+    heard = any(message["role"] == "user" for message in messages)
+    return messages if heard else [{"role": "user", "content": prompt}]
+
+
+def messages_of(record: dict, stage: str) -> list[dict[str, str]]:
+    """What a record of this stage says, up to the reply if that is a field of its own."""
+    if stage == "sft" and "messages" in record:
+        return record["messages"]
+    return dialogue(record["text"] if stage == "pretrain" else record["prompt"])
+
+
+def split_key(record: dict, stage: str) -> int:
+    """A 64-bit number that follows from the record's first user message, or from its text."""
+    said = next(m["content"] for m in messages_of(record, stage) if m["role"] == "user")
+    return text_hash("split " + normalised(said))
+
+
+def prompt_key(prompt: str | list[dict[str, str]]) -> str:
+    """Equal for equal prompts, whether they are texts or messages."""
+    return normalised(prompt_text(prompt))
+
+
+# ---- splits --------------------------------------------------------------------------------------
+
+def assign(groups: Mapping[str, set[int]], wanted: Mapping[str, set[str]],
+           fixed: Mapping[int, str]) -> dict[int, str]:
+    """The split of every key that is held out; the others are trained on.
+
+    groups: keys, by what needs some of them in each split: a stage, or a stage's label. wanted: the
+    splits that a group has no file for, by its name. fixed: what the user holds out already.
+
+    Keys are cut by the rank of their hash: the lowest twentieth of a group is for test, the highest
+    for validation, at least one key each. Hashes are spread evenly, so groups agree on nearly all
+    keys that they share; for the rest, a key is held out for all groups if it is for one.
+    """
+    splits = dict(fixed)
+    for name, keys in groups.items():
+        ranked = sorted(keys - fixed.keys())
+        for split, order in (("test", ranked), ("val", ranked[::-1])):
+            if split in wanted[name]:
+                have = sum(fixed.get(key) == split for key in keys)
+                for key in order[:max(0, max(1, len(keys) // ONE_IN) - have)]:
+                    splits.setdefault(key, split)
+    return splits
+
+
+# ---- what pretraining must not read --------------------------------------------------------------
+
+def replies_in(record: dict, stage: str) -> Iterator[tuple[str, str]]:
+    """(user message, reply) of an sft or reward record: the first and the last of its dialogue."""
+    messages = messages_of(record, stage)
+    for field in ("response", "chosen", "rejected"):
+        reply = [{"role": "assistant", "content": record[field]}] if field in record else []
+        pairs = [(user["content"], answer["content"])
+                 for user, answer in itertools.pairwise([*messages, *reply])
+                 if (user["role"], answer["role"]) == ("user", "assistant")]
+        yield from pairs[:1]
+        yield from pairs[-1:]
+
+
+class HeldOutReplies:
+    """Finds texts in which a held-out prompt is followed by its reply, in whatever format."""
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]):
+        self.replies: dict[str, set[str]] = collections.defaultdict(set)  # by prompt
+        self.lengths: dict[str, set[int]] = collections.defaultdict(set)  # of prompts, by their start
+        for prompt, reply in pairs:
+            prompt, reply = normalised(prompt), normalised(reply)
+            if prompt and reply:
+                self.replies[prompt].add(reply)
+                self.lengths[prompt[:START]].add(len(prompt))
+        self.starts = sorted({len(start) for start in self.lengths})
+
+    def are_in(self, text: str) -> bool:
+        """Whether the text holds one of the prompts with one of its replies."""
+        if not self.replies:
+            return False
+        text = normalised(text)
+        for match in re.finditer(r"(?<![a-z0-9])\S", text):  # prompts do not begin inside a word
+            begin = match.start()
+            for length in self.starts:
+                for n in self.lengths.get(text[begin:begin + length], ()):
+                    replies = self.replies.get(text[begin:begin + n], ())
+                    if any(follows(text, begin + n, reply) for reply in replies):
+                        return True
+        return False
+
+
+def follows(text: str, end: int, reply: str) -> bool:
+    """Whether the reply stands behind a prompt that ends at `end`: at once, or as words of its own
+    after a few characters."""
+    at = text.find(reply, end, end + GAP + len(reply))
+    while at >= 0:
+        if (is_border(text, at + len(reply))
+                and (at == end or is_border(text, end) and is_border(text, at))):
+            return True
+        at = text.find(reply, at + 1, end + GAP + len(reply))
+    return False
+
+
+def is_border(text: str, i: int) -> bool:
+    """Whether no Latin word or number goes on from text[i - 1] to text[i]."""
+    return not re.fullmatch("[a-z0-9]{2}", text[max(0, i - 1):i + 1])
