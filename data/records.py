@@ -182,7 +182,7 @@ def load_records(path: str | os.PathLike, kind: str, skip_bad: bool = False) -> 
     pairs, labels and scores.
     """
     bad: list[str] = []
-    records = list(read_records(path, kind, bad))
+    records = [record for _, record in read_records(path, kind, bad)]
     report_bad(path, kind, bad, len(records), skip_bad)
     if kind == "reward" and len({frozenset(r) & {"chosen", "label", "score"} for r in records}) > 1:
         raise UserError(f"{path}: pairs, labels and scores are mixed; keep one kind of feedback in "
@@ -190,9 +190,9 @@ def load_records(path: str | os.PathLike, kind: str, skip_bad: bool = False) -> 
     return records
 
 
-def read_records(path: str | os.PathLike, kind: str, bad: list[str]) -> Iterator[dict]:
-    """The good records of a file, one after another. Bad lines are added to `bad`: the first SHOWN
-    in words."""
+def read_records(path: str | os.PathLike, kind: str, bad: list[str]) -> Iterator[tuple[int, dict]]:
+    """(line number, record) of the good records of a file, one after another. Bad lines are added to
+    `bad`: the first SHOWN in words."""
     for number, line in read_lines(path):
         if line.strip(b"\xef\xbb\xbf \t\r\n"):
             try:
@@ -200,7 +200,7 @@ def read_records(path: str | os.PathLike, kind: str, bad: list[str]) -> Iterator
             except ValueError as error:
                 bad.append(f"line {number}: {error}" if len(bad) < SHOWN else "")
             else:
-                yield record
+                yield number, record
 
 
 def report_bad(path: str | os.PathLike, kind: str, bad: list[str], n_good: int,
