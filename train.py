@@ -26,7 +26,7 @@ from torch import Tensor
 
 import evaluate
 from data.batches import PackedDocuments, dialogue_rows, eval_windows, held_out_prompts, pack_rows, prompt_ids
-from data.dataset import SPLITS, require_one_feedback
+from data.dataset import SPLITS, feedback_of, require_one_feedback
 from data.prepare import open_for
 from data.prepared import Prepared
 from model import ModelConfig, Transformer, cross_entropy_sum, limit_length, load_checkpoint, load_parent, open_run
@@ -293,8 +293,9 @@ def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
         else:
             data.records(stage, "train")
     if "reward" in stages:
-        require_one_feedback({f"reward_{split}": data.records("reward", split) for split in SPLITS})
-        if "label" in data.records("reward", "test")[0] and not data.has_labels("reward"):
+        records = {split: data.records("reward", split) for split in SPLITS}
+        require_one_feedback({f"reward_{split}.jsonl": of_split for split, of_split in records.items()})
+        if feedback_of(records["test"][0]) == "labels" and not data.has_labels("reward"):
             raise UserError("reward: all labels set aside for test are the same, so that nothing can "
                             "be measured: bring more records, or a file reward_test.jsonl with both")
     if reward_from:  # what the first stage starts from is soon looked at

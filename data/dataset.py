@@ -119,13 +119,17 @@ class DataWriter:
         write_records(self.folder / f"{stage}_{split}.jsonl", records)
 
 
+def feedback_of(record: dict) -> str:
+    """The kind of a reward record's feedback: pairs, scores or labels."""
+    return "pairs" if "chosen" in record else "scores" if "score" in record else "labels"
+
+
 def require_one_feedback(files: Mapping[str, Sequence[dict]]) -> None:
     """UserError unless the reward records of all files, by name, have the same kind of feedback."""
-    kinds = {name: "pairs" if "chosen" in records[0] else "scores" if "score" in records[0]
-             else "labels" for name, records in files.items()}
+    kinds = {name: feedback_of(records[0]) for name, records in files.items()}
     if len(set(kinds.values())) > 1:
-        raise UserError(f"{'; '.join(f'{name} has {kind}' for name, kind in kinds.items())}: a stage's "
-                        "files need one kind of feedback, in training, validation and test")
+        raise UserError(f"{', '.join(f'{name} has {kind}' for name, kind in kinds.items())}: training, "
+                        "validation and test need the same kind of feedback; bring one kind")
 
 
 # ---- raw files -----------------------------------------------------------------------------------

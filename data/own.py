@@ -15,7 +15,8 @@ from collections.abc import Iterable, Sequence
 from tqdm import tqdm
 
 from data.tokenizer import train_bpe
-from data.dataset import SPLITS, DataSet, DataWriter, require_one_feedback, text_hash
+from data.dataset import (SPLITS, DataSet, DataWriter, feedback_of, require_one_feedback,
+                          text_hash)
 from data.records import FIELDS, as_messages, kind_of, load_records
 from data.splits import ONE_IN, HeldOutReplies, assign, prompt_key, replies_in, split_key
 from data.texts import Texts, sample
@@ -124,7 +125,8 @@ def divide(files: Files,
         require_splits(stage, records, files, left_out[stage])
         if left_out[stage]:
             print(f"{files[stage, 'train']}: {left_out[stage]} of {len(loaded[stage, 'train'])} records "
-                  "are left out of training, because they are held out for validation or test")
+                  "are left out of training: they, or prompts with replies in them, are held out for "
+                  "validation or test", flush=True)
     return {(stage, split): of_stage if split == "train" else without_repeats(of_stage, stage)
             for (stage, split), of_stage in records.items()}, left_out
 
@@ -137,7 +139,7 @@ def those(records: list[dict] | Texts, keep: Iterable[bool]) -> list[dict] | Tex
 
 def held_out_keys(loaded: Records, keys: dict[tuple[str, str], array]) -> dict[int, str]:
     """The split of each key that is held out, in a file of the user's or drawn from what is to be
-    trained on. Labels are drawn from each by itself, so that a split has both."""
+    trained on."""
     fixed: dict[int, str] = {}
     groups: dict[str, Sequence[int]] = {}
     wanted: dict[str, set[str]] = {}
@@ -145,14 +147,26 @@ def held_out_keys(loaded: Records, keys: dict[tuple[str, str], array]) -> dict[i
         if split != "train":  # of a key in both, it is test that nothing else may see
             fixed |= dict.fromkeys(keys[stage, split], split)
             continue
-        by_name = {stage: keys[stage, split]}
+        by_group: dict[str, Sequence[int]] = {stage: keys[stage, split]}
         if stage == "reward":
-            by_name = collections.defaultdict(list)
-            for key, record in zip(keys[stage, split], loaded[stage, split], strict=True):
-                by_name[f"{stage} {record.get('label')}"].append(key)
-        groups |= by_name
-        wanted |= dict.fromkeys(by_name, {split for split in SPLITS if (stage, split) not in loaded})
+            by_group = collections.defaultdict(list)
+            for key, group in zip(keys[stage, split], groups_of(loaded[stage, split], stage),
+                                  strict=True):
+                by_group[group].append(key)
+        groups |= by_group
+        wanted |= dict.fromkeys(by_group, {split for split in SPLITS
+                                           if (stage, split) not in loaded})
     return assign(groups, wanted, fixed)
+
+
+def groups_of(records: list[dict], stage: str) -> list[str]:
+    """What each record is drawn from for validation and test: its stage, and of labels and scores
+    those below or above their mean, so that they differ in every split."""
+    field = {"labels": "label", "scores": "score"}.get(feedback_of(records[0]))
+    if stage != "reward" or field is None:
+        return [stage] * len(records)
+    mean = sum(record[field] for record in records) / len(records)
+    return [f"{stage}, high" if record[field] > mean else stage for record in records]
 
 
 def leave_out_replies(records: Records, left_out: collections.Counter[str]) -> None:
@@ -169,10 +183,13 @@ def leave_out_replies(records: Records, left_out: collections.Counter[str]) -> N
 
 def require_splits(stage: str, records: Records, files: Files, left_out: int) -> None:
     """UserError if a split of the stage has no records."""
-    path = files.get((stage, "train"), stage)
-    for split in SPLITS:
+    path = files.get((stage, "train"))
+    for split in (*SPLITS[1:], "train"):
         if records.get((stage, split)):
             continue
+        if path is None:
+            raise UserError(f"{next(f for (s, _), f in files.items() if s == stage)}: there is no "
+                            f"{file_name(stage, 'train')} beside it to train on: bring one")
         if split == "train" and left_out:
             raise UserError(f"{path}: nothing is left to train on: all of its {left_out} records are "
                             "held out for validation or test, too; bring others")

@@ -63,19 +63,20 @@ def assign(groups: Mapping[str, Collection[int]], wanted: Mapping[str, set[str]]
            fixed: Mapping[int, str]) -> dict[int, str]:
     """The split of every key that is held out; the others are trained on.
 
-    groups: keys, by what needs some of them in each split: a stage, or a stage's label. wanted: the
+    groups: keys, by what needs some of them in each split, such as a stage. wanted: the
     splits that a group has no file for, by its name. fixed: what the user holds out already.
 
     Keys are cut by the rank of their hash: the lowest twentieth of a group is for test, the highest
-    for validation, at least one key each. Hashes are spread evenly, so groups agree on nearly all
-    keys that they share; for the rest, a key is held out for all groups if it is for one.
+    for validation, at least one key each (of fewer than three keys none). Hashes are spread evenly,
+    so groups agree on nearly all keys that they share; for the rest, a key is held out for all
+    groups if it is for one.
     """
     splits = dict(fixed)
     for name, of_group in groups.items():
         keys = np.unique(np.fromiter(of_group, np.uint64, len(of_group)))
         ranked = keys[~np.isin(keys, np.fromiter(fixed, np.uint64, len(fixed)))]
         for split, order in (("test", ranked), ("val", ranked[::-1])):
-            if split in wanted[name]:
+            if split in wanted[name] and len(ranked) > 2:
                 held = np.array([key for key, s in fixed.items() if s == split], np.uint64)
                 n = max(1, len(keys) // ONE_IN) - int(np.isin(held, keys).sum())
                 for key in order[:max(0, n)].tolist():
@@ -87,12 +88,15 @@ def assign(groups: Mapping[str, Collection[int]], wanted: Mapping[str, set[str]]
 
 def replies_in(record: dict, stage: str) -> Iterator[tuple[str, str]]:
     """(user message, reply) of an sft or reward record: the first and the last of its dialogue."""
-    messages = messages_of(record, stage)
-    for field in ("response", "chosen", "rejected"):
-        reply = [{"role": "assistant", "content": record[field]}] if field in record else []
-        pairs = [(user["content"], answer["content"])
-                 for user, answer in itertools.pairwise([*messages, *reply])
-                 if (user["role"], answer["role"]) == ("user", "assistant")]
+    fields = () if "messages" in record else ("response",)
+    if stage == "reward":
+        fields = ("chosen", "rejected") if "chosen" in record else ("response",)
+    for reply in [record[field] for field in fields] or [None]:
+        messages = messages_of(record, stage)
+        if reply is not None:
+            messages = [*messages, {"role": "assistant", "content": reply}]
+        pairs = [(a["content"], b["content"]) for a, b in itertools.pairwise(messages)
+                 if (a["role"], b["role"]) == ("user", "assistant")]
         yield from pairs[:1]
         yield from pairs[-1:]
 
