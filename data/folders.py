@@ -21,7 +21,7 @@ except ImportError:  # Windows: no locks, so what a killed process left there st
     fcntl = None
 
 NAME = re.compile(r"\.?.*-[0-9a-f]{12}(\.\w+)?")  # of a folder that we made
-SUFFIXES = {".json", ".jsonl", ".bin", ".npz"}  # of the files in it
+SUFFIXES = {".json", ".jsonl", ".bin", ".npz", ".pt", ".tmp"}  # of the files in it
 
 
 # ---- files ---------------------------------------------------------------------------------------
