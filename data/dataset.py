@@ -15,10 +15,13 @@ call `data.sets.register(DataSet(…))` instead.
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+import zipfile
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from data.folders import file_digest
 from data.records import write_records
 from data.tokenizer import Tokenizer
 from runtime.options import UserError
@@ -87,25 +90,28 @@ class DataWriter:
         self.counts: dict[str, int | dict[str, int]] = {}
         self.dtype = "uint16" if tokenizer is None or tokenizer.n_vocab <= 2**16 else "uint32"
 
-    def documents(self, split: str, documents: Sequence[tuple[str, list[int]]],
+    def documents(self, split: str, documents: Iterable[tuple[str, Sequence[int]]],
                   n_bytes: int) -> None:
-        """Write the pretraining text of a split: (part, ids) of each document.
+        """Write the pretraining text of a split: (part, ids) of each document, one at a time.
 
         n_bytes: length of the text in UTF-8, without what we added; bits per byte divide by it.
         """
-        if not documents:
+        lengths, numbers = array("q"), array("B")
+        with open(self.folder / f"pretrain_{split}.bin", "wb") as file:
+            for part, ids in documents:
+                file.write(np.array(ids, self.dtype).tobytes())
+                lengths.append(len(ids))
+                numbers.append(self.parts.index(part))
+        if not lengths:
             raise UserError(f"no text for the {split} split: there are too few texts to divide; "
                             "bring more")
-        lengths = [len(ids) for _, ids in documents]
-        numbers = [self.parts.index(part) for part, _ in documents]
-        tokens = np.concatenate([np.array(ids, self.dtype) for _, ids in documents])
-        tokens.tofile(self.folder / f"pretrain_{split}.bin")
-        np.savez(self.folder / f"pretrain_{split}.npz", starts=np.cumsum([0, *lengths]),
-                 n_bytes=n_bytes, part=np.array(numbers, np.uint8))
-        for number in sorted(set(numbers)):
-            of_part = [length for length, n in zip(lengths, numbers, strict=True) if n == number]
-            self.counts[f"pretrain_{split}[{self.parts[number]}]"] = {
-                "documents": len(of_part), "tokens": sum(of_part)}
+        length, number = np.array(lengths, np.int64), np.array(numbers, np.uint8)
+        np.savez(self.folder / f"pretrain_{split}.npz", n_bytes=n_bytes, part=number,
+                 starts=np.concatenate(([0], length.cumsum())))
+        for i in np.unique(number):
+            of_part = length[number == i]
+            self.counts[f"pretrain_{split}[{self.parts[i]}]"] = {
+                "documents": len(of_part), "tokens": int(of_part.sum())}
 
     def records(self, stage: str, split: str, records: Sequence[dict]) -> None:
         """Write a stage's records of a split (see data/records.py); `judge` has those of reward."""
@@ -124,6 +130,22 @@ def require_one_feedback(files: Mapping[str, Sequence[dict]]) -> None:
     if len(set(kinds.values())) > 1:
         raise UserError(f"{', '.join(f'{name} has {kind}' for name, kind in kinds.items())}: training, "
                         "validation and test need the same kind of feedback; bring one kind")
+
+
+# ---- raw files -----------------------------------------------------------------------------------
+
+def refuse_zip(path: pathlib.Path) -> None:
+    """UserError for a .zip archive, whatever its name."""
+    if path.is_file() and zipfile.is_zipfile(path):
+        raise UserError(f"{path}: a .zip archive is not read: unpack it, and give the folder or "
+                        "the file in it")
+
+
+def require_published(path: pathlib.Path, sha256: str) -> None:
+    """UserError unless a downloaded file is the one with this digest."""
+    if file_digest(path) != sha256:
+        raise UserError(f"{path}: damaged, or not the file that was published (its SHA-256 "
+                        "differs); delete it and run again")
 
 
 # ---- splits --------------------------------------------------------------------------------------

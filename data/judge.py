@@ -4,6 +4,8 @@ Fitted on the reward model's half of the labels, it is the baseline that a rewar
 Fitted on the other half, it is the judge of policies: PPO is measured by labels that it was never
 trained against. It shares no tokenizer and no pretraining with the policy.
 """
+import hashlib
+import pathlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -145,11 +147,35 @@ def ngram_classifier(data: Prepared, half: str) -> NgramClassifier:
     half: "reward" for the reward model's baseline, "judge" for the judge.
     """
     path, classifier = data.folder / f"ngrams_{half}.pt", NgramClassifier()
-    if path.exists():
-        stored = NgramClassifier.from_state(torch.load(path, weights_only=True))
+    if (state := stored_state(path)) is not None:
+        stored = NgramClassifier.from_state(state)
         if stored.settings() == classifier.settings():
             return stored
     records = data.records(half, "train")
     classifier.fit([plain_text(r) for r in records], [r["label"] for r in records])
-    save_whole(path, classifier.state_dict())
+    state = classifier.state_dict()
+    save_whole(path, state | {"sha256": state_digest(state)})
     return classifier
+
+
+def state_digest(state: dict[str, Any]) -> str:
+    """SHA-256 of a classifier's numbers."""
+    digest = hashlib.sha256()
+    for name in ("idf", "weight", "bias"):
+        digest.update(state[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def stored_state(path: pathlib.Path) -> dict[str, Any] | None:
+    """A classifier's state as it was written; None if there is none. A damaged one is said, and
+    counts as none: it can be fitted again."""
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, weights_only=True)
+        if state["sha256"] == state_digest(state):
+            return state
+    except Exception:  # whatever a damaged file makes the unpickler raise
+        pass
+    print(f"{path}: damaged, fitted again")
+    return None

@@ -9,17 +9,22 @@ import functools
 import itertools
 import json
 import pathlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
+
+from tqdm import tqdm
 
 from data.tokenizer import train_bpe
-from data.dataset import SPLITS, DataSet, DataWriter, feedback_of, require_one_feedback
+from data.dataset import (SPLITS, DataSet, DataWriter, feedback_of, require_one_feedback,
+                          text_hash)
 from data.records import FIELDS, as_messages, kind_of, load_records
 from data.splits import ONE_IN, HeldOutReplies, assign, prompt_key, replies_in, split_key
+from data.texts import Texts, sample
 from runtime.lines import parse_line, read_lines
 from runtime.options import UserError
 
 Files = dict[tuple[str, str], pathlib.Path]  # (stage, split) -> file
-Records = dict[tuple[str, str], list[dict]]  # (stage, split) -> records
+Records = dict[tuple[str, str], list[dict] | Texts]  # (stage, split) -> records
 READ = ("text", "messages", "prompt", "response", "chosen", "rejected", "label", "score", "margin")
 
 
@@ -69,18 +74,22 @@ def build(places: Sequence[tuple[str, str]], folder: pathlib.Path, files: Sequen
     places: (stage, split) of each file. skip_bad: leave out lines that are no record.
     """
     records, left_out = divide(dict(zip(places, files, strict=True)), skip_bad)
-    texts = {split: [r["text"] for r in records["pretrain", split]] for split in SPLITS
-             if ("pretrain", split) in records}
-    tokenizer = train_bpe(texts["train"], vocab_size, progress=True) if texts else None
-    out = DataWriter(folder, tokenizer)
-    for split, of_split in texts.items():
-        documents = [("text", [tokenizer.eot_id, *tokenizer.encode(text)]) for text in of_split]
-        out.documents(split, documents, sum(len(text.encode()) for text in of_split))
+    texts = records.get(("pretrain", "train"))
+    out = DataWriter(folder, texts and train_bpe(sample(texts), vocab_size, progress=True))
+    for split in SPLITS if texts else ():
+        write_documents(out, split, records["pretrain", split])
     for (stage, split), of_stage in records.items():
         if stage != "pretrain":
             out.records(stage, split, of_stage)
     out.counts |= {f"{stage}_left_out": n for stage, n in left_out.items()}
     return out
+
+
+def write_documents(out: DataWriter, split: str, texts: Texts) -> None:
+    """Encode the texts of a split one after another."""
+    bar = tqdm(texts, desc=f"{split} texts", unit="text", disable=None, dynamic_ncols=True)
+    out.documents(split, (("text", [out.tokenizer.eot_id, *out.tokenizer.encode(record["text"])])
+                          for record in bar), texts.n_bytes)
 
 
 def divide(files: Files,
@@ -91,20 +100,22 @@ def divide(files: Files,
     in one of them, if the stage brings a file of its own for that split; and texts that hold a
     held-out prompt with its reply. Both are said.
     """
-    loaded = {(stage, split): load_records(path, stage, skip_bad)
-              for (stage, split), path in files.items()}
+    loaded = {(stage, split): Texts(path, skip_bad) if stage == "pretrain" else
+              load_records(path, stage, skip_bad) for (stage, split), path in files.items()}
     require_one_feedback({files[place]: of_file for place, of_file in loaded.items()
                           if place[0] == "reward"})
-    splits = held_out_keys(loaded)
+    keys = {(stage, split): array("Q", (split_key(record, stage) for record in of_file))
+            for (stage, split), of_file in loaded.items()}
+    splits = held_out_keys(loaded, keys)
     records: Records = {place: of_file for place, of_file in loaded.items() if place[1] != "train"}
     left_out: collections.Counter[str] = collections.Counter()
-    for (stage, split), of_file in loaded.items():
-        for record in of_file if split == "train" else ():
-            drawn = splits.get(split_key(record, stage), "train")
-            if drawn != "train" and (stage, drawn) in files:
-                left_out[stage] += 1
+    for stage in (stage for stage, split in loaded if split == "train"):
+        drawn = [splits.get(key, "train") for key in keys[stage, "train"]]
+        for split, count in collections.Counter(drawn).items():
+            if split != "train" and (stage, split) in files:
+                left_out[stage] += count
             else:
-                records.setdefault((stage, drawn), []).append(record)
+                records[stage, split] = those(loaded[stage, "train"], (d == split for d in drawn))
     leave_out_replies(records, left_out)
     for split in SPLITS:  # without prompts for PPO, it takes those of the dialogues
         if ("ppo", split) not in records and ("sft", split) in records:
@@ -120,19 +131,31 @@ def divide(files: Files,
             for (stage, split), of_stage in records.items()}, left_out
 
 
-def held_out_keys(loaded: Records) -> dict[int, str]:
+def those(records: list[dict] | Texts, keep: Iterable[bool]) -> list[dict] | Texts:
+    """The records for which `keep` has True."""
+    return (records.where(keep) if isinstance(records, Texts) else
+            list(itertools.compress(records, keep)))
+
+
+def held_out_keys(loaded: Records, keys: dict[tuple[str, str], array]) -> dict[int, str]:
     """The split of each key that is held out, in a file of the user's or drawn from what is to be
     trained on."""
     fixed: dict[int, str] = {}
-    groups: dict[str, set[int]] = collections.defaultdict(set)
+    groups: dict[str, Sequence[int]] = {}
     wanted: dict[str, set[str]] = {}
-    for (stage, split), of_file in sorted(loaded.items(), key=lambda item: item[0][1] == "test"):
+    for stage, split in sorted(loaded, key=lambda place: place[1] == "test"):
         if split != "train":  # of a key in both, it is test that nothing else may see
-            fixed |= {split_key(record, stage): split for record in of_file}
+            fixed |= dict.fromkeys(keys[stage, split], split)
             continue
-        for record, group in zip(of_file, groups_of(of_file, stage), strict=True):
-            groups[group].add(split_key(record, stage))
-            wanted[group] = {split for split in SPLITS if (stage, split) not in loaded}
+        by_group: dict[str, Sequence[int]] = {stage: keys[stage, split]}
+        if stage == "reward":
+            by_group = collections.defaultdict(list)
+            for key, group in zip(keys[stage, split], groups_of(loaded[stage, split], stage),
+                                  strict=True):
+                by_group[group].append(key)
+        groups |= by_group
+        wanted |= dict.fromkeys(by_group, {split for split in SPLITS
+                                           if (stage, split) not in loaded})
     return assign(groups, wanted, fixed)
 
 
@@ -152,7 +175,7 @@ def leave_out_replies(records: Records, left_out: collections.Counter[str]) -> N
     replies = HeldOutReplies(pair for stage in ("sft", "reward") for split in SPLITS[1:]
                              for record in records.get((stage, split), [])
                              for pair in replies_in(record, stage))
-    kept = [record for record in texts if not replies.are_in(record["text"])]
+    kept = those(texts, (not replies.are_in(r["text"]) for r in texts)) if replies.replies else texts
     if len(kept) < len(texts):
         records["pretrain", "train"] = kept
         left_out["pretrain"] += len(texts) - len(kept)
@@ -176,11 +199,13 @@ def require_splits(stage: str, records: Records, files: Files, left_out: int) ->
                         f"{file_name(stage, 'train')} and your own {file_name(stage, split)}")
 
 
-def without_repeats(records: list[dict], stage: str) -> list[dict]:
+def without_repeats(records: list[dict] | Texts, stage: str) -> list[dict] | Texts:
     """Each held-out record once: a prompt of ppo, and what else is equal in all that is read."""
-    def identity(record: dict) -> str:
-        if stage == "ppo":
-            return prompt_key(record["prompt"])
-        return json.dumps([record.get(field) for field in READ])
+    seen: set[int] = set()
 
-    return list({identity(record): record for record in reversed(records)}.values())[::-1]
+    def is_new(record: dict) -> bool:
+        identity = text_hash(prompt_key(record["prompt"]) if stage == "ppo" else
+                             json.dumps([record.get(field) for field in READ]))
+        return not (identity in seen or seen.add(identity))
+
+    return those(records, map(is_new, records))

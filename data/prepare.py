@@ -3,10 +3,12 @@
     python -m data.prepare reviews [--source FOLDER] [--vocab_size N] [--limit N]
     python -m data.prepare shakespeare
     python -m data.prepare FILE.jsonl
+    python -m data.prepare --list        what is prepared, and whether it is whole
+    python -m data.prepare --clean       remove what no run can use
 
 Data sets known by name are in data/sets/; data/own.py reads the files that users bring. A prepared
 folder is in data/cache/, under a name that depends on its data set, options and raw files, so the
-next call with the same ones finds it. It is built under a temporary name and renamed when complete.
+next call with the same ones finds it. data/folders.py says how it is written and checked.
 """
 import dataclasses
 import difflib
@@ -17,13 +19,14 @@ import pathlib
 import shutil
 import sys
 
-from data.dataset import DataSet, DataWriter, Part
+from data.dataset import DataSet, DataWriter, Part, refuse_zip
+from data.folders import clean, file_digest, list_folders, seal, sync, temporary_folder
 from data.own import own_data_set
 from data.prepared import Prepared
 from data.sets import DATA_SETS
-from runtime.options import Options, UserError, option, parse, run_main
+from runtime.options import Options, UserError, advice, option, parse, run_main
 
-VERSION = 3  # of the stored form; raise it to make folders prepared earlier unused
+VERSION = 4  # of the stored form; raise it to make folders prepared earlier unused
 CACHE = pathlib.Path(os.environ.get("MOSSLET_CACHE") or pathlib.Path(__file__).parent / "cache")
 NO_EFFECT = {"source": "it names the raw files of {names}", "limit": "it is for {names}",
              "vocab_size": "no vocabulary of tokens is trained on it",
@@ -34,8 +37,13 @@ def find_data_set(data: str) -> DataSet:
     """The data set with this name, or the user's files at this path; UserError if neither is."""
     if data in DATA_SETS:
         return DATA_SETS[data]
-    if pathlib.Path(data).exists():
-        return own_data_set(pathlib.Path(data))
+    if (path := pathlib.Path(data)).exists():
+        require_readable(path, folder=True)
+        try:
+            refuse_zip(path)
+            return own_data_set(path)
+        except OSError as error:
+            raise UserError(f"{data}: cannot be read: {error.strerror}; {advice(error)}") from None
     near = difflib.get_close_matches(data, DATA_SETS, 1)
     raise UserError(f"unknown data set {data!r}{f'; did you mean {near[0]}?' if near else ''}: use "
                     f"{' or '.join(DATA_SETS)}, or the path of a .jsonl file or a folder of them")
@@ -52,48 +60,62 @@ def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, lim
     given = {"vocab_size": vocab_size, "limit": limit, "skip_bad": skip_bad}
     options = {name: value for name, value in given.items() if name in data_set.options}
     path = pathlib.Path(source) if source and "source" in data_set.options else None
-    if path is not None and not path.exists():
-        raise UserError(f"--source {source}: no such file or folder")
+    if path is not None:
+        if not path.exists():
+            raise UserError(f"--source {source}: no such file or folder")
+        require_readable(path, folder=True)
     files = data_set.source(path, cache / "downloads") if data_set.source else []
     for file in files:
         if file is None or not file.exists():
             raise UserError(f"data set {data}: {file or 'its raw data'} is missing; give the path "
                             "of its raw files as --source")
+        require_readable(file)
     fingerprint = fingerprint_of(data_set, options, files)
     folder = cache / f"{pathlib.Path(data).stem}-{fingerprint}"
     if (folder / "meta.json").exists():
         return folder
-    temporary = cache / f".{folder.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        out = data_set.build(temporary, files, **options)
-        write_description(out, data_set, {"data": data, "fingerprint": fingerprint,
-                                          "options": options})
-        if not (folder / "meta.json").exists():  # else another process was faster
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+        with temporary_folder(folder) as temporary:
+            out = data_set.build(temporary, files, **options)
+            write_description(out, data_set, {"data": data, "fingerprint": fingerprint,
+                                              "options": options})
+            if not (folder / "meta.json").exists():  # else another process was faster
+                shutil.rmtree(folder, ignore_errors=True)
+                temporary.rename(folder)
+                sync(cache)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be prepared: {error}; check the path, the rights and "
-                        "the free space") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{folder}: cannot be prepared: {error}; {advice(error)}") from error
     return folder
+
+
+def require_readable(path: pathlib.Path, folder: bool = False) -> None:
+    """UserError unless this is a file that can be read twice, or a folder if that is allowed.
+
+    A named pipe would be waited for without end, and what `<(command)` gives is empty when it is
+    read again.
+    """
+    if path.is_dir() and not folder:
+        raise UserError(f"{path}: is a folder where a file is needed; move it away")
+    if not path.is_dir() and not path.is_file():
+        raise UserError(f"{path}: neither a file nor a folder, but a pipe or a device: write its "
+                        "content into a file, and give that")
 
 
 def fingerprint_of(data_set: DataSet, options: dict[str, int], files: list[pathlib.Path]) -> str:
     """A hash of all that the prepared files depend on: record, options and raw files."""
     mixture = {name: dataclasses.astuple(part) for name, part in data_set.mixture.items()}
-    try:
-        digests = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read: {error.strerror}; check --source") from None
+    digests = []
+    for file in files:
+        try:
+            digests.append((file.name, file_digest(file)))
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}; {advice(error)}") from None
     state = [VERSION, data_set.name, data_set.version, data_set.template, mixture, options, digests]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
 
 
 def write_description(out: DataWriter, data_set: DataSet, meta: dict) -> None:
-    """Write tokenizer.json and, last of all files, meta.json."""
+    """Write tokenizer.json and, last of all files, meta.json; all of them are on the disk then."""
     if unknown := set(data_set.mixture) - set(out.parts):
         raise ValueError(f"data set {data_set.name}: its mixture names {', '.join(unknown)}, but "
                          f"its parts are {', '.join(out.parts)}")
@@ -103,8 +125,7 @@ def write_description(out: DataWriter, data_set: DataSet, meta: dict) -> None:
     parts = {name: dataclasses.asdict(data_set.mixture.get(name, Part())) for name in out.parts}
     meta |= {"dtype": out.dtype, "stages": sorted({name.split("_")[0] for name in out.counts}),
              "counts": out.counts, "template": data_set.template, "parts": parts}
-    text = json.dumps(meta, indent=1, ensure_ascii=False)
-    (out.folder / "meta.json").write_text(text, encoding="utf-8")
+    seal(out.folder, meta)
 
 
 def open_data(data: str, **options) -> Prepared:
@@ -134,15 +155,25 @@ class PrepareOptions(Options):
     vocab_size: int = option(4096, "tokens of the vocabulary, six special ones included", low=262)
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
     skip_bad: bool = option(False, "leave out bad lines of your own files, and say how many")
+    list: bool = option(False, "list the prepared folders, and whether each is whole")
+    clean: bool = option(False, "remove prepared folders that are damaged, left by a stopped "
+                                "process or of an earlier version; the others stay")
     traceback: bool = option(False, "show where in the code an error arose")
 
 
 def main(argv: list[str]) -> None:
-    if not argv or argv[0].startswith("-") and not {"--help", "-h"} & set(argv):
+    name = argv[0] if argv and not argv[0].startswith("-") else ""
+    o = parse(PrepareOptions, argv[bool(name):], "-m data.prepare NAME")
+    if o.list or o.clean:
+        command = "clean" if o.clean else "list"
+        o.refuse("source", "vocab_size", "limit", "skip_bad", why=f"with --{command}")
+        if name:
+            raise UserError(f"--{command} is about all prepared folders: leave out {name}")
+        return (clean if o.clean else list_folders)(CACHE)
+    if not name:
         raise UserError(f"usage: python -m data.prepare {'|'.join(DATA_SETS)}|FILE.jsonl|FOLDER "
-                        "[--source …] [--vocab_size …] [--limit …] [--skip_bad]")
-    o = parse(PrepareOptions, argv[not argv[0].startswith("-"):], "-m data.prepare NAME")
-    data = open_for(o, argv[0])
+                        "[--source …] [--vocab_size …] [--limit …] [--skip_bad], or --list, or --clean")
+    data = open_for(o, name)
     print(data.folder)
     for name, count in data.meta["counts"].items():
         print(f"  {name}: {count}")

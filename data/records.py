@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from runtime.lines import parse_line, read_lines
@@ -24,6 +24,7 @@ from runtime.options import UserError
 FIELDS = {"pretrain": "text", "sft": "prompt and response, or messages",
           "reward": "prompt with response and label or score, or chosen and rejected",
           "ppo": "prompt"}
+SHOWN = 10  # bad lines of a file that are named
 
 
 # ---- prompts and dialogues -----------------------------------------------------------------------
@@ -180,32 +181,41 @@ def load_records(path: str | os.PathLike, kind: str, skip_bad: bool = False) -> 
     named in a printed line. It is also raised for a file without records, and for one that mixes
     pairs, labels and scores.
     """
-    records, bad = [], []
-    for number, line in read_lines(path):
-        if line.strip(b"\xef\xbb\xbf \t\r\n"):
-            try:
-                records.append(checked(parse_line(line), kind))
-            except ValueError as error:
-                bad.append(f"line {number}: {error}")
-    if bad and not (skip_bad and records):
-        raise UserError(f"{path}, {first_of(bad)}; a {kind} record has {FIELDS[kind]}; mend the "
-                        "file, or let train.py leave such lines out (--skip_bad)")
-    if bad:
-        print(f"{path}: {len(bad)} of {len(bad) + len(records)} records left out (--skip_bad): "
-              f"{first_of(bad)}")
-    if not records:
-        raise UserError(f"{path}: holds no records; a {kind} file has one JSON object a line, with "
-                        f"{FIELDS[kind]}")
+    bad: list[str] = []
+    records = [record for _, record in read_records(path, kind, bad)]
+    report_bad(path, kind, bad, len(records), skip_bad)
     if kind == "reward" and len({frozenset(r) & {"chosen", "label", "score"} for r in records}) > 1:
         raise UserError(f"{path}: pairs, labels and scores are mixed; keep one kind of feedback in "
                         "a file")
     return records
 
 
-def first_of(bad: list[str], most: int = 10) -> str:
-    """The first few of these descriptions, and how many there are."""
-    more = f"; … {len(bad)} bad lines in all" if len(bad) > most else ""
-    return "; ".join(bad[:most]) + more
+def read_records(path: str | os.PathLike, kind: str, bad: list[str]) -> Iterator[tuple[int, dict]]:
+    """(line number, record) of the good records of a file, one after another. Bad lines are added to
+    `bad`: the first SHOWN in words."""
+    for number, line in read_lines(path):
+        if line.strip(b"\xef\xbb\xbf \t\r\n"):
+            try:
+                record = checked(parse_line(line), kind)
+            except ValueError as error:
+                bad.append(f"line {number}: {error}" if len(bad) < SHOWN else "")
+            else:
+                yield number, record
+
+
+def report_bad(path: str | os.PathLike, kind: str, bad: list[str], n_good: int,
+               skip_bad: bool) -> None:
+    """UserError for bad lines, or, with skip_bad, a printed line; UserError for no good ones."""
+    more = f"; … {len(bad)} bad lines in all" if len(bad) > SHOWN else ""
+    first = "; ".join(bad[:SHOWN]) + more
+    if bad and not (skip_bad and n_good):
+        raise UserError(f"{path}, {first}; a {kind} record has {FIELDS[kind]}; mend the "
+                        "file, or let train.py leave such lines out (--skip_bad)")
+    if bad:
+        print(f"{path}: {len(bad)} of {len(bad) + n_good} records left out (--skip_bad): {first}")
+    if not n_good:
+        raise UserError(f"{path}: holds no records; a {kind} file has one JSON object a line, with "
+                        f"{FIELDS[kind]}")
 
 
 def write_records(path: pathlib.Path, records: Iterable[dict]) -> None:

@@ -9,7 +9,9 @@ import collections
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+import numpy as np
 
 from data.dataset import text_hash
 from data.records import prompt_text
@@ -57,7 +59,7 @@ def prompt_key(prompt: str | list[dict[str, str]]) -> str:
 
 # ---- splits --------------------------------------------------------------------------------------
 
-def assign(groups: Mapping[str, set[int]], wanted: Mapping[str, set[str]],
+def assign(groups: Mapping[str, Collection[int]], wanted: Mapping[str, set[str]],
            fixed: Mapping[int, str]) -> dict[int, str]:
     """The split of every key that is held out; the others are trained on.
 
@@ -70,12 +72,14 @@ def assign(groups: Mapping[str, set[int]], wanted: Mapping[str, set[str]],
     groups if it is for one.
     """
     splits = dict(fixed)
-    for name, keys in groups.items():
-        ranked = sorted(keys - fixed.keys())
+    for name, of_group in groups.items():
+        keys = np.unique(np.fromiter(of_group, np.uint64, len(of_group)))
+        ranked = keys[~np.isin(keys, np.fromiter(fixed, np.uint64, len(fixed)))]
         for split, order in (("test", ranked), ("val", ranked[::-1])):
             if split in wanted[name] and len(ranked) > 2:
-                have = sum(fixed.get(key) == split for key in keys)
-                for key in order[:max(0, max(1, len(keys) // ONE_IN) - have)]:
+                held = np.array([key for key, s in fixed.items() if s == split], np.uint64)
+                n = max(1, len(keys) // ONE_IN) - int(np.isin(held, keys).sum())
+                for key in order[:max(0, n)].tolist():
                     splits.setdefault(key, split)
     return splits
 

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from runtime.options import UserError
+from runtime.options import UserError, advice
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
@@ -20,8 +20,8 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             yield from enumerate(file, 1)
     except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged archive
-        raise UserError(f"{path}: cannot be read: {error}; check the path, or restore the "
-                        "file") from None
+        hint = advice(error) if getattr(error, "errno", None) else "restore the file"
+        raise UserError(f"{path}: cannot be read: {error}; {hint}") from None
 
 
 def parse_line(line: bytes) -> Any:

@@ -7,6 +7,7 @@ flag. Unknown and ineffective options are errors. This module has no project imp
 """
 import dataclasses
 import difflib
+import errno
 import inspect
 import itertools
 import math
@@ -246,6 +247,17 @@ def show(options: Any, title: str) -> None:
     print(f"{title}: {'  '.join(words) or 'the defaults'}", flush=True)
 
 
+def advice(error: OSError) -> str:
+    """What to do about an error of the system: a sentence's end."""
+    return {errno.ENOSPC: "free some space on that drive, or choose another",
+            errno.EDQUOT: "your share of that drive is used up: free some space, or choose another",
+            errno.EACCES: "check the rights", errno.EPERM: "check the rights",
+            errno.EROFS: "that drive is read-only: choose another",
+            errno.EIO: "the drive fails: check it and its cable, and take the file from a copy",
+            errno.EISDIR: "that is a folder: give a file"
+            }.get(error.errno, "check the path, the rights and the free space")
+
+
 def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     """Run a command line: a UserError becomes one line and exit code 2; --traceback shows where it
     arose."""
@@ -262,8 +274,7 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     except OSError as error:  # a full disk, a missing right: the system says what and where
         if "--traceback" in argv:
             traceback.print_exc()
-        print(f"error: {error}; check the path, the rights and the free space",
-              file=sys.stderr)
+        print(f"error: {error}; {advice(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

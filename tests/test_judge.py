@@ -136,6 +136,20 @@ def test_one_with_other_settings_is_fitted_again(data, reviews, fitted):
     assert ngram_classifier(data, "judge").settings() == NgramClassifier().settings()
 
 
+@pytest.mark.parametrize("harm", [lambda raw: raw[:len(raw) // 2], lambda raw: b"",
+                                  lambda raw: raw[:len(raw) // 2] + bytes(len(raw) // 2),
+                                  lambda raw: raw[:len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 64])
+                                  + raw[len(raw) // 2 + 1:]])
+def test_a_damaged_one_is_fitted_again_and_never_believed(data, harm, capsys):
+    path, test = data.folder / "ngrams_judge.pt", ["还可以"]
+    expected = ngram_classifier(data, "judge").logits(test)
+    path.write_bytes(harm(path.read_bytes()))
+    assert ngram_classifier(data, "judge").logits(test) == expected
+    assert "ngrams_judge.pt: damaged, fitted again" in capsys.readouterr().out
+    assert ngram_classifier(data, "judge").logits(test) == expected
+    assert capsys.readouterr().out == ""
+
+
 def test_prompt_and_response_are_read_as_one_text():
     assert plain_text({"prompt": "这本", "response": "书"}) == "这本书"
     assert plain_text({"prompt": [{"role": "user", "content": "a"}], "response": "b"}) == "ab"

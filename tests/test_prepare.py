@@ -4,6 +4,9 @@ import dataclasses
 import functools
 import gzip
 import json
+import os
+import pathlib
+import zipfile
 
 import pytest
 
@@ -103,6 +106,40 @@ def test_a_damaged_description_is_refused(prompts, tmp_path):
     (prepare(str(prompts), cache=tmp_path / "c") / "meta.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         open_data(str(prompts), cache=tmp_path / "c")
+
+
+# ---- what cannot be read twice, or at all ----------------------------------------------------------
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for words in ({"data": str(tmp_path / "pipe")},
+                  {"data": "shakespeare", "source": str(tmp_path / "pipe")},
+                  {"data": "reviews", "source": str(tmp_path / "pipe")}):
+        with pytest.raises(UserError, match="a pipe or a device: write its content into a file"):
+            prepare(**words, cache=tmp_path / "c")
+
+
+@pytest.mark.parametrize("make,message", [(os.mkfifo, "a pipe"), (os.mkdir, "is a folder")])
+def test_a_users_folder_with_something_else_than_a_file_is_refused(tmp_path, make, message):
+    make(tmp_path / "sft.jsonl")
+    with pytest.raises(UserError, match=f"sft.jsonl: .*{message}"):
+        prepare(str(tmp_path), cache=tmp_path / "c")
+
+
+def test_a_zip_of_the_users_own_is_told_to_be_unpacked(prompts, tmp_path):
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as file:
+        file.write(prompts)
+    with pytest.raises(UserError, match="zip archive is not read: unpack it"):
+        prepare(str(tmp_path / "d.zip"), cache=tmp_path / "c")
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/mem").exists(), reason="needs Linux")
+@pytest.mark.parametrize("words", [{"data": "/proc/self/mem"},
+                                   {"data": "reviews", "source": "/proc/self/mem"}])
+def test_a_drive_that_cannot_be_read_is_named_with_its_file(words, tmp_path):
+    """Reading address 0 of a process's memory is an input/output error."""
+    with pytest.raises(UserError, match="/proc/self/mem: cannot be read: .*the drive fails"):
+        prepare(**words, cache=tmp_path)
 
 
 def test_a_prepared_folder_can_be_opened_by_its_path(reviews):

