@@ -296,35 +296,39 @@ def judges(data: Prepared, folder: str | os.PathLike, device: str) -> dict[str, 
 
 
 def score_reward_model(model: RewardModel, data: Prepared, split: str, tokenizer: Tokenizer,
-                       max_len: int) -> dict[str, list]:
+                       max_len: int) -> dict[str, Any]:
     """Labels, and the raw scores of reward model and n-gram baseline, for whole texts and replies'
     first halves.
 
-    Of first halves both read the same text, half of the reply's tokens. Of a whole text the model
-    reads max_len tokens at most, the baseline everything.
+    Both read the same text: what the model reads, max_len tokens at most, decoded.
     """
-    records, baseline = data.records("reward", split), ngram_classifier(data, "reward")
-    records = drop_long_prompts(records, tokenizer, data.template, max_len - 8)
-    full, half = (reward_rows(records, tokenizer, data.template, max_len, half=half)
-                  for half in (False, True))
-    half_replies = [tokenizer.decode(i for i, of_reply in zip(*row, strict=True) if of_reply)
-                    for row in half]
-    half_texts = [plain_text(r | {"response": text}) for r,
-                  text in zip(records, half_replies, strict=True)]
-    return {"labels": [r["label"] for r in records],
-            "scores": model.score_rows(full).tolist(), "half_scores": model.score_rows(half).tolist(),
-            "baseline": baseline.logits([plain_text(r) for r in records]).tolist(),
-            "half_baseline": baseline.logits(half_texts).tolist()}
+    records = drop_long_prompts(data.records("reward", split), tokenizer, data.template, max_len - 8)
+    baseline = ngram_classifier(data, "reward")
+    scores: dict[str, Any] = {"labels": [r["label"] for r in records], "form": str(baseline)}
+    for part, half in (("", False), ("half_", True)):
+        rows = reward_rows(records, tokenizer, data.template, max_len, half=half)
+        texts = [plain_text(record | {"response": tokenizer.decode(
+            i for i, of_reply in zip(*row, strict=True) if of_reply and i != tokenizer.eom_id)})
+            for record, row in zip(records, rows, strict=True)]
+        scores[f"{part}scores"] = model.score_rows(rows).tolist()
+        scores[f"{part}baseline"] = baseline.logits(texts).tolist()
+    return scores
 
 
-def reward_table(scores: dict[str, list]) -> list[dict]:
+def reward_table(scores: dict[str, dict[str, Any]]) -> list[dict]:
+    """`reward_split_table` of each split's scores, the splits of a system side by side."""
+    tables = [reward_split_table(s, split) for split, s in scores.items()]
+    return [row for rows in zip(*tables, strict=True) for row in rows]
+
+
+def reward_split_table(scores: dict[str, Any], split: str) -> list[dict]:
     """The reward model and the n-gram baseline on the same texts, each figure with its 95 %
     interval."""
     labels, rows = scores["labels"], []
     for name, key, half in (("reward model", "scores", "half_scores"),
                             ("n-gram regression, same labels", "baseline", "half_baseline")):
         probs = 1 / (1 + np.exp(-np.array(scores[key])))
-        rows.append({"name": name, "auc": interval(auc, scores[key], labels),
+        rows.append({"name": name, "texts": f"{split}, {len(labels)}", "auc": interval(auc, scores[key], labels),
                      "accuracy": interval(accuracy, probs, labels),
                      "calibration": interval(calibration_error, probs, labels, basic=True),
                      "half": interval(auc, scores[half], labels)})

@@ -252,6 +252,19 @@ def reward(o: RewardOptions) -> Run | None:
     return run
 
 
+# ---- the judge: never trained against ------------------------------------------------------------
+
+@dataclasses.dataclass
+class JudgeOptions(RewardOptions):
+    """`python train.py judge`"""
+
+
+def judge(o: JudgeOptions) -> Run | None:
+    """A second judge of policies, which reads whole texts where the n-grams read pieces: the
+    pretrained trunk (not the policy's) learns the judge's half of the labels."""
+    return train_reward(o, stage="judge", parent="pretrain")
+
+
 # ---- all stages ----------------------------------------------------------------------------------
 
 STAGES: dict[str, tuple[type, Callable[[Any], Run | None]]] = {
@@ -259,6 +272,7 @@ STAGES: dict[str, tuple[type, Callable[[Any], Run | None]]] = {
     "sft": (SFTOptions, sft),
     "reward": (RewardOptions, reward),
     "ppo": (PPOOptions, train_ppo),
+    "judge": (JudgeOptions, judge),
 }
 
 
@@ -269,14 +283,16 @@ def run_all(options: dict[str, Common]) -> None:
     init_from, reward_from = options["sft"].init_from, options["ppo"].reward_from
     brought = {"pretrain": init_from, "reward": reward_from}
     data = open_for(options["ppo"], options["ppo"].data)
-    require_inputs(data, [stage for stage in STAGES if not brought.get(stage)], reward_from)
-    for stage, (_, function) in STAGES.items():
+    stages = [stage for stage in STAGES if stage != "judge" or data.has("judge")]
+    require_inputs(data, [stage for stage in stages if not brought.get(stage)], reward_from)
+    for stage in stages:
         if brought.get(stage):
             print(f"{stage}: skipped, its model is {brought[stage]}")
             continue
-        o = options[stage]  # what comes after sft starts from this run's sft
-        function(o.replace(resume=not o.fresh, init_from=init_from if stage == "sft" else "",
-                           reward_from=reward_from if stage == "ppo" else ""))
+        o = options[stage]  # sft and the judge start from the pretrained model, the others from sft
+        STAGES[stage][1](o.replace(
+            resume=not o.fresh, init_from=init_from if stage in ("sft", "judge") else "",
+            reward_from=reward_from if stage == "ppo" else ""))
     o = options["ppo"]
     settings = evaluate.ReplySettings(o.reply_len, o.temperature)
     evaluate.write_report(data, run_folder(o, ""), seed=o.seed, settings=settings,
