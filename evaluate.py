@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from data.batches import drop_long_prompts, make_rows, pad_left, prompt_ids, reward_rows, scatter_tokens
-from data.judge import NgramClassifier, ngram_classifier, plain_text
+from data.judge import ModelJudge, NgramClassifier, NgramJudge, ngram_classifier, plain_text
 from data.prepare import open_data
 from data.prepared import Prepared
 from data.records import prompt_text
@@ -225,6 +225,19 @@ def load_reward_model(path: str | os.PathLike, device: str,
     model, own_tokenizer, state = load_checkpoint(path, device, RewardModel)
     tokenizer.require_same(own_tokenizer, f"the policy and {path}")
     return model, min(state["options"]["max_len"], model.config.max_len)
+
+
+def judges(data: Prepared, folder: str | os.PathLike, device: str) -> dict[str, Any]:
+    """The judges by name, each with .probs(prompts, texts) -> P(liked) (n,): n-grams where the data
+    have the judge's half of the labels, and the transformer of `folder` where it was trained."""
+    found: dict[str, Any] = {}
+    if data.has("judge"):
+        found["n-grams"] = NgramJudge(ngram_classifier(data, "judge"))
+    if checkpoint_path(folder).exists():
+        model, tokenizer, state = load_checkpoint(folder, device, RewardModel)
+        longest = min(state["options"]["max_len"], model.config.max_len)
+        found["transformer"] = ModelJudge(model, tokenizer, state["template"], longest)
+    return found
 
 
 def score_reward_model(model: RewardModel, data: Prepared, split: str, tokenizer: Tokenizer,

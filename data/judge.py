@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.batches import reward_rows
 from data.prepared import Prepared
 from data.records import prompt_text
+from data.tokenizer import Tokenizer
 from runtime.machine import save_whole
 
 
@@ -132,7 +134,38 @@ class NgramClassifier:
         return classifier
 
 
-# ---- baseline and judge --------------------------------------------------------------------------
+# ---- judges: P(liked) of texts, by what no policy is trained against -----------------------------
+
+class NgramJudge:
+    """The n-gram classifier of the judge's half of the labels. It reads characters."""
+
+    def __init__(self, classifier: NgramClassifier):
+        self.classifier = classifier
+
+    def probs(self, prompts: Sequence, texts: Sequence[str]) -> np.ndarray:
+        """(n,): P(liked) of each prompt with its reply."""
+        return self.classifier.probs([plain_text({"prompt": prompt, "response": text})
+                                      for prompt, text in zip(prompts, texts, strict=True)])
+
+
+class ModelJudge:
+    """A transformer that learned the judge's half (`train.py judge`). It reads tokens, in order."""
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, template: str, max_len: int):
+        """model: whatever has score_rows, such as a RewardModel. max_len: the longest row it was
+        trained on."""
+        self.model, self.max_len = model, max_len
+        self.tokenizer, self.template = tokenizer, template
+
+    def probs(self, prompts: Sequence, texts: Sequence[str]) -> np.ndarray:
+        """(n,): P(liked) of each prompt with its reply, read as a finished text."""
+        records = [{"prompt": prompt, "response": text}
+                   for prompt, text in zip(prompts, texts, strict=True)]
+        rows = reward_rows(records, self.tokenizer, self.template, self.max_len)
+        return torch.sigmoid(self.model.score_rows(rows)).cpu().numpy()
+
+
+# ---- the classifiers of a data set ---------------------------------------------------------------
 
 def plain_text(record: dict) -> str:
     """Prompt and response as one text, which is what the classifier reads; messages are joined."""
