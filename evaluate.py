@@ -3,11 +3,10 @@ loophole?
 
     python evaluate.py out/reviews/sft out/reviews/ppo        the report's tables for any checkpoints
 
-From small to large: what a set of replies looks like; a policy on held-out prompts; the reward
-model on held-out labels; the report. The n-gram classifier of data/judge.py serves twice: fitted on
-one half of the labels it is the reward model's baseline, on the other half the independent judge.
-PPO and the reward model are never trained against the judge; its opinions reach metrics and reports
-only.
+From small to large: a policy on held-out prompts; the reward model on held-out labels; the report.
+The n-gram classifier of data/judge.py serves twice: fitted on one half of the labels it is the
+reward model's baseline, on the other half the independent judge. PPO and the reward model are never
+trained against the judge; its opinions reach metrics and reports only.
 """
 import dataclasses
 import json
@@ -15,7 +14,6 @@ import math
 import os
 import pathlib
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,63 +31,10 @@ from reward import RewardModel
 from runtime.device import pick_device, precision
 from runtime.machine import replace_text
 from runtime.options import Options, UserError, option, parse, run_main
-from runtime.statistics import (accuracy, auc, calibration_error, interval, paired_auc_difference,
-                                positive_share, win_rate)
+from runtime.statistics import (accuracy, auc, calibration_error, distinct_n, interval,
+                                paired_auc_difference, positive_share, reply_statistics, win_rate)
+from runtime.tables import table, text_plot
 from sample import reply_ids, reply_texts, reply_to
-
-
-# ---- what replies look like ----------------------------------------------------------------------
-
-def distinct_n(rows: Sequence[Sequence[int]], n: int = 2, budget: int | None = None) -> float:
-    """Distinct n-grams over all n-grams, of the first `budget` ones (Li 2016). More text repeats
-    more, so two systems are compared over equal numbers.
-
-    >>> distinct_n([[1, 2, 1, 2], [1, 2]], 2)
-    0.5
-    """
-    grams = [tuple(row[i:i + n]) for row in rows for i in range(len(row) - n + 1)][:budget]
-    return len(set(grams)) / max(1, len(grams))
-
-
-def reply_statistics(rows: Sequence[Sequence[int]], ended: Sequence[bool],
-                     short: int = 8) -> dict[str, float]:
-    """Mean length in tokens, share with end token, share that occur more than once, share under 8
-    tokens."""
-    if not len(rows):
-        raise UserError("nothing to measure: there are no replies")
-    rows = [tuple(row) for row in rows]
-    count = Counter(rows)
-    return {"length": float(np.mean([len(row) for row in rows])), "end_rate": float(np.mean(ended)),
-            "identical": float(np.mean([count[row] > 1 for row in rows])),
-            "short": float(np.mean([len(row) < short for row in rows]))}
-
-
-def text_plot(values: Sequence[float], title: str, width: int = 60, height: int = 6) -> str:
-    """A curve in characters, for terminals."""
-    values = np.asarray(values, float)
-    if not len(values):
-        return f"{title}: no values"
-    columns = np.interp(np.linspace(0, len(values) - 1, min(width, max(2, len(values)))),
-                        np.arange(len(values)), values)
-    low, high = float(columns.min()), float(columns.max())
-    level = np.round((columns - low) / ((high - low) or 1) * (height - 1)).astype(int)
-    lines = ["".join("•" if at == row else " " for at in level) for row in reversed(range(height))]
-    axis = {0: f"{high:8.3g}", height - 1: f"{low:8.3g}"}
-    return "\n".join([title, *(f"{axis.get(i, ''):8} |{line}" for i, line in enumerate(lines))])
-
-
-def table(rows: Sequence[dict], columns: dict[str, str]) -> str:
-    """A Markdown table: columns maps a key to its title; numbers to three digits, what is missing
-    is a dash."""
-    def cell(x: Any) -> str:
-        if not isinstance(x, float):
-            return "–" if x is None else str(x)
-        return f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
-
-    lines = [list(columns.values()), ["---"] * len(columns),
-             *([cell(r.get(k)) for k in columns] for r in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
 
 # ---- a policy on held-out prompts ----------------------------------------------------------------
 

@@ -1,6 +1,7 @@
-"""Agreement of scores with labels, comparison of systems, intervals by bootstrap, running means."""
+"""Agreement of scores with labels, comparison of systems, intervals by bootstrap, what replies look
+like, running means."""
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,6 +111,32 @@ def win_rate(a: Sequence[float], b: Sequence[float], **settings: Any) -> tuple[f
     """(value, low, high): share of prompts on which a's reply scores above b's; ties count one
     half. settings: those of `bootstrap`."""
     return bootstrap(lambda x, y: float((x > y).mean() + (x == y).mean() / 2), a, b, **settings)
+
+
+# ---- what replies look like ----------------------------------------------------------------------
+
+def distinct_n(rows: Sequence[Sequence[int]], n: int = 2, budget: int | None = None) -> float:
+    """Distinct n-grams over all n-grams, of the first `budget` ones (Li 2016). More text repeats
+    more, so two systems are compared over equal numbers.
+
+    >>> distinct_n([[1, 2, 1, 2], [1, 2]], 2)
+    0.5
+    """
+    grams = [tuple(row[i:i + n]) for row in rows for i in range(len(row) - n + 1)][:budget]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def reply_statistics(rows: Sequence[Sequence[int]], ended: Sequence[bool],
+                     short: int = 8) -> dict[str, float]:
+    """Mean length in tokens, share with end token, share that occur more than once, share under 8
+    tokens."""
+    if not len(rows):
+        raise UserError("nothing to measure: there are no replies")
+    rows = [tuple(row) for row in rows]
+    count = Counter(rows)
+    return {"length": float(np.mean([len(row) for row in rows])), "end_rate": float(np.mean(ended)),
+            "identical": float(np.mean([count[row] > 1 for row in rows])),
+            "short": float(np.mean([len(row) < short for row in rows]))}
 
 
 # ---- over a run ----------------------------------------------------------------------------------

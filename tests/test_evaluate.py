@@ -1,4 +1,4 @@
-"""Measures of replies, of policies on held-out prompts, of the reward model; tables and report."""
+"""Measures of policies on held-out prompts, and of the reward model; their tables and the report."""
 import copy
 import dataclasses
 import json
@@ -11,35 +11,12 @@ import evaluate
 from data.batches import prompt_ids
 from data.judge import ngram_classifier
 from data.tokenizer import train_bpe
-from evaluate import ReplySettings, distinct_n, measure_policy, reply_statistics, table, text_plot
+from evaluate import ReplySettings, measure_policy
 from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint
 from ppo import train_ppo
 from reward import RewardModel
 from runtime.options import UserError
 from tests.conftest import logprobs_of
-
-
-# ---- replies -------------------------------------------------------------------------------------
-
-ROWS = [[1, 2, 3], [1, 2], [4]]
-
-
-@pytest.mark.parametrize("rows,n,budget,expected", [
-    (ROWS, 2, None, 2 / 3), (ROWS, 1, None, 4 / 6), (ROWS, 2, 2, 1),
-    ([[1, 1, 1, 1]], 2, None, 1 / 3), ([[1]], 2, None, 0)])
-def test_distinct_n_counts_over_equal_numbers(rows, n, budget, expected):
-    assert distinct_n(rows, n, budget) == expected
-
-
-def test_statistics_of_replies():
-    rows = [[1, 2], [1, 2], [3] * 10, [4] * 10]
-    assert reply_statistics(rows, [True, True, False, True]) \
-        == {"length": 6, "end_rate": .75, "identical": .5, "short": .5}
-
-
-def test_no_replies_have_no_statistics():
-    with pytest.raises(UserError, match="there are no replies"):
-        reply_statistics([], [])
 
 
 # ---- policies ------------------------------------------------------------------------------------
@@ -205,24 +182,7 @@ def test_the_baseline_reads_the_same_halves_as_the_reward_model(scored, world):
     assert np.allclose(scored["half_baseline"], expected, atol=1e-5)
 
 
-# ---- tables, plots and the report ----------------------------------------------------------------
-
-def test_a_table_shows_three_digits_and_a_dash_for_what_is_missing():
-    rows = [{"a": 1.23456, "b": "x"}, {"a": None, "b": 12.34}]
-    assert table(rows, {"a": "A", "b": "B"}) \
-        == "| A | B |\n| --- | --- |\n| 1.235 | x |\n| – | 12.3 |"
-
-
-def test_a_rising_curve_rises():
-    title, *lines = text_plot([0, 1, 2, 3], "rise").splitlines()
-    assert title == "rise"
-    assert lines[0].endswith("•")
-    assert lines[-1].split("|")[1].startswith("•")
-
-
-def test_a_curve_without_values_says_so():
-    assert "no values" in text_plot([], "empty")
-
+# ---- the report ----------------------------------------------------------------------------------
 
 def test_the_report_says_which_reply_the_judge_prefers(command, world, tmp_path):
     train_ppo(command("ppo", "--updates=4", "--policy_lr=.1", "--report_prompts=20"))

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from runtime.options import UserError
-from runtime.statistics import (accuracy, auc, bootstrap, calibration_error, interval,
-                                paired_auc_difference, positive_share, win_rate)
+from runtime.statistics import (accuracy, auc, bootstrap, calibration_error, distinct_n, interval,
+                                paired_auc_difference, positive_share, reply_statistics, win_rate)
 
 
 def mean(x) -> float:
@@ -130,3 +130,26 @@ def test_win_rates_count_ties_half():
 
 def test_intervals_are_written_with_three_digits():
     assert interval(mean, [.5, .5, .5]) == "0.500 [0.500, 0.500]"
+
+
+# ---- what replies look like ----------------------------------------------------------------------
+
+ROWS = [[1, 2, 3], [1, 2], [4]]
+
+
+@pytest.mark.parametrize("rows,n,budget,expected", [
+    (ROWS, 2, None, 2 / 3), (ROWS, 1, None, 4 / 6), (ROWS, 2, 2, 1),
+    ([[1, 1, 1, 1]], 2, None, 1 / 3), ([[1]], 2, None, 0)])
+def test_distinct_n_counts_over_equal_numbers(rows, n, budget, expected):
+    assert distinct_n(rows, n, budget) == expected
+
+
+def test_statistics_of_replies():
+    rows = [[1, 2], [1, 2], [3] * 10, [4] * 10]
+    assert reply_statistics(rows, [True, True, False, True]) \
+        == {"length": 6, "end_rate": .75, "identical": .5, "short": .5}
+
+
+def test_no_replies_have_no_statistics():
+    with pytest.raises(UserError, match="there are no replies"):
+        reply_statistics([], [])

@@ -14,9 +14,9 @@ import sys
 
 import numpy as np
 
-from evaluate import table
 from runtime.options import UserError, run_main
 from runtime.statistics import accuracy, auc, calibration_error, paired_auc_difference
+from runtime.tables import table
 
 POLICY = {"name": "", "judged_positive": "judged positive", "raw_score": "raw score",
           "kl": "KL, nats/reply", "distinct2": "distinct-2", "distinct2_ratio": "… / SFT's",
