@@ -160,7 +160,7 @@ COLUMNS = {"name": "", "replies": "replies", "judged": "judged positive", "raw_s
            "end_rate": "ends",
            "identical": "identical", "short": "under 8 tokens",
            "ref_perplexity": "reference perplexity"}
-REWARD_COLUMNS = {"name": "", "auc": "AUC", "accuracy": "accuracy",
+REWARD_COLUMNS = {"name": "", "texts": "texts", "auc": "AUC", "accuracy": "accuracy",
                   "calibration": "calibration error",
                   "half": "AUC on first halves"}
 
@@ -260,25 +260,31 @@ def score_reward_model(model: RewardModel, data: Prepared, split: str, tokenizer
     return scores
 
 
-def reward_table(scores: dict[str, dict[str, Any]]) -> list[dict]:
-    """`reward_split_table` of each split's scores, the splits of a system side by side."""
-    tables = [reward_split_table(s, split) for split, s in scores.items()]
-    return [row for rows in zip(*tables, strict=True) for row in rows]
-
-
-def reward_split_table(scores: dict[str, Any], split: str) -> list[dict]:
+def reward_table(scores: dict[str, Any], split: str = "") -> list[dict]:
     """The reward model and the n-gram baseline on the same texts, each figure with its 95 %
     interval."""
     labels, rows = scores["labels"], []
+    texts = f"{split} {len(labels)}".strip()
     for name, key, half in (("reward model", "scores", "half_scores"),
                             ("n-gram regression, same labels", "baseline", "half_baseline")):
         probs = 1 / (1 + np.exp(-np.array(scores[key])))
-        rows.append({"name": name, "texts": f"{split}, {len(labels)}", "auc": interval(auc, scores[key], labels),
+        rows.append({"name": name, "texts": texts, "auc": interval(auc, scores[key], labels),
                      "accuracy": interval(accuracy, probs, labels),
                      "calibration": interval(calibration_error, probs, labels, basic=True),
                      "half": interval(auc, scores[half], labels)})
     value, low, high = paired_auc_difference([scores["scores"]], scores["baseline"], labels)
-    return [*rows, {"name": "difference (paired)", "auc": f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"}]
+    return [*rows, {"name": "difference (paired)", "texts": texts,
+                    "auc": f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"}]
+
+
+def reward_tables(model: RewardModel, data: Prepared, split: str, tokenizer: Tokenizer,
+                  max_len: int) -> tuple[list[dict], dict[str, dict[str, Any]]]:
+    """(`reward_table`'s rows, their scores by split): of validation and, where that is the split,
+    of test beside it."""
+    scores = {name: score_reward_model(model, data, name, tokenizer, max_len)
+              for name in dict.fromkeys(("val", split)) if data.has_labels("reward", name)}
+    tables = [reward_table(of_split, name) for name, of_split in scores.items()]
+    return [row for rows in zip(*tables, strict=True) for row in rows], scores
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -292,7 +298,8 @@ def write_report(data: Prepared, root: pathlib.Path, *, seed: int, settings: Rep
     report["seconds"]["all"] = round(max(seconds, sum(report["seconds"].values())), 1)
     text = render_report(report, root.name, settings)
     if scores is not None:
-        replace_text(root / "reward_test_scores.json", json.dumps(scores))
+        for split, of_split in scores.items():
+            replace_text(root / f"reward_{split}_scores.json", json.dumps(of_split))
     replace_text(root / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     replace_text(root / "report.md", text + "\n")
     print("\n" + text)
@@ -320,8 +327,8 @@ def build_report(data: Prepared, root: pathlib.Path, seed: int, settings: ReplyS
     report: dict[str, Any] = {"seconds": {}, "policies": policies, "seed": seed}
     scores = None
     if data.has_labels("reward"):
-        scores = score_reward_model(reward_model, data, "test", tokenizer, max_len)
-        report["reward"], report["reward_texts"] = reward_table(scores), len(scores["labels"])
+        report["reward"], scores = reward_tables(reward_model, data, "test", tokenizer, max_len)
+        report["baseline"] = scores["test"]["form"]
     if data.has("judge"):
         records = data.records("reward", "test")
         probs = ngram_classifier(data, "judge").probs([plain_text(r) for r in records])
@@ -334,7 +341,7 @@ def build_report(data: Prepared, root: pathlib.Path, seed: int, settings: ReplyS
     drawn = np.random.default_rng([seed, 77]).permutation(len(before))[:10]
     report["pairs"] = [dict(prompt=prompt_text(before[i]["prompt"]), before=before[i],
                             after=after[i]) for i in drawn]
-    for stage in ("pretrain", "sft", "reward", "ppo"):
+    for stage in ("pretrain", "sft", "reward", "ppo", "judge"):
         if (path := root / stage / "config.json").exists():
             report["seconds"][stage] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
     return report, scores
@@ -348,8 +355,8 @@ def render_report(report: dict[str, Any], name: str, settings: ReplySettings) ->
              f"held-out openings, at temperature {settings.temperature:g}, beside what people "
              f"wrote; distinct-2 over {rows[0]['bigrams']} bigrams each.", table(rows, COLUMNS)]
     if "reward" in report:
-        parts += [f"## Reward model on {report['reward_texts']} test texts",
-                  table(report["reward"], REWARD_COLUMNS)]
+        parts += ["## Reward model", table(report["reward"], REWARD_COLUMNS),
+                  f"The n-gram regression, chosen on validation: {report['baseline']}."]
     if "judge" in report:
         parts += [f"The judge itself, on these texts: AUC {report['judge']['auc']}, accuracy "
                   f"{report['judge']['accuracy']}."]
@@ -368,8 +375,9 @@ def print_validation_table(model: RewardModel, data: Prepared, tokenizer: Tokeni
                            max_len: int) -> None:
     """The reward model beside its baseline on validation; the test texts are scored once, by the
     report."""
-    print(table(reward_table(score_reward_model(model, data, "val", tokenizer, max_len)),
-                REWARD_COLUMNS), flush=True)
+    rows, scores = reward_tables(model, data, "val", tokenizer, max_len)
+    print(f"{table(rows, REWARD_COLUMNS)}\nThe n-gram regression, chosen on validation: "
+          f"{scores['val']['form']}.", flush=True)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -430,8 +438,8 @@ def main(argv: list[str]) -> None:
                             n_prompts=o.prompts, split=o.split, settings=settings)
     print(table(lines, COLUMNS))
     if reward_model is not None and data.has_labels("reward"):
-        scores = score_reward_model(reward_model, data, o.split, tokenizer, max_len)
-        print("\n" + table(reward_table(scores), REWARD_COLUMNS))
+        rows, _ = reward_tables(reward_model, data, o.split, tokenizer, max_len)
+        print("\n" + table(rows, REWARD_COLUMNS))
 
 
 if __name__ == "__main__":

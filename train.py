@@ -6,10 +6,11 @@
     python train.py sft             obey: predict the reply of dialogues
     python train.py reward          judge: predict what people liked
     python train.py ppo             improve: reply so that the reward model likes it
+    python train.py judge           check: predict what other people liked, for the report alone
     python train.py ppo --help      a stage's options, with default, meaning and source
 
-The first two stages are written out here, `reward` in reward.py and `ppo` in ppo.py. The first
-three share the loop of runtime/fit.py. A stage reads the checkpoints of its parents and leaves
+The first two stages are written out here, `reward` in reward.py and `ppo` in ppo.py; `judge` is
+`reward` on the judge's half of the labels. All but `ppo` share the loop of runtime/fit.py. A stage reads the checkpoints of its parents and leaves
 checkpoint.pt, config.json, metrics.jsonl and samples.jsonl in OUT/<data>/<stage>/. A new stage is a
 function of its options, added to STAGES here and, for its random draws, in runtime/draws.py.
 """
@@ -252,7 +253,20 @@ def reward(o: RewardOptions) -> Run | None:
     return run
 
 
-# ---- the judge: never trained against ------------------------------------------------------------
+# ---- stage 4: PPO, and the judge that it is never trained against --------------------------------
+
+def refuse_judge(path: str) -> None:
+    """UserError if the reward model at this path is the judge: it would judge its own pupil."""
+    if path and load_checkpoint(path, "cpu", RewardModel)[2].get("stage") == "judge":
+        raise UserError(f"{path}: this is the judge, which no policy is trained against: give "
+                        "--reward_from a reward model")
+
+
+def ppo(o: PPOOptions) -> Run | None:
+    """`train_ppo`, unless its reward model is the judge."""
+    refuse_judge(o.reward_from)
+    return train_ppo(o)
+
 
 @dataclasses.dataclass
 class JudgeOptions(RewardOptions):
@@ -271,7 +285,7 @@ STAGES: dict[str, tuple[type, Callable[[Any], Run | None]]] = {
     "pretrain": (PretrainOptions, pretrain),
     "sft": (SFTOptions, sft),
     "reward": (RewardOptions, reward),
-    "ppo": (PPOOptions, train_ppo),
+    "ppo": (PPOOptions, ppo),
     "judge": (JudgeOptions, judge),
 }
 
@@ -308,8 +322,7 @@ def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
             data.require_tokenizer()
         else:
             data.records(stage, "train")
-    if reward_from:  # what the first stage starts from is soon looked at
-        load_checkpoint(reward_from, "cpu", RewardModel)
+    refuse_judge(reward_from)  # what the first stage starts from is soon looked at
 
 
 def main(argv: list[str]) -> int:

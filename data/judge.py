@@ -6,7 +6,6 @@ model has to beat. Fitted on the other half, in one fixed form, it is a judge: P
 labels that it was never trained against. The second judge is a transformer that learned the same
 half; both are asked alike, by probs(prompts, texts).
 """
-import itertools
 import functools
 import re
 import zlib

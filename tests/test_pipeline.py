@@ -26,7 +26,7 @@ from runtime.options import run_main
 from runtime.run import Run
 from tests.conftest import ROOT, equal, signals_restored
 
-STAGES = ("pretrain", "sft", "reward", "ppo")
+STAGES = ("pretrain", "sft", "reward", "ppo", "judge")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CI": "true"}
 
 
