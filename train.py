@@ -10,9 +10,10 @@
     python train.py ppo --help      a stage's options, with default, meaning and source
 
 The first two stages are written out here, `reward` in reward.py and `ppo` in ppo.py; `judge` is
-`reward` on the judge's half of the labels. All but `ppo` share the loop of runtime/fit.py. A stage reads the checkpoints of its parents and leaves
-checkpoint.pt, config.json, metrics.jsonl and samples.jsonl in OUT/<data>/<stage>/. A new stage is a
-function of its options, added to STAGES here and, for its random draws, in runtime/draws.py.
+`reward` on the judge's half of the labels. All but `ppo` share the loop of runtime/fit.py. A stage
+reads the checkpoints of its parents and leaves checkpoint.pt, config.json, metrics.jsonl and
+samples.jsonl in OUT/<data>/<stage>/. A new stage is a function of its options, added to STAGES here
+and, for its random draws, in runtime/draws.py.
 """
 import dataclasses
 import difflib
