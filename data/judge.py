@@ -26,6 +26,17 @@ from runtime.machine import save_whole
 from runtime.statistics import auc
 
 
+def code_points(text: str) -> np.ndarray:
+    """(characters,): the number of each character in Unicode."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def word_checksums(text: str) -> np.ndarray:
+    """(words,): a number for each word, whatever its case, and for each sign that is no space."""
+    words = re.findall(r"\w+|[^\w\s]", text.lower())
+    return np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words], np.uint32)
+
+
 Entries = tuple[Tensor, Tensor, Tensor]  # (row, feature number, value) of all that is not zero
 
 
@@ -52,12 +63,7 @@ class NgramClassifier:
         """Feature number -> count of the text's n-grams. The number is a hash of the code points
         (of words: of their checksums) and is the same on every machine; different n-grams may share
         one."""
-        if self.unit == "words":
-            words = re.findall(r"\w+|[^\w\s]", text.lower())
-            points = np.array([zlib.crc32(w.encode("utf-8", "surrogatepass")) for w in words])
-        else:
-            points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-        points = points.astype(np.uint64)
+        points = (word_checksums if self.unit == "words" else code_points)(text).astype(np.uint64)
         counts: Counter[int] = Counter()
         for n in self.orders:
             h = np.full(max(0, len(points) - n + 1), n, np.uint64)
@@ -98,7 +104,12 @@ class NgramClassifier:
         """`fit` on the texts' `log_counts`, which depend on unit and orders alone, until the
         gradient's largest number is below the tolerance."""
         target = torch.tensor(labels, dtype=torch.float64)
-        rows, numbers, values = self._weighted(counts, target)
+        rows, numbers, values = counts
+        occurrences = torch.bincount(numbers, minlength=self.n_features)
+        self.idf = torch.log((1 + len(target)) / (1 + occurrences)) + 1
+        if self.naive_bayes:
+            self.idf *= self._log_ratio(numbers, target[rows])
+        _, _, values = self._scaled(rows, numbers, values, len(target))
         used, numbers = numbers.unique(return_inverse=True)  # train only what occurs
         rows, numbers, values = rows.numpy(), numbers.numpy(), values.double().numpy()
         w = torch.zeros(len(used) + 1, dtype=torch.float64)  # the bias last
@@ -107,14 +118,14 @@ class NgramClassifier:
 
         def closure() -> Tensor:
             """The loss; its gradient, in closed form, into w.grad: Σ (p − y) x / n + l2 · w."""
-            weight = w[:-1].numpy()
-            logits = np.bincount(rows, weight[numbers] * values, len(target)) + float(w[-1])
-            logits = torch.from_numpy(logits)
+            weight, bias = w[:-1], w[-1:]
+            sums = np.bincount(rows, weight.numpy()[numbers] * values, len(target))
+            logits = torch.from_numpy(sums) + bias
             error = (torch.sigmoid(logits) - target) / len(target)
             slope = np.bincount(numbers, error.numpy()[rows] * values, len(used))
-            w.grad = torch.cat((torch.from_numpy(slope) + self.l2 * w[:-1], error.sum()[None]))
-            return (F.binary_cross_entropy_with_logits(logits, target)
-                    + self.l2 / 2 * (w[:-1] ** 2).sum())
+            w.grad = torch.cat((torch.from_numpy(slope) + self.l2 * weight, error.sum()[None]))
+            loss = F.binary_cross_entropy_with_logits(logits, target)
+            return loss + self.l2 / 2 * (weight * weight).sum()
 
         # On one thread: several would add numbers in varying order, with varying last digits.
         threads = torch.get_num_threads()
@@ -128,16 +139,12 @@ class NgramClassifier:
         self.bias = w[-1:].float()
         return self
 
-    def _weighted(self, counts: Entries, target: Tensor) -> Entries:
-        """Set the idf by these texts (and, with naive_bayes, by their labels); their features."""
-        rows, numbers, values = counts
-        occurrences = torch.bincount(numbers, minlength=self.n_features)
-        self.idf = torch.log((1 + len(target)) / (1 + occurrences)) + 1
-        if self.naive_bayes:
-            liked = torch.bincount(numbers, target[rows], self.n_features) + 1
-            other = torch.bincount(numbers, 1 - target[rows], self.n_features) + 1
-            self.idf *= torch.log(liked / liked.sum() * other.sum() / other).abs().float()
-        return self._scaled(rows, numbers, values, len(target))
+    def _log_ratio(self, numbers: Tensor, labels: Tensor) -> Tensor:
+        """(n_features,): |ln of a feature's share in liked texts over its share in the others|,
+        each counted once more. numbers, labels (entries,): those of all entries."""
+        liked, other = (torch.bincount(numbers, weight, self.n_features) + 1
+                        for weight in (labels, 1 - labels))
+        return torch.log(liked / liked.sum() * other.sum() / other).abs().float()
 
     def logits(self, texts: Sequence[str]) -> np.ndarray:
         """(n,) float32: log-odds of liked."""
@@ -257,12 +264,10 @@ def ngram_classifier(data: Prepared, half: str) -> NgramClassifier:
     """
     path, fixed = data.folder / f"ngrams_{half}.pt", NgramClassifier()
     choose = half == "reward" and data.has_labels("reward", "val")
-    # kept with the weights: another choice is another classifier
     choice = repr((FORMS, L2S) if choose else fixed.settings())
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        if state.get("choice") == choice:
-            return NgramClassifier.from_state(state)
+    # of other forms another would have been chosen
+    if path.exists() and (state := torch.load(path, weights_only=True)).get("choice") == choice:
+        return NgramClassifier.from_state(state)
     train = data.records(half, "train")
     classifier = fit_best(train, data.records("reward", "val")) if choose else (
         fixed.fit([plain_text(r) for r in train], [r["label"] for r in train]))
