@@ -106,8 +106,9 @@ def test_one_command_leaves_every_stage_finished(root, stage):
 
 def test_one_command_writes_the_report(root, reviews_source):
     report = read_json(root / "report.json")
-    assert [row["name"] for row in report["policies"]] == ["SFT", "PPO", "real liked reviews",
-                                                           "real disliked reviews"]
+    assert [row["name"] for row in report["policies"]] == [
+        "SFT", "PPO", "SFT, best of 16", "people, liked", "people, disliked"]
+    assert report["split"] == "val"
     assert len(report["pairs"]) == 10
     assert (root / "report.md").read_text(encoding="utf-8").startswith("# reviews, seed 0")
     data = open_data("reviews", source=str(reviews_source), vocab_size=800, limit=800)
