@@ -81,11 +81,10 @@ def draw_replies(policy: Transformer, tokenizer: Tokenizer, ids: Sequence[list[i
                  settings: ReplySettings) -> Generation:
     """`samples` replies to each prompt, side by side; the first ones are the same for any number of
     them."""
-    n, samples = len(ids), settings.samples
-    rows = [sample * n + i for i in range(n) for sample in range(samples)]
-    return reply_to(policy, tokenizer, [x for x in ids for _ in range(samples)], settings.reply_len,
-                    temperature=settings.temperature, seed=settings.seed, rows=rows,
-                    batch_size=settings.rows_at_once)
+    n, s = len(ids), settings.samples
+    return reply_to(policy, tokenizer, [ids[i // s] for i in range(n * s)], settings.reply_len,
+                    temperature=settings.temperature, seed=settings.seed,
+                    rows=[i % s * n + i // s for i in range(n * s)], batch_size=settings.rows_at_once)
 
 
 def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Tokenizer,
@@ -111,13 +110,11 @@ def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Token
     if reward_model is not None:
         with torch.no_grad(), precision(settings.dtype, policy.embedding.weight.device.type):
             scores = reward_model.scores(ids, rows)
-    described, records = describe(prompts, reply_texts(tokenizer, replies), rows, tokenizer,
-                                  judges or {}, scores)
-    metrics = {"kl": float(kl.mean()), "kl_k1": float((logprobs - ref_logprobs).sum(1).mean()),
-               "ref_perplexity": math.exp(-float(ref_logprobs.sum()) / int(replies.mask.sum()))}
-    records = [record | {"kl": round(float(nats), 4)}
-               for record, nats in zip(records, kl, strict=True)]
-    return metrics | described, records, rows
+    metrics, records = describe(prompts, reply_texts(tokenizer, replies), rows, tokenizer,
+                                judges or {}, {"kl": kl, "raw_score": scores})
+    metrics |= {"kl_k1": float((logprobs - ref_logprobs).sum(1).mean()),
+                "ref_perplexity": math.exp(-float(ref_logprobs.sum()) / int(replies.mask.sum()))}
+    return metrics, records, rows
 
 
 class HeldOutPrompts:
@@ -131,7 +128,8 @@ class HeldOutPrompts:
                  reference: Transformer, reward_model: Any, settings: ReplySettings):
         self.tokenizer, self.template, self.prompts = tokenizer, data.template, prompts
         self.reference, self.reward_model, self.settings = reference, reward_model, settings
-        self.judges = load_judges(data)
+        has_judge = data.has("judge")
+        self.judges = {"n-grams": NgramJudge(ngram_classifier(data, "judge"))} if has_judge else {}
 
     def measure(self, policy: Transformer) -> tuple[dict[str, float], list[dict]]:
         """(metrics whose names begin with eval_, one record per reply)."""
@@ -142,7 +140,7 @@ class HeldOutPrompts:
 
     def opinion(self, prompts: Sequence, texts: Sequence[str]) -> dict[str, float]:
         """What the independent judge says of other replies; {} without a judge."""
-        return judged_by(self.judges, prompts, texts)[1]
+        return judged_by(self.judges, prompts, texts)[0]
 
 
 # ---- the tables ----------------------------------------------------------------------------------
@@ -204,14 +202,15 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sp
         ids = [prompt_ids(tokenizer, prompt, data.template) for prompt in prompts]
         rows, scores = best_of(BEST_OF, c, ids, settings)
         name, texts = f"SFT, best of {BEST_OF}", [tokenizer.reply_text(row) for row in rows]
-        metrics, replies[name] = describe(prompts, texts, rows, tokenizer, c.judges, scores)
+        metrics, replies[name] = describe(prompts, texts, rows, tokenizer, c.judges,
+                                           {"raw_score": scores})
         metrics["kl_bound"] = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
         lines.append(table_row(name, metrics, replies[name]))
         answers.append(rows)
     people = people_wrote(data, tokenizer, settings.reply_len, split) if c.judges else []
     for name, records, rows in people:
         texts = [[r[key] for r in records] for key in ("prompt", "response")]
-        lines.append(table_row(name, *describe(*texts, rows, tokenizer, c.judges)))
+        lines.append(table_row(name, *describe(*texts, rows, tokenizer, c.judges, {})))
         others.append(rows)
     for line, rows in zip(lines, cut_alike(answers, others), strict=True):
         line["distinct2"], *line["intervals"]["distinct2"] = distinct_interval(rows)

@@ -362,11 +362,6 @@ def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, temperat
     return row_chunks(score, len(model.output_weight), hidden, targets)
 
 
-def exact_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """KL(π ‖ π_ref) in nats (N,) of two distributions given as log-probabilities (N, V)."""
-    return (logps.exp() * (logps - ref_logps)).sum(1)
-
-
 def compared_logprobs(models: Sequence[Transformer], hidden: Sequence[Tensor], targets: Tensor,
                       temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """(log π, log π_ref, exact KL), each (N,), of the targets (N,) and of the distributions that
@@ -375,8 +370,8 @@ def compared_logprobs(models: Sequence[Transformer], hidden: Sequence[Tensor], t
         with torch.autocast(targets.device.type, enabled=False):
             logps, ref_logps = (log_softmax(model.head(h.float()), temperature)
                                 for model, h in zip(models, hidden, strict=True))
-        of_targets = (x.gather(1, targets[:, None])[:, 0] for x in (logps, ref_logps))
-        return *of_targets, exact_kl(logps, ref_logps)
+        kl = (logps.exp() * (logps - ref_logps)).sum(1)
+        return *(x.gather(1, targets[:, None])[:, 0] for x in (logps, ref_logps)), kl
 
     return row_chunks(score, 3 * len(models[0].output_weight), targets, *hidden)
 

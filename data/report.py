@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from data.prepared import Prepared
 from data.records import prompt_text
@@ -26,35 +25,34 @@ def by_judge(metric: str, name: str) -> str:
 
 
 def judged_by(judges: dict[str, Any], prompts: Sequence,
-              texts: Sequence[str]) -> tuple[dict[str, Sequence[float]], dict[str, float]]:
-    """(P(liked) of each prompt with its reply, by every judge; their means and the shares above one
-    half)."""
-    probs = {by_judge("judge", name): np.asarray(judge.probs(prompts, texts))
-             for name, judge in judges.items()}
-    means = {name: float(x.mean()) for name, x in probs.items()}
-    return probs, means | {name.replace("judge", "judged_positive"): positive_share(x)
-                           for name, x in probs.items()}
+              texts: Sequence[str]) -> tuple[dict[str, float], dict[str, Sequence[float]]]:
+    """(mean P(liked) by every judge and the share above one half; P(liked) of each prompt with its
+    reply)."""
+    metrics, probs = {}, {}
+    for name, judge in judges.items():
+        p = np.asarray(judge.probs(prompts, texts))
+        metrics |= {by_judge("judge", name): float(p.mean()),
+                    by_judge("judged_positive", name): positive_share(p)}
+        probs[by_judge("judge", name)] = p.astype(float).round(6).tolist()
+    return metrics, probs
 
 
 def describe(prompts: Sequence, texts: Sequence[str], rows: list[list[int]], tokenizer: Tokenizer,
-             judges: dict[str, Any],
-             scores: Tensor | None = None) -> tuple[dict[str, float], list[dict]]:
-    """(length, ends, diversity, and what judges and reward model say; the same of each reply)."""
+             judges: dict[str, Any], measured: dict[str, Any]) -> tuple[dict[str, float], list[dict]]:
+    """(length, ends, diversity, what judges say, and the means of what was `measured` of each
+    reply (names to (B,), None: not measured); one record per reply)."""
     ended = [row[-1:] == [tokenizer.eom_id] for row in rows]
     control = set(tokenizer.special_ids) - {tokenizer.eom_id}
-    metrics = reply_statistics(rows, ended) | {
+    metrics, probs = judged_by(judges, prompts, texts)
+    metrics |= reply_statistics(rows, ended) | {
         "distinct2": distinct_n(rows, 2, budget=1000),
         "control": float(np.mean([not control.isdisjoint(row) for row in rows]))}
-    records = [{"prompt": prompt, "reply": text, "tokens": len(row), "ended": end}
-               for prompt, text, row, end in zip(prompts, texts, rows, ended, strict=True)]
-    opinions, judged = judged_by(judges, prompts, texts)
-    if scores is not None:
-        metrics["raw_score"] = float(scores.mean())
-        opinions["raw_score"] = scores.tolist()
-    for name, values in opinions.items():
-        records = [record | {name: round(float(x), 6)}
-                   for record, x in zip(records, values, strict=True)]
-    return metrics | judged, records
+    columns = {"prompt": prompts, "reply": texts, "tokens": map(len, rows), "ended": ended, **probs}
+    for name, values in measured.items():
+        if values is not None:
+            metrics[name] = float(values.mean())
+            columns[name] = [round(x, 6) for x in values.tolist()]
+    return metrics, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def people_wrote(data: Prepared, tokenizer: Tokenizer, reply_len: int,

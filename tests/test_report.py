@@ -22,7 +22,7 @@ class Fixed:
 def described(judges, n=2):
     rows = [[1, 2, TOKENIZER.eom_id], [3, TOKENIZER.pad_id, 4], [5, 6, 7], [8, 9]][:n]
     texts = [TOKENIZER.reply_text(row) for row in rows]
-    return describe(["a", "b", "c", "d"][:n], texts, rows, TOKENIZER, judges)
+    return describe(["a", "b", "c", "d"][:n], texts, rows, TOKENIZER, judges, {})
 
 
 def test_every_judge_has_figures_of_its_own():
