@@ -130,8 +130,9 @@ class PythonReward:
     """A Python function as a scorer: function(prompts, replies), both lists of texts -> a number
     each.
 
-    >>> class Letters:  # stands in for a tokenizer
+    >>> class Letters:  # stands in for a tokenizer; -1 is its end token
     ...     eom_id, decode = -1, staticmethod(lambda ids: "".join(map(chr, ids)))
+    ...     reply_text = staticmethod(lambda ids: "".join(chr(i) for i in ids if i >= 0))
     >>> short = PythonReward(lambda prompts, replies: [-len(reply) for reply in replies], Letters)
     >>> short.scores([[72, 105]], [[104, 101, -1]])
     tensor([-2.])
@@ -141,10 +142,10 @@ class PythonReward:
         self.function, self.tokenizer, self.device = function, tokenizer, device
 
     def scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
-        """Score (B,) float32 of each reply; the end token is not part of the text."""
-        prompts, replies = ([self.tokenizer.decode([i for i in ids if i != self.tokenizer.eom_id])
-                             for ids in rows]
-                            for rows in (prompts, replies))
+        """Score (B,) float32 of each reply; control tokens are no part of its text."""
+        prompts = [self.tokenizer.decode([i for i in ids if i != self.tokenizer.eom_id])
+                   for ids in prompts]
+        replies = [self.tokenizer.reply_text(ids) for ids in replies]
         return torch.tensor(self.function(prompts, replies), dtype=torch.float32,
                             device=self.device)
 

@@ -1,21 +1,48 @@
-"""Tables and curves in characters, for reports and terminals."""
+"""Tables, curves in characters and JSON, for reports and terminals."""
+import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 
-def table(rows: Sequence[dict], columns: dict[str, str]) -> str:
-    """A Markdown table: columns maps a key to its title; numbers to three digits, what is missing
-    is a dash."""
-    def cell(x: Any) -> str:
-        if not isinstance(x, float):
-            return "–" if x is None else str(x)
-        return f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
+def cell(x: Any) -> str:
+    """A number to three digits; (value, low, high) with half its interval's width; what is missing
+    is a dash.
 
-    lines = [list(columns.values()), ["---"] * len(columns),
-             *([cell(r.get(k)) for k in columns] for r in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    >>> cell((0.9164, 0.888, 0.94))
+    '0.916 ±.026'
+    """
+    value, low, high = x if isinstance(x, tuple) else (x, math.nan, math.nan)
+    if not isinstance(value, float):
+        return "–" if value is None else str(value)
+    digits = 3 if abs(value) < 10 else 1
+    half = f"{(high - low) / 2:.{digits}f}".removeprefix("0")
+    return f"{value:.{digits}f}" + ("" if math.isnan(high - low) else f" ±{half}")
+
+
+def table(rows: Sequence[dict], columns: dict[str, str]) -> str:
+    """A Markdown table whose columns stand below each other in a terminal; columns maps a key to
+    its title, and `cell` says how values look."""
+    lines = [list(columns.values()), *([cell(row.get(key)) for key in columns] for row in rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(x.ljust(width) for x, width in zip(line, widths, strict=True)) + " |"
+                     for line in lines)
+
+
+def to_json(x: Any) -> str:
+    """JSON on several lines, with null for numbers that are not finite, which JSON does not have.
+    """
+    def finite(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {key: finite(value) for key, value in x.items()}
+        if isinstance(x, list | tuple):
+            return [finite(value) for value in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(finite(x), indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def text_plot(values: Sequence[float], title: str, width: int = 60, height: int = 6) -> str:

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from runtime.options import UserError
-from runtime.statistics import (accuracy, auc, bootstrap, calibration_error, distinct_n, interval,
+from runtime.statistics import (accuracy, auc, bootstrap, calibration_error, cut_alike,
+                                distinct_interval, distinct_n, interval, mean_interval,
                                 paired_auc_difference, positive_share, reply_statistics, win_rate)
 
 
@@ -143,6 +144,16 @@ def test_intervals_are_written_with_three_digits():
     assert interval(mean, [.5, .5, .5]) == "0.500 [0.500, 0.500]"
 
 
+def test_several_replies_to_a_prompt_narrow_its_interval_only_as_far_as_they_differ():
+    once = np.random.default_rng(0).random(50)
+    assert mean_interval(np.repeat(once, 4), 4) == pytest.approx(mean_interval(once))
+
+
+def test_every_reply_to_a_prompt_meets_every_one_of_the_other_system():
+    value, _, _ = win_rate([[1, 3], [0, 0]], [[2], [0]])
+    assert value == .5
+
+
 # ---- what replies look like ----------------------------------------------------------------------
 
 ROWS = [[1, 2, 3], [1, 2], [4]]
@@ -164,3 +175,32 @@ def test_statistics_of_replies():
 def test_no_replies_have_no_statistics():
     with pytest.raises(UserError, match="there are no replies"):
         reply_statistics([], [])
+
+
+def test_systems_are_cut_to_the_same_bigrams_of_the_same_prompts():
+    long, short = [[1, 2, 3, 4], [5, 6, 7]], [[1, 2], [8, 9, 1, 2]]
+    people = [[4, 5, 6, 7], [1, 2, 3, 4], [9, 9, 9]]
+    assert cut_alike([long, short], [people]) \
+        == [[[1, 2], [5, 6, 7]], [[1, 2], [8, 9, 1]], [[4, 5], [1, 2, 3]]]
+    assert cut_alike([long, short], [[[1, 2]]]) == [[[1, 2]]] * 3  # too few texts: all have few
+
+
+def phrases(seed: int) -> list[list[int]]:
+    """200 replies with common tokens, and some that begin alike."""
+    rng, frequency = np.random.default_rng(seed), 1 / np.arange(1, 301)
+    draw = lambda: rng.choice(300, rng.integers(3, 30), p=frequency / frequency.sum())  # noqa: E731
+    return [[*[int(rng.integers(9))] * (3 * (rng.random() < .3)), *draw().tolist()]
+            for _ in range(200)]
+
+
+def test_the_interval_of_distinct_2_is_as_wide_as_fresh_replies_scatter():
+    spread = 2 * 1.96 * np.std([distinct_n(phrases(seed)) for seed in range(120)])
+    widths = [high - low for _, low, high in (distinct_interval(phrases(s)) for s in range(12))]
+    assert np.mean(widths) == pytest.approx(spread, rel=.25)
+
+
+def test_distinct_2_of_a_single_reply_has_no_interval():
+    value, low, high = distinct_interval([[1, 2, 1, 2]])
+    assert value == 2 / 3
+    assert math.isnan(low)
+    assert math.isnan(high)
