@@ -19,7 +19,7 @@ def runs(tmp_path):
         (folder / "report.json").write_text(json.dumps({"policies": policies}), encoding="utf-8")
     for split in ("val", "test"):
         labels = rng.integers(0, 2, 400)
-        noisy = lambda spread: (labels + rng.normal(0, spread, 400)).tolist()  # noqa: E731
+        noisy = lambda spread, y=labels: (y + rng.normal(0, spread, 400)).tolist()  # noqa: E731
         shared = {"labels": labels.tolist(), "form": "1 to 2 words", "baseline": noisy(1),
                   "half_baseline": noisy(2)}
         for folder, spread in zip(folders, (.5, .9), strict=True):
