@@ -265,9 +265,12 @@ def ngram_classifier(data: Prepared, half: str) -> NgramClassifier:
     path, fixed = data.folder / f"ngrams_{half}.pt", NgramClassifier()
     choose = half == "reward" and data.has_labels("reward", "val")
     choice = repr((FORMS, L2S) if choose else fixed.settings())
-    # of other forms another would have been chosen
-    if path.exists() and (state := torch.load(path, weights_only=True)).get("choice") == choice:
-        return NgramClassifier.from_state(state)
+    try:
+        state = torch.load(path, weights_only=True)
+        if state["choice"] == choice:  # of other forms another would have been chosen
+            return NgramClassifier.from_state(state)
+    except Exception:  # not there, of an older version, or damaged: whatever the unpickler raises
+        pass
     train = data.records(half, "train")
     classifier = fit_best(train, data.records("reward", "val")) if choose else (
         fixed.fit([plain_text(r) for r in train], [r["label"] for r in train]))

@@ -208,6 +208,14 @@ def test_a_choice_among_other_forms_is_made_again(data, monkeypatch):
     assert ngram_classifier(data, "reward").l2 != before.l2
 
 
+def test_a_damaged_one_is_fitted_again(data):
+    before = ngram_classifier(data, "judge")
+    path = data.folder / "ngrams_judge.pt"
+    for damaged in (b"", path.read_bytes()[:1000]):
+        path.write_bytes(damaged)
+        assert torch.equal(ngram_classifier(data, "judge").weight, before.weight)
+
+
 def test_one_with_other_settings_is_fitted_again(data, reviews, fitted):
     torch.save(fitted.state_dict(), data.folder / "ngrams_judge.pt")
     assert ngram_classifier(data, "judge").settings() == NgramClassifier().settings()
