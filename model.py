@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -375,6 +376,20 @@ def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, temperat
         return logps.gather(1, targets[:, None])[:, 0], -(of_entropy.exp() * of_entropy).sum(1)
 
     return row_chunks(score, len(model.output_weight), hidden, targets)
+
+
+def compared_logprobs(models: Sequence[Transformer], hidden: Sequence[Tensor], targets: Tensor,
+                      temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(log π, log π_ref, exact KL), each (N,), of the targets (N,) and of the distributions that
+    they were drawn from: two models and their hidden states (N, D), by chunks of rows."""
+    def score(targets: Tensor, *hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(targets.device.type, enabled=False):
+            logps, ref_logps = (log_softmax(model.head(h.float()), temperature)
+                                for model, h in zip(models, hidden, strict=True))
+        kl = (logps.exp() * (logps - ref_logps)).sum(1)
+        return *(x.gather(1, targets[:, None])[:, 0] for x in (logps, ref_logps)), kl
+
+    return row_chunks(score, 3 * len(models[0].output_weight), targets, *hidden)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

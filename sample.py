@@ -439,9 +439,8 @@ def reply_ids(replies: Generation) -> list[list[int]]:
 
 
 def reply_texts(tokenizer: Tokenizer, replies: Generation) -> list[str]:
-    """Each reply as text, without the end token."""
-    return [tokenizer.decode([i for i in ids if i != tokenizer.eom_id])
-            for ids in reply_ids(replies)]
+    """Each reply as text, without control tokens."""
+    return [tokenizer.reply_text(ids) for ids in reply_ids(replies)]
 
 
 def reply_to(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[int]],
@@ -536,7 +535,7 @@ class ChatSession:
         except KeyboardInterrupt:
             print(" …", end="")
         print(decoder.decode(b"", final=True))
-        return self.tokenizer.decode(written)
+        return self.tokenizer.reply_text(written)
 
 
 def chat(session: ChatSession) -> None:

@@ -143,6 +143,7 @@ def test_a_python_reward_reads_texts_without_their_end_token():
     class Letters:
         eom_id = -1
         decode = staticmethod(lambda ids: "".join(map(chr, ids)))
+        reply_text = staticmethod(lambda ids: "".join(chr(i) for i in ids if i >= 0))
 
     def count(prompts, replies):
         read.extend(zip(prompts, replies, strict=True))
