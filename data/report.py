@@ -131,7 +131,7 @@ def render_report(report: dict[str, Any], name: str, reward_columns: dict[str, s
     """The report of evaluate.py as Markdown."""
     rows, split = report["policies"], {"val": "validation"}.get(report["split"], report["split"])
     settings = report["settings"]
-    several = "One reply" if settings["samples"] == 1 else f"{settings['samples']} replies"
+    several = "One reply" if report["samples"] == 1 else f"{report['samples']} replies"
     parts = [f"# {name}, seed {report['seed']}, {split}",
              f"{several} of up to {settings['reply_len']} tokens to each of {report['openings']} "
              f"openings of the {split} split, at temperature {settings['temperature']:g}, beside "

@@ -103,7 +103,7 @@ def test_the_table_with_all_columns_and_intervals_fits_a_terminal():
 
 def report(**others):
     return {"split": "val", "seed": 3, "openings": 500, "judges": ["n-grams", "transformer"],
-            "settings": {"samples": 1, "reply_len": 64, "temperature": 1.0}, "first": "SFT",
+            "samples": 1, "settings": {"reply_len": 64, "temperature": 1.0}, "first": "SFT",
             "last": "PPO", "policies": [line("SFT"), line("PPO", control=.02)], "pairs": [],
             "win_rates": [{"judge": "transformer", "policy": "PPO", "over": "SFT, best of 16",
                            "win_rate": [.6, .5, .7]}], **others}
