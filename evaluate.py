@@ -135,7 +135,7 @@ class HeldOutPrompts:
 # ---- the tables ----------------------------------------------------------------------------------
 
 BEST_OF = 16  # replies of which the reward model chooses one: what PPO has to beat
-REWARD_COLUMNS = {"name": "", "auc": "AUC", "accuracy": "accuracy",
+REWARD_COLUMNS = {"name": "", "texts": "texts", "auc": "AUC", "accuracy": "accuracy",
                   "calibration": "calibration error",
                   "half": "AUC on first halves"}
 
@@ -273,40 +273,50 @@ def load_judges(data: Prepared, folder: str | os.PathLike | None = None,
 
 
 def score_reward_model(model: RewardModel, data: Prepared, split: str, tokenizer: Tokenizer,
-                       max_len: int) -> dict[str, list]:
+                       max_len: int) -> dict[str, Any]:
     """Labels, and the raw scores of reward model and n-gram baseline, for whole texts and replies'
     first halves.
 
-    Of first halves both read the same text, half of the reply's tokens. Of a whole text the model
-    reads max_len tokens at most, the baseline everything.
+    Both read the same text: what the model reads, max_len tokens at most, decoded.
     """
-    records, baseline = data.records("reward", split), ngram_classifier(data, "reward")
-    records = drop_long_prompts(records, tokenizer, data.template, max_len - 8)
-    full, half = (reward_rows(records, tokenizer, data.template, max_len, half=half)
-                  for half in (False, True))
-    half_replies = [tokenizer.decode(i for i, of_reply in zip(*row, strict=True) if of_reply)
-                    for row in half]
-    half_texts = [plain_text(r | {"response": text}) for r,
-                  text in zip(records, half_replies, strict=True)]
-    return {"labels": [r["label"] for r in records],
-            "scores": model.score_rows(full).tolist(), "half_scores": model.score_rows(half).tolist(),
-            "baseline": baseline.logits([plain_text(r) for r in records]).tolist(),
-            "half_baseline": baseline.logits(half_texts).tolist()}
+    records = drop_long_prompts(data.records("reward", split), tokenizer, data.template, max_len - 8)
+    baseline = ngram_classifier(data, "reward")
+    scores: dict[str, Any] = {"labels": [r["label"] for r in records], "form": str(baseline)}
+    for part, half in (("", False), ("half_", True)):
+        rows = reward_rows(records, tokenizer, data.template, max_len, half=half)
+        texts = [plain_text(record | {"response": tokenizer.decode(
+            i for i, of_reply in zip(*row, strict=True) if of_reply and i != tokenizer.eom_id)})
+            for record, row in zip(records, rows, strict=True)]
+        scores[f"{part}scores"] = model.score_rows(rows).tolist()
+        scores[f"{part}baseline"] = baseline.logits(texts).tolist()
+    return scores
 
 
-def reward_table(scores: dict[str, list]) -> list[dict]:
+def reward_table(scores: dict[str, Any], split: str = "") -> list[dict]:
     """The reward model and the n-gram baseline on the same texts, each figure with its 95 %
     interval."""
     labels, rows = scores["labels"], []
+    texts = f"{split} {len(labels)}".strip()
     for name, key, half in (("reward model", "scores", "half_scores"),
                             ("n-gram regression, same labels", "baseline", "half_baseline")):
         probs = 1 / (1 + np.exp(-np.array(scores[key])))
-        rows.append({"name": name, "auc": interval(auc, scores[key], labels),
+        rows.append({"name": name, "texts": texts, "auc": interval(auc, scores[key], labels),
                      "accuracy": interval(accuracy, probs, labels),
                      "calibration": interval(calibration_error, probs, labels, basic=True),
                      "half": interval(auc, scores[half], labels)})
     value, low, high = paired_auc_difference([scores["scores"]], scores["baseline"], labels)
-    return [*rows, {"name": "difference (paired)", "auc": f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"}]
+    return [*rows, {"name": "difference (paired)", "texts": texts,
+                    "auc": f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"}]
+
+
+def reward_tables(model: RewardModel, data: Prepared, split: str, tokenizer: Tokenizer,
+                  max_len: int) -> tuple[list[dict], dict[str, dict[str, Any]]]:
+    """(`reward_table`'s rows, their scores by split): of validation and, where that is the split,
+    of test beside it."""
+    scores = {name: score_reward_model(model, data, name, tokenizer, max_len)
+              for name in dict.fromkeys(("val", split)) if data.has_labels("reward", name)}
+    tables = [reward_table(of_split, name) for name, of_split in scores.items()]
+    return [row for rows in zip(*tables, strict=True) for row in rows], scores
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -330,9 +340,11 @@ def write_report(data: Prepared, root: pathlib.Path, *, seed: int, settings: Rep
 def build_report(compared: Compared, data: Prepared, *, seed: int, n_prompts: int = 500,
                  samples: int = 1, split: str = "val", settings: ReplySettings = ReplySettings()
                  ) -> tuple[dict[str, Any], dict[str, list] | None]:
-    """(the report, the reward model's scores of labelled texts or None): the policies on held-out
-    openings, reward model and judges on held-out labels, how often the last policy's reply is
-    preferred, and ten pairs of replies drawn by the seed."""
+    """(the report, the reward model's scores of labelled texts by split or None).
+
+    The policies on held-out openings, reward model and judges on held-out labels, how often the
+    last policy's reply is preferred, and ten pairs of replies drawn by the seed.
+    """
     c, scores = compared, None
     policies, replies = policy_table(c, data, n_prompts=n_prompts, samples=samples, split=split,
                                      settings=settings)
@@ -343,8 +355,9 @@ def build_report(compared: Compared, data: Prepared, *, seed: int, n_prompts: in
                               "judges": list(c.judges), "policies": policies}
     if data.has_labels("reward", split):
         if c.reward_model is not None:
-            scores = score_reward_model(c.reward_model, data, split, c.tokenizer, c.max_len)
-            report["reward"], report["reward_texts"] = reward_table(scores), len(scores["labels"])
+            report["reward"], scores = reward_tables(c.reward_model, data, split, c.tokenizer,
+                                                     c.max_len)
+            report["baseline"] = scores[split]["form"]
         report["judge"] = opinions_on_labels(c.judges, data.records("reward", split))
     report["win_rates"] = win_rates(replies, last, list(c.judges), report["openings"])
     drawn = np.random.default_rng([seed, 77]).permutation(report["openings"])[:10]
@@ -364,8 +377,8 @@ def save_report(report: dict[str, Any], scores: dict[str, list] | None, root: pa
     # also after a resume
     report["seconds"]["all"] = round(max(seconds, sum(report["seconds"].values())), 1)
     text, path = render_report(report, root.name, REWARD_COLUMNS), root / report_name("report.md", split)
-    if scores is not None:
-        replace_text(root / f"reward_{split}_scores.json", json.dumps(scores))
+    for name, of_split in (scores or {}).items():
+        replace_text(root / f"reward_{name}_scores.json", json.dumps(of_split))
     replace_text(root / report_name("report.json", split), to_json(report))
     replace_text(path, text + "\n")
     print("\n" + text)
@@ -373,7 +386,7 @@ def save_report(report: dict[str, Any], scores: dict[str, list] | None, root: pa
              (root / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for key, title in (("score", "reward per reply, by update"),
                        ("kl", "KL in nats per reply, by update")):
-        print("\n" + text_plot([line[key] for line in lines if key in line], title))
+        print("\n" + text_plot([line[key] for line in lines if line.get(key) is not None], title))
     print(f"\nwritten: {path}; curves: python -m tools.plot {root}; try it: python sample.py --from "
           f"{root / 'ppo'} --prompt …")
 
@@ -382,8 +395,9 @@ def print_validation_table(model: RewardModel, data: Prepared, tokenizer: Tokeni
                            max_len: int) -> None:
     """The reward model beside its baseline on validation; the test texts are scored once, by the
     report."""
-    print(table(reward_table(score_reward_model(model, data, "val", tokenizer, max_len)),
-                REWARD_COLUMNS), flush=True)
+    rows, scores = reward_tables(model, data, "val", tokenizer, max_len)
+    print(f"{table(rows, REWARD_COLUMNS)}\nThe n-gram regression, chosen on validation: "
+          f"{scores['val']['form']}.", flush=True)
 
 
 # ---- command line --------------------------------------------------------------------------------

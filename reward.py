@@ -265,8 +265,8 @@ class RewardTask:
         self.run, self.o = run, run.o
         self.render = dict(tokenizer=run.tokenizer, template=data.template, max_len=run.o.max_len)
         self.records, self.val = (
-            drop_long_prompts(data.records("reward", split), run.tokenizer, data.template,
-                              run.o.max_len - 8) for split in ("train", "val"))
+            drop_long_prompts(data.records(*name), run.tokenizer, data.template, run.o.max_len - 8)
+            for name in ((run.stage, "train"), ("reward", "val")))
         self.kind = self.checked_kind(data)
         self.n_steps = math.ceil(run.o.epochs * len(self.records) / run.o.batch)
         self.extra = {"feedback": self.kind}
@@ -290,12 +290,12 @@ class RewardTask:
         same text."""
         o, run, model = self.o, self.run, self.run.model
         batch = [self.records[i] for i in batch_indices(len(self.records), o.batch, step, o.seed,
-                                                        "reward")]
+                                                        run.stage)]
         # Rows of replies; of pairs all chosen ones before all rejected ones, cut alike by equal
         # random numbers.
         rows = []
         for field in ("chosen", "rejected") if self.kind == "pairwise" else ("response",):
-            rng = np.random.default_rng(key(o.seed, "reward", "prefix", step))
+            rng = np.random.default_rng(key(o.seed, run.stage, "prefix", step))
             rows += reward_rows(batch, **self.render, field=field, prefix_share=o.prefix_share,
                                 rng=rng)
         tokens, learned, docs, where = (x.to(run.device) for x in pack_rows(rows, o.max_len))
@@ -315,7 +315,8 @@ class RewardTask:
     def measure(self, step: int, subset: int = 600) -> dict[str, float]:
         """Agreement with people on records of validation drawn from all of it: a file may be
         sorted."""
-        index = batch_indices(len(self.val), min(subset, len(self.val)), 0, self.o.seed, "reward")
+        index = batch_indices(len(self.val), min(subset, len(self.val)), 0, self.o.seed,
+                              self.run.stage)
         records = [self.val[i] for i in index]
         fields = ("chosen", "rejected") if self.kind == "pairwise" else ("response",)
         scores = {field: self.raw_scores(records, field) for field in fields}
@@ -342,32 +343,34 @@ class RewardTask:
         return right if labels.min() == labels.max() else {"val_auc": auc(raw, labels), **right}
 
 
-def reward_model_from(trunk: Transformer, o: RewardOptions) -> RewardModel:
-    """The SFT model's trunk with a new head."""
+def reward_model_from(trunk: Transformer, o: RewardOptions, stage: str = "reward") -> RewardModel:
+    """The language model's trunk with a new head, drawn by seed and stage."""
     model = RewardModel(RewardConfig(**{**dataclasses.asdict(trunk.config), "pool": o.pool,
                                         "dropout": o.dropout}))
     model.backbone.load_state_dict(trunk.state_dict())
-    model.initialise_head(torch_seed(o.seed, "reward", "weights"))
+    model.initialise_head(torch_seed(o.seed, stage, "weights"))
     return model
 
 
-def train_reward(o: RewardOptions) -> Run | None:
+def train_reward(o: RewardOptions, stage: str = "reward", parent: str = "sft") -> Run | None:
     """Human feedback becomes a function: the SFT trunk learns to predict what people liked.
 
+    stage: names the run, the training records and the random streams. parent: the stage whose
+    trunk is trained. Validation is that of the feedback, whoever learns.
     Returns the finished run, or None if it was finished before.
     """
     if o.reward_from:
-        raise UserError("reward makes the reward model: --reward_from has no effect on it; "
+        raise UserError(f"{stage} makes a model of rewards: --reward_from has no effect on it; "
                         "--init_from names the trunk")
     data = open_for(o, o.data)
-    trunk, tokenizer, state = load_parent(o, data, "sft", o.init_from)
+    trunk, tokenizer, state = load_parent(o, data, parent, o.init_from)
     o = limit_length(o, trunk.config)
-    run = open_run("reward", o, data, {"init": state["hash"]}, reward_model_from(trunk, o),
+    run = open_run(stage, o, data, {"init": state["hash"]}, reward_model_from(trunk, o, stage),
                    tokenizer)
     if run is None:
         return None
     task = RewardTask(run, data)
-    print(f"reward: {len(task.records)} records ({task.kind}), {task.n_steps} steps of {o.batch}",
+    print(f"{stage}: {len(task.records)} records ({task.kind}), {task.n_steps} steps of {o.batch}",
           flush=True)
     run.finish(**fit(run, task))
     return run

@@ -6,12 +6,14 @@
     python train.py sft             obey: predict the reply of dialogues
     python train.py reward          judge: predict what people liked
     python train.py ppo             improve: reply so that the reward model likes it
+    python train.py judge           check: predict what other people liked, for the report alone
     python train.py ppo --help      a stage's options, with default, meaning and source
 
-The first two stages are written out here, `reward` in reward.py and `ppo` in ppo.py. The first
-three share the loop of runtime/fit.py. A stage reads the checkpoints of its parents and leaves
-checkpoint.pt, config.json, metrics.jsonl and samples.jsonl in OUT/<data>/<stage>/. A new stage is a
-function of its options, added to STAGES here and, for its random draws, in runtime/draws.py.
+The first two stages are written out here, `reward` in reward.py and `ppo` in ppo.py; `judge` is
+`reward` on the judge's half of the labels. All but `ppo` share the loop of runtime/fit.py. A stage
+reads the checkpoints of its parents and leaves checkpoint.pt, config.json, metrics.jsonl and
+samples.jsonl in OUT/<data>/<stage>/. A new stage is a function of its options, added to STAGES here
+and, for its random draws, in runtime/draws.py.
 """
 import dataclasses
 import difflib
@@ -252,13 +254,40 @@ def reward(o: RewardOptions) -> Run | None:
     return run
 
 
+# ---- stage 4: PPO, and the judge that it is never trained against --------------------------------
+
+def refuse_judge(path: str) -> None:
+    """UserError if the reward model at this path is the judge: it would judge its own pupil."""
+    if path and load_checkpoint(path, "cpu", RewardModel)[2].get("stage") == "judge":
+        raise UserError(f"{path}: this is the judge, which no policy is trained against: give "
+                        "--reward_from a reward model")
+
+
+def ppo(o: PPOOptions) -> Run | None:
+    """`train_ppo`, unless its reward model is the judge."""
+    refuse_judge(o.reward_from)
+    return train_ppo(o)
+
+
+@dataclasses.dataclass
+class JudgeOptions(RewardOptions):
+    """`python train.py judge`"""
+
+
+def judge(o: JudgeOptions) -> Run | None:
+    """A second judge of policies, which reads whole texts where the n-grams read pieces: the
+    pretrained trunk (not the policy's) learns the judge's half of the labels."""
+    return train_reward(o, stage="judge", parent="pretrain")
+
+
 # ---- all stages ----------------------------------------------------------------------------------
 
 STAGES: dict[str, tuple[type, Callable[[Any], Run | None]]] = {
     "pretrain": (PretrainOptions, pretrain),
     "sft": (SFTOptions, sft),
     "reward": (RewardOptions, reward),
-    "ppo": (PPOOptions, train_ppo),
+    "ppo": (PPOOptions, ppo),
+    "judge": (JudgeOptions, judge),
 }
 
 
@@ -269,14 +298,16 @@ def run_all(options: dict[str, Common]) -> None:
     init_from, reward_from = options["sft"].init_from, options["ppo"].reward_from
     brought = {"pretrain": init_from, "reward": reward_from}
     data = open_for(options["ppo"], options["ppo"].data)
-    require_inputs(data, [stage for stage in STAGES if not brought.get(stage)], reward_from)
-    for stage, (_, function) in STAGES.items():
+    stages = [stage for stage in STAGES if stage != "judge" or data.has("judge")]
+    require_inputs(data, [stage for stage in stages if not brought.get(stage)], reward_from)
+    for stage in stages:
         if brought.get(stage):
             print(f"{stage}: skipped, its model is {brought[stage]}")
             continue
-        o = options[stage]  # what comes after sft starts from this run's sft
-        function(o.replace(resume=not o.fresh, init_from=init_from if stage == "sft" else "",
-                           reward_from=reward_from if stage == "ppo" else ""))
+        o = options[stage]  # sft and the judge start from the pretrained model, the others from sft
+        STAGES[stage][1](o.replace(
+            resume=not o.fresh, init_from=init_from if stage in ("sft", "judge") else "",
+            reward_from=reward_from if stage == "ppo" else ""))
     o = options["ppo"]
     settings = evaluate.ReplySettings(o.reply_len, o.temperature)
     evaluate.write_report(data, run_folder(o, ""), seed=o.seed, settings=settings,
@@ -292,8 +323,7 @@ def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
             data.require_tokenizer()
         else:
             data.records(stage, "train")
-    if reward_from:  # what the first stage starts from is soon looked at
-        load_checkpoint(reward_from, "cpu", RewardModel)
+    refuse_judge(reward_from)  # what the first stage starts from is soon looked at
 
 
 def main(argv: list[str]) -> int:

@@ -142,8 +142,8 @@ def render_report(report: dict[str, Any], name: str, reward_columns: dict[str, s
     parts += [f"{row['control']:.1%} of the replies of {row['name']} hold control tokens other than "
               "the end; texts do not show them." for row in rows if row["control"]]
     if "reward" in report:
-        parts += [f"## Reward model on {report['reward_texts']} {split} texts",
-                  table(report["reward"], reward_columns)]
+        parts += ["## Reward model", table(report["reward"], reward_columns),
+                  f"The n-gram regression, chosen on validation: {report['baseline']}."]
     parts += [f"The judge {judge} itself, on {split} texts: AUC {own['auc']}, accuracy "
               f"{own['accuracy']}." for judge, own in report.get("judge", {}).items()]
     parts += ["The judge {judge} prefers the reply of {policy} to that of {over} on {0:.1%} of the "

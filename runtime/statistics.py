@@ -68,7 +68,7 @@ def positive_share(probs: Sequence[float]) -> float:
 # ---- intervals -----------------------------------------------------------------------------------
 
 def bootstrap(measure: Callable[..., float], *arrays: Sequence, n: int = 1000, seed: int = 0,
-              basic: bool = False) -> tuple[float, float, float]:
+              basic: bool = False, runs: bool = False) -> tuple[float, float, float]:
     """(value, low, high): the measure on all texts, and its 95 % interval over n resamples.
 
     All arrays are resampled together, so a difference between two systems on the same texts is
@@ -76,13 +76,17 @@ def bootstrap(measure: Callable[..., float], *arrays: Sequence, n: int = 1000, s
     none is left, low and high are NaN.
     basic: reflect the interval about the value. This suits measures with a bias under resampling,
     such as a calibration error, which resampling raises and which is never below 0.
+    runs: the first array is (texts, runs), and each resample draws as many of the runs, too.
     """
     arrays = _as_arrays(*arrays)
     rng, resampled = np.random.default_rng(seed), []
     for _ in range(n):
         index = rng.integers(len(arrays[0]), size=len(arrays[0]))
+        drawn = [a[index] for a in arrays]
+        if runs and (n_runs := arrays[0].shape[1]) > 1:
+            drawn[0] = drawn[0][:, rng.integers(n_runs, size=n_runs)]
         try:
-            resampled.append(measure(*(a[index] for a in arrays)))
+            resampled.append(measure(*drawn))
         except UserError:
             continue
     low, high = np.quantile(resampled, [0.025, 0.975]) if resampled else (math.nan, math.nan)
@@ -100,12 +104,11 @@ def interval(measure: Callable[..., float], *arrays: Sequence, **settings: Any) 
 def paired_auc_difference(scores: Sequence[Sequence[float]], baseline: Sequence[float],
                           labels: Sequence[int], **settings: Any) -> tuple[float, float, float]:
     """(value, low, high): mean AUC of several systems (seeds) minus the baseline's AUC, all on the
-    same texts. settings: those of `bootstrap`."""
-    def difference(columns: np.ndarray, labels: np.ndarray) -> float:
-        *systems, base = columns.T
-        return float(np.mean([auc(s, labels) for s in systems])) - auc(base, labels)
+    same texts. The interval is over seeds and texts. settings: those of `bootstrap`."""
+    def difference(columns: np.ndarray, base: np.ndarray, labels: np.ndarray) -> float:
+        return float(np.mean([auc(s, labels) for s in columns.T])) - auc(base, labels)
 
-    return bootstrap(difference, np.stack([*scores, baseline], 1), labels, **settings)
+    return bootstrap(difference, np.stack(scores, 1), baseline, labels, runs=True, **settings)
 
 
 def mean_interval(values: Sequence[float], per_prompt: int = 1,

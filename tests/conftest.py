@@ -147,6 +147,7 @@ def command(world, tmp_path, monkeypatch):
     def parsed(stage, *words):
         given = {"sft": ["--init_from", world.root / "pretrain"],
                  "reward": ["--init_from", world.root / "sft"],
+                 "judge": ["--init_from", world.root / "pretrain"],
                  "ppo": ["--init_from", world.root / "sft", "--reward_from",
                          world.root / "reward"]}.get(stage, [])
         return parse(train.STAGES[stage][0], [*map(str, ["--preset=smoke", "--dtype=float32",

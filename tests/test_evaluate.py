@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import evaluate
-from data.batches import prompt_ids
+from data.batches import drop_long_prompts, prompt_ids, reward_rows
 from data.judge import ngram_classifier
 from data.report import people_wrote, show_policies
 from data.tokenizer import SPECIAL_TOKENS, train_bpe
@@ -306,12 +306,6 @@ def test_the_labels_are_those_of_the_records(scored, world):
     assert scored["labels"] == [r["label"] for r in world.data.records("reward", "val")]
 
 
-def test_the_baseline_learned_from_the_reward_models_labels(scored, world):
-    texts = [r["prompt"] + r["response"] for r in world.data.records("reward", "val")]
-    expected = ngram_classifier(world.data, "reward").logits(texts)
-    assert np.allclose(scored["baseline"], expected, atol=1e-5)
-
-
 def test_the_baseline_reads_the_same_halves_as_the_reward_model(scored, world):
     tokenizer, halves = world.data.tokenizer, []
     for record in world.data.records("reward", "val"):
@@ -319,6 +313,51 @@ def test_the_baseline_reads_the_same_halves_as_the_reward_model(scored, world):
         halves.append(record["prompt"] + tokenizer.decode(ids[:max(1, len(ids) // 2)]))
     expected = ngram_classifier(world.data, "reward").logits(halves)
     assert np.allclose(scored["half_baseline"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_len", [50, 128])
+def test_of_a_long_text_the_baseline_reads_what_the_reward_model_reads(world, max_len):
+    scorer, tokenizer, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
+    scored = evaluate.score_reward_model(scorer, world.data, "val", tokenizer, max_len)
+    records = drop_long_prompts(world.data.records("reward", "val"), tokenizer,
+                                world.data.template, max_len - 8)
+    texts = []
+    for r in records:
+        room = max_len - len(prompt_ids(tokenizer, r["prompt"], world.data.template))
+        texts.append(r["prompt"] + tokenizer.decode(tokenizer.encode(r["response"])[:room]))
+    whole = [t == r["prompt"] + r["response"] for t, r in zip(texts, records, strict=True)]
+    assert any(whole)
+    assert not all(whole)
+    expected = ngram_classifier(world.data, "reward").logits(texts)
+    assert np.allclose(scored["baseline"], expected, atol=1e-5)
+
+
+def test_validation_stands_beside_test_where_the_split_is_test(world):
+    scorer, tokenizer, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
+    rows = {split: evaluate.reward_tables(scorer, world.data, split, tokenizer, 128)[0]
+            for split in ("val", "test")}
+    assert [row["texts"].split()[0] for row in rows["val"]] == ["val"] * 3
+    assert [row["texts"].split()[0] for row in rows["test"]] == ["val", "test"] * 3
+    assert [row["name"] for row in rows["test"][::2]] == [row["name"] for row in rows["val"]]
+
+
+# ---- the judges ----------------------------------------------------------------------------------
+
+def test_the_transformer_judge_is_there_where_it_was_trained(world, tmp_path):
+    assert list(evaluate.load_judges(world.data, tmp_path)) == ["n-grams"]
+    model, tokenizer, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
+    save_checkpoint(tmp_path / "judge", model, tokenizer, template=world.data.template,
+                    options={"max_len": 40})
+    judges = evaluate.load_judges(world.data, tmp_path / "judge")
+    records = world.data.records("reward", "val")[:30]
+    prompts, texts = ([r[key] for r in records] for key in ("prompt", "response"))
+    rows = reward_rows(records, tokenizer, world.data.template, 40)
+    expected = {"n-grams": ngram_classifier(world.data, "judge").probs([p + t for p, t in zip(
+                    prompts, texts, strict=True)]),
+                "transformer": torch.sigmoid(model.score_rows(rows)).numpy()}
+    assert list(judges) == list(expected)
+    for name, judge in judges.items():
+        assert np.allclose(judge.probs(prompts, texts), expected[name], atol=1e-6)
 
 
 # ---- the report ----------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from runtime.options import run_main
 from runtime.run import Run
 from tests.conftest import ROOT, equal, signals_restored
 
-STAGES = ("pretrain", "sft", "reward", "ppo")
+STAGES = ("pretrain", "sft", "reward", "ppo", "judge")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CI": "true"}
 
 
@@ -110,6 +110,7 @@ def test_one_command_writes_the_report(root, reviews_source):
         "SFT", "PPO", "SFT, best of 16", "people, liked", "people, disliked"]
     assert report["split"] == "val"
     assert len(report["pairs"]) == 10
+    assert {*STAGES} <= {*report["seconds"]}
     assert (root / "report.md").read_text(encoding="utf-8").startswith("# reviews, seed 0")
     data = open_data("reviews", source=str(reviews_source), vocab_size=800, limit=800)
     held_out = {record["prompt"] for record in data.records("ppo", "test")}
@@ -129,6 +130,7 @@ def test_every_stage_names_the_weights_that_it_started_from(root):
     assert parents["reward"]["init"] == weights["sft"]
     assert parents["ppo"]["init"] == weights["sft"]
     assert parents["ppo"]["reward"] == weights["reward"]
+    assert parents["judge"]["init"] == weights["pretrain"]
 
 
 def test_ppo_optimises_the_reward_model_that_was_trained(root, reviews_source):
@@ -378,7 +380,8 @@ def test_seeds_are_averaged(root):
     kl = next(row["kl"] for row in report["policies"] if row["name"] == "PPO")
     assert done.returncode == 0, done.stderr
     assert f"{kl:.3f} [{kl:.3f}, {kl:.3f}]" in done.stdout
-    assert "(paired)" in done.stdout
+    assert "texts of val (paired" in done.stdout
+    assert "texts of test (paired" in done.stdout
 
 
 def test_curves_are_drawn(root, tmp_path):
@@ -494,6 +497,7 @@ def test_a_users_own_dialogues_and_pairs_train_on_a_pretrained_model(root, tmp_p
     folder = tmp_path / "out" / "mine"
     assert any("val_accuracy" in line for line in lines(folder / "reward" / "metrics.jsonl"))
     assert (folder / "report.md").exists()
+    assert not (folder / "judge").exists()  # these records have no half for it
     options = read_json(folder / "ppo" / "config.json")["options"]
     assert options["reward_norm"] == "fixed"  # a preference's score is no log-odds
     refused(mosslet("train.py", "ppo", *common, "--fresh", "--reward_norm=sigmoid"), "log-odds")

@@ -9,8 +9,8 @@ import torch
 
 import train
 from data.batches import dialogue_rows, eval_windows, reward_batch, reward_rows
-from model import limit_length, load_checkpoint, open_run
-from reward import RewardTask, label_loss, pairwise_loss, reward_model_from, train_reward
+from model import limit_length, load_checkpoint, open_run, save_checkpoint
+from reward import RewardModel, RewardTask, label_loss, pairwise_loss, reward_model_from, train_reward
 from runtime.draws import batch_indices, key
 from runtime.options import UserError, run_main
 from tests.conftest import logprobs_of, loud
@@ -185,6 +185,29 @@ def test_no_stage_trains_on_the_judges_half_or_on_test(command, world, monkeypat
     run(command(stage, "--epochs=.2"))
     assert (stage, "train") in asked
     assert [names for names in asked if "judge" in names or "test" in names] == []
+
+
+def test_the_judge_learns_its_own_half_alone_from_the_pretrained_trunk(command, world, monkeypatch):
+    asked, real = set(), type(world.data).records
+    monkeypatch.setattr(type(world.data), "records",
+                        lambda self, *names: asked.add(names) or real(self, *names))
+    run = train.judge(command("judge", "--epochs=.2", "--prefix_share=0"))
+    assert asked == {("judge", "train"), ("reward", "val")}
+    assert run.folder.path.name == "judge"
+    parent = load_checkpoint(world.root / "pretrain")[2]["hash"]
+    assert run.folder.parents["init"] == parent
+    draws = [batch_indices(100, 16, 0, 0, stage).tolist() for stage in ("reward", "judge")]
+    assert draws[0] != draws[1]
+
+
+def test_the_judge_is_refused_as_a_reward_model(command, world, tmp_path):
+    model, tokenizer, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
+    save_checkpoint(tmp_path / "x", model, tokenizer, stage="judge", step=1, feedback="label")
+    o = command("ppo", "--reward_from", tmp_path / "x")
+    with pytest.raises(UserError, match="this is the judge"):
+        train.ppo(o)
+    with pytest.raises(UserError, match="this is the judge"):
+        train.require_inputs(world.data, ["ppo"], str(tmp_path / "x"))
 
 
 # ---- what is refused, and what is left as it was -------------------------------------------------

@@ -102,6 +102,17 @@ def test_a_paired_interval_is_narrower_than_an_unpaired_one():
     assert high - low < .5 * (alone[2] - alone[1])
 
 
+def test_the_interval_over_several_runs_is_that_of_another_run_on_other_texts():
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 2, 2000)
+    good, bad, base = (labels + rng.normal(0, spread, 2000) for spread in (.5, 2, 1))
+    value, low, high = paired_auc_difference([good, bad], base, labels, n=300)
+    alone = [auc(s, labels) - auc(base, labels) for s in (good, bad)]
+    assert value == pytest.approx(np.mean(alone))
+    assert high > alone[0] - .01  # a quarter of the draws is one run twice
+    assert low < alone[1] + .01
+
+
 def test_the_difference_is_that_of_the_mean_auc_over_systems():
     labels, good, bad, base = [0, 1, 0, 1], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 1, 0]
     assert paired_auc_difference([good, bad], base, labels,
