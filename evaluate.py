@@ -134,7 +134,9 @@ class HeldOutPrompts:
 
 # ---- the tables ----------------------------------------------------------------------------------
 
-BEST_OF = 16  # replies of which the reward model chooses one: what PPO has to beat
+# What PPO has to beat: of 16 replies the one that the reward model chooses. It costs 16 replies an
+# opening, so the first openings have to do.
+BEST_OF, BEST_OF_OPENINGS = 16, 200
 REWARD_COLUMNS = {"name": "", "texts": "texts", "auc": "AUC", "accuracy": "accuracy",
                   "calibration": "calibration error",
                   "half": "AUC on first halves"}
@@ -183,7 +185,7 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
     held_out = drop_long_prompts(data.records("ppo", split), tokenizer, data.template,
                                  min(limits) - settings.reply_len)
     prompts = [r["prompt"] for r in held_out][:n_prompts]
-    lines, replies, answers, others = [], {}, [], []
+    lines, replies, answers, others = [], {}, [], []  # the last two: ids, for distinct-2
     for name, policy in c.policies.items():
         metrics, replies[name], rows = measure_policy(
             policy, c.reference, tokenizer, [p for p in prompts for _ in range(samples)],
@@ -191,6 +193,7 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
         lines.append(table_row(name, metrics, replies[name], samples))
         answers.append(rows[::samples])
     if c.reward_model is not None:
+        prompts = prompts[:BEST_OF_OPENINGS]
         ids = [prompt_ids(tokenizer, prompt, data.template) for prompt in prompts]
         rows, scores = best_of(BEST_OF, c, ids, settings)
         name, texts = f"SFT, best of {BEST_OF}", [tokenizer.reply_text(row) for row in rows]
@@ -198,7 +201,7 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
                                            {"raw_score": scores})
         metrics["kl_bound"] = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
         lines.append(table_row(name, metrics, replies[name]))
-        answers.append(rows)
+        others.append(rows)
     people = people_wrote(data, tokenizer, settings.reply_len, split) if c.judges else []
     for name, records, rows in people:
         texts = [[r[key] for r in records] for key in ("prompt", "response")]
@@ -359,7 +362,7 @@ def build_report(compared: Compared, data: Prepared, *, seed: int, n_prompts: in
                                                      c.max_len)
             report["baseline"] = scores[split]["form"]
         report["judge"] = opinions_on_labels(c.judges, data.records("reward", split))
-    report["win_rates"] = win_rates(replies, last, list(c.judges), report["openings"])
+    report["win_rates"] = win_rates(replies, list(c.policies), list(c.judges), samples)
     drawn = np.random.default_rng([seed, 77]).permutation(report["openings"])[:10]
     report["pairs"] = [dict(prompt=prompt_text(replies[first][i]["prompt"]),
                             before=replies[first][i], after=replies[last][i])
