@@ -370,7 +370,7 @@ def build_report(compared: Compared, data: Prepared, *, seed: int, n_prompts: in
     return report, scores
 
 
-def save_report(report: dict[str, Any], scores: dict[str, list] | None, root: pathlib.Path,
+def save_report(report: dict[str, Any], scores: dict[str, dict[str, Any]], root: pathlib.Path,
                 seconds: float = 0.0) -> None:
     """Write a run's report, with the seconds of each stage, and print it."""
     split, report["seconds"] = report["split"], {}

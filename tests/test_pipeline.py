@@ -381,7 +381,6 @@ def test_seeds_are_averaged(root):
     assert done.returncode == 0, done.stderr
     assert f"{kl:.3f} [{kl:.3f}, {kl:.3f}]" in done.stdout
     assert "texts of val (paired" in done.stdout
-    assert "texts of test (paired" in done.stdout
 
 
 def test_curves_are_drawn(root, tmp_path):
