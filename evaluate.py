@@ -55,7 +55,6 @@ class ReplySettings:
     seed: int = 12345  # the same random numbers for every policy
     dtype: str = "float32"
     rows_at_once: int = 128
-    samples: int = 1  # replies to each prompt
 
 
 @torch.no_grad()
@@ -80,33 +79,23 @@ def reply_logprobs(policy: Transformer, reference: Transformer, ids: Sequence[li
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-def draw_replies(policy: Transformer, tokenizer: Tokenizer, ids: Sequence[list[int]],
-                 settings: ReplySettings) -> Generation:
-    """`samples` replies to each prompt, side by side; the first ones are the same for any number of
-    them."""
-    n, s = len(ids), settings.samples
-    return reply_to(policy, tokenizer, [ids[i // s] for i in range(n * s)], settings.reply_len,
-                    temperature=settings.temperature, seed=settings.seed,
-                    rows=[i % s * n + i // s for i in range(n * s)], batch_size=settings.rows_at_once)
-
-
 def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Tokenizer,
                    prompts: Sequence, template: str, *, reward_model: Any = None,
                    judges: dict[str, Any] | None = None,
                    settings: ReplySettings = ReplySettings()) -> tuple[dict[str, float], list[dict],
                                                                        list[list[int]]]:
-    """Let the policy reply to each prompt, and measure the replies.
+    """Let the policy reply once to each prompt, and measure the replies.
 
     reward_model: any scorer. judges: by name, each with .probs(prompts, texts). Returns (metrics,
-    one record per reply, the replies' ids), replies to one prompt side by side. KL in nats per
-    reply: `kl` exact at each step of the sampled replies, `kl_k1` on the sampled tokens alone;
-    ref_perplexity is the reference's, per token.
+    one record per reply, the replies' ids). KL in nats per reply: `kl` exact at each step of the
+    sampled replies, `kl_k1` on the sampled tokens alone; ref_perplexity is the reference's, per
+    token.
     """
     if not prompts:
         raise UserError("nothing to evaluate: the list of held-out prompts is empty")
     ids = [prompt_ids(tokenizer, prompt, template) for prompt in prompts]
-    replies = draw_replies(policy, tokenizer, ids, settings)
-    prompts, ids = ([x for x in xs for _ in range(settings.samples)] for xs in (prompts, ids))
+    replies = reply_to(policy, tokenizer, ids, settings.reply_len, temperature=settings.temperature,
+                       seed=settings.seed, batch_size=settings.rows_at_once)
     logprobs, ref_logprobs, kl = reply_logprobs(policy, reference, ids, replies, settings)
     kl, rows = kl.sum(1), reply_ids(replies)
     scores = None
@@ -148,7 +137,9 @@ class HeldOutPrompts:
 
 # ---- the tables ----------------------------------------------------------------------------------
 
-BEST_OF = 16  # replies of which the reward model chooses one: what PPO has to beat
+# What PPO has to beat: of 16 replies the one that the reward model chooses. It costs 16 replies an
+# opening, so the first openings have to do.
+BEST_OF, BEST_OF_OPENINGS = 16, 200
 REWARD_COLUMNS = {"name": "", "texts": "texts", "auc": "AUC", "accuracy": "accuracy",
                   "calibration": "calibration error",
                   "half": "AUC on first halves"}
@@ -170,36 +161,40 @@ class Compared:
 def best_of(n: int, compared: Compared, ids: Sequence[list[int]],
             settings: ReplySettings) -> tuple[list[list[int]], torch.Tensor]:
     """(ids, raw score) of the reply, out of n by the reference to each prompt, that the reward
-    model scores highest. The first of the n is the reference's own reply of `draw_replies`."""
+    model scores highest."""
     reference, reward_model = compared.reference, compared.reward_model
-    settings = dataclasses.replace(settings, samples=n)
-    rows = reply_ids(draw_replies(reference, compared.tokenizer, ids, settings))
+    ids = [x for x in ids for _ in range(n)]
+    rows = reply_ids(reply_to(reference, compared.tokenizer, ids, settings.reply_len,
+                              temperature=settings.temperature, seed=settings.seed,
+                              batch_size=settings.rows_at_once))
     with precision(settings.dtype, reference.embedding.weight.device.type):
-        scores = reward_model.scores([x for x in ids for _ in range(n)], rows).view(-1, n).cpu()
+        scores = reward_model.scores(ids, rows).view(-1, n).cpu()
     best = scores.argmax(1).tolist()
     return [rows[n * i + j] for i, j in enumerate(best)], scores.amax(1)
 
 
-def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, split: str = "val",
-                 settings: ReplySettings = ReplySettings()) -> tuple[list[dict],
-                                                                     dict[str, list[dict]]]:
+def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, samples: int = 1,
+                 split: str = "val", settings: ReplySettings = ReplySettings()) -> tuple[
+                     list[dict], dict[str, list[dict]]]:
     """(the table's rows, the replies of every policy and of best-of-n): the same held-out openings
     and random numbers for each, and distinct-2 over the same number of bigrams.
 
-    The KL of best-of-n has no estimate, but a bound, log n − (n − 1)/n (Beirami 2024).
+    samples: replies of a policy to each opening; they stand side by side, and distinct-2 is of the
+    first. The KL of best-of-n has no estimate, but a bound, log n − (n − 1)/n (Beirami 2024).
     """
-    c, tokenizer, samples = compared, compared.tokenizer, settings.samples
+    c, tokenizer = compared, compared.tokenizer
     limits = [m.config.max_len for m in (*c.policies.values(), c.reference, c.reward_model)
               if m is not None]
     prompts = held_out_prompts(data, split, tokenizer, min(limits) - settings.reply_len, n_prompts)
-    lines, replies, answers, others = [], {}, [], []
+    lines, replies, answers, others = [], {}, [], []  # the last two: ids, for distinct-2
     for name, policy in c.policies.items():
         metrics, replies[name], rows = measure_policy(
-            policy, c.reference, tokenizer, prompts, data.template, reward_model=c.reward_model,
-            judges=c.judges, settings=settings)
+            policy, c.reference, tokenizer, [p for p in prompts for _ in range(samples)],
+            data.template, reward_model=c.reward_model, judges=c.judges, settings=settings)
         lines.append(table_row(name, metrics, replies[name], samples))
         answers.append(rows[::samples])
     if c.reward_model is not None:
+        prompts = prompts[:BEST_OF_OPENINGS]
         ids = [prompt_ids(tokenizer, prompt, data.template) for prompt in prompts]
         rows, scores = best_of(BEST_OF, c, ids, settings)
         name, texts = f"SFT, best of {BEST_OF}", [tokenizer.reply_text(row) for row in rows]
@@ -207,7 +202,7 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sp
                                            {"raw_score": scores})
         metrics["kl_bound"] = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
         lines.append(table_row(name, metrics, replies[name]))
-        answers.append(rows)
+        others.append(rows)
     people = people_wrote(data, tokenizer, settings.reply_len, split) if c.judges else []
     for name, records, rows in people:
         texts = [[r[key] for r in records] for key in ("prompt", "response")]
@@ -347,28 +342,32 @@ def write_report(data: Prepared, root: pathlib.Path, *, seed: int, settings: Rep
 
 
 def build_report(compared: Compared, data: Prepared, *, seed: int, n_prompts: int = 500,
-                 split: str = "val", settings: ReplySettings = ReplySettings()) -> tuple[
-                     dict[str, Any], dict[str, dict[str, Any]]]:
-    """(the report, the reward model's scores of labelled texts by split): the policies on held-out
-    openings, reward model and judges on held-out labels, how often the last policy's reply is
-    preferred, and ten pairs of replies drawn by the seed."""
-    c, scores = compared, {}
-    policies, replies = policy_table(c, data, n_prompts=n_prompts, split=split, settings=settings)
+                 samples: int = 1, split: str = "val", settings: ReplySettings = ReplySettings()
+                 ) -> tuple[dict[str, Any], dict[str, list] | None]:
+    """(the report, the reward model's scores of labelled texts by split or None).
+
+    The policies on held-out openings, reward model and judges on held-out labels, how often the
+    last policy's reply is preferred, and ten pairs of replies drawn by the seed.
+    """
+    c, scores = compared, None
+    policies, replies = policy_table(c, data, n_prompts=n_prompts, samples=samples, split=split,
+                                     settings=settings)
     first, last = list(c.policies)[0], list(c.policies)[-1]
     report: dict[str, Any] = {"split": split, "seed": seed, "settings": dataclasses.asdict(settings),
                               "first": first, "last": last,
-                              "openings": len(replies[first]) // settings.samples,
+                              "openings": len(replies[first]) // samples, "samples": samples,
                               "judges": list(c.judges), "policies": policies}
     if data.has_labels("reward", split):
         if c.reward_model is not None:
-            report["reward"], scores = reward_tables(c.reward_model, data, split, c.tokenizer, c.max_len)
+            report["reward"], scores = reward_tables(c.reward_model, data, split, c.tokenizer,
+                                                     c.max_len)
             report["baseline"] = scores[split]["form"]
         report["judge"] = opinions_on_labels(c.judges, data.records("reward", split))
-    report["win_rates"] = win_rates(replies, last, list(c.judges), report["openings"])
+    report["win_rates"] = win_rates(replies, list(c.policies), list(c.judges), samples)
     drawn = np.random.default_rng([seed, 77]).permutation(report["openings"])[:10]
     report["pairs"] = [dict(prompt=prompt_text(replies[first][i]["prompt"]),
                             before=replies[first][i], after=replies[last][i])
-                       for i in drawn * settings.samples] if first != last else []
+                       for i in drawn * samples] if first != last else []
     return report, scores
 
 
@@ -382,7 +381,7 @@ def save_report(report: dict[str, Any], scores: dict[str, dict[str, Any]], root:
     # also after a resume
     report["seconds"]["all"] = round(max(seconds, sum(report["seconds"].values())), 1)
     text, path = render_report(report, root.name, REWARD_COLUMNS), root / report_name("report.md", split)
-    for name, of_split in scores.items():
+    for name, of_split in (scores or {}).items():
         replace_text(root / f"reward_{name}_scores.json", json.dumps(of_split))
     replace_text(root / report_name("report.json", split), to_json(report))
     replace_text(path, text + "\n")
@@ -469,10 +468,9 @@ def measure(folders: list[pathlib.Path], o: EvaluateOptions) -> dict[str, Any]:
     # Measure as the PPO run among the folders sampled.
     sampled = ppo.get("options", {})
     settings = ReplySettings(reply_len=o.reply_len or sampled.get("reply_len", 64), seed=o.seed,
-                             temperature=o.temperature or sampled.get("temperature", 1.0),
-                             samples=o.samples)
+                             temperature=o.temperature or sampled.get("temperature", 1.0))
     report, scores = build_report(compared, data, seed=sampled.get("seed", 0), split=o.split,
-                                  n_prompts=o.prompts, settings=settings)
+                                  n_prompts=o.prompts, samples=o.samples, settings=settings)
     if finished:
         save_report(report, scores, root)
     else:

@@ -381,11 +381,11 @@ def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, temperat
 def compared_logprobs(models: Sequence[Transformer], hidden: Sequence[Tensor], targets: Tensor,
                       temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """(log π, log π_ref, exact KL), each (N,), of the targets (N,) and of the distributions that
-    they were drawn from: two models and their hidden states (N, D), by chunks of rows."""
+    they were drawn from: two models and their hidden states (N, D), by chunks of rows. Outside of
+    autocast, so that logits are float32."""
     def score(targets: Tensor, *hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(targets.device.type, enabled=False):
-            logps, ref_logps = (log_softmax(model.head(h.float()), temperature)
-                                for model, h in zip(models, hidden, strict=True))
+        logps, ref_logps = (log_softmax(model.head(h.float()), temperature)
+                            for model, h in zip(models, hidden, strict=True))
         kl = (logps.exp() * (logps - ref_logps)).sum(1)
         return *(x.gather(1, targets[:, None])[:, 0] for x in (logps, ref_logps)), kl
 

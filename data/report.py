@@ -91,16 +91,26 @@ def opinions_on_labels(judges: dict[str, Any], records: list[dict]) -> dict[str,
             for name, p in probs.items()}
 
 
-def win_rates(replies: dict[str, list[dict]], policy: str, judges: Sequence[str],
-              openings: int) -> list[dict[str, Any]]:
-    """How often each judge prefers a policy's replies to those of the others, on the same openings.
-    """
-    def opinion(name: str, judge: str) -> np.ndarray:
-        return np.reshape([r[by_judge("judge", judge)] for r in replies[name]], (openings, -1))
+def win_rates(replies: dict[str, list[dict]], policies: Sequence[str], judges: Sequence[str],
+              samples: int = 1) -> list[dict[str, Any]]:
+    """How often each judge prefers the last policy's replies to those of the others, on the same
+    openings.
 
-    return [{"judge": judge, "policy": policy, "over": name,
-             "win_rate": list(win_rate(opinion(policy, judge), opinion(name, judge)))}
-            for name in replies if name != policy for judge in judges]
+    samples: replies of a policy to an opening. Best-of-n has one each, and may have fewer openings.
+    """
+    policy = policies[-1]
+
+    def opinion(name: str, judge: str) -> np.ndarray:
+        probs = [r[by_judge("judge", judge)] for r in replies[name]]
+        return np.reshape(probs, (-1, samples if name in policies else 1))
+
+    wins = []
+    for name in replies:
+        for judge in judges if name != policy else ():
+            theirs = opinion(name, judge)
+            rate = win_rate(opinion(policy, judge)[:len(theirs)], theirs)
+            wins.append({"judge": judge, "policy": policy, "over": name, "win_rate": list(rate)})
+    return wins
 
 
 # ---- the report in words -------------------------------------------------------------------------
@@ -131,7 +141,7 @@ def render_report(report: dict[str, Any], name: str, reward_columns: dict[str, s
     """The report of evaluate.py as Markdown."""
     rows, split = report["policies"], {"val": "validation"}.get(report["split"], report["split"])
     settings = report["settings"]
-    several = "One reply" if settings["samples"] == 1 else f"{settings['samples']} replies"
+    several = "One reply" if report["samples"] == 1 else f"{report['samples']} replies"
     parts = [f"# {name}, seed {report['seed']}, {split}",
              f"{several} of up to {settings['reply_len']} tokens to each of {report['openings']} "
              f"openings of the {split} split, at temperature {settings['temperature']:g}, beside "

@@ -53,10 +53,12 @@ def test_intervals_are_over_openings():
 
 
 def test_the_last_policy_is_compared_with_every_other():
-    replies = {"A": [{"judge": .1}, {"judge": .4}], "B": [{"judge": .4}, {"judge": .4}],
-               "C": [{"judge": .9}, {"judge": .3}]}
-    wins = win_rates(replies, "C", ["n-grams"], 2)
-    assert [(w["over"], w["win_rate"][0]) for w in wins] == [("A", .5), ("B", .5)]
+    replies = {"A": [.1, .4], "SFT, best of 16": [.4], "C": [.9, .3]}
+    replies = {name: [{"judge": p} for p in probs] for name, probs in replies.items()}
+    wins = win_rates(replies, ["A", "C"], ["n-grams"])
+    assert [(w["over"], w["win_rate"][0]) for w in wins] == [("A", .5), ("SFT, best of 16", 1)]
+    wins = win_rates(replies, ["A", "C"], ["n-grams"], samples=2)  # two replies to one opening
+    assert [(w["over"], w["win_rate"][0]) for w in wins] == [("A", .75), ("SFT, best of 16", .5)]
 
 
 def test_a_judge_is_measured_on_labels():
@@ -103,7 +105,7 @@ def test_the_table_with_all_columns_and_intervals_fits_a_terminal():
 
 def report(**others):
     return {"split": "val", "seed": 3, "openings": 500, "judges": ["n-grams", "transformer"],
-            "settings": {"samples": 1, "reply_len": 64, "temperature": 1.0}, "first": "SFT",
+            "samples": 1, "settings": {"reply_len": 64, "temperature": 1.0}, "first": "SFT",
             "last": "PPO", "policies": [line("SFT"), line("PPO", control=.02)], "pairs": [],
             "win_rates": [{"judge": "transformer", "policy": "PPO", "over": "SFT, best of 16",
                            "win_rate": [.6, .5, .7]}], **others}

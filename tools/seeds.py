@@ -19,7 +19,8 @@ from runtime.options import UserError, run_main
 from runtime.statistics import accuracy, auc, calibration_error, paired_auc_difference
 from runtime.tables import table
 
-POLICY = {"name": "", "judged_positive": "judged positive", "raw_score": "raw score",
+POLICY = {"name": "", "judged_positive": "judged positive",
+          "judged_positive_transformer": "… transformer", "raw_score": "raw score",
           "kl": "KL, nats/reply", "distinct2": "distinct-2", "distinct2_ratio": "… / SFT's",
           "length": "length, tokens", "length_ratio": "… / SFT's", "end_rate": "ends",
           "identical": "identical", "short": "under 8 tokens",
@@ -43,7 +44,7 @@ def mean_and_range(rows: list[dict], name: str) -> dict:
     """Each column's mean with [lowest, highest]."""
     row = {"name": name}
     for key in rows[0]:
-        values = [r[key] for r in rows]
+        values = [r.get(key) for r in rows]
         if all(isinstance(v, float) for v in values):
             digits = 3 if max(values) < 10 else 1
             low, high = min(values), max(values)
@@ -51,11 +52,11 @@ def mean_and_range(rows: list[dict], name: str) -> dict:
     return row
 
 
-def policy_rows(folders: list[pathlib.Path]) -> list[dict]:
-    """SFT, PPO and what people wrote, for each run; ratios are to the run's own SFT policy."""
+def policy_rows(folders: list[pathlib.Path], report: str) -> list[dict]:
+    """SFT, PPO and what people wrote, for each run's `report`; ratios are to the run's own SFT policy."""
     by_name: dict[str, list[dict]] = {}
     for folder in folders:
-        rows = read(folder, "report.json")["policies"]
+        rows = read(folder, report)["policies"]
         sft = next(r for r in rows if r["name"] == "SFT")
         for row in rows:
             row = {k: v for k, v in row.items() if k in POLICY}
@@ -96,7 +97,9 @@ def main(argv: list[str]) -> None:
         raise UserError("which runs? python -m tools.seeds seed0/reviews seed1/reviews "
                         "seed2/reviews")
     folders = [pathlib.Path(word) for word in argv]
-    print(table(policy_rows(folders), POLICY))
+    for name, split in (("report.json", "validation"), ("report_test.json", "test")):
+        if split == "validation" or all((folder / name).exists() for folder in folders):
+            print(f"{split}\n\n{table(policy_rows(folders, name), POLICY)}\n")
     for split in ("val", "test"):  # feedback in pairs or scores has neither
         if any((folder / f"reward_{split}_scores.json").exists() for folder in folders):
             rows, difference = reward_rows(folders, split)
