@@ -177,7 +177,7 @@ class RunFolder:
                             "--fresh, or choose another --out") from None
         more = {name: state[name] for name in ("dtype", "products", "compile", "seconds")
                 if name in state}
-        record |= {"finished": state.get("finished", False), **more, **state.get("machine", {})}
+        record |= {"finished": state.get("finished", False), **more}
         self.write_config(record)
         print(f"{self.path / 'config.json'}: was missing or damaged, rebuilt from the checkpoint",
               file=sys.stderr)
@@ -349,7 +349,7 @@ class Run:
         continue. `NotFinite`, and nothing is written, if a number is not finite."""
         self.write(self.folder.path, self.model, self.tokenizer, stage=self.stage, step=step,
                    finished=step == self.total, **self.compute.settings(), seconds=self.seconds(),
-                   options=self.folder.options, parents=self.folder.parents, machine=self.machine,
+                   options=self.folder.options, parents=self.folder.parents,
                    template=self.template, **state)
         self.saved_step = step
 
@@ -372,7 +372,7 @@ class Run:
         that worked on the run."""
         before = self.folder.record or {}
         earlier = before.get("processes") or [
-            {"step": 0, **{name: before[name] for name in self.machine if name in before}}] * bool(before)
+            {"step": 0, **{name: before[name] for name in self.machine if name in before}}] * ("threads" in before)
         self.folder.write_config({
             "stage": self.stage, "finished": finished, "options": self.folder.options,
             "parents": self.folder.parents, **self.compute.settings(), **self.machine,

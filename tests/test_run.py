@@ -149,7 +149,7 @@ def test_a_damaged_or_missing_config_is_rebuilt_from_the_checkpoint(open_sft, ca
         open_sft("--lr=.1")  # never overwritten
     record = json.loads(path.read_text())
     assert "rebuilt from the checkpoint" in capsys.readouterr().err
-    for name in ("stage", "options", "parents", "finished", "dtype", "threads", "versions"):
+    for name in ("stage", "options", "parents", "finished", "dtype", "products"):
         assert record[name] == before[name]
     with pytest.raises(UserError, match="lr was 0.1, is 0.2"):
         open_sft("--lr=.2", "--resume")
