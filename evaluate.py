@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -31,8 +32,9 @@ from data.tokenizer import Tokenizer
 from model import Transformer, checkpoint_path, load_checkpoint, token_logprobs
 from reward import RewardModel
 from runtime.device import pick_device, precision
-from runtime.machine import replace_text
+from runtime.machine import replace_text, require_finite
 from runtime.options import Options, UserError, option, parse, run_main
+from runtime.terminal import for_terminal, memory_advice
 from runtime.statistics import (accuracy, auc, calibration_error, interval, paired_auc_difference,
                                 positive_share, win_rate)
 from sample import reply_ids, reply_texts, reply_to
@@ -119,7 +121,7 @@ def reply_logprobs(model: Transformer, ids: Sequence[list[int]], replies: Any,
             hidden = model.hidden(rows.tokens, where=rows.before)
             parts.append(scatter_tokens(token_logprobs(model, hidden, rows.targets,
                                                        settings.temperature)[0], mask))
-    return torch.cat(parts)
+    return require_finite(torch.cat(parts), "log-probabilities of the replies")
 
 
 def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Tokenizer,
@@ -333,13 +335,14 @@ def write_report(data: Prepared, root: pathlib.Path, *, seed: int, settings: Rep
         replace_text(root / "reward_test_scores.json", json.dumps(scores))
     replace_text(root / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     replace_text(root / "report.md", text + "\n")
-    print("\n" + text)
+    print("\n" + for_terminal(text))
     lines = [json.loads(line) for line in (root / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for key, title in (("score", "reward per reply, by update"),
                        ("kl", "KL in nats per reply, by update")):
         print("\n" + text_plot([line[key] for line in lines if key in line], title))
-    print(f"\nwritten: {root / 'report.md'}; curves: python -m tools.plot {root}; try it: python "
-          f"sample.py --from {root / 'ppo'} --prompt …")
+    plot, ppo = shlex.quote(str(root)), shlex.quote(str(root / "ppo"))
+    print(f"\nwritten: {root / 'report.md'}; curves: python -m tools.plot {plot}; try it: python "
+          f"sample.py --from {ppo} --prompt …")
 
 
 def build_report(data: Prepared, root: pathlib.Path, seed: int, settings: ReplySettings,
@@ -438,6 +441,7 @@ class EvaluateOptions(Options):
     traceback: bool = option(False, "show where in the code an error arose")
 
 
+@memory_advice("lower --prompts or --reply_len")
 def main(argv: list[str]) -> None:
     n = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     folders, o = [pathlib.Path(f) for f in argv[:n]], parse(EvaluateOptions, argv[n:],

@@ -22,6 +22,7 @@ from data.own import own_data_set
 from data.prepared import Prepared
 from data.sets import DATA_SETS
 from runtime.options import Options, UserError, option, parse, run_main
+from runtime.terminal import memory_advice
 
 VERSION = 3  # of the stored form; raise it to make folders prepared earlier unused
 CACHE = pathlib.Path(os.environ.get("MOSSLET_CACHE") or pathlib.Path(__file__).parent / "cache")
@@ -33,7 +34,7 @@ def find_data_set(data: str) -> DataSet:
     """The data set with this name, or the user's files at this path; UserError if neither is."""
     if data in DATA_SETS:
         return DATA_SETS[data]
-    if pathlib.Path(data).exists():
+    if data and pathlib.Path(data).exists():
         return own_data_set(pathlib.Path(data))
     near = difflib.get_close_matches(data, DATA_SETS, 1)
     raise UserError(f"unknown data set {data!r}{f'; did you mean {near[0]}?' if near else ''}: use "
@@ -129,11 +130,13 @@ class PrepareOptions(Options):
     """`python -m data.prepare NAME`"""
 
     source: str = option("", "folder or archive with the raw files; empty: download them")
-    vocab_size: int = option(4096, "tokens of the vocabulary, six special ones included", low=262)
+    vocab_size: int = option(4096, "tokens of the vocabulary, six special ones included", low=262,
+                             high=1_000_000)
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
     traceback: bool = option(False, "show where in the code an error arose")
 
 
+@memory_advice("lower --limit, or prepare fewer texts")
 def main(argv: list[str]) -> None:
     if not argv or argv[0].startswith("-") and not {"--help", "-h"} & set(argv):
         raise UserError(f"usage: python -m data.prepare {'|'.join(DATA_SETS)}|FILE.jsonl|FOLDER "

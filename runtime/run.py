@@ -11,6 +11,7 @@ import os
 import pathlib
 import platform
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from runtime.device import compile_pays, pick_device, pick_dtype
 from runtime.machine import Interrupt, Interrupted, git_commit, processor, replace_text
-from runtime.options import Common, UserError, as_dict, show
+from runtime.options import BOOLS, Common, UserError, as_dict, show
 from runtime.products import pick_products, use_products
 
 try:
@@ -102,11 +103,23 @@ def read_config(folder: str | os.PathLike) -> dict | None:
 
 
 def resume_command(o: Common) -> str:
-    """The command that resumes what this process began. `train.py all` resumes without a flag."""
-    words = [word for word in sys.argv[1:] if not word.startswith(("--resume", "--fresh"))]
-    resumes_anyway = o.resume and len(words) == len(sys.argv[1:])
-    return " ".join(["python train.py", *map(shlex.quote,
-                                             words)]) + " --resume" * (not resumes_anyway)
+    """The command that resumes what this process began, as it was typed and quoted for the shell.
+    `train.py all` resumes without a flag."""
+    given, words = list(sys.argv[1:]), []
+    typed = sys.orig_argv[:len(sys.orig_argv) - len(given)]  # with the interpreter
+    if not typed or pathlib.Path(typed[-1]).stem != pathlib.Path(sys.argv[0]).stem:
+        typed = ["python", "train.py"]  # main was called by other code
+    resumes_anyway = o.resume
+    while given:
+        word = given.pop(0)
+        if word.partition("=")[0] not in ("--resume", "--fresh"):
+            words.append(word)
+            continue
+        resumes_anyway = False
+        if "=" not in word and given and given[0].lower() in BOOLS:
+            given.pop(0)
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join([*typed, *words, *["--resume"] * (not resumes_anyway)])
 
 
 class RunFolder:
@@ -175,8 +188,9 @@ class RunFolder:
     def _drop_lines_after(self, path: pathlib.Path, step: int) -> None:
         """Drop lines past the checkpoint's step; a resumed run writes them again."""
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        replace_text(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+        lines = text.split("\n")[:-1]  # not splitlines: texts may have other line separators
+        replace_text(path, "".join(f"{line}\n" for line in lines
+                                   if json.loads(line)["step"] <= step))
 
     def append(self, name: str, records: list[dict]) -> None:
         """Add JSON Lines to metrics.jsonl or samples.jsonl."""
@@ -216,6 +230,7 @@ class Progress:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        Interrupt.stepping = False
         self.bar.close()
 
 
@@ -244,7 +259,8 @@ class Run:
         return time.perf_counter() - self.started
 
     def progress(self, total: int) -> Progress:
-        """Training begins: the folder becomes this run's."""
+        """Training begins: the folder becomes this run's, and a signal waits for the step."""
+        Interrupt.stepping = True
         self.folder.begin(self.step if self.state else -1)
         self.write_config(finished=False)
         return Progress(self.stage, self.step, total)

@@ -292,7 +292,7 @@ def test_sigterm_finishes_the_step_saves_and_names_the_command(reviews_source, t
     assert running.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in printed
     step = checkpoint(folder)["state"]["step"]
-    assert f"pretrain: saved after step {step}; go on with `python train.py pretrain" in printed
+    assert f"pretrain: saved after step {step}; go on with `{sys.executable} train.py pretrain" in printed
     assert printed.rstrip().endswith("--resume`")
     assert not read_json(folder / "config.json")["finished"]
 
