@@ -241,7 +241,8 @@ class Writer:
     takes the row (continuous batching)."""
 
     CHECK_EVERY = 8  # steps between checks for ended rows; each check synchronises a GPU
-    PROBABILITIES = "the probabilities of the next token (at this --temperature)"
+    MUST_BE_FINITE = ("probabilities of the next token",
+                      ", or --temperature is too near 0 (0 itself takes the likeliest token)")
 
     def __init__(self, decoder: Decoder, prompts: tuple[Tensor, Tensor], reply_len: int,
                  sampling: Sampling, rows: int, u: Tensor | None, end_id: int | None,
@@ -280,7 +281,7 @@ class Writer:
             self._admit()
             running = int(self.running.sum())
             if running == 0 and self.next_prompt == n:
-                require_finite(self.out.logprobs, self.PROBABILITIES)
+                require_finite(self.out.logprobs, *self.MUST_BE_FINITE)
                 return self.out
             if running < self.rows and self.next_prompt < n:
                 continue  # a reply ended with its first token: its row is free again
@@ -322,7 +323,7 @@ class Writer:
         self.out.tokens[cells], self.out.mask[cells] = tokens[real], True
         self.out.logprobs[cells] = logprobs[real]
         if self.on_token is not None:  # then k is 1
-            require_finite(logprobs[real], self.PROBABILITIES)  # before anybody reads the token
+            require_finite(logprobs[real], *self.MUST_BE_FINITE)  # before anybody reads the token
             self.on_token(self.prompt[at][real[:, 0]], tokens[:, 0][real[:, 0]])
         self.length[at] += tokens.shape[1]
         self.running[at] &= ~(is_end & real).any(1) & (self.length[at] < self.R)
@@ -541,6 +542,9 @@ class ChatSession:
             self.replies([prompt], rows, show)
         except KeyboardInterrupt:
             print(" …", end="")
+        except UserError:
+            print(flush=True)  # the error begins a line
+            raise
         print(for_terminal(decoder.decode(b"", final=True)))
         return self.tokenizer.decode(written)
 

@@ -120,13 +120,15 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def require_finite(x: Tensor, what: str) -> Tensor:
-    """x itself; UserError, which says `what` it is, if a number in it is NaN or infinite. It waits
-    for a GPU once."""
+def require_finite(x: Tensor, what: str, or_else: str = "") -> Tensor:
+    """x itself; UserError if a number in it is NaN or infinite. It waits for a GPU once.
+
+    what: names x. or_else: a further cause, with its remedy.
+    """
     if not bool(x.isfinite().all()):
-        raise UserError(f"{what} are not finite numbers (NaN or infinite): the weights are damaged, "
-                        "or training diverged; take another checkpoint, or train again at a lower "
-                        "learning rate")
+        raise UserError(f"{what} are not finite numbers (NaN or infinite): the weights are damaged "
+                        "or training diverged (take another checkpoint, or train again at a lower "
+                        f"learning rate){or_else}")
     return x
 
 

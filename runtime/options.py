@@ -112,7 +112,7 @@ def _convert(field: dataclasses.Field, text: str | None, flag: str) -> Any:
         raise UserError(f"{flag}: a value is missing; write {flag}={example}, for example")
     try:
         if kind == "bool":
-            value = BOOLS[(text or "true").lower()]
+            value = BOOLS["true" if text is None else text.lower()]
         else:
             value = {"int": int, "float": float, "str": str}[kind](text)
     except (KeyError, ValueError):

@@ -278,9 +278,9 @@ def test_a_model_whose_numbers_are_not_finite_is_refused(model, number, settings
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
-@pytest.mark.parametrize("temperature", [1e-38, 1e-40, 1e-45, 1e-300])
+@pytest.mark.parametrize("temperature", [1e-40, 1e-45, 1e-300])
 def test_a_temperature_at_which_numbers_overflow_is_refused(model, temperature, compiled):
-    with pytest.raises(UserError, match="--temperature.*not finite"):
+    with pytest.raises(UserError, match="not finite.*--temperature is too near 0"):
         generate(model, *prompts([3, 5]), 4, temperature=temperature,
                  decoder=Decoder(model, compile=compiled))
 
