@@ -121,9 +121,9 @@ def _convert(field: dataclasses.Field, text: str | None, flag: str) -> Any:
     if kind == "str":
         _check_text(field, text, flag)
     if kind == "float" and not math.isfinite(value):
-        raise UserError(f"{flag}: {text!r} is not a finite number")
+        raise UserError(f"{flag}: {text[:60]!r} is not a finite number")
     if m.get("choices") and value not in m["choices"]:
-        raise UserError(f"{flag}: {text!r} is not one of {', '.join(map(str, m['choices']))}")
+        raise UserError(f"{flag}: {text[:60]!r} is not one of {', '.join(map(str, m['choices']))}")
     if (ends := bounds(field)) and not ends[0] <= value <= ends[1]:
         limits = [f"{word} {end:g}" if kind == "float" else f"{word} {end}"
                   for word, end, widest in zip(("at least", "at most"), ends, BOUNDS[kind],
