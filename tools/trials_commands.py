@@ -175,7 +175,9 @@ def run_apart(main: object, words: list[str], log: pathlib.Path, seconds: int) -
             code = end.code or 0
         except BaseException:
             traceback.print_exc()
-        sys.stdout.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(code)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
