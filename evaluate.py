@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -36,11 +37,13 @@ from model import Transformer, checkpoint_path, compared_logprobs, load_checkpoi
 from reward import RewardModel
 from runtime.device import pick_device, precision
 from runtime.lines import parse_line, read_lines
+from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
 from runtime.statistics import (accuracy, auc, calibration_error, cut_alike, distinct_interval,
                                 interval, paired_auc_difference)
 from runtime.storage import replace_text
 from runtime.tables import table, text_plot, to_json
+from runtime.terminal import for_terminal, memory_advice
 from sample import Generation, reply_ids, reply_texts, reply_to
 
 
@@ -76,7 +79,8 @@ def reply_logprobs(policy: Transformer, reference: Transformer, ids: Sequence[li
             hidden = [model.hidden(rows.tokens, where=rows.before) for model in (policy, reference)]
         flat = compared_logprobs((policy, reference), hidden, rows.targets, settings.temperature)
         parts.append([scatter_tokens(x, mask) for x in flat])
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    return tuple(require_finite(torch.cat(part), "log-probabilities of the replies")
+                 for part in zip(*parts, strict=True))
 
 
 def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Tokenizer,
@@ -385,13 +389,14 @@ def save_report(report: dict[str, Any], scores: dict[str, dict[str, Any]], root:
         replace_text(root / f"reward_{name}_scores.json", json.dumps(of_split))
     replace_text(root / report_name("report.json", split), to_json(report))
     replace_text(path, text + "\n")
-    print("\n" + text)
+    print("\n" + for_terminal(text))
     lines = [parse_line(line) for _, line in read_lines(root / "ppo" / "metrics.jsonl")]
     for key, title in (("score", "reward per reply, by update"),
                        ("kl", "KL in nats per reply, by update")):
         print("\n" + text_plot([line[key] for line in lines if line.get(key) is not None], title))
-    print(f"\nwritten: {path}; curves: python -m tools.plot {root}; try it: python sample.py --from "
-          f"{root / 'ppo'} --prompt …")
+    plot, ppo = shlex.quote(str(root)), shlex.quote(str(root / "ppo"))
+    print(f"\nwritten: {path}; curves: python -m tools.plot {plot}; try it: python sample.py --from "
+          f"{ppo} --prompt …")
 
 
 def print_validation_table(model: RewardModel, data: Prepared, tokenizer: Tokenizer,
@@ -433,6 +438,7 @@ class EvaluateOptions(Options):
     traceback: bool = option(False, "show where in the code an error arose")
 
 
+@memory_advice("lower --prompts or --reply_len")
 def main(argv: list[str]) -> None:
     n = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     folders, o = [pathlib.Path(f) for f in argv[:n]], parse(EvaluateOptions, argv[n:],
@@ -474,7 +480,7 @@ def measure(folders: list[pathlib.Path], o: EvaluateOptions) -> dict[str, Any]:
     if finished:
         save_report(report, scores, root)
     else:
-        print(render_report(report, ", ".join(policies), REWARD_COLUMNS))
+        print(for_terminal(render_report(report, ", ".join(policies), REWARD_COLUMNS)))
     return report
 
 

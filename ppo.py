@@ -45,7 +45,7 @@ from reward import RewardModel, critic_from
 from runtime.alarms import Alarm, Alarms
 from runtime.device import compile_trunks, precision
 from runtime.draws import batch_indices, key
-from runtime.optim import clip_gradients, learning_rate, require_finite, restore
+from runtime.optim import clip_gradients, learning_rate, restore, stop_unless_finite
 from runtime.options import Common, UserError, option
 from runtime.products import use_products
 from runtime.run import Run
@@ -69,14 +69,14 @@ class PPOOptions(Common):
 
     # The rollout.
     updates: int = option(40, "rollouts, each followed by --epochs passes", low=1)
-    batch: int = option(96, "replies per rollout", low=1)
+    batch: int = option(96, "replies per rollout", low=1, high=1_000_000)
     samples_per_prompt: int = option(1, "replies to each prompt, a group (for RLOO)", low=1)
     reply_len: int = option(64, "longest reply in tokens; a truncated reply counts as terminal (no "
                                 "bootstrap value)", low=1)
     temperature: float = option(1.0, "of sampling and of every log-probability alike; replies come "
                                      "from the whole softmax, so top-k and the like are for "
                                      "chatting only",
-                                source="N+: else the ratio does not start at 1")
+                                source="N+: else the ratio does not start at 1", low=0.001)
     rollout_rows: int = option(64, "replies written at a time; ended ones make room", low=1)
     rollout_dtype: str = option("auto", "precision of writing; auto: as --dtype; int8: CPU only",
                                 choices=("auto", "float32", "bfloat16", "int8"))
@@ -88,8 +88,8 @@ class PPOOptions(Common):
                                       "P(liked) − 1; auto: logsigmoid for these, else fixed",
                               choices=("auto", "fixed", "running", "sigmoid", "logsigmoid"),
                               source="MOSS: running")
-    norm_replies: int = option(512, "replies that give raw scores their mean and spread", low=2)
-    reward_clip: float = option(10.0, "clip scores to ± this", source="MOSS 10", low=0)
+    norm_replies: int = option(512, "replies that give raw scores their mean and spread", low=2, high=100_000)
+    reward_clip: float = option(10.0, "clip scores to ± this; 0 disables", source="MOSS 10", low=0)
     end_penalty: float = option(1.0, "subtract this, after the clip, from a reply without end token",
                                 source="TRL: 1", low=0)
     kl_coef: float = option(0.09, "price of one nat away from the reference",
@@ -229,7 +229,7 @@ class ScoreScale:
             if o.reward_norm == "running":
                 self.moments.update(scores)
                 scores = scores / self.moments.std
-        return scores.clamp(-o.reward_clip, o.reward_clip) - o.end_penalty * (~ended).float()
+        return scores.clamp(-(o.reward_clip or math.inf), o.reward_clip or math.inf) - o.end_penalty * (~ended).float()
 
     def state(self) -> dict[str, Any]:
         return {"mean": self.mean, "std": self.std, "moments": self.moments.state()}
@@ -258,7 +258,7 @@ class KLController:
         self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, kl_per_reply: float, n_replies: int) -> None:
-        """coefficient *= 1 + clip(KL / target − 1, ± 0.2) · replies / horizon
+        """coefficient *= 1 + clip(KL / target − 1, ± 0.2) · replies / horizon, never below 0
 
         >>> control = KLController(0.2, target=6)
         >>> control.update(9.0, 256)
@@ -267,7 +267,7 @@ class KLController:
         """
         if self.target is not None:
             error = min(max(kl_per_reply / self.target - 1, -0.2), 0.2)
-            self.coef *= 1 + error * n_replies / self.horizon
+            self.coef *= max(0.0, 1 + error * n_replies / self.horizon)
 
 
 # ---- advantages ----------------------------------------------------------------------------------
@@ -700,7 +700,7 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             for name, norm in clipped.items():
                 norms[name].append(norm)
             numbers = {name: x for name, (x, _) in shares.items() if name.endswith("loss")}
-            require_finite(numbers | clipped, f"update {step + 1}, epoch {epoch + 1}",
+            stop_unless_finite(numbers | clipped, f"update {step + 1}, epoch {epoch + 1}",
                            "lower --policy_lr or --critic_lr")
             optimizer.step()
             # Keep what is logged.
@@ -871,6 +871,7 @@ class PPOTrainer:
         if train_policy:
             self.control.update(metrics["kl"], o.batch)
         self.check_gaps(metrics, step)
+        self.alarms.check(step + 1, metrics)
         seconds = {f"seconds_{name}": x for name, x in rollout.seconds.items()}
         return metrics | seconds | {
             "lr": rates[0], "critic_lr": rates[1],
@@ -895,10 +896,12 @@ class PPOTrainer:
             self.decoder_dtype = "float32"
             self.prepare_decoder()
 
-    def measure(self, step: int) -> dict[str, float]:
-        """Figures on the held-out prompts, whose first replies go into samples.jsonl."""
-        metrics, records = self.held_out.measure(self.run.model)
+    def measure(self, step: int, measured: tuple | None = None) -> dict[str, float]:
+        """Figures on the held-out prompts, whose first replies go into samples.jsonl. measured: what
+        `held_out.measure` gave before; None: measure now."""
+        metrics, records = measured or self.held_out.measure(self.run.model)
         self.run.samples(step, records[:12])
+        self.alarms.check(step, metrics)
         return metrics
 
     def save(self, step: int) -> None:
@@ -931,8 +934,7 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     """
     data = open_for(o, o.data)
     policy, tokenizer, state = load_parent(o, data, "sft", o.init_from)
-    reward_model, reward_tokenizer, reward_state = load_parent(o, data, "reward", o.reward_from,
-                                                               RewardModel)
+    reward_model, reward_tokenizer, reward_state = load_parent(o, data, "reward", o.reward_from, RewardModel)
     tokenizer.require_same(reward_tokenizer, "the policy and the reward model")
     feedback = "scores of any kind" if "scorer" in seams else reward_state.get("feedback", "unknown scores")
     o = o.replace(reward_norm=chosen_reward_norm(o.reward_norm, feedback))
@@ -943,11 +945,11 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     if o.rollout_dtype == "int8" and run.device != "cpu":
         raise UserError(f"--rollout_dtype int8 is for a CPU: on {run.device} use bfloat16")
     trainer, metrics = PPOTrainer(run, policy, reward_model, data, **seams), {}
+    # Measured before training begins, which makes the folder this run's: until then nothing changes.
+    start = trainer.held_out.measure(run.model) if run.step == 0 else None
     with run.progress(o.updates) as bar:
-        if run.step == 0:
-            measured = trainer.measure(0)
-            trainer.alarms.check(0, measured)
-            run.log(0, **measured)
+        if start:
+            run.log(0, **trainer.measure(0, start))
         for step in range(run.step, o.updates):
             metrics = trainer.update(step)
             done, last = step + 1, step + 1 == o.updates
@@ -955,7 +957,6 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
                 trainer.prepare_decoder()
             if last or done % o.eval_every == 0:
                 metrics |= trainer.measure(done)
-            trainer.alarms.check(done, metrics)
             run.log(done, **metrics, seconds=run.seconds())
             bar.update(**{name: metrics[name] for name in ("score", "kl", "length", "end_rate")})
             if last or done % o.save_every == 0:

@@ -29,6 +29,7 @@ from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, lo
 from runtime.device import precision
 from runtime.draws import batch_indices, key, torch_seed
 from runtime.fit import fit
+from runtime.machine import require_finite
 from runtime.options import MaximumLikelihoodOptions, UserError, option
 from runtime.run import Run
 from runtime.statistics import accuracy, auc, correlation, share_above
@@ -125,7 +126,7 @@ class RewardModel(nn.Module):
             index = order[i:i + self.rows_at_once]
             tokens, real, reply = reward_batch([rows[j] for j in index], device)
             scores[torch.from_numpy(index).to(device)] = self(tokens, real, reply).float()
-        return scores
+        return require_finite(scores, "scores of the reward model")
 
 
 class PythonReward:
@@ -148,8 +149,11 @@ class PythonReward:
         prompts = [self.tokenizer.decode([i for i in ids if i != self.tokenizer.eom_id])
                    for ids in prompts]
         replies = [self.tokenizer.reply_text(ids) for ids in replies]
-        return torch.tensor(self.function(prompts, replies), dtype=torch.float32,
-                            device=self.device)
+        scores = torch.tensor(self.function(prompts, replies), dtype=torch.float32)
+        if not scores.isfinite().all():
+            raise UserError(f"the reward function gives scores that are not finite numbers: "
+                            f"{scores.tolist()[:4]} …; mend it")
+        return scores.to(self.device)
 
 
 def critic_from(reward_model: RewardModel, mean: float = 0.0, std: float = 1.0) -> RewardModel:
@@ -239,10 +243,11 @@ class RewardOptions(MaximumLikelihoodOptions):
     label_smoothing: float = option(0.0, "share of labels assumed to be wrong (pairwise)",
                                     source="MOSS-RLHF part II", low=0, high=0.5)
     # The records.
-    epochs: float = option(2.0, "passes over the training records", low=0.01)
-    batch: int = option(32, "records per step", low=1)
+    epochs: float = option(2.0, "passes over the training records", low=0.01,
+                           high=1e6)
+    batch: int = option(32, "records per step", low=1, high=1_000_000)
     max_len: int = option(128, "longest row in tokens; longer texts are truncated and then have no "
-                               "end token", low=16)
+                               "end token", low=16, high=1_000_000)
     prefix_share: float = option(0.3, "share of texts truncated at a random place, without end "
                                       "token, as unfinished replies are", low=0, high=1)
     # The learning rate and its schedule.

@@ -41,6 +41,7 @@ from runtime.fit import fit
 from runtime.machine import Interrupt, Interrupted, keep_freed_memory
 from runtime.options import Common, MaximumLikelihoodOptions, UserError, option, parse, parse_all, run_main
 from runtime.run import Run, run_folder
+from runtime.terminal import memory_advice
 from sample import reply_texts, reply_to
 
 
@@ -58,17 +59,19 @@ class PretrainOptions(MaximumLikelihoodOptions):
     }
 
     # The model.
-    n_layer: int = option(4, "number of blocks", low=1)
-    n_head: int = option(4, "query heads", low=1)
-    n_kv_head: int = option(4, "key and value heads, each shared by a group of query heads", low=1)
-    d_model: int = option(192, "width of the residual stream", low=2)
-    d_ff: int = option(512, "width inside the MLP", low=1)
-    max_len: int = option(256, "longest row that the model supports, in tokens", low=16)
+    n_layer: int = option(4, "number of blocks", low=1, high=1000)
+    n_head: int = option(4, "query heads", low=1, high=1000)
+    n_kv_head: int = option(4, "key and value heads, each shared by a group of query heads", low=1,
+                             high=1000)
+    d_model: int = option(192, "width of the residual stream", low=2, high=100_000)
+    d_ff: int = option(512, "width inside the MLP", low=1, high=1_000_000)
+    max_len: int = option(256, "longest row that the model supports, in tokens", low=16,
+                         high=1_000_000)
     # The training.
     tokens: int = option(2_000_000, "tokens to train on", low=1)
-    window: int = option(128, "tokens per row", low=2)
-    batch: int = option(16, "rows per forward and backward", low=1)
-    accumulate: int = option(1, "batches per optimizer step", low=1)
+    window: int = option(128, "tokens per row", low=2, high=1_000_000)
+    batch: int = option(16, "rows per forward and backward", low=1, high=1_000_000)
+    accumulate: int = option(1, "batches per optimizer step", low=1, high=1_000_000)
     mixture: str = option("", "shares of the data set's parts, such as news=.15,dialogue=.3; the "
                               "other parts take what is left; empty: the data set's own")
     eval_every: int = option(250, "steps between full passes over validation", low=1)
@@ -130,6 +133,7 @@ def new_model(o: PretrainOptions, vocab_size: int) -> Transformer:
     return model
 
 
+@memory_advice("lower --batch (and raise --accumulate as much) or --window, or add --recompute")
 def pretrain(o: PretrainOptions) -> Run | None:
     """Maximum likelihood on plain text: θ ← θ + α ∇ Σ log π(next token | tokens before it, of the
     same document)."""
@@ -164,10 +168,10 @@ class SFTOptions(MaximumLikelihoodOptions):
         "base": dict(max_len=512, lr=0.001, adam_lr=3e-5),
     }
 
-    epochs: float = option(1.0, "passes over the dialogues", low=0.01)
-    batch: int = option(32, "dialogues per step", low=1)
+    epochs: float = option(1.0, "passes over the dialogues", low=0.01, high=1e6)
+    batch: int = option(32, "dialogues per step", low=1, high=1_000_000)
     max_len: int = option(128, "longest dialogue in tokens; longer ones are dropped, never "
-                               "truncated", low=16)
+                               "truncated", low=16, high=1_000_000)
     lr: float = option(0.005, "learning rate of block matrices (muon) or of everything (adamw)",
                        low=0)
     adam_lr: float = option(0.002, "AdamW's learning rate for embeddings and norms", low=0)
@@ -223,6 +227,7 @@ class SFTTask:
         return {"val_loss": float(sum(nats for nats, _ in parts)) / sum(n for _, n in parts)}
 
 
+@memory_advice("lower --batch or --max_len, or add --recompute")
 def sft(o: SFTOptions) -> Run | None:
     """Maximum likelihood on replies alone: the same loss, only where the loss mask of the dialogue
     is True."""
@@ -243,6 +248,7 @@ def sft(o: SFTOptions) -> Run | None:
 
 # ---- stage 3: the reward model -------------------------------------------------------------------
 
+@memory_advice("lower --batch or --max_len, or add --recompute")
 def reward(o: RewardOptions) -> Run | None:
     """`train_reward`; of labels, also the model's table beside the n-gram baseline, on validation.
     """
@@ -262,6 +268,7 @@ def refuse_judge(path: str) -> None:
                         "--reward_from a reward model")
 
 
+@memory_advice("lower --micro_batch, --rollout_rows or --reply_len, or add --recompute")
 def ppo(o: PPOOptions) -> Run | None:
     """`train_ppo`, unless its reward model is the judge."""
     refuse_judge(o.reward_from)
@@ -273,6 +280,7 @@ class JudgeOptions(RewardOptions):
     """`python train.py judge`"""
 
 
+@memory_advice("lower --batch or --max_len, or add --recompute")
 def judge(o: JudgeOptions) -> Run | None:
     """A second judge of policies, which reads whole texts where the n-grams read pieces: the
     pretrained trunk (not the policy's) learns the judge's half of the labels."""

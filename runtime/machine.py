@@ -1,4 +1,5 @@
 """Signals, memory, and the names of code and processor for a run's record."""
+import contextlib
 import ctypes
 import pathlib
 import platform
@@ -13,30 +14,44 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from runtime.options import UserError
+from runtime.terminal import silence
 
-class Interrupted(Exception):
-    """Raised after an interrupted run was saved; its argument is the signal's number."""
+class Interrupted(KeyboardInterrupt):
+    """A signal stops the command; its argument is the signal's number. No Exception, so that nobody
+    takes it for a fault of a file or a compiler."""
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM ask for a stop after the present step; a second Ctrl-C stops at once.
+    """Ctrl-C, SIGTERM and SIGHUP: while steps are under way they ask for a stop after the present
+    one, otherwise they stop at once. A second Ctrl-C always stops at once.
 
-    number: the signal that asked for it; 0 if none has.
+    number: the signal that asked for it, 0 if none has. stepping: whether steps are under way.
     """
 
-    number = 0
+    number, stepping = 0, False
 
     @classmethod
     def install(cls) -> None:
-        """Handle both signals from now on."""
-        def handle(number: int, _) -> None:
-            if cls.number and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            cls.number = number
-            print("\nfinishing this step, then saving …", file=sys.stderr)
+        """Handle these signals from now on."""
+        hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
+        terminals = [x for x in (sys.stdout, sys.stderr) if x is not None and x.isatty()]
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handle)
+        def handle(number: int, _) -> None:
+            if number == hang_up:
+                silence(*terminals)  # they are gone
+            at_once = not cls.stepping or cls.number and number == signal.SIGINT
+            cls.number = number
+            with contextlib.suppress(OSError, RuntimeError):  # a print may be under way
+                print("\nstopped at once; what was saved before is kept" if at_once
+                      else "\nfinishing this step, then saving …", file=sys.stderr)
+            if at_once:
+                raise Interrupted(number)
+
+        signal.signal(signal.SIGINT, handle)
+        signal.signal(signal.SIGTERM, handle)
+        if hang_up and signal.getsignal(hang_up) is not signal.SIG_IGN:  # nohup ignores it
+            signal.signal(hang_up, handle)
 
 
 def keep_freed_memory() -> None:
@@ -81,6 +96,18 @@ def this_machine() -> dict[str, Any]:
                 "numpy": np.__version__}
     return {"commit": git_commit(), "processor": processor(), "threads": torch.get_num_threads(),
             "versions": versions}
+
+
+def require_finite(x: Tensor, what: str, or_else: str = "") -> Tensor:
+    """x itself; UserError if a number in it is NaN or infinite. It waits for a GPU once.
+
+    what: names x. or_else: a further cause, with its remedy.
+    """
+    if not bool(x.isfinite().all()):
+        raise UserError(f"{what} are not finite numbers (NaN or infinite): the weights are damaged "
+                        "or training diverged (take another checkpoint, or train again at a lower "
+                        f"learning rate){or_else}")
+    return x
 
 
 # Numbers that `row_chunks` lets a function hold at once: in float32 ¼ GiB, on CUDA 1 GiB.

@@ -119,7 +119,7 @@ def clip_gradients(modules: dict[str, nn.Module], max_norm: float) -> dict[str, 
             for name, module in modules.items()}
 
 
-def require_finite(numbers: dict[str, Tensor], where: str, remedy: str) -> None:
+def stop_unless_finite(numbers: dict[str, Tensor], where: str, remedy: str) -> None:
     """NotFinite, with the numbers, if one of these losses and gradient norms is not finite."""
     if not torch.stack([*numbers.values()]).isfinite().all():  # one wait for a GPU
         shown = ", ".join(f"{name} {float(x):.4g}" for name, x in numbers.items())

@@ -4,6 +4,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from runtime.machine import Interrupt
+
 
 class Progress:
     """A bar with rate and remaining time on a terminal; elsewhere a line of the same every 30 s."""
@@ -35,4 +37,5 @@ class Progress:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        Interrupt.stepping = False
         self.bar.close()

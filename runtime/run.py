@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from runtime.device import compile_pays, pick_device, pick_dtype
 from runtime.lines import parse_line
 from runtime.machine import Interrupt, Interrupted, this_machine
-from runtime.options import Common, UserError, as_dict, show
+from runtime.options import BOOLS, Common, UserError, as_dict, show
 from runtime.products import pick_products, use_products
 from runtime.progress import Progress
 from runtime.storage import (Damaged, is_whole, keep, load_whole, open_plain, previous_of,
@@ -133,11 +134,23 @@ def finite(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def resume_command(o: Common) -> str:
-    """The command that resumes what this process began. `train.py all` resumes without a flag."""
-    words = [word for word in sys.argv[1:] if not word.startswith(("--resume", "--fresh"))]
-    resumes_anyway = o.resume and len(words) == len(sys.argv[1:])
-    return " ".join(["python train.py", *map(shlex.quote,
-                                             words)]) + " --resume" * (not resumes_anyway)
+    """The command that resumes what this process began, as it was typed and quoted for the shell.
+    `train.py all` resumes without a flag."""
+    given, words = list(sys.argv[1:]), []
+    typed = sys.orig_argv[:len(sys.orig_argv) - len(given)]  # with the interpreter
+    if not typed or pathlib.Path(typed[-1]).stem != pathlib.Path(sys.argv[0]).stem:
+        typed = ["python", "train.py"]  # main was called by other code
+    resumes_anyway = o.resume
+    while given:
+        word = given.pop(0)
+        if word.partition("=")[0] not in ("--resume", "--fresh"):
+            words.append(word)
+            continue
+        resumes_anyway = False
+        if "=" not in word and given and given[0].lower() in BOOLS:
+            given.pop(0)
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join([*typed, *words, *["--resume"] * (not resumes_anyway)])
 
 
 class RunFolder:
@@ -307,7 +320,8 @@ class Run:
     @contextlib.contextmanager
     def progress(self, total: int) -> Iterator[Progress]:
         """Training begins: the folder becomes this run's. `NotFinite` becomes a UserError that says
-        which checkpoint is kept."""
+        which checkpoint is kept. A signal now waits for the step."""
+        Interrupt.stepping = True
         self.folder.begin(self.step if self.state else -1, self.state.get("recovered", False))
         self.total = total
         self.write_config(finished=False)

@@ -2,27 +2,47 @@
 import pathlib
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
 
 from runtime import machine
-from runtime.machine import Interrupt, git_commit, keep_freed_memory, processor, row_chunks
+from runtime.machine import (Interrupt, Interrupted, git_commit, keep_freed_memory, processor,
+                             require_finite, row_chunks)
+from runtime.options import UserError
 
 # ---- signals -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_first_signal_asks_for_a_stop(number, capsys):
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_while_steps_are_under_way_a_signal_asks_for_a_stop(number, capsys):
     Interrupt.install()
+    Interrupt.stepping = True
     assert Interrupt.number == 0
     signal.raise_signal(number)
     assert Interrupt.number == number
     assert "finishing this step" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_while_no_step_is_under_way_a_signal_stops_at_once(number):
+    Interrupt.install()
+    with pytest.raises(Interrupted) as stop:
+        signal.raise_signal(number)
+    assert stop.value.args == (number,)
+
+
+def test_no_handler_of_faults_takes_an_interruption_for_one():
+    assert not issubclass(Interrupted, Exception)
+
+
+@pytest.mark.parametrize("first", SIGNALS)
 def test_ctrl_c_after_a_signal_stops_at_once(first):
     Interrupt.install()
+    Interrupt.stepping = True
     signal.raise_signal(first)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -30,7 +50,27 @@ def test_ctrl_c_after_a_signal_stops_at_once(first):
 
 def test_a_second_sigterm_still_waits_for_the_step():
     Interrupt.install()
+    Interrupt.stepping = True
     signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    assert Interrupt.number == signal.SIGTERM
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_nohup_still_works():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    Interrupt.install()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("reentrant call")])
+def test_a_terminal_that_is_gone_or_busy_does_not_break_the_stop(error, monkeypatch):
+    def broken(*_, **__):
+        raise error
+
+    Interrupt.install()
+    Interrupt.stepping = True
+    monkeypatch.setattr(sys.stderr, "write", broken)
     signal.raise_signal(signal.SIGTERM)
     assert Interrupt.number == signal.SIGTERM
 
@@ -81,6 +121,15 @@ def test_a_processor_has_the_name_that_the_system_gives(monkeypatch):
     monkeypatch.setattr(machine.pathlib.Path, "read_text",
                         lambda self: "flags : fpu\nmodel name : A CPU: fast\n")
     assert processor() == "A CPU: fast"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused_by_name(number):
+    fine = torch.ones(2, 3)
+    assert require_finite(fine, "scores") is fine
+    fine[1, 2] = number
+    with pytest.raises(UserError, match="^scores are not finite"):
+        require_finite(fine, "scores")
 
 
 # ---- row-wise work in chunks ---------------------------------------------------------------------

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,7 +296,7 @@ def test_sigterm_finishes_the_step_saves_and_names_the_command(reviews_source, t
     assert running.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in printed
     step = checkpoint(folder)["state"]["step"]
-    assert f"pretrain: saved after step {step}; go on with `python train.py pretrain" in printed
+    assert f"pretrain: saved after step {step}; go on with `{sys.executable} train.py pretrain" in printed
     assert printed.rstrip().endswith("--resume`")
     assert not read_json(folder / "config.json")["finished"]
 
@@ -500,3 +501,44 @@ def test_a_users_own_dialogues_and_pairs_train_on_a_pretrained_model(root, tmp_p
     options = read_json(folder / "ppo" / "config.json")["options"]
     assert options["reward_norm"] == "fixed"  # a preference's score is no log-odds
     refused(mosslet("train.py", "ppo", *common, "--fresh", "--reward_norm=sigmoid"), "log-odds")
+
+
+# ---- interrupted while no step is under way ------------------------------------------------------
+
+def contents(folder):
+    """What a folder holds, but for the lock."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM,
+                                    getattr(signal, "SIGHUP", signal.SIGTERM)])
+@pytest.mark.parametrize("moment", ["data.prepare.prepare", "evaluate.HeldOutPrompts.measure",
+                                    "ppo.PPOTrainer.measure_scales"])
+def test_before_the_first_step_a_signal_stops_at_once_and_changes_nothing(
+        root, reviews_source, tmp_path, monkeypatch, number, moment):
+    shutil.copytree(root, tmp_path / "reviews")
+    before = contents(tmp_path)
+    monkeypatch.setattr(moment, lambda *_, **__: signal.raise_signal(number))
+    done = train("ppo", "--fresh", source=reviews_source, out=tmp_path)
+    assert done.returncode == 128 + number
+    assert "stopped at once" in done.stderr
+    assert contents(tmp_path) == before
+
+
+def test_a_reply_that_would_command_the_terminal_is_escaped_there(root, monkeypatch, capsys):
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    evil = "\x1b]0;x\x07\r\x9b2J"
+    monkeypatch.setattr("sample.reply_texts", lambda tokenizer, replies: [evil] * len(replies.tokens))
+    monkeypatch.setattr("data.tokenizer.Tokenizer.token_bytes", lambda *_: evil.encode())
+    ways = [["--prompt", "x"], ["--prompt", "x", "--best_of", "2"], ["--chat"]]
+    for words in ways:
+        screen = Screen()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x\n"), encoding="utf-8"))
+        monkeypatch.setattr(sys, "stdout", screen)
+        assert run_main(importlib.import_module("sample").main, ["--from", str(root / "ppo"), *words]) == 0
+        assert not set(screen.getvalue()) & set(evil[:1] + "\x07\r\x9b")
+        assert "\\u001b" in screen.getvalue()

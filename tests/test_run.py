@@ -1,6 +1,7 @@
 """A run: its folder is locked and compared, its choices are kept, its log is cut at the
 checkpoint's step."""
 import json
+import shlex
 import subprocess
 import sys
 
@@ -92,6 +93,25 @@ def test_lines_past_the_checkpoint_and_half_lines_are_dropped(open_sft):
     path.write_text('{"step": 0}\n{"step": 3}\n{"step": 4}\n{"step": 3, "lo')
     with open_sft("--resume").progress(4):
         assert path.read_text() == '{"step": 0}\n{"step": 3}\n'
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x1e", "\x0b"])
+def test_other_line_separators_do_not_divide_a_line_of_the_log(open_sft, separator):
+    run = open_sft()
+    begin(run, 3)
+    with run.progress(4):
+        run.samples(2, [{"text": f"a{separator}b"}])
+    line = (run.folder.path / "samples.jsonl").read_text(encoding="utf-8")
+    with open_sft("--resume").progress(4):
+        assert (run.folder.path / "samples.jsonl").read_text(encoding="utf-8") == line
+
+
+def test_signals_wait_for_the_step_only_while_steps_are_under_way(open_sft):
+    run = open_sft("--fresh")
+    assert not Interrupt.stepping
+    with run.progress(4):
+        assert Interrupt.stepping
+    assert not Interrupt.stepping
 
 
 def test_numbers_that_are_not_finite_are_written_as_null_and_said_once(open_sft, capsys):
@@ -322,15 +342,28 @@ def test_a_log_file_gets_a_line_with_rate_and_remaining_time_every_30_seconds(mo
 
 
 @pytest.mark.parametrize("words,resume,expected", [
-    (["ppo", "--kl_coef=.1"], False, "python train.py ppo --kl_coef=.1 --resume"),
-    (["ppo", "--resume"], True, "python train.py ppo --resume"),
-    (["sft", "--fresh", "--data", "my texts"], False, "python train.py sft --data 'my texts' "
-                                                      "--resume"),
-    (["--seed=1"], True, "python train.py --seed=1"), ([], True, "python train.py"),
-    (["all", "--fresh", "--seed=1"], False, "python train.py all --seed=1 --resume")])
-def test_the_command_that_resumes_is_the_one_typed(command, monkeypatch, words, resume, expected):
-    monkeypatch.setattr(sys, "argv", ["train.py", *words])
-    assert resume_command(command("sft", *["--resume"] * resume)) == expected
+    (["ppo", "--kl_coef=.1"], False, "ppo --kl_coef=.1 --resume"),
+    (["ppo", "--resume"], True, "ppo --resume"),
+    (["sft", "--fresh", "--data", "my texts"], False, "sft --data 'my texts' --resume"),
+    (["sft", "--fresh", "true", "--lr=1"], False, "sft --lr=1 --resume"),
+    (["sft", "--fresh=yes", "--resume", "off"], False, "sft --resume"),
+    (["--seed=1"], True, "--seed=1"), ([], True, ""),
+    (["all", "--fresh", "--seed=1"], False, "all --seed=1 --resume")])
+@pytest.mark.parametrize("typed", [["python", "train.py"], ["/my envs/bin/python3", "-u", "train.py"],
+                                   ["python", "-m", "train"]], ids=" ".join)
+def test_the_command_that_resumes_is_the_one_typed(command, monkeypatch, typed, words, resume,
+                                                   expected):
+    monkeypatch.setattr(sys, "argv", ["/home/me/mosslet/train.py", *words])
+    monkeypatch.setattr(sys, "orig_argv", [*typed, *words])
+    printed = resume_command(command("sft", *["--resume"] * resume))
+    assert printed == f"{shlex.join(typed)} {expected}".strip()
+    assert shlex.split(printed)[:len(typed)] == typed
+
+
+def test_of_a_run_that_other_code_began_the_command_is_that_of_a_shell(command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "sft"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "notebook.py"])
+    assert resume_command(command("sft")) == "python train.py sft --resume"
 
 
 def test_an_interrupted_run_saves_and_prints_the_command_that_resumes_it(open_sft, monkeypatch,
