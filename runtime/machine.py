@@ -1,8 +1,10 @@
 """Signals, memory, and the names of code and processor for a run's record."""
 import contextlib
 import ctypes
+import os
 import pathlib
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from runtime.options import UserError
+from runtime.options import BOOLS, Common, UserError
 from runtime.terminal import silence
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal stops the command; its argument is the signal's number. No Exception, so that nobody
@@ -52,6 +55,26 @@ class Interrupt:
         signal.signal(signal.SIGTERM, handle)
         if hang_up and signal.getsignal(hang_up) is not signal.SIG_IGN:  # nohup ignores it
             signal.signal(hang_up, handle)
+
+
+def resume_command(o: Common) -> str:
+    """The command that resumes what this process began, as it was typed and quoted for the shell.
+    `train.py all` resumes without a flag."""
+    given, words = list(sys.argv[1:]), []
+    typed = sys.orig_argv[:len(sys.orig_argv) - len(given)]  # with the interpreter
+    if not typed or pathlib.Path(typed[-1]).stem != pathlib.Path(sys.argv[0]).stem:
+        typed = ["python", "train.py"]  # main was called by other code
+    resumes_anyway = o.resume
+    while given:
+        word = given.pop(0)
+        if word.partition("=")[0] not in ("--resume", "--fresh"):
+            words.append(word)
+            continue
+        resumes_anyway = False
+        if "=" not in word and given and given[0].lower() in BOOLS:
+            given.pop(0)
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join([*typed, *words, *["--resume"] * (not resumes_anyway)])
 
 
 def keep_freed_memory() -> None:

@@ -12,8 +12,6 @@ import math
 import os
 import pathlib
 import re
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +23,8 @@ from tqdm import tqdm
 
 from runtime.device import compile_pays, pick_device, pick_dtype
 from runtime.lines import parse_line
-from runtime.machine import Interrupt, Interrupted, this_machine
-from runtime.options import BOOLS, Common, UserError, as_dict, show
+from runtime.machine import Interrupt, Interrupted, resume_command, this_machine
+from runtime.options import Common, UserError, as_dict, show
 from runtime.products import pick_products, use_products
 from runtime.progress import Progress
 from runtime.storage import (Damaged, is_whole, keep, load_whole, open_plain, previous_of,
@@ -131,26 +129,6 @@ def finite(record: dict[str, Any]) -> dict[str, Any]:
     """The record with null for floats that are not finite: JSON has no such numbers."""
     return {name: None if isinstance(x, float) and not math.isfinite(x) else x
             for name, x in record.items()}
-
-
-def resume_command(o: Common) -> str:
-    """The command that resumes what this process began, as it was typed and quoted for the shell.
-    `train.py all` resumes without a flag."""
-    given, words = list(sys.argv[1:]), []
-    typed = sys.orig_argv[:len(sys.orig_argv) - len(given)]  # with the interpreter
-    if not typed or pathlib.Path(typed[-1]).stem != pathlib.Path(sys.argv[0]).stem:
-        typed = ["python", "train.py"]  # main was called by other code
-    resumes_anyway = o.resume
-    while given:
-        word = given.pop(0)
-        if word.partition("=")[0] not in ("--resume", "--fresh"):
-            words.append(word)
-            continue
-        resumes_anyway = False
-        if "=" not in word and given and given[0].lower() in BOOLS:
-            given.pop(0)
-    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return join([*typed, *words, *["--resume"] * (not resumes_anyway)])
 
 
 class RunFolder:
