@@ -101,7 +101,7 @@ class PPOOptions(Common):
     kl_control: str = option("fixed", "adaptive steers the coefficient towards --kl_target",
                              choices=("fixed", "adaptive"), source="Ziegler 2019")
     kl_target: float = option(6.0, "nats per reply to aim at", source="Ziegler 2019", low=0.01)
-    kl_horizon: float = option(10_000, "replies over which it acts", source="Ziegler 2019", low=1)
+    kl_horizon: float = option(10_000.0, "replies over which it acts", source="Ziegler 2019", low=1)
     # Advantages and loss.
     gamma: float = option(1.0, "discount per token", source="N+, MOSS", low=0, high=1)
     lam: float = option(0.95, "GAE's trade of bias for variance",
