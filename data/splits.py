@@ -16,6 +16,8 @@ from data.records import prompt_text
 
 ONE_IN = 20  # keys: one of so many is for validation, one for test
 GAP = 64  # characters that may stand between a prompt and its reply, such as "\n\nAssistant: "
+MARKS = ("", *":>])}|#*=-\"'")  # how these end; "": white space alone
+LONG = 16  # characters of prompt and reply together that nobody writes by chance
 START = 12  # characters of a prompt by which it is looked up
 
 
@@ -120,18 +122,20 @@ class HeldOutReplies:
             for length in self.starts:
                 for n in self.lengths.get(text[begin:begin + length], ()):
                     replies = self.replies.get(text[begin:begin + n], ())
-                    if any(follows(text, begin + n, reply) for reply in replies):
+                    if any(follows(text, begin, begin + n, reply) for reply in replies):
                         return True
         return False
 
 
-def follows(text: str, end: int, reply: str) -> bool:
-    """Whether the reply stands behind a prompt that ends at `end`: at once, or as words of its own
-    after a few characters."""
+def follows(text: str, begin: int, end: int, reply: str) -> bool:
+    """Whether the reply stands behind the prompt text[begin:end]: at once, or after a mark such as
+    `assistant: `. If the two are short they must be no part of a longer phrase."""
     at = text.find(reply, end, end + GAP + len(reply))
     while at >= 0:
-        if (is_border(text, at + len(reply))
-                and (at == end or is_border(text, end) and is_border(text, at))):
+        last, gap = at + len(reply), text[end:at].strip()
+        apart = not (text[max(0, begin - 1):begin].isalnum() or text[last:last + 1].isalnum())
+        if (is_border(text, last) and (end - begin + len(reply) >= LONG or apart)
+                and (at == end or is_border(text, end) and gap[-1:] in MARKS)):
             return True
         at = text.find(reply, at + 1, end + GAP + len(reply))
     return False
