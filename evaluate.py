@@ -77,8 +77,8 @@ def reply_logprobs(policy: Transformer, reference: Transformer, ids: Sequence[li
                          torch.cat((torch.zeros_like(prompt_mask), mask), 1))
         with precision(settings.dtype, device.type):
             hidden = [model.hidden(rows.tokens, where=rows.before) for model in (policy, reference)]
-        flat = compared_logprobs((policy, reference), hidden, rows.targets, settings.temperature)
-        parts.append([scatter_tokens(x, mask) for x in flat])
+        parts.append([scatter_tokens(x, mask) for x in compared_logprobs(
+            (policy, reference), hidden, rows.targets, settings.temperature)])
     return tuple(require_finite(torch.cat(part), "log-probabilities of the replies")
                  for part in zip(*parts, strict=True))
 
@@ -101,15 +101,14 @@ def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Token
     replies = reply_to(policy, tokenizer, ids, settings.reply_len, temperature=settings.temperature,
                        seed=settings.seed, batch_size=settings.rows_at_once)
     logprobs, ref_logprobs, kl = reply_logprobs(policy, reference, ids, replies, settings)
-    kl, rows = kl.sum(1), reply_ids(replies)
-    scores = None
+    rows, scores = reply_ids(replies), None
     if reward_model is not None:
         with torch.no_grad(), precision(settings.dtype, policy.embedding.weight.device.type):
             scores = reward_model.scores(ids, rows)
     metrics, records = describe(prompts, reply_texts(tokenizer, replies), rows, tokenizer,
-                                judges or {}, {"kl": kl, "raw_score": scores})
-    metrics |= {"kl_k1": float((logprobs - ref_logprobs).sum(1).mean()),
-                "ref_perplexity": math.exp(-float(ref_logprobs.sum()) / int(replies.mask.sum()))}
+                                judges or {}, {"kl": kl.sum(1), "raw_score": scores,
+                                               "kl_k1": (logprobs - ref_logprobs).sum(1)})
+    metrics["ref_perplexity"] = math.exp(-float(ref_logprobs.sum()) / int(replies.mask.sum()))
     return metrics, records, rows
 
 

@@ -30,10 +30,9 @@ def judged_by(judges: dict[str, Any], prompts: Sequence,
     reply)."""
     metrics, probs = {}, {}
     for name, judge in judges.items():
-        p = np.asarray(judge.probs(prompts, texts))
-        metrics |= {by_judge("judge", name): float(p.mean()),
+        probs[by_judge("judge", name)] = p = np.asarray(judge.probs(prompts, texts)).tolist()
+        metrics |= {by_judge("judge", name): float(np.mean(p)),
                     by_judge("judged_positive", name): positive_share(p)}
-        probs[by_judge("judge", name)] = p.astype(float).round(6).tolist()
     return metrics, probs
 
 
