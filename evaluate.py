@@ -9,6 +9,7 @@ one half of the labels it is the reward model's baseline, on the other half the 
 PPO and the reward model are never trained against the judge; its opinions reach metrics and reports
 only.
 """
+import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import dataclasses
 import json
 import math

@@ -13,6 +13,7 @@ three share the loop of runtime/fit.py. A stage reads the checkpoints of its par
 checkpoint.pt, config.json, metrics.jsonl and samples.jsonl in OUT/<data>/<stage>/. A new stage is a
 function of its options, added to STAGES here and, for its random draws, in runtime/draws.py.
 """
+import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import dataclasses
 import difflib
 import math
@@ -31,7 +32,7 @@ from data.prepared import Prepared
 from model import ModelConfig, Transformer, cross_entropy_sum, limit_length, load_checkpoint, load_parent, open_run
 from ppo import PPOOptions, train_ppo
 from reward import RewardModel, RewardOptions, train_reward
-from runtime.device import pick_device, precision
+from runtime.device import compute_alike, pick_device, precision
 from runtime.draws import batch_indices, torch_seed
 from runtime.fit import fit
 from runtime.machine import Interrupt, Interrupted, keep_freed_memory
@@ -308,7 +309,10 @@ def main(argv: list[str]) -> int:
         if stage == "all":
             options = parse_all(Common, {name: cls for name, (cls, _) in STAGES.items()}, rest,
                                 "train.py")
-            pick_device(options["ppo"].device)  # fail early on a missing device
+            o = options["ppo"]
+            pick_device(o.device)  # fail early on a missing device
+            if o.deterministic:
+                compute_alike()
             run_all(options)
         else:
             cls, function = STAGES[stage]
@@ -316,6 +320,8 @@ def main(argv: list[str]) -> int:
             o.refuse("report_prompts", why=f"on {stage} alone: it is for the report of `train.py "
                                            "all`")
             pick_device(o.device)
+            if o.deterministic:
+                compute_alike()
             function(o)
     except Interrupted as stop:
         return 128 + stop.args[0]
