@@ -1,12 +1,17 @@
-"""What is not about language: files, options, devices, loops. Import it before torch.
+"""What is not about language: files, options, devices, loops.
 
-PyTorch's threads (GNU OpenMP) wait for one another by spinning, by default for some 20 ms. Beside
-another busy process the thread that is waited for may itself wait for a core, which the spinning
-ones keep from it, and training slows down up to tenfold. So they spin for a short time, then sleep.
-The library reads this variable when torch is loaded; one that you set yourself is left alone.
+Importing it, which each command does before it loads torch, sets what torch's libraries read from
+the environment when they start. What you set yourself is left alone.
 """
 import os
 
-SPINS = "1000"  # chosen in docs/speed.md
-if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
-    os.environ["GOMP_SPINCOUNT"] = SPINS
+# PyTorch's threads (GNU OpenMP) wait for one another by spinning, by default for milliseconds.
+# Beside another busy process the thread that is waited for may itself wait for a core, which the
+# spinning ones keep from it: training slows down up to tenfold. So they soon sleep.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+# oneDNN keeps the code of each product for each shape, half a megabyte a piece, up to 1,024 of them
+# in each of two caches; batches of ever new lengths fill them.
+for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(name, "256")
