@@ -10,6 +10,7 @@ reward model's baseline, on the other half an independent judge; `train.py judge
 one. PPO and the reward model are never trained against a judge; their opinions reach metrics and
 reports only.
 """
+import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import contextlib
 import dataclasses
 import json

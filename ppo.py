@@ -953,7 +953,7 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
         for step in range(run.step, o.updates):
             metrics = trainer.update(step)
             done, last = step + 1, step + 1 == o.updates
-            if run.compute.starts_compiling(done, o.updates, decide_at=o.critic_warmup + 2):
+            if run.compute.starts_compiling(done, o.updates, o.critic_warmup + 3, o.critic_warmup):
                 trainer.prepare_decoder()
             if last or done % o.eval_every == 0:
                 metrics |= trainer.measure(done)

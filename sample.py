@@ -10,6 +10,7 @@
 
 Letters for shapes: B rows, P prompt length, R reply length, V vocabulary.
 """
+import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import codecs
 import dataclasses
 import itertools

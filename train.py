@@ -15,6 +15,7 @@ reads the checkpoints of its parents and leaves checkpoint.pt, config.json, metr
 samples.jsonl in OUT/<data>/<stage>/. A new stage is a function of its options, added to STAGES here
 and, for its random draws, in runtime/draws.py.
 """
+import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import dataclasses
 import difflib
 import math
@@ -35,7 +36,7 @@ from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, lo
                    next_token_loss, open_run)
 from ppo import PPOOptions, train_ppo
 from reward import RewardModel, RewardOptions, train_reward
-from runtime.device import pick_device, precision
+from runtime.device import compute_alike, pick_device, precision
 from runtime.draws import batch_indices, torch_seed
 from runtime.fit import fit
 from runtime.machine import Interrupt, Interrupted, keep_freed_memory
@@ -351,7 +352,10 @@ def main(argv: list[str]) -> int:
         if stage == "all":
             options = parse_all(Common, {name: cls for name, (cls, _) in STAGES.items()}, rest,
                                 "train.py")
-            pick_device(options["ppo"].device)  # fail early on a missing device
+            o = options["ppo"]
+            pick_device(o.device)  # fail early on a missing device
+            if o.deterministic:
+                compute_alike()
             run_all(options)
         else:
             cls, function = STAGES[stage]
@@ -359,6 +363,8 @@ def main(argv: list[str]) -> int:
             o.refuse("report_prompts", why=f"on {stage} alone: it is for the report of `train.py "
                                            "all`")
             pick_device(o.device)
+            if o.deterministic:
+                compute_alike()
             require_inputs(open_for(o, o.data), [stage], "")
             function(o)
     except Interrupted as stop:

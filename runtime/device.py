@@ -58,6 +58,25 @@ def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024,
                     f"{1e3 * half:.2f} in bfloat16")
 
 
+# What --deterministic fixes beside the number of threads: on each machine `auto` may choose others.
+ALIKE = {"dtype": "float32", "products": "aten", "compile": "off"}
+THREADS_ALIKE = 2
+
+
+# Longer vectors would add in another order; torch and its libraries read these when they first
+# compute. The last is asked for by cuBLAS.
+INSTRUCTIONS_ALIKE = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2",
+                      "ONEDNN_MAX_CPU_ISA": "AVX2", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
+def compute_alike() -> None:
+    """For --deterministic: fix the threads, the instructions and with them the order of every sum,
+    so that processors with AVX2 give the same digits. Call it before anything is computed."""
+    os.environ.update(INSTRUCTIONS_ALIKE)
+    torch.set_num_threads(THREADS_ALIKE)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def precision(dtype: str, device: str) -> contextlib.AbstractContextManager:
     """Context for forwards: autocast lowers matrix products to bfloat16; weights, norms and losses
     stay float32."""

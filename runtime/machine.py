@@ -19,6 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from runtime.options import BOOLS, Common, UserError
 from runtime.terminal import silence
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal stops the command; its argument is the signal's number. No Exception, so that nobody
@@ -78,14 +83,15 @@ def resume_command(o: Common) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory; with another C library this does nothing.
+    """Let glibc keep freed blocks of less than 32 MiB; with another C library this does nothing.
 
     Otherwise glibc returns freed pages to the OS and every step page-faults them in again: a third
-    of the time of a step whose shapes vary, on CPU (measured).
+    of the time of a step whose shapes vary, on CPU (measured). Larger blocks are returned: kept,
+    they leave holes in the heap that the next ones, a little larger, do not fit into.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its maximum: larger blocks are mapped
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's top is never returned
     except (OSError, AttributeError):
         return
@@ -133,7 +139,17 @@ def require_finite(x: Tensor, what: str, or_else: str = "") -> Tensor:
     return x
 
 
-# Numbers that `row_chunks` lets a function hold at once: in float32 ¼ GiB, on CUDA 1 GiB.
+def peak_memory_mb() -> int | None:
+    """The most memory that this process has held so far, in MB; None where the system does not say.
+    """
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 10**6
+
+
+# Numbers that `row_chunks` lets a function hold at once: in float32 ¼ GiB, on CUDA 1 GiB. Without
+# gradients a chunk costs nothing, so there it holds a sixteenth of them.
 NUMBERS_AT_ONCE = {"cpu": 2**26, "mps": 2**26, "cuda": 2**28}
 
 
@@ -145,7 +161,8 @@ def row_chunks(function: Callable[..., tuple[Tensor, ...]], numbers: int,
     all, one chunk is computed after another, and backward recomputes each chunk: peak memory stays
     bounded at the price of one more forward.
     """
-    size = max(1, NUMBERS_AT_ONCE[rows[0].device.type] // numbers)
+    at_once = NUMBERS_AT_ONCE[rows[0].device.type] // (1 if torch.is_grad_enabled() else 16)
+    size = max(1, at_once // numbers)
     if len(rows[0]) <= size:
         return function(*rows)
     parts = [checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False)

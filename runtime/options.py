@@ -308,6 +308,9 @@ class Common(Options):
     compile: str = option("auto", "torch.compile; auto: if it works here and the first steps show "
                                   "that the remaining ones are worth it",
                           choices=("auto", "on", "off"))
+    deterministic: bool = option(False, "for numbers to publish: float32, two threads, one kind of "
+                                        "products, nothing compiled, and sums in a fixed order, "
+                                        "so that machines alike give the same digits")
     recompute: bool = option(False, "gradient checkpointing: store only each block's input and "
                                     "recompute the block in backward; less memory, a third more "
                                     "time", source="Chen 2016")
@@ -316,6 +319,10 @@ class Common(Options):
         """Refuse, before anything is done, what does not go together."""
         if self.fresh and self.resume:
             raise UserError("--fresh and --resume contradict each other: give one of them")
+        for name in ("dtype", "rollout_dtype", "compile") if self.deterministic else ():
+            if getattr(self, name, "auto") not in ("auto", "float32", "off"):
+                raise UserError(f"--deterministic and --{name} {getattr(self, name)} contradict "
+                                "each other: it computes in float32, and compiles nothing")
 
 
 @dataclasses.dataclass

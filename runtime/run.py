@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from runtime.device import compile_pays, pick_device, pick_dtype
+from runtime.device import ALIKE, compile_pays, pick_device, pick_dtype
 from runtime.lines import parse_line
-from runtime.machine import Interrupt, Interrupted, resume_command, this_machine
+from runtime.machine import Interrupt, Interrupted, peak_memory_mb, resume_command, this_machine
 from runtime.options import Common, UserError, as_dict, show
 from runtime.products import pick_products, use_products
 from runtime.progress import Progress
@@ -49,16 +49,18 @@ class Compute:
         """width: the model's, at which products are timed. state: the checkpoint's; {}: a new run.
         """
         self.stage, self.device = stage, pick_device(o.device)
-        self.dtype, why = state.get("dtype"), "as in the checkpoint"
+        kept = "--deterministic" if o.deterministic else "as in the checkpoint"
+        state = {**(ALIKE if o.deterministic else {}), **state}
+        self.dtype, why = state.get("dtype"), kept
         if self.dtype is None:
             self.dtype, why = pick_dtype(o.dtype, self.device, width)
-        self.products, whose = state.get("products"), "as in the checkpoint"
+        self.products, whose = state.get("products"), kept
         if self.products is None:
             self.products, whose = pick_products(self.device, width)
         print(f"{stage}: {self.device}, {self.dtype} ({why}), float32 products by {self.products} "
               f"({whose}), {torch.get_num_threads()} threads", flush=True)
         self.compile = state.get("compile", o.compile)  # `auto` until the first steps are timed
-        self.last_step = time.perf_counter()
+        self.last_step, self.fastest = time.perf_counter(), math.inf
         if self.compile == "on":
             self.decide_compile(0)
 
@@ -66,16 +68,19 @@ class Compute:
         """What checkpoint and config.json record."""
         return {"dtype": self.dtype, "products": self.products, "compile": self.compile}
 
-    def starts_compiling(self, step: int, n_steps: int, decide_at: int) -> bool:
+    def starts_compiling(self, step: int, n_steps: int, decide_at: int, after: int = 0) -> bool:
         """Call after each step. With --compile auto, True once if compiling pays from now on.
 
-        Decided at step `decide_at`, from the time of that step: always at the same step, so that a
-        resumed run changes over where the uninterrupted one did.
+        Decided at step `decide_at`, from the fastest step so far (after step `after`): other work
+        on the machine makes steps slower, never faster. Always at the same step, so that a resumed
+        run changes over where the uninterrupted one did.
         """
         now = time.perf_counter()
-        seconds, self.last_step = now - self.last_step, now
+        if step > after:
+            self.fastest = min(self.fastest, now - self.last_step)
+        self.last_step = now
         return (self.compile == "auto" and step == decide_at
-                and self.decide_compile(seconds * (n_steps - step)))
+                and self.decide_compile(self.fastest * (n_steps - step)))
 
     def decide_compile(self, seconds_ahead: float) -> bool:
         """Whether to compile, with so many seconds of work ahead; prints the decision."""
@@ -368,5 +373,5 @@ class Run:
         self.folder.write_config({
             "stage": self.stage, "finished": finished, "options": self.folder.options,
             "parents": self.folder.parents, **self.compute.settings(), **self.machine,
-            "seconds": round(self.seconds(), 1),
+            "seconds": round(self.seconds(), 1), "peak_memory_mb": peak_memory_mb(),
             "processes": [*earlier, {"step": self.step, **self.machine}]})

@@ -1,4 +1,4 @@
-"""Whether to compile, and that a compiled trunk learns the same."""
+"""Whether to compile, that a compiled trunk learns the same, and that machines can compute alike."""
 import os
 import pathlib
 import shutil
@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, load_checkpoint, weights_hash
 from runtime import device
 from tests.conftest import TINY, noise
 
@@ -75,3 +75,19 @@ def test_without_a_compiler_one_line_says_so_and_everything_runs_eagerly(tmp_pat
     said = [line for line in done.stdout.splitlines() if "torch.compile does not work here" in line]
     assert len(said) == 1 and "compile off" in said[0]
     assert ("no C++ compiler" if hidden == "compiler" else "headers are not in /nowhere") in said[0]
+
+
+def test_deterministic_runs_give_the_same_weights_whatever_the_machine_offers(tmp_path):
+    (tmp_path / "mine.jsonl").write_text("".join(f'{{"text": "第{i}句话很好，值得看。"}}\n'
+                                                 for i in range(300)), encoding="utf-8")
+    hashes = set()
+    for threads, vectors in (("1", "default"), ("4", "avx512")):
+        out = tmp_path / threads
+        words = ["pretrain", "--preset=smoke", "--d_model=128", "--tokens=2000", "--deterministic",
+                 f"--data={tmp_path / 'mine.jsonl'}", f"--out={out}"]
+        subprocess.run([sys.executable, "train.py", *words], check=True, capture_output=True,
+                       cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": threads,
+                                                   "ATEN_CPU_CAPABILITY": vectors,
+                                                   "MOSSLET_CACHE": str(tmp_path / "cache")})
+        hashes.add(weights_hash(load_checkpoint(out / "mine" / "pretrain")[0]))
+    assert len(hashes) == 1

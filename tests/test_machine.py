@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from runtime import machine
-from runtime.machine import (Interrupt, Interrupted, git_commit, keep_freed_memory, processor,
-                             require_finite, row_chunks)
+from runtime.machine import (Interrupt, Interrupted, git_commit, keep_freed_memory, peak_memory_mb,
+                             processor, require_finite, row_chunks)
 from runtime.options import UserError
+from tests.conftest import ROOT
 
 # ---- signals -------------------------------------------------------------------------------------
 
@@ -83,6 +84,39 @@ def test_freed_memory_is_left_alone_where_there_is_no_glibc(monkeypatch):
 
     monkeypatch.setattr(machine.ctypes, "CDLL", missing)
     keep_freed_memory()  # raises nothing
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc, and /proc")
+def test_small_freed_blocks_are_kept_and_large_ones_returned():
+    code = """
+import torch
+from runtime.machine import keep_freed_memory
+torch.set_num_threads(1)
+
+def held():  # MiB
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+
+keep_freed_memory()
+before = held()
+blocks = [torch.ones(2**20) for _ in range(20)]  # of 4 MiB
+del blocks
+kept = held() - before
+for n in range(20):
+    torch.ones(2**24 + n * 2**20)  # of 64 MiB and more, each a little larger
+print(kept, held() - before)
+"""
+    kept, after = map(int, subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True,
+                                          capture_output=True, text=True).stdout.split())
+    assert kept >= 75
+    assert after < kept + 16
+
+
+@pytest.mark.skipif(machine.resource is None, reason="this system does not say")
+def test_the_peak_of_memory_counts_what_was_held_and_freed():
+    before = peak_memory_mb()
+    held = torch.ones(before * 300_000)  # 1.2 times as much
+    del held
+    assert 1.2 * before < peak_memory_mb() < 4 * before
 
 
 def repository(folder: pathlib.Path) -> None:
@@ -176,6 +210,14 @@ def test_backward_recomputes_every_chunk_and_none_exceeds_the_limit(monkeypatch)
     outputs_and_gradients(function)
     assert function.calls[:3] == [4, 4, 3]
     assert sorted(function.calls[3:]) == [3, 4, 4]
+
+
+def test_without_gradients_chunks_are_a_sixteenth(monkeypatch):
+    monkeypatch.setitem(machine.NUMBERS_AT_ONCE, "cpu", 16 * 2 * 3)
+    function = Recorded()
+    with torch.no_grad():
+        row_chunks(function, 3, torch.ones(5, 4), torch.ones(5))
+    assert function.calls == [2, 2, 1]
 
 
 def test_a_row_above_the_limit_is_a_chunk_of_its_own(monkeypatch):

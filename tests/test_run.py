@@ -317,17 +317,37 @@ def test_a_run_holds_the_lock_as_long_as_it_lives(open_sft):
 
 
 @pytest.mark.parametrize("took,chosen", [(10.0, "on"), (0.5, "off")])
-def test_auto_decides_to_compile_once_by_the_step_before_and_says_so(command, monkeypatch, capsys,
-                                                                     took, chosen):
+def test_auto_decides_to_compile_once_by_the_fastest_step_and_says_so(command, monkeypatch, capsys,
+                                                                      took, chosen):
     monkeypatch.setattr("runtime.device.compiler_fault", lambda device="cpu": "")
     compute = Compute(command("sft", "--compile=auto"), "sft", 32, {})
-    assert not compute.starts_compiling(4, 100, decide_at=5)
+    for step, seconds in ((1, 0.0), (2, took + 5), (3, took), (4, took + 50)):
+        compute.last_step -= seconds
+        assert not compute.starts_compiling(step, 100, decide_at=5, after=1)  # the first is another kind
     assert compute.compile == "auto"
-    compute.last_step -= took
+    compute.last_step -= took + 20  # another process was busy
     assert compute.starts_compiling(5, 100, decide_at=5) == (chosen == "on")
     assert compute.compile == chosen
     assert f"sft: compile {chosen} (about " in capsys.readouterr().out
     assert not compute.starts_compiling(6, 100, decide_at=6)  # decided is decided
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
+def test_deterministic_fixes_what_auto_would_choose_by_the_machine(command, monkeypatch, stage):
+    def fail(*_, **__):
+        raise AssertionError("the machine was measured")
+
+    for name in ("pick_dtype", "pick_products"):
+        monkeypatch.setattr(f"runtime.run.{name}", fail)
+    compute = Compute(command(stage, "--deterministic", "--dtype=auto"), stage, 192, {})
+    assert compute.settings() == {"dtype": "float32", "products": "aten", "compile": "off"}
+
+
+@pytest.mark.parametrize("stage,word", [("sft", "--dtype=bfloat16"), ("sft", "--compile=on"),
+                                        ("ppo", "--rollout_dtype=int8")])
+def test_deterministic_refuses_what_contradicts_it(command, stage, word):
+    with pytest.raises(UserError, match="contradict"):
+        command(stage, "--deterministic", word)
 
 
 def test_a_log_file_gets_a_line_with_rate_and_remaining_time_every_30_seconds(monkeypatch, capsys):

@@ -14,6 +14,7 @@ Each figure is a median of --repeats measurements taken in turns with what it is
 last line is JSON. The peers (transformers' generate, TRL's PPOTrainer) run by the scripts in
 --peers_folder under another Python.
 """
+import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import functools
 import json
 import os

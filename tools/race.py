@@ -9,6 +9,7 @@ is the time of training steps until the loss on the whole validation split is fi
 evaluations are counted on neither side. Ours evaluates once, at the end of a run planned for so
 many steps.
 """
+import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import dataclasses
 import json
 import math
