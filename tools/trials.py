@@ -79,8 +79,12 @@ def start(texts: pathlib.Path, out: pathlib.Path) -> subprocess.Popen:
 
 def finish(texts: pathlib.Path, out: pathlib.Path) -> float:
     """Run to the end; the seconds it took. UserError, with what was printed last, if it fails."""
-    began = time.monotonic()
-    if code := start(texts, out).wait():
+    began, running = time.monotonic(), start(texts, out)
+    try:
+        code = running.wait()
+    finally:
+        running.kill()  # if we are stopped, it is too
+    if code:
         last = (out / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
         raise UserError(f"train.py ended with {code}: {' '.join(last)[:300]}")
     return time.monotonic() - began
@@ -91,12 +95,15 @@ def finish(texts: pathlib.Path, out: pathlib.Path) -> float:
 def kill(texts: pathlib.Path, out: pathlib.Path, moment: float, name: str) -> str:
     """Start, and send the signal after so many seconds; where that was. "" if the run was done."""
     running = start(texts, out)
-    time.sleep(moment)
-    if running.poll() is not None:
-        return ""
-    folders = [stage for stage in STAGES if (out / "out" / texts.name / stage).exists()]
-    running.send_signal(getattr(signal, name))
-    running.wait()
+    try:
+        time.sleep(moment)
+        if running.poll() is not None:
+            return ""
+        folders = [stage for stage in STAGES if (out / "out" / texts.name / stage).exists()]
+        running.send_signal(getattr(signal, name))
+        running.wait()
+    finally:
+        running.kill()
     return folders[-1] if folders else "preparation"
 
 
