@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,10 +26,11 @@ from data.prepared import Prepared
 from data.tokenizer import Tokenizer
 from runtime.decoding import KVCache
 from runtime.draws import STAGES
-from runtime.machine import row_chunks, save_whole
+from runtime.machine import row_chunks
 from runtime.options import Common, UserError
 from runtime.products import Linear, RMSNorm, linear, use_products
-from runtime.run import Run, RunFolder, read_config, run_folder
+from runtime.run import NotFinite, Run, RunFolder, read_config, run_folder
+from runtime.storage import Damaged, largest, load_whole, previous_of, save_whole, tensors_of
 
 
 @dataclasses.dataclass
@@ -50,11 +52,20 @@ class ModelConfig:
     dropout: float = 0.0  # on each residual branch; only reward-model training uses it
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), field.type
+            fits = isinstance(value, int | float if kind is float else kind)
+            if not fits or isinstance(value, bool) != (kind is bool) or kind in (int, float) and not (
+                    (kind is int) <= value < 2**31):
+                raise UserError(f"model shape: {field.name} is {value!r}: give another one")
         if self.d_model % (2 * self.n_head) or self.n_head % self.n_kv_head:
             raise UserError(
                 f"model shape does not divide: d_model {self.d_model} needs to be a multiple of "
                 f"2 * n_head ({self.n_head}), and n_head a multiple of n_kv_head "
                 f"({self.n_kv_head}); change one of them")
+        if self.max_len * self.head_dim > 2**24:  # its rotary tables: no weight tells their size
+            raise UserError(f"max_len {self.max_len} is too long for heads of width {self.head_dim}: "
+                            f"at most {2**24 // self.head_dim}")
 
     @property
     def head_dim(self) -> int:
@@ -317,9 +328,14 @@ class Transformer(nn.Module):
                 docs: Tensor | None = None) -> Tensor:
         return self.head(self.hidden(tokens, mask, docs))
 
-    def matrix_parameters(self) -> list[nn.Parameter]:
-        """The blocks' matrices: what Muon trains."""
-        return [p for p in self.blocks.parameters() if p.dim() == 2]
+    def matrix_parameters(self) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
+        """The blocks' matrices, which Muon trains: (parameter, rows of each matrix stacked in it).
+        """
+        c = self.config
+        stacked = {"qkv": tuple(n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)),
+                   "gate_up": (c.d_ff, c.d_ff)}
+        return [(p, stacked.get(name.split(".")[-2], (len(p),)))
+                for name, p in self.blocks.named_parameters() if p.dim() == 2]
 
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -331,7 +347,7 @@ class Transformer(nn.Module):
         Six for each weight of a matrix product (the output layer included, the embedding look-up
         not), and 12 D per layer and key; a causal row sees half of `length` on average.
         """
-        matrices = sum(p.numel() for p in self.matrix_parameters()) + self.output_weight.numel()
+        matrices = sum(p.numel() for p, _ in self.matrix_parameters()) + self.output_weight.numel()
         return 6 * matrices + 12 * self.config.n_layer * self.config.d_model * length // 2
 
 
@@ -360,6 +376,20 @@ def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, temperat
         return logps.gather(1, targets[:, None])[:, 0], -(of_entropy.exp() * of_entropy).sum(1)
 
     return row_chunks(score, len(model.output_weight), hidden, targets)
+
+
+def compared_logprobs(models: Sequence[Transformer], hidden: Sequence[Tensor], targets: Tensor,
+                      temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(log π, log π_ref, exact KL), each (N,), of the targets (N,) and of the distributions that
+    they were drawn from: two models and their hidden states (N, D), by chunks of rows. Outside of
+    autocast, so that logits are float32."""
+    def score(targets: Tensor, *hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logps, ref_logps = (log_softmax(model.head(h.float()), temperature)
+                            for model, h in zip(models, hidden, strict=True))
+        kl = (logps.exp() * (logps - ref_logps)).sum(1)
+        return *(x.gather(1, targets[:, None])[:, 0] for x in (logps, ref_logps)), kl
+
+    return row_chunks(score, 3 * len(models[0].output_weight), targets, *hidden)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -416,6 +446,13 @@ def cross_entropy_sum(model: Transformer, hidden: Tensor, targets: Tensor,
         return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, dtype, model.products)
 
 
+def next_token_loss(model: Transformer, tokens: Tensor, targets: Tensor,
+                    docs: Tensor | None) -> Tensor:
+    """Mean −log π(target | tokens before it, of the same document), all (B, T); a scalar in nats."""
+    hidden = model.hidden(tokens, docs=docs)
+    return cross_entropy_sum(model, hidden.flatten(0, 1), targets.flatten()) / targets.numel()
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 def weights_hash(model: nn.Module) -> str:
@@ -435,49 +472,83 @@ def checkpoint_path(path: str | os.PathLike) -> pathlib.Path:
 
 def save_checkpoint(path: str | os.PathLike, model: nn.Module, tokenizer: Tokenizer,
                     **state: Any) -> None:
-    """Write everything needed to resume. `state` may hold tensors, numbers, strings, lists and
-    dicts."""
-    save_whole(checkpoint_path(path), {
-        "kind": type(model).__name__, "config": dataclasses.asdict(model.config),
-        "model": model.state_dict(),
-        "tokenizer": tokenizer.to_state(), "state": {**state, "hash": weights_hash(model)}})
+    """Write everything needed to resume; the checkpoint that was there is kept beside it.
+
+    `state` may hold tensors, numbers, strings, lists and dicts. `NotFinite`, before any file is
+    touched, if a number is not finite, or a weight so large that its square is not.
+    """
+    path, weights = checkpoint_path(path), model.state_dict()
+    for part, limit in ((weights, 2.0**63), ({"state": state}, math.inf)):
+        for name, tensor in tensors_of(part):
+            if not (size := largest(tensor)) < limit:
+                raise NotFinite(f"{name} holds numbers of magnitude {size:g}: lower the learning rates")
+    save_whole(path, {
+        "kind": type(model).__name__, "config": dataclasses.asdict(model.config), "model": weights,
+        "tokenizer": tokenizer.to_state(), "state": {**state, "hash": weights_hash(model)}},
+        previous=previous_of(path))
 
 
 def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
                     cls: type = Transformer) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
     """(model in evaluation mode, tokenizer, state) from a file or a run's folder.
 
-    A missing file, a damaged one, and one of another kind than `cls` are UserErrors; weights load
-    with `weights_only=True`, so a checkpoint from a stranger cannot run code.
+    If the file is damaged, the one before is taken and a line says so; state["recovered"] is then
+    True. A missing file, a damaged one without an older one, and one of another kind than `cls` are
+    UserErrors.
     """
     path = checkpoint_path(path)
-    if not path.exists():
+    older = previous_of(path)
+    if not path.exists() and not older.exists():
         runs = sorted(str(other.parent) for other in path.parent.glob("*/checkpoint.pt"))
         stage = path.parent.name if path.parent.name in STAGES else "all"
         advice = f"did you mean {' or '.join(runs)}?" if runs else (
             f"make it with `python train.py {stage}` (--out says where), or name one that exists")
         raise UserError(f"{path}: no checkpoint there; {advice}")
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-        kind = payload["kind"]
-    except Exception as error:  # whatever a damaged file makes the unpickler raise
-        raise UserError(f"{path}: not a readable Mosslet checkpoint ({type(error).__name__}: "
-                        f"{str(error).splitlines()[0] if str(error) else ''}); restore it or train "
-                        "it again") from error
-    if kind != cls.__name__:
+        model, tokenizer, state = read_checkpoint(path, cls)
+    except Damaged as error:
+        if not older.exists():
+            raise UserError(f"{error}; restore it or train it again") from error
+        model, tokenizer, state = read_checkpoint(older, cls)
+        state["recovered"] = True
+        print(f"{error}; the one before, {older.name} of step {state.get('step')}, is used",
+              file=sys.stderr)
+    use_products(model, state.get("products", "aten"))  # those that its numbers were made with
+    return model.to(device).eval(), tokenizer, state
+
+
+def read_checkpoint(path: pathlib.Path,
+                    cls: type) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
+    """(model, tokenizer, state) of one file; `Damaged` unless its parts fit each other and its numbers
+    are finite. The model is built only when its weights are known to be there."""
+    payload = load_whole(path)
+    kind = payload.get("kind") if isinstance(payload, dict) else None
+    if isinstance(kind, str) and kind != cls.__name__:
         raise UserError(f"{path}: holds a {kind}, but a {cls.__name__} is needed here; name a "
                         "stage that makes one")
     try:
-        model = cls(cls.config_class(**payload["config"]))
-        model.load_state_dict(payload["model"])
-        tokenizer, state = Tokenizer.from_state(payload["tokenizer"]), payload["state"]
+        config, weights = cls.config_class(**payload["config"]), payload["model"]
+        tokenizer, state = Tokenizer.from_state(payload["tokenizer"]), dict(payload["state"])
+        if tokenizer.n_vocab != config.vocab_size:
+            raise ValueError(f"a vocabulary of {tokenizer.n_vocab} tokens beside a model of "
+                             f"{config.vocab_size}")
+        if config.n_layer > len(weights):
+            raise ValueError(f"{config.n_layer} layers, but {len(weights)} tensors")
+        with torch.device("meta"):  # shapes alone
+            shapes = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
+        for name, shape in shapes.items():
+            if weights[name].shape != shape:
+                raise ValueError(f"{name} is of shape {(*weights[name].shape,)}, not {(*shape,)}")
+        for name, tensor in tensors_of({"model": weights, "state": state}):
+            if not largest(tensor) < math.inf:
+                raise ValueError(f"{name} holds numbers that are not finite")
+        model = cls(config)
+        model.load_state_dict(weights)
     # load_state_dict is strict: a reward head that was not saved must not score as noise.
-    except (RuntimeError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: its parts do not fit this version of Mosslet, or each other: "
-                        f"{' '.join(str(error).split())[:200]}; use the version that wrote it, or "
-                        "train it again") from error
-    use_products(model, state.get("products", "aten"))  # those that its numbers were made with
-    return model.to(device).eval(), tokenizer, state
+    except (RuntimeError, TypeError, LookupError, ValueError, AttributeError, UserError) as error:
+        raise Damaged(f"{path}: its parts do not fit this version of Mosslet, or each other: "
+                      f"{' '.join(str(error).split())[:200]}") from error
+    return model, tokenizer, state
 
 
 # ---- what a stage starts from --------------------------------------------------------------------
@@ -490,8 +561,8 @@ def load_parent(o: Common, data: Prepared, stage: str, path: str,
     """
     where = path or run_folder(o, stage)
     model, tokenizer, state = load_checkpoint(where, "cpu", cls)
-    record, c = read_config(where), model.config
-    if record is not None and not record["finished"]:
+    record, c = read_config(where) or state, model.config
+    if not record.get("finished", True):
         raise UserError(f"{where}: its training is not finished (step {state['step']}): go on with "
                         f"`python train.py {state['stage']} --resume` and the options that it had, "
                         "or take it as it is by the path of its checkpoint.pt")

@@ -36,19 +36,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import evaluate
-from data.batches import Rows, drop_long_prompts, held_out_prompts, make_rows, pad_left, prompt_ids, scatter_tokens
+from data.batches import (Rows, drop_long_prompts, held_out_prompts, make_rows, pad_left, prompt_ids,
+                          scatter_tokens, text_batches)
 from data.prepare import open_for
 from data.prepared import Prepared
-from model import Transformer, load_parent, open_run, token_logprobs
+from model import Transformer, load_parent, next_token_loss, open_run, token_logprobs
 from reward import RewardModel, critic_from
+from runtime.alarms import Alarm, Alarms
 from runtime.device import compile_trunks, precision
 from runtime.draws import batch_indices, key
-from runtime.optim import learning_rate, set_learning_rate
+from runtime.optim import clip_gradients, learning_rate, restore, stop_unless_finite
 from runtime.options import Common, UserError, option
 from runtime.products import use_products
 from runtime.run import Run
 from runtime.scan import discounted_sums
-from runtime.statistics import Means, RunningMoments
+from runtime.statistics import Means, RunningMoments, masked_mean, masked_variance, whiten
 from sample import Decoder, Generation, generate, reply_ids, reply_texts, reply_to
 
 
@@ -67,14 +69,14 @@ class PPOOptions(Common):
 
     # The rollout.
     updates: int = option(40, "rollouts, each followed by --epochs passes", low=1)
-    batch: int = option(96, "replies per rollout", low=1)
+    batch: int = option(96, "replies per rollout", low=1, high=1_000_000)
     samples_per_prompt: int = option(1, "replies to each prompt, a group (for RLOO)", low=1)
     reply_len: int = option(64, "longest reply in tokens; a truncated reply counts as terminal (no "
                                 "bootstrap value)", low=1)
     temperature: float = option(1.0, "of sampling and of every log-probability alike; replies come "
                                      "from the whole softmax, so top-k and the like are for "
                                      "chatting only",
-                                source="N+: else the ratio does not start at 1")
+                                source="N+: else the ratio does not start at 1", low=0.001)
     rollout_rows: int = option(64, "replies written at a time; ended ones make room", low=1)
     rollout_dtype: str = option("auto", "precision of writing; auto: as --dtype; int8: CPU only",
                                 choices=("auto", "float32", "bfloat16", "int8"))
@@ -86,19 +88,20 @@ class PPOOptions(Common):
                                       "P(liked) − 1; auto: logsigmoid for these, else fixed",
                               choices=("auto", "fixed", "running", "sigmoid", "logsigmoid"),
                               source="MOSS: running")
-    norm_replies: int = option(512, "replies that give raw scores their mean and spread", low=2)
-    reward_clip: float = option(10.0, "clip scores to ± this", source="MOSS 10", low=0)
+    norm_replies: int = option(512, "replies that give raw scores their mean and spread", low=2, high=100_000)
+    reward_clip: float = option(10.0, "clip scores to ± this; 0 disables", source="MOSS 10", low=0)
     end_penalty: float = option(1.0, "subtract this, after the clip, from a reply without end token",
                                 source="TRL: 1", low=0)
     kl_coef: float = option(0.09, "price of one nat away from the reference",
                             source="validation, three seeds; MOSS 0.05, swept .05 to .2; N+ 0.05",
                             low=0)
-    kl_estimator: str = option("k1", "estimate of KL in the reward", choices=("k1", "k2", "k3"),
-                               source="Schulman 2020; k1 in MOSS, N+")
+    kl_in: str = option("reward", "reward: k1 of each token lowers its reward; loss: k2 of each "
+                                  "reply is added to the loss",
+                        choices=("reward", "loss"), source="reward in MOSS, N+")
     kl_control: str = option("fixed", "adaptive steers the coefficient towards --kl_target",
                              choices=("fixed", "adaptive"), source="Ziegler 2019")
     kl_target: float = option(6.0, "nats per reply to aim at", source="Ziegler 2019", low=0.01)
-    kl_horizon: float = option(10_000, "replies over which it acts", source="Ziegler 2019", low=1)
+    kl_horizon: float = option(10_000.0, "replies over which it acts", source="Ziegler 2019", low=1)
     # Advantages and loss.
     gamma: float = option(1.0, "discount per token", source="N+, MOSS", low=0, high=1)
     lam: float = option(0.95, "GAE's trade of bias for variance",
@@ -111,6 +114,9 @@ class PPOOptions(Common):
                                     "trunk; with a separate critic it only matters through "
                                     "--max_grad_norm and --adam_eps", source="N+", low=0)
     entropy_coef: float = option(0.0, "entropy bonus", source="MOSS: not recommended")
+    ptx_coef: float = option(0.0, "weight of the language-model loss on pretraining text, in each "
+                                  "step of the policy",
+                             source="InstructGPT's PPO-ptx: 27.8; MOSS-RLHF part I", low=0)
     # Optimisation.
     epochs: int = option(2, "passes over a rollout", source="4 in N+; MOSS 1", low=1)
     minibatches: int = option(2, "optimizer steps per pass", source="1 in N+", low=1)
@@ -121,8 +127,9 @@ class PPOOptions(Common):
     critic: str = option("separate", "separate: own network, a copy of the reward model; shared: a "
                                      "head on the policy",
                          choices=("separate", "shared"), source="separate in MOSS and N+")
-    critic_warmup: int = option(2, "first updates that train the critic alone",
+    critic_warmup: int = option(2, "first updates that train the critic alone, without value clip",
                                 source="MOSS-RLHF part I", low=0)
+    critic_epochs: int = option(4, "passes over each of these rollouts", source="measured here", low=1)
     policy_lr: float = option(5e-4, "Adam's rate for the policy: small models need far more than "
                                     "the papers' 5e-7",
                               source="measured here; MOSS 5e-7 at 7B, Ziegler's code 1e-5 at 124M",
@@ -132,9 +139,9 @@ class PPOOptions(Common):
     adam_eps: float = option(1e-8, "Adam's epsilon; keep it small beside gradients, which for a "
                                    "separate critic are 1e-6 to 1e-5 in the demo",
                              source="N+: 1e-5", low=0)
-    warmup: float = option(0.1, "share of the policy's updates over which the rates rise",
+    warmup: float = option(0.1, "share of its updates over which each network's rate rises",
                            source="MOSS 0.1", low=0, high=1)
-    final_lr: float = option(0.1, "rates fall linearly to this share of themselves",
+    final_lr: float = option(0.1, "then rates fall linearly to this share of themselves",
                              source="N+: to 0", low=0, high=1)
     max_grad_norm: float = option(1.0, "clip policy and critic gradients to this norm; 0 disables",
                                   low=0)
@@ -165,25 +172,6 @@ class PPOOptions(Common):
             raise UserError(f"ppo: the first {self.critic_warmup} updates train the critic alone "
                             f"(--critic_warmup), so with --updates {self.updates} the policy would "
                             "never learn: change one of them")
-
-
-# ---- means over what is real ---------------------------------------------------------------------
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over True entries, float32; 0 if there is none. Values under False, NaN included, change
-    nothing.
-
-    >>> x, mask = torch.tensor([[1., 2, 0], [3, 4, 5]]), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
-    >>> round(float(masked_mean(x, mask)), 4)  # 15 / 5
-    3.0
-    """
-    return torch.where(mask, x.float(), 0).sum() / mask.sum().clamp(min=1)
-
-
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and spread 1 over the mask; 0 elsewhere. The variance is divided by n."""
-    centred = torch.where(mask, x.float() - masked_mean(x, mask), 0)
-    return centred * torch.rsqrt(masked_mean(centred * centred, mask) + 1e-8)
 
 
 # ---- rewards -------------------------------------------------------------------------------------
@@ -241,20 +229,22 @@ class ScoreScale:
             if o.reward_norm == "running":
                 self.moments.update(scores)
                 scores = scores / self.moments.std
-        return scores.clamp(-o.reward_clip, o.reward_clip) - o.end_penalty * (~ended).float()
+        return scores.clamp(-(o.reward_clip or math.inf), o.reward_clip or math.inf) - o.end_penalty * (~ended).float()
 
     def state(self) -> dict[str, Any]:
         return {"mean": self.mean, "std": self.std, "moments": self.moments.state()}
 
 
 def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor,
-                  kl_coef: float | Tensor, kl_estimator: str = "k1") -> Tensor:
-    """r_t = −kl_coef · KL_t, plus the reply's score on its last real token. scores (B,), the others
+                  kl_coef: float | Tensor) -> Tensor:
+    """r_t = −kl_coef · k1, plus the reply's score on its last real token. scores (B,), the others
     (B, R) -> (B, R).
 
-    A new tensor, without gradient: the logged KL is never changed in place.
+    A new tensor, without gradient: the logged KL is never changed in place. Only k1 serves as a
+    reward: the policy gradient of E[k1] is that of the KL, those of E[k2] and E[k3] are not, and
+    they collapse the policy.
     """
-    rewards = -kl_coef * kl_estimate(logprobs.detach(), ref_logprobs.detach(), kl_estimator)
+    rewards = -kl_coef * kl_estimate(logprobs.detach(), ref_logprobs.detach())
     column = torch.arange(mask.shape[1], device=mask.device, dtype=torch.int32)
     last = torch.where(mask, column, -1).amax(1, keepdim=True)  # −1 if the row is empty
     rewards = torch.where(mask, rewards, 0)
@@ -268,7 +258,7 @@ class KLController:
         self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, kl_per_reply: float, n_replies: int) -> None:
-        """coefficient *= 1 + clip(KL / target − 1, ± 0.2) · replies / horizon
+        """coefficient *= 1 + clip(KL / target − 1, ± 0.2) · replies / horizon, never below 0
 
         >>> control = KLController(0.2, target=6)
         >>> control.update(9.0, 256)
@@ -277,7 +267,7 @@ class KLController:
         """
         if self.target is not None:
             error = min(max(kl_per_reply / self.target - 1, -0.2), 0.2)
-            self.coef *= 1 + error * n_replies / self.horizon
+            self.coef *= max(0.0, 1 + error * n_replies / self.horizon)
 
 
 # ---- advantages ----------------------------------------------------------------------------------
@@ -305,9 +295,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
 
 
 def gae_estimator(scored: "ScoredReplies", o: PPOOptions) -> tuple[Tensor, Tensor]:
-    """GAE's advantages, whitened if so asked, and returns from the unwhitened ones; each (B, R)."""
-    advantages, returns = gae(scored.rewards, scored.values, scored.response_mask, o.gamma, o.lam)
-    return whiten(advantages, scored.response_mask) if o.whiten else advantages, returns
+    """GAE's advantages and returns, each (B, R); `collect_rollout` whitens the former."""
+    return gae(scored.rewards, scored.values, scored.response_mask, o.gamma, o.lam)
 
 
 # ---- the networks --------------------------------------------------------------------------------
@@ -326,11 +315,12 @@ class Prediction(NamedTuple):
 
 class ActorCritic(nn.Module):
     """Policy and critic. The critic is a network of its own, or (critic=None) a scalar head on the
-    policy's trunk."""
+    policy's trunk. dtype: of both networks' matrix products."""
 
-    def __init__(self, policy: Transformer, critic: RewardModel | None = None):
+    def __init__(self, policy: Transformer, critic: RewardModel | None = None,
+                 dtype: str = "float32"):
         super().__init__()
-        self.policy, self.critic = policy, critic
+        self.policy, self.critic, self.dtype = policy, critic, dtype
         self.value_head = None
         if critic is None:
             self.value_head = nn.Linear(policy.config.d_model, 1)
@@ -379,8 +369,12 @@ class Networks:
     actor_critic: ActorCritic
     reference: Transformer
     end_id: int  # the token that ends a reply
-    dtype: str = "float32"  # of matrix products
     decoder: Decoder | None = None  # the policy ready to write; None: made for each rollout
+
+    @property
+    def dtype(self) -> str:
+        """Of matrix products."""
+        return self.actor_critic.dtype
 
 
 # ---- the rollout ---------------------------------------------------------------------------------
@@ -436,6 +430,7 @@ class Rollout(ScoredReplies):
 
     advantages: Tensor  # (B, R): whitened if so asked
     returns: Tensor  # (B, R): from unwhitened advantages
+    spread: float  # that advantages were divided by
     seconds: dict[str, float]  # of writing and of scoring
 
 
@@ -485,7 +480,8 @@ def collect_rollout(networks: Networks, prompts: Sequence[list[int]], o: PPOOpti
     """Reply to prompts (lists of ids) with the policy, score the replies, estimate advantages.
 
     scorer: gives each reply its raw score. estimator(scored, o) returns (advantages, returns), each
-    (B, R), of `ScoredReplies`. Every network and the scorer read the very ids that were sampled.
+    (B, R), of `ScoredReplies`; --whiten then whitens the advantages. Every network and the scorer
+    read the very ids that were sampled.
     """
     start = time.perf_counter()
     replies = sample_replies(networks, prompts, o, step)
@@ -497,32 +493,36 @@ def collect_rollout(networks: Networks, prompts: Sequence[list[int]], o: PPOOpti
         raw_scores = scorer.scores(repeated, reply_ids(replies.generation)).to(device)
     scores = scale.paid(raw_scores, replies.ended, o)
     rewards = token_rewards(scores, prediction.logprobs, ref_logprobs, replies.response_mask,
-                            kl_coef, o.kl_estimator)
+                            kl_coef if o.kl_in == "reward" else 0.0)
     scored = ScoredReplies(**vars(replies), **prediction._asdict(), ref_logprobs=ref_logprobs,
                            raw_scores=raw_scores, scores=scores, rewards=rewards, kl_coef=kl_coef)
     advantages, returns = estimator(scored, o)
+    spread = 1.0
+    if o.whiten:
+        spread = math.sqrt(float(masked_variance(advantages, scored.response_mask)) + 1e-8)
+        advantages = whiten(advantages, scored.response_mask)
     seconds = {"generate": written - start, "score": time.perf_counter() - written}
-    return Rollout(**vars(scored), advantages=advantages, returns=returns, seconds=seconds)
+    return Rollout(**vars(scored), advantages=advantages, returns=returns, spread=spread,
+                   seconds=seconds)
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """The figures of docs/metrics.md, over the whole rollout."""
     mask = rollout.response_mask
     kl = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0)
-
-    def variance(x: Tensor) -> Tensor:
-        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-
-    spread = variance(rollout.returns).clamp(min=1e-8)
-    unexplained = variance(rollout.returns - rollout.values) / spread
+    gap = torch.where(mask, rollout.sampled_logprobs - rollout.logprobs, 0).abs()
+    error = rollout.values - rollout.returns
+    unexplained = (masked_variance(error, mask)
+                   / masked_variance(rollout.returns, mask).clamp(min=1e-8))
     metrics = {
         "score": rollout.scores.mean(), "raw_score": rollout.raw_scores.mean(),
+        "objective": rollout.scores.mean() - rollout.kl_coef * kl.sum(1).mean(),
         "kl": kl.sum(1).mean(),
         "kl_per_token": masked_mean(kl, mask), "entropy": masked_mean(rollout.entropy, mask),
         "length": mask.sum(1).float().mean(), "end_rate": rollout.ended.float().mean(),
         "ref_perplexity": torch.exp(-masked_mean(rollout.ref_logprobs, mask)),
-        "sampler_gap": masked_mean((rollout.sampled_logprobs - rollout.logprobs).abs(), mask),
-        "explained_variance": 1 - unexplained}
+        "sampler_gap": masked_mean(gap, mask), "sampler_gap_max": gap.max(),
+        "explained_variance": 1 - unexplained, "value_bias": masked_mean(error, mask)}
     return {**{name: float(x) for name, x in metrics.items()}, "kl_coef": rollout.kl_coef,
             "reply_tokens": int(mask.sum())}
 
@@ -537,7 +537,8 @@ class Minibatch:
     """Some rows (M) of a rollout, as a loss reads them; arrays (M, R).
 
     n_tokens: the real reply tokens of the whole optimizer step, which every mean is divided by, so
-    that the parts of a minibatch add up to it. train_policy: False while the critic learns alone.
+    that the parts of a minibatch add up to it. kl_coef: the price of KL in units of the advantages,
+    which may be whitened. train_policy: False while the critic learns alone.
     """
 
     mask: Tensor
@@ -547,6 +548,7 @@ class Minibatch:
     advantages: Tensor
     returns: Tensor
     n_tokens: Tensor
+    kl_coef: float = 0.0
     train_policy: bool = True
 
     @classmethod
@@ -556,7 +558,8 @@ class Minibatch:
         mask = rollout.response_mask[index]
         arrays = (rollout.logprobs, rollout.ref_logprobs, rollout.values, rollout.advantages,
                   rollout.returns)
-        return cls(mask, *(torch.where(mask, x[index], 0) for x in arrays), n_tokens, train_policy)
+        return cls(mask, *(torch.where(mask, x[index], 0) for x in arrays), n_tokens,
+                   rollout.kl_coef / rollout.spread, train_policy)
 
     def real(self, x: Tensor) -> Tensor:
         """x (M, R) with 0 for padding."""
@@ -565,6 +568,10 @@ class Minibatch:
     def mean(self, x: Tensor) -> Tensor:
         """This part's share of the mean of x (M, R) over the optimizer step's tokens."""
         return self.real(x).sum() / self.n_tokens
+
+    def log_ratio(self, new: Prediction) -> Tensor:
+        """log π/π_old (M, R) without gradient; 0 for padding."""
+        return self.real(new.logprobs.detach()) - self.old_logprobs
 
     @property
     def policy_tokens(self) -> Tensor:
@@ -578,12 +585,14 @@ def ppo_loss(batch: Minibatch, new: Prediction, o: PPOOptions) -> tuple[Tensor, 
         ratio = π(token) / π_old(token)
         L = mean( max(−A · ratio, −A · clip(ratio, 1 ± ε)) )
             + c_v · mean( ½ max((V − G)², (V_clipped − G)²) ) − c_e · mean(H)
+            + β · Σ over replies of ½ (Σ log π/π_ref)² / tokens        (with --kl_in loss)
 
     A: advantages, G: returns, V: values, H: entropy, ε: clip_range, c_v: value_coef, c_e:
     entropy_coef. The policy gradient is ∇J = E[Σ A_t ∇ log π(token_t)]; at ratio 1 the gradient of
     −A · ratio is −A ∇ log π, its negative. The ratio lets the same replies serve for several steps:
     once a step has moved a token's ratio beyond 1 ± ε in the direction that A asks for, the
-    maximum's gradient is 0 and nothing pulls it further.
+    maximum's gradient is 0 and nothing pulls it further. The last term is k2 of the whole reply:
+    its expected gradient E[Σ log π/π_ref · ∇ log π(reply)] is that of the KL.
 
     new: predictions (M, R) of the networks as they are now. Returns (loss, metrics), each metric as
     (this part's share of the mean, its weight in tokens).
@@ -602,6 +611,9 @@ def ppo_loss(batch: Minibatch, new: Prediction, o: PPOOptions) -> tuple[Tensor, 
     value_loss = 0.5 * batch.mean(torch.maximum(error, error_clipped))
     # Entropy bonus.
     loss = policy_loss + o.value_coef * value_loss - o.entropy_coef * batch.mean(entropy)
+    if o.kl_in == "loss":
+        k2 = (logprobs - batch.ref_logprobs).sum(1).square() / 2
+        loss = loss + batch.kl_coef * k2.sum() / batch.n_tokens
     return loss, {
         "policy_loss": (policy_loss, batch.policy_tokens),
         "clip_frac": (batch.mean((clipped > surrogate).float()), batch.policy_tokens),
@@ -611,101 +623,103 @@ def ppo_loss(batch: Minibatch, new: Prediction, o: PPOOptions) -> tuple[Tensor, 
 
 def ratio_metrics(batch: Minibatch, new: Prediction) -> Shares:
     """How far the policy has moved from the one that wrote the replies; whatever the loss is."""
-    log_ratio = batch.real(new.logprobs.detach()) - batch.old_logprobs
+    log_ratio = batch.log_ratio(new)
     return {"approx_kl": (batch.mean(torch.expm1(log_ratio) - log_ratio), batch.policy_tokens),
             "abs_log_ratio": (batch.mean(log_ratio.abs()), batch.policy_tokens)}
 
 
-def predict(actor_critic: ActorCritic, rollout: Rollout, index: Tensor, o: PPOOptions, dtype: str,
+def predict(actor_critic: ActorCritic, rollout: Rollout, index: Tensor, o: PPOOptions,
             train_policy: bool = True) -> Prediction:
     """Predictions (M, R) of the networks as they are now, for these rows."""
-    with precision(dtype, rollout.tokens.device.type):
+    with precision(actor_critic.dtype, rollout.tokens.device.type):
         flat = actor_critic(rollout.rows(index), o.temperature, train_policy, o.entropy_coef != 0)
     return flat.spread(rollout.response_mask[index])
 
 
+def backward(actor_critic: ActorCritic, rollout: Rollout, parts: list[tuple[Tensor, Minibatch]],
+             o: PPOOptions, loss: Callable) -> tuple[Shares, list[Tensor]]:
+    """Gradients of a minibatch, part by part. Returns (metrics, log π/π_old of each part)."""
+    shares: Shares = {}
+    ratios = []
+    for index, batch in parts:
+        new = predict(actor_critic, rollout, index, o, batch.train_policy)
+        part_loss, metrics = loss(batch, new, o)
+        if batch.train_policy or part_loss.requires_grad:  # not: it has no value term, and waits
+            part_loss.backward()
+        ratios.append(batch.log_ratio(new))
+        metrics = {"loss": (part_loss, batch.n_tokens), **metrics, **ratio_metrics(batch, new)}
+        for name, (x, weight) in metrics.items():
+            shares[name] = (x.detach() + (shares[name][0] if name in shares else 0), weight)
+    return shares, ratios
+
+
 def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout: Rollout,
-           o: PPOOptions, step: int, *, train_policy: bool = True, dtype: str = "float32",
-           loss: Callable = ppo_loss) -> dict[str, float]:
+           o: PPOOptions, step: int, *, train_policy: bool = True, loss: Callable = ppo_loss,
+           text_loss: Callable[[int], Tensor] | None = None) -> dict[str, float]:
     """Passes over a rollout, one optimizer step per minibatch. Returns means over all its tokens.
 
     loss(batch, new, o) returns (loss, metrics) of a `Minibatch` and a `Prediction`, as `ppo_loss`
     does; new.entropy has a gradient only if --entropy_coef is not 0. Rows are permuted anew each
     epoch, from (seed, stage, step, epoch). train_policy=False (critic warm-up) trains values alone.
-    A minibatch above --max_approx_kl ends the policy's part of this update: its gradients stay
-    None, so Adam moves neither it nor its momentum. UserError if a number of an optimizer step is
-    not finite, before that step is taken.
+    text_loss(k): what the policy's k-th step of the stage also minimises, times --ptx_coef. A
+    minibatch above --max_approx_kl ends the policy's part of this update: its gradients stay None,
+    so Adam moves neither it nor its momentum. NotFinite if a number of an optimizer step is not
+    finite, before that step is taken.
     """
-    start, device, means = time.perf_counter(), rollout.tokens.device, Means()
+    begin, device, means = time.perf_counter(), rollout.tokens.device, Means()
     norms: dict[str, list[Tensor]] = defaultdict(list)
-    ratio_start, skipped, tokens, policy_active = None, 0, 0, train_policy
+    start: dict[str, float] = {}  # how far the policy is from the one that wrote, at its first step
+    skipped, tokens, policy_active = 0, 0, train_policy
     for epoch in range(o.epochs):
         rng = np.random.default_rng(key(o.seed, "ppo", "minibatch", step, epoch))
         order = torch.from_numpy(rng.permutation(len(rollout.tokens))).to(device)
-        for minibatch in order.chunk(o.minibatches):
+        for number, minibatch in enumerate(order.chunk(o.minibatches)):
             n_tokens = rollout.response_mask[minibatch].sum()
             parts = [(index, Minibatch.of(rollout, index, n_tokens, policy_active))
                      for index in rollout.by_length(minibatch, o.micro_batch)]
             # Has the policy moved too far already?
             if policy_active and o.max_approx_kl > 0:
                 with torch.no_grad():
-                    moved = [ratio_metrics(batch, predict(actor_critic, rollout, index, o, dtype))
-                             for index, batch in parts]
-                if float(sum(x["approx_kl"][0] for x in moved)) > o.max_approx_kl:
-                    policy_active = False
+                    ratios = [batch.log_ratio(predict(actor_critic, rollout, index, o))
+                              for index, batch in parts]
+                if float(sum((torch.expm1(x) - x).sum() for x in ratios)) > o.max_approx_kl * n_tokens:
+                    policy_active, start = False, start or ratio_start(ratios, n_tokens)
                     parts = [(index, dataclasses.replace(batch, train_policy=False))
                              for index, batch in parts]
-                    if ratio_start is None:
-                        ratio_start = float(sum(x["abs_log_ratio"][0] for x in moved))
             skipped += train_policy and not policy_active
             # One optimizer step.
             optimizer.zero_grad(set_to_none=True)
-            shares: Shares = {}
-            for index, batch in parts:
-                new = predict(actor_critic, rollout, index, o, dtype, policy_active)
-                part_loss, metrics = loss(batch, new, o)
-                if policy_active or part_loss.requires_grad:  # not: it has no value term, and waits
-                    part_loss.backward()
-                metrics = {"loss": (part_loss, n_tokens), **metrics, **ratio_metrics(batch, new)}
-                for name, (x, weight) in metrics.items():
-                    shares[name] = (x.detach() + (shares[name][0] if name in shares else 0), weight)
-            for name, norm in clip_gradients(actor_critic, o.max_grad_norm, policy_active).items():
+            shares, ratios = backward(actor_critic, rollout, parts, o, loss)
+            if policy_active and text_loss is not None:
+                nats = text_loss((step * o.epochs + epoch) * o.minibatches + number)
+                (o.ptx_coef * nats).backward()
+                shares["ptx_loss"] = (nats.detach(), n_tokens)
+            modules = {"critic": actor_critic.value_module}
+            modules |= {"policy": actor_critic.policy} if policy_active else {}
+            clipped = clip_gradients(modules, o.max_grad_norm)
+            for name, norm in clipped.items():
                 norms[name].append(norm)
-            require_finite(shares, norms, step, epoch)
+            numbers = {name: x for name, (x, _) in shares.items() if name.endswith("loss")}
+            stop_unless_finite(numbers | clipped, f"update {step + 1}, epoch {epoch + 1}",
+                           "lower --policy_lr or --critic_lr")
             optimizer.step()
             # Keep what is logged.
-            if ratio_start is None and policy_active:
-                ratio_start = float(shares["abs_log_ratio"][0])
+            if policy_active:
+                start = start or ratio_start(ratios, n_tokens)
             tokens += int(n_tokens)
             for name, (x, weight) in shares.items():
                 if name != "loss":
                     means.add(name, x, weight)
     result = means.result() | {name: float(torch.stack(x).mean()) for name, x in norms.items()}
-    result |= {} if ratio_start is None else {"ratio_start": ratio_start}
-    return {**result, "skipped_minibatches": skipped, "trained_tokens": tokens,
-            "seconds_train": time.perf_counter() - start}
+    return {**result, **start, "skipped_minibatches": skipped, "trained_tokens": tokens,
+            "seconds_train": time.perf_counter() - begin}
 
 
-def clip_gradients(actor_critic: ActorCritic, max_norm: float,
-                   policy_active: bool) -> dict[str, Tensor]:
-    """Clip policy and critic gradients, each to this norm (0: not at all); returns the norms
-    before.
-    """
-    groups = {"critic_grad_norm": actor_critic.value_module}
-    if policy_active:
-        groups = {"policy_grad_norm": actor_critic.policy, **groups}
-    return {name: nn.utils.clip_grad_norm_(module.parameters(), max_norm or math.inf)
-            for name, module in groups.items()}
-
-
-def require_finite(shares: Shares, norms: dict[str, list[Tensor]], step: int, epoch: int) -> None:
-    """UserError, with the numbers, if a loss or a gradient norm of this step is not finite."""
-    numbers = {name: x for name, (x, _) in shares.items() if name.endswith("loss")}
-    numbers |= {name: x[-1] for name, x in norms.items()}
-    if not torch.stack([*numbers.values()]).isfinite().all():  # one wait for a GPU
-        numbers = {name: float(x) for name, x in numbers.items()}
-        raise UserError(f"ppo: not finite at update {step + 1}, epoch {epoch + 1}: {numbers}; the "
-                        "last good checkpoint is kept: lower --policy_lr or --critic_lr")
+def ratio_start(log_ratios: list[Tensor], n_tokens: Tensor) -> dict[str, float]:
+    """Mean and maximum of |log π/π_old| over the parts of a minibatch."""
+    sizes = [x.abs() for x in log_ratios]
+    return {"ratio_start": float(sum(x.sum() for x in sizes) / n_tokens),
+            "ratio_start_max": float(max(x.max() for x in sizes))}
 
 
 # ---- the trainer ---------------------------------------------------------------------------------
@@ -718,6 +732,17 @@ class PPOTrainer:
     """
 
     TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2}  # of ratio_start and sampler_gap
+    ALARMS = (
+        Alarm("end_rate", lambda x, first: x == 0,
+              "every reply is truncated: raise --reply_len or --end_penalty"),
+        Alarm("kl", lambda x, first: x > 20,
+              "the policy is far from the reference: raise --kl_coef, or lower --policy_lr"),
+        Alarm("entropy", lambda x, first: x < 0.1,
+              "the policy has all but stopped to explore: raise --kl_coef or --entropy_coef"),
+        Alarm("eval_distinct2", lambda x, first: x < first / 2,
+              "replies repeat each other: raise --kl_coef, or stop earlier (--updates)"),
+        Alarm("value_loss", lambda x, first: x > 10 * first + 1,
+              "the critic diverges: lower --critic_lr"))
 
     def __init__(self, run: Run, reference: Transformer, reward_model: RewardModel, data: Prepared,
                  *, scorer: Scorer | None = None, estimator: Callable = gae_estimator,
@@ -738,13 +763,15 @@ class PPOTrainer:
         self.prompts = [record["prompt"] for record in drop_long_prompts(
             data.records("ppo", "train"), run.tokenizer, data.template, room)]
         held_out = held_out_prompts(data, "val", run.tokenizer, room, o.eval_prompts)
-        # Mean and spread of raw scores: the scorer's for --reward_norm fixed and running, the reward
-        # model's for the critic's first values.
-        scales = [ScoreScale(**state["scale"])] * 2 if state else self.measure_scales()
-        self.scale, own = scales
-        critic = critic_from(self.reward_model, own.mean, own.std) if o.critic == "separate" else None
-        actor_critic = ActorCritic(run.model, critic).to(run.device)
-        self.networks = Networks(actor_critic, reference, run.tokenizer.eom_id, run.dtype)
+        # The scale of scores and the critic's first values; a checkpoint has both.
+        self.scale, from_raw, paid = ScoreScale(**state.get("scale", {})), (0.0, 1.0), 0.0
+        if not state:
+            self.scale, from_raw, paid = self.measure_start()
+        critic = critic_from(self.reward_model, *from_raw) if o.critic == "separate" else None
+        actor_critic = ActorCritic(run.model, critic, run.dtype)
+        if critic is None:
+            nn.init.constant_(actor_critic.value_head.bias, paid)
+        self.networks = Networks(actor_critic.to(run.device), reference, run.tokenizer.eom_id)
         for trunk in self.trained_trunks():
             trunk.recompute = o.recompute
         groups = [{"params": list(run.model.parameters()), "lr": o.policy_lr},
@@ -754,19 +781,26 @@ class PPOTrainer:
         self.control = KLController(state.get("kl_coef", o.kl_coef), target, o.kl_horizon)
         if state:
             actor_critic.value_module.load_state_dict(state["critic"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            restore([self.optimizer], {"optimizers": [state["optimizer"]]})
         rollout_dtype = run.dtype if o.rollout_dtype == "auto" else o.rollout_dtype
         self.decoder_dtype = state.get("decoder_dtype", rollout_dtype)
         self.prepare_decoder()
         settings = evaluate.ReplySettings(o.reply_len, o.temperature, dtype=run.dtype)
+        self.alarms = Alarms("ppo", self.ALARMS, state.get("alarms"))
+        if o.ptx_coef:
+            window = min(128, run.model.config.max_len)
+            tokens = o.updates * o.epochs * o.minibatches * o.micro_batch * window
+            self.text = text_batches(data, window, o.micro_batch, tokens, o.seed)
         self.held_out = evaluate.HeldOutPrompts(data, run.tokenizer, held_out, reference,
                                                 self.scorer, settings)
 
-    def measure_scales(self) -> tuple[ScoreScale, ScoreScale]:
-        """Scales of the scorer's and of the reward model's raw scores, on replies that the starting
-        policy writes as PPO will.
+    def measure_start(self) -> tuple[ScoreScale, tuple[float, float], float]:
+        """(the scale of scores, (mean, std) for `critic_from`, the mean score paid), on replies that
+        the starting policy writes as PPO will.
 
-        They are drawn from the streams of the reward stage, which measured this in earlier versions.
+        With that mean and std, the critic starts at the mean and the spread of what is paid,
+        penalties included. The replies are drawn from the streams of the reward stage, which
+        measured this in earlier versions.
         """
         o, run = self.o, self.run
         index = batch_indices(len(self.prompts), o.norm_replies, 0, o.seed, "reward")
@@ -775,12 +809,30 @@ class PPOTrainer:
                                      temperature=o.temperature, batch_size=128,
                                      seed=key(o.seed, "reward", "reply")))
         with torch.no_grad(), precision(run.dtype, run.device):
-            own = ScoreScale.of(self.reward_model.scores(ids, replies))
-            if self.scorer is self.reward_model:
-                return own, own
-            if "sigmoid" in o.reward_norm:
-                return ScoreScale(), own
-            return ScoreScale.of(self.scorer.scores(ids, replies), "the scorer"), own
+            own = ScoreScale.of(raw := self.reward_model.scores(ids, replies))
+            scale = own
+            if self.scorer is not self.reward_model:
+                raw, scale = self.scorer.scores(ids, replies), ScoreScale()
+                if "sigmoid" not in o.reward_norm:
+                    scale = ScoreScale.of(raw, "the scorer")
+        ended = torch.tensor([reply[-1] == run.tokenizer.eom_id for reply in replies])
+        paid = ScoreScale(scale.mean, scale.std).paid(raw.cpu(), ended, o)
+        mean, std = float(paid.mean()), own.std / max(1e-6, float(paid.std(correction=0)))
+        return scale, (own.mean - mean * std, std), mean
+
+    def rates(self, step: int) -> tuple[float, float]:
+        """Rates of (policy, critic) in this update: each rises from its own first update on, and
+        falls from there to the last."""
+        o, shape = self.o, (self.o.warmup, 1 - self.o.warmup, self.o.final_lr)
+        first = o.critic_warmup
+        policy = learning_rate(step - first, o.updates - first, *shape) if step >= first else 0.0
+        return o.policy_lr * policy, o.critic_lr * learning_rate(step, o.updates, *shape)
+
+    def text_loss(self, k: int) -> Tensor:
+        """Mean −log π of the next token over the k-th batch of pretraining text."""
+        batch = (x.to(self.run.device) for x in self.text.batch(k))
+        with precision(self.run.dtype, self.run.device):
+            return next_token_loss(self.run.model, *batch)
 
     def trained_trunks(self) -> list[Transformer]:
         critic = self.networks.actor_critic.critic
@@ -797,13 +849,9 @@ class PPOTrainer:
 
     def update(self, step: int) -> dict[str, float]:
         """One update: reply, score, learn, steer the price of KL. Returns what is logged of it."""
-        o, warmup = self.o, self.o.critic_warmup
-        # Rates rise from the policy's first update on, and fall to the last.
-        train_policy = step >= warmup
-        factor = 1.0
-        if train_policy:
-            factor = learning_rate(step - warmup, o.updates - warmup, o.warmup, 1.0, o.final_lr)
-        set_learning_rate([self.optimizer], factor)
+        o, train_policy, rates = self.o, step >= self.o.critic_warmup, self.rates(step)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         # Reply and score.
         self.networks.decoder.refresh()
         index = batch_indices(len(self.prompts), o.batch // o.samples_per_prompt, step, o.seed,
@@ -813,16 +861,20 @@ class PPOTrainer:
         rollout = collect_rollout(self.networks, ids, o, step=step, scorer=self.scorer,
                                   scale=self.scale, kl_coef=self.control.coef,
                                   estimator=self.estimator)
-        # Learn.
+        # Learn. The critic's first values may be far off: alone, it learns them without clip.
+        if not train_policy:
+            o = o.replace(value_clip=0.0, epochs=o.critic_epochs)
         learned = update(self.networks.actor_critic, self.optimizer, rollout, o, step,
-                         train_policy=train_policy, dtype=self.run.dtype, loss=self.loss)
+                         train_policy=train_policy, loss=self.loss,
+                         text_loss=self.text_loss if o.ptx_coef else None)
         metrics = rollout_metrics(rollout) | learned | self.independent_opinion(prompts, rollout)
         if train_policy:
             self.control.update(metrics["kl"], o.batch)
         self.check_gaps(metrics, step)
+        self.alarms.check(step + 1, metrics)
         seconds = {f"seconds_{name}": x for name, x in rollout.seconds.items()}
         return metrics | seconds | {
-            "lr": factor * o.policy_lr * train_policy, "critic_lr": factor * o.critic_lr,
+            "lr": rates[0], "critic_lr": rates[1],
             "generate_tokens_per_s": metrics["reply_tokens"] / seconds["seconds_generate"],
             "train_tokens_per_s": metrics["trained_tokens"] / metrics["seconds_train"]}
 
@@ -844,16 +896,19 @@ class PPOTrainer:
             self.decoder_dtype = "float32"
             self.prepare_decoder()
 
-    def measure(self, step: int) -> dict[str, float]:
-        """Figures on the held-out prompts, whose first replies go into samples.jsonl."""
-        metrics, records = self.held_out.measure(self.run.model)
+    def measure(self, step: int, measured: tuple | None = None) -> dict[str, float]:
+        """Figures on the held-out prompts, whose first replies go into samples.jsonl. measured: what
+        `held_out.measure` gave before; None: measure now."""
+        metrics, records = measured or self.held_out.measure(self.run.model)
         self.run.samples(step, records[:12])
+        self.alarms.check(step, metrics)
         return metrics
 
     def save(self, step: int) -> None:
         self.run.save(step, critic=self.networks.actor_critic.value_module.state_dict(),
                       optimizer=self.optimizer.state_dict(), scale=self.scale.state(),
                       kl_coef=self.control.coef, decoder_dtype=self.decoder_dtype,
+                      alarms=self.alarms.state(),
                       example_prompts=self.held_out.prompts[:8])
 
 
@@ -879,8 +934,7 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     """
     data = open_for(o, o.data)
     policy, tokenizer, state = load_parent(o, data, "sft", o.init_from)
-    reward_model, reward_tokenizer, reward_state = load_parent(o, data, "reward", o.reward_from,
-                                                               RewardModel)
+    reward_model, reward_tokenizer, reward_state = load_parent(o, data, "reward", o.reward_from, RewardModel)
     tokenizer.require_same(reward_tokenizer, "the policy and the reward model")
     feedback = "scores of any kind" if "scorer" in seams else reward_state.get("feedback", "unknown scores")
     o = o.replace(reward_norm=chosen_reward_norm(o.reward_norm, feedback))
@@ -891,9 +945,11 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     if o.rollout_dtype == "int8" and run.device != "cpu":
         raise UserError(f"--rollout_dtype int8 is for a CPU: on {run.device} use bfloat16")
     trainer, metrics = PPOTrainer(run, policy, reward_model, data, **seams), {}
+    # Measured before training begins, which makes the folder this run's: until then nothing changes.
+    start = trainer.held_out.measure(run.model) if run.step == 0 else None
     with run.progress(o.updates) as bar:
-        if run.step == 0:
-            run.log(0, **trainer.measure(0))
+        if start:
+            run.log(0, **trainer.measure(0, start))
         for step in range(run.step, o.updates):
             metrics = trainer.update(step)
             done, last = step + 1, step + 1 == o.updates

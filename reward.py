@@ -29,6 +29,7 @@ from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, lo
 from runtime.device import precision
 from runtime.draws import batch_indices, key, torch_seed
 from runtime.fit import fit
+from runtime.machine import require_finite
 from runtime.options import MaximumLikelihoodOptions, UserError, option
 from runtime.run import Run
 from runtime.statistics import accuracy, auc, correlation, share_above
@@ -72,8 +73,8 @@ class RewardModel(nn.Module):
         self.score_head.weight.copy_(noise / math.sqrt(width + 1))
         self.score_head.bias.zero_()
 
-    def matrix_parameters(self) -> list[nn.Parameter]:
-        """The trunk's matrices: what Muon trains."""
+    def matrix_parameters(self) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
+        """The trunk's matrices, which Muon trains, with the rows of those stacked in each."""
         return self.backbone.matrix_parameters()
 
     def head_values(self, hidden: Tensor) -> Tensor:
@@ -125,15 +126,16 @@ class RewardModel(nn.Module):
             index = order[i:i + self.rows_at_once]
             tokens, real, reply = reward_batch([rows[j] for j in index], device)
             scores[torch.from_numpy(index).to(device)] = self(tokens, real, reply).float()
-        return scores
+        return require_finite(scores, "scores of the reward model")
 
 
 class PythonReward:
     """A Python function as a scorer: function(prompts, replies), both lists of texts -> a number
     each.
 
-    >>> class Letters:  # stands in for a tokenizer
+    >>> class Letters:  # stands in for a tokenizer; -1 is its end token
     ...     eom_id, decode = -1, staticmethod(lambda ids: "".join(map(chr, ids)))
+    ...     reply_text = staticmethod(lambda ids: "".join(chr(i) for i in ids if i >= 0))
     >>> short = PythonReward(lambda prompts, replies: [-len(reply) for reply in replies], Letters)
     >>> short.scores([[72, 105]], [[104, 101, -1]])
     tensor([-2.])
@@ -143,19 +145,22 @@ class PythonReward:
         self.function, self.tokenizer, self.device = function, tokenizer, device
 
     def scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
-        """Score (B,) float32 of each reply; the end token is not part of the text."""
-        prompts, replies = ([self.tokenizer.decode([i for i in ids if i != self.tokenizer.eom_id])
-                             for ids in rows]
-                            for rows in (prompts, replies))
-        return torch.tensor(self.function(prompts, replies), dtype=torch.float32,
-                            device=self.device)
+        """Score (B,) float32 of each reply; control tokens are no part of its text."""
+        prompts = [self.tokenizer.decode([i for i in ids if i != self.tokenizer.eom_id])
+                   for ids in prompts]
+        replies = [self.tokenizer.reply_text(ids) for ids in replies]
+        scores = torch.tensor(self.function(prompts, replies), dtype=torch.float32)
+        if not scores.isfinite().all():
+            raise UserError(f"the reward function gives scores that are not finite numbers: "
+                            f"{scores.tolist()[:4]} …; mend it")
+        return scores.to(self.device)
 
 
 def critic_from(reward_model: RewardModel, mean: float = 0.0, std: float = 1.0) -> RewardModel:
     """A trainable copy whose head gives (raw − mean) / std: w/σ and (b − μ)/σ.
 
-    PPO's critic starts from it. Its first values are exact for --reward_norm fixed only; for the
-    sigmoid forms the critic adapts during warm-up.
+    PPO's critic starts from it, with a mean and a spread at which its values are those that the
+    starting policy's replies are paid.
     """
     critic = copy.deepcopy(reward_model).requires_grad_(True)
     with torch.no_grad():
@@ -238,10 +243,11 @@ class RewardOptions(MaximumLikelihoodOptions):
     label_smoothing: float = option(0.0, "share of labels assumed to be wrong (pairwise)",
                                     source="MOSS-RLHF part II", low=0, high=0.5)
     # The records.
-    epochs: float = option(2.0, "passes over the training records", low=0.01)
-    batch: int = option(32, "records per step", low=1)
+    epochs: float = option(2.0, "passes over the training records", low=0.01,
+                           high=1e6)
+    batch: int = option(32, "records per step", low=1, high=1_000_000)
     max_len: int = option(128, "longest row in tokens; longer texts are truncated and then have no "
-                               "end token", low=16)
+                               "end token", low=16, high=1_000_000)
     prefix_share: float = option(0.3, "share of texts truncated at a random place, without end "
                                       "token, as unfinished replies are", low=0, high=1)
     # The learning rate and its schedule.
@@ -266,8 +272,8 @@ class RewardTask:
         self.run, self.o = run, run.o
         self.render = dict(tokenizer=run.tokenizer, template=data.template, max_len=run.o.max_len)
         self.records, self.val = (
-            drop_long_prompts(data.records("reward", split), run.tokenizer, data.template,
-                              run.o.max_len - 8) for split in ("train", "val"))
+            drop_long_prompts(data.records(*name), run.tokenizer, data.template, run.o.max_len - 8)
+            for name in ((run.stage, "train"), ("reward", "val")))
         self.kind = self.checked_kind()
         self.extra: dict[str, Any] = {"feedback": self.kind,
                                       "warnings": run.state.get("warnings", [])}
@@ -315,22 +321,23 @@ class RewardTask:
         """Ratings of any scale become numbers of mean 0 and spread 1 over the training records: what
         the head and its learning rate are made for. The checkpoint keeps mean and spread."""
         ratings = np.array([r["score"] for r in self.records], float)
-        mean, spread = float(ratings.mean()), float(ratings.std())
-        self.extra["ratings"] = {"mean": mean, "spread": spread}
-        self.records, self.val = ([r | {"score": (r["score"] - mean) / spread} for r in records]
-                                  for records in (self.records, self.val))
+        size = float(np.ptp(ratings))  # divided out first: squares of 1e-200 are 0
+        mean, spread = float((ratings / size).mean()), float((ratings / size).std())
+        self.extra["ratings"] = {"mean": mean * size, "spread": spread * size}
+        self.records, self.val = ([r | {"score": (r["score"] / size - mean) / spread}
+                                   for r in records] for records in (self.records, self.val))
 
     def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
         """The loss of one batch: that of the feedback, and a share of the language model's on the
         same text."""
         o, run, model = self.o, self.run, self.run.model
         batch = [self.records[i] for i in batch_indices(len(self.records), o.batch, step, o.seed,
-                                                        "reward")]
+                                                        run.stage)]
         # Rows of replies; of pairs all chosen ones before all rejected ones, cut alike by equal
         # random numbers.
         rows = []
         for field in ("chosen", "rejected") if self.kind == "pairwise" else ("response",):
-            rng = np.random.default_rng(key(o.seed, "reward", "prefix", step))
+            rng = np.random.default_rng(key(o.seed, run.stage, "prefix", step))
             rows += reward_rows(batch, **self.render, field=field, prefix_share=o.prefix_share,
                                 rng=rng)
         tokens, learned, docs, where = (x.to(run.device) for x in pack_rows(rows, o.max_len))
@@ -350,7 +357,8 @@ class RewardTask:
     def measure(self, step: int, subset: int = 600) -> dict[str, float]:
         """Agreement with people on records of validation drawn from all of it: a file may be
         sorted."""
-        index = batch_indices(len(self.val), min(subset, len(self.val)), 0, self.o.seed, "reward")
+        index = batch_indices(len(self.val), min(subset, len(self.val)), 0, self.o.seed,
+                              self.run.stage)
         records = [self.val[i] for i in index]
         fields = ("chosen", "rejected") if self.kind == "pairwise" else ("response",)
         scores = {field: self.raw_scores(records, field) for field in fields}
@@ -396,32 +404,34 @@ class RewardTask:
                 "validation, too, train longer (--epochs), or look for mistakes in the feedback"]
 
 
-def reward_model_from(trunk: Transformer, o: RewardOptions) -> RewardModel:
-    """The SFT model's trunk with a new head."""
+def reward_model_from(trunk: Transformer, o: RewardOptions, stage: str = "reward") -> RewardModel:
+    """The language model's trunk with a new head, drawn by seed and stage."""
     model = RewardModel(RewardConfig(**{**dataclasses.asdict(trunk.config), "pool": o.pool,
                                         "dropout": o.dropout}))
     model.backbone.load_state_dict(trunk.state_dict())
-    model.initialise_head(torch_seed(o.seed, "reward", "weights"))
+    model.initialise_head(torch_seed(o.seed, stage, "weights"))
     return model
 
 
-def train_reward(o: RewardOptions) -> Run | None:
+def train_reward(o: RewardOptions, stage: str = "reward", parent: str = "sft") -> Run | None:
     """Human feedback becomes a function: the SFT trunk learns to predict what people liked.
 
+    stage: names the run, the training records and the random streams. parent: the stage whose
+    trunk is trained. Validation is that of the feedback, whoever learns.
     Returns the finished run, or None if it was finished before.
     """
     if o.reward_from:
-        raise UserError("reward makes the reward model: --reward_from has no effect on it; "
+        raise UserError(f"{stage} makes a model of rewards: --reward_from has no effect on it; "
                         "--init_from names the trunk")
     data = open_for(o, o.data)
-    trunk, tokenizer, state = load_parent(o, data, "sft", o.init_from)
+    trunk, tokenizer, state = load_parent(o, data, parent, o.init_from)
     o = limit_length(o, trunk.config)
-    run = open_run("reward", o, data, {"init": state["hash"]}, reward_model_from(trunk, o),
+    run = open_run(stage, o, data, {"init": state["hash"]}, reward_model_from(trunk, o, stage),
                    tokenizer)
     if run is None:
         return None
     task = RewardTask(run, data)
-    print(f"reward: {len(task.records)} records ({task.kind}), {task.n_steps} steps of {o.batch}",
+    print(f"{stage}: {len(task.records)} records ({task.kind}), {task.n_steps} steps of {o.batch}",
           flush=True)
     run.finish(**fit(run, task))
     for warning in task.extra["warnings"]:

@@ -32,7 +32,9 @@ from reward import RewardModel
 from runtime.decoding import KVCache, decoding_copy, refresh
 from runtime.device import pick_device, pick_dtype
 from runtime.draws import uniform_numbers
+from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
+from runtime.terminal import for_terminal, memory_advice, writes_unicode
 
 # ---- choosing one token --------------------------------------------------------------------------
 
@@ -239,6 +241,8 @@ class Writer:
     takes the row (continuous batching)."""
 
     CHECK_EVERY = 8  # steps between checks for ended rows; each check synchronises a GPU
+    MUST_BE_FINITE = ("probabilities of the next token",
+                      ", or --temperature is too near 0 (0 itself takes the likeliest token)")
 
     def __init__(self, decoder: Decoder, prompts: tuple[Tensor, Tensor], reply_len: int,
                  sampling: Sampling, rows: int, u: Tensor | None, end_id: int | None,
@@ -277,6 +281,7 @@ class Writer:
             self._admit()
             running = int(self.running.sum())
             if running == 0 and self.next_prompt == n:
+                require_finite(self.out.logprobs, *self.MUST_BE_FINITE)
                 return self.out
             if running < self.rows and self.next_prompt < n:
                 continue  # a reply ended with its first token: its row is free again
@@ -318,6 +323,7 @@ class Writer:
         self.out.tokens[cells], self.out.mask[cells] = tokens[real], True
         self.out.logprobs[cells] = logprobs[real]
         if self.on_token is not None:  # then k is 1
+            require_finite(logprobs[real], *self.MUST_BE_FINITE)  # before anybody reads the token
             self.on_token(self.prompt[at][real[:, 0]], tokens[:, 0][real[:, 0]])
         self.length[at] += tokens.shape[1]
         self.running[at] &= ~(is_end & real).any(1) & (self.length[at] < self.R)
@@ -439,9 +445,8 @@ def reply_ids(replies: Generation) -> list[list[int]]:
 
 
 def reply_texts(tokenizer: Tokenizer, replies: Generation) -> list[str]:
-    """Each reply as text, without the end token."""
-    return [tokenizer.decode([i for i in ids if i != tokenizer.eom_id])
-            for ids in reply_ids(replies)]
+    """Each reply as text, without control tokens."""
+    return [tokenizer.reply_text(ids) for ids in reply_ids(replies)]
 
 
 def reply_to(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[int]],
@@ -468,12 +473,12 @@ class SampleOptions(Options):
     compare: str = option("", "two run folders (as two words, or with a comma): same prompts, same "
                               "random numbers", words=2)
     best_of: int = option(1, "number of replies to draw and print from worst to best, by the "
-                             "reward model", low=1)
+                             "reward model", low=1, high=100_000)
     reward_from: str = option("", "reward model for --best_of; empty: the folder `reward` beside "
                                   "the checkpoint's")
     raw: bool = option(False, "do not put the checkpoint's prompt template around the prompt")
     # How to draw.
-    max_new_tokens: int = option(64, "longest reply, in tokens", low=1)
+    max_new_tokens: int = option(64, "longest reply, in tokens", low=1, high=1_000_000)
     temperature: float = option(1.0, "below 1 sharper, above 1 flatter, 0 greedy", low=0)
     top_k: int = option(0, "draw among the k likeliest tokens; 0: all", source="Fan 2018", low=0)
     top_p: float = option(1.0, "draw among the fewest likeliest tokens whose probabilities reach "
@@ -524,19 +529,23 @@ class ChatSession:
                before: str = "") -> str:
         """Print `before`, then a reply while it is written; Ctrl-C ends it. Returns the reply."""
         decoder, written = codecs.getincrementaldecoder("utf-8")("replace"), []
-        print(before, end="", flush=True)
+        print(for_terminal(before), end="", flush=True)
 
         def show(_, token: Tensor) -> None:
             if int(token[0]) != self.tokenizer.eom_id:
                 written.append(int(token[0]))
-                print(decoder.decode(self.tokenizer.token_bytes(int(token[0]))), end="", flush=True)
+                piece = decoder.decode(self.tokenizer.token_bytes(int(token[0])))
+                print(for_terminal(piece), end="", flush=True)
 
         try:
             self.replies([prompt], rows, show)
         except KeyboardInterrupt:
             print(" …", end="")
-        print(decoder.decode(b"", final=True))
-        return self.tokenizer.decode(written)
+        except UserError:
+            print(flush=True)  # the error begins a line
+            raise
+        print(for_terminal(decoder.decode(b"", final=True)))
+        return self.tokenizer.reply_text(written)
 
 
 def chat(session: ChatSession) -> None:
@@ -579,7 +588,7 @@ def best_of(session: ChatSession, prompt: str, n: int) -> None:
     texts, replies = session.texts(ids)
     scores = reward_model.scores(ids, reply_ids(replies))
     for i in scores.argsort().tolist():
-        print(f"{scores[i]:+.2f}  {texts[i]}")
+        print(f"{scores[i]:+.2f}  {for_terminal(texts[i])}")
 
 
 def compare(folders: list[str], prompts: list, o: SampleOptions) -> None:
@@ -590,11 +599,12 @@ def compare(folders: list[str], prompts: list, o: SampleOptions) -> None:
     sessions = [ChatSession(f, o) for f in folders]
     texts = [s.texts([s.ids(p) for p in prompts])[0] for s in sessions]
     for prompt, *replies in zip(prompts, *texts, strict=True):
-        print(f"\n» {prompt_text(prompt)}")
+        print(for_terminal(f"\n» {prompt_text(prompt)}"))
         for folder, reply in zip(folders, replies, strict=True):
-            print(f"  {folder}: {reply}")
+            print(for_terminal(f"  {folder}: {reply}"))
 
 
+@memory_advice("lower --max_new_tokens or --best_of, or try --dtype bfloat16")
 def main(argv: list[str]) -> None:
     """`python sample.py`: check the options, then do what they ask for."""
     o = parse(SampleOptions, argv, "sample.py")
@@ -626,8 +636,9 @@ def main(argv: list[str]) -> None:
         prompts = [r["prompt"] for r in load_records(o.file, "ppo")]
         texts, replies = session.texts([session.ids(p) for p in prompts])
         for prompt, text, mask in zip(prompts, texts, replies.mask, strict=True):
-            print(json.dumps({"prompt": prompt, "response": text, "tokens": int(mask.sum())},
-                             ensure_ascii=False))
+            record = {"prompt": prompt, "response": text, "tokens": int(mask.sum())}
+            # Escapes of JSON where the output cannot take the characters.
+            print(for_terminal(json.dumps(record, ensure_ascii=not writes_unicode(sys.stdout))))
     elif o.prompt and o.best_of > 1:
         best_of(session, o.prompt, o.best_of)
     elif o.prompt:

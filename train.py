@@ -6,12 +6,14 @@
     python train.py sft             obey: predict the reply of dialogues
     python train.py reward          judge: predict what people liked
     python train.py ppo             improve: reply so that the reward model likes it
+    python train.py judge           check: predict what other people liked, for the report alone
     python train.py ppo --help      a stage's options, with default, meaning and source
 
-The first two stages are written out here, `reward` in reward.py and `ppo` in ppo.py. The first
-three share the loop of runtime/fit.py. A stage reads the checkpoints of its parents and leaves
-checkpoint.pt, config.json, metrics.jsonl and samples.jsonl in OUT/<data>/<stage>/. A new stage is a
-function of its options, added to STAGES here and, for its random draws, in runtime/draws.py.
+The first two stages are written out here, `reward` in reward.py and `ppo` in ppo.py; `judge` is
+`reward` on the judge's half of the labels. All but `ppo` share the loop of runtime/fit.py. A stage
+reads the checkpoints of its parents and leaves checkpoint.pt, config.json, metrics.jsonl and
+samples.jsonl in OUT/<data>/<stage>/. A new stage is a function of its options, added to STAGES here
+and, for its random draws, in runtime/draws.py.
 """
 import dataclasses
 import difflib
@@ -25,11 +27,12 @@ import torch
 from torch import Tensor
 
 import evaluate
-from data.batches import PackedDocuments, dialogue_rows, eval_windows, held_out_prompts, pack_rows, prompt_ids
+from data.batches import dialogue_rows, eval_windows, held_out_prompts, pack_rows, prompt_ids, text_batches
 from data.dataset import SPLITS, feedback_of, require_one_feedback
 from data.prepare import open_for
 from data.prepared import Prepared
-from model import ModelConfig, Transformer, cross_entropy_sum, limit_length, load_checkpoint, load_parent, open_run
+from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, load_checkpoint, load_parent,
+                   next_token_loss, open_run)
 from ppo import PPOOptions, train_ppo
 from reward import RewardModel, RewardOptions, train_reward
 from runtime.device import pick_device, precision
@@ -38,6 +41,7 @@ from runtime.fit import fit
 from runtime.machine import Interrupt, Interrupted, keep_freed_memory
 from runtime.options import Common, MaximumLikelihoodOptions, UserError, option, parse, parse_all, run_main
 from runtime.run import Run, run_folder
+from runtime.terminal import memory_advice
 from sample import reply_texts, reply_to
 
 
@@ -55,17 +59,19 @@ class PretrainOptions(MaximumLikelihoodOptions):
     }
 
     # The model.
-    n_layer: int = option(4, "number of blocks", low=1)
-    n_head: int = option(4, "query heads", low=1)
-    n_kv_head: int = option(4, "key and value heads, each shared by a group of query heads", low=1)
-    d_model: int = option(192, "width of the residual stream", low=2)
-    d_ff: int = option(512, "width inside the MLP", low=1)
-    max_len: int = option(256, "longest row that the model supports, in tokens", low=16)
+    n_layer: int = option(4, "number of blocks", low=1, high=1000)
+    n_head: int = option(4, "query heads", low=1, high=1000)
+    n_kv_head: int = option(4, "key and value heads, each shared by a group of query heads", low=1,
+                             high=1000)
+    d_model: int = option(192, "width of the residual stream", low=2, high=100_000)
+    d_ff: int = option(512, "width inside the MLP", low=1, high=1_000_000)
+    max_len: int = option(256, "longest row that the model supports, in tokens", low=16,
+                         high=1_000_000)
     # The training.
     tokens: int = option(2_000_000, "tokens to train on", low=1)
-    window: int = option(128, "tokens per row", low=2)
-    batch: int = option(16, "rows per forward and backward", low=1)
-    accumulate: int = option(1, "batches per optimizer step", low=1)
+    window: int = option(128, "tokens per row", low=2, high=1_000_000)
+    batch: int = option(16, "rows per forward and backward", low=1, high=1_000_000)
+    accumulate: int = option(1, "batches per optimizer step", low=1, high=1_000_000)
     mixture: str = option("", "shares of the data set's parts, such as news=.15,dialogue=.3; the "
                               "other parts take what is left; empty: the data set's own")
     eval_every: int = option(250, "steps between full passes over validation", low=1)
@@ -76,11 +82,9 @@ class PretrainTask:
 
     def __init__(self, run: Run, data: Prepared):
         o = self.o = run.o
-        self.run, self.train, self.val = run, data.documents("train"), data.documents("val")
-        shares, early = data.mixture(o.mixture)
-        self.batches = PackedDocuments(self.train, window=o.window, batch=o.batch * o.accumulate,
-                                       total_tokens=o.tokens, seed=o.seed, shares=shares,
-                                       early=early)
+        self.run, self.val = run, data.documents("val")
+        self.batches = text_batches(data, o.window, o.batch * o.accumulate, o.tokens, o.seed,
+                                    o.mixture)
         self.n_steps, self.extra = self.batches.n_steps, {}
 
     def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
@@ -89,9 +93,9 @@ class PretrainTask:
         batch = (x.to(self.run.device).chunk(self.o.accumulate) for x in self.batches.batch(step))
         for tokens, targets, docs in zip(*batch, strict=True):
             with precision(self.run.dtype, self.run.device):
-                hidden = self.run.model.hidden(tokens, docs=None if self.batches.single else docs)
-                nats = cross_entropy_sum(self.run.model, hidden.flatten(0, 1), targets.flatten())
-            yield nats / (targets.numel() * self.o.accumulate), targets.numel()
+                loss = next_token_loss(self.run.model, tokens, targets,
+                                       None if self.batches.single else docs)
+            yield loss / self.o.accumulate, targets.numel()
 
     def measure(self, step: int) -> dict[str, float]:
         """Nats a token and bits a byte of validation text; free texts go into samples.jsonl."""
@@ -129,6 +133,7 @@ def new_model(o: PretrainOptions, vocab_size: int) -> Transformer:
     return model
 
 
+@memory_advice("lower --batch (and raise --accumulate as much) or --window, or add --recompute")
 def pretrain(o: PretrainOptions) -> Run | None:
     """Maximum likelihood on plain text: θ ← θ + α ∇ Σ log π(next token | tokens before it, of the
     same document)."""
@@ -163,10 +168,10 @@ class SFTOptions(MaximumLikelihoodOptions):
         "base": dict(max_len=512, lr=0.001, adam_lr=3e-5),
     }
 
-    epochs: float = option(1.0, "passes over the dialogues", low=0.01)
-    batch: int = option(32, "dialogues per step", low=1)
+    epochs: float = option(1.0, "passes over the dialogues", low=0.01, high=1e6)
+    batch: int = option(32, "dialogues per step", low=1, high=1_000_000)
     max_len: int = option(128, "longest dialogue in tokens; longer ones are dropped, never "
-                               "truncated", low=16)
+                               "truncated", low=16, high=1_000_000)
     lr: float = option(0.005, "learning rate of block matrices (muon) or of everything (adamw)",
                        low=0)
     adam_lr: float = option(0.002, "AdamW's learning rate for embeddings and norms", low=0)
@@ -222,6 +227,7 @@ class SFTTask:
         return {"val_loss": float(sum(nats for nats, _ in parts)) / sum(n for _, n in parts)}
 
 
+@memory_advice("lower --batch or --max_len, or add --recompute")
 def sft(o: SFTOptions) -> Run | None:
     """Maximum likelihood on replies alone: the same loss, only where the loss mask of the dialogue
     is True."""
@@ -242,6 +248,7 @@ def sft(o: SFTOptions) -> Run | None:
 
 # ---- stage 3: the reward model -------------------------------------------------------------------
 
+@memory_advice("lower --batch or --max_len, or add --recompute")
 def reward(o: RewardOptions) -> Run | None:
     """`train_reward`; of labels, also the model's table beside the n-gram baseline, on validation.
     """
@@ -252,13 +259,42 @@ def reward(o: RewardOptions) -> Run | None:
     return run
 
 
+# ---- stage 4: PPO, and the judge that it is never trained against --------------------------------
+
+def refuse_judge(path: str) -> None:
+    """UserError if the reward model at this path is the judge: it would judge its own pupil."""
+    if path and load_checkpoint(path, "cpu", RewardModel)[2].get("stage") == "judge":
+        raise UserError(f"{path}: this is the judge, which no policy is trained against: give "
+                        "--reward_from a reward model")
+
+
+@memory_advice("lower --micro_batch, --rollout_rows or --reply_len, or add --recompute")
+def ppo(o: PPOOptions) -> Run | None:
+    """`train_ppo`, unless its reward model is the judge."""
+    refuse_judge(o.reward_from)
+    return train_ppo(o)
+
+
+@dataclasses.dataclass
+class JudgeOptions(RewardOptions):
+    """`python train.py judge`"""
+
+
+@memory_advice("lower --batch or --max_len, or add --recompute")
+def judge(o: JudgeOptions) -> Run | None:
+    """A second judge of policies, which reads whole texts where the n-grams read pieces: the
+    pretrained trunk (not the policy's) learns the judge's half of the labels."""
+    return train_reward(o, stage="judge", parent="pretrain")
+
+
 # ---- all stages ----------------------------------------------------------------------------------
 
 STAGES: dict[str, tuple[type, Callable[[Any], Run | None]]] = {
     "pretrain": (PretrainOptions, pretrain),
     "sft": (SFTOptions, sft),
     "reward": (RewardOptions, reward),
-    "ppo": (PPOOptions, train_ppo),
+    "ppo": (PPOOptions, ppo),
+    "judge": (JudgeOptions, judge),
 }
 
 
@@ -269,14 +305,16 @@ def run_all(options: dict[str, Common]) -> None:
     init_from, reward_from = options["sft"].init_from, options["ppo"].reward_from
     brought = {"pretrain": init_from, "reward": reward_from}
     data = open_for(options["ppo"], options["ppo"].data)
-    require_inputs(data, [stage for stage in STAGES if not brought.get(stage)], reward_from)
-    for stage, (_, function) in STAGES.items():
+    stages = [stage for stage in STAGES if stage != "judge" or data.has("judge")]
+    require_inputs(data, [stage for stage in stages if not brought.get(stage)], reward_from)
+    for stage in stages:
         if brought.get(stage):
             print(f"{stage}: skipped, its model is {brought[stage]}")
             continue
-        o = options[stage]  # what comes after sft starts from this run's sft
-        function(o.replace(resume=not o.fresh, init_from=init_from if stage == "sft" else "",
-                           reward_from=reward_from if stage == "ppo" else ""))
+        o = options[stage]  # sft and the judge start from the pretrained model, the others from sft
+        STAGES[stage][1](o.replace(
+            resume=not o.fresh, init_from=init_from if stage in ("sft", "judge") else "",
+            reward_from=reward_from if stage == "ppo" else ""))
     o = options["ppo"]
     settings = evaluate.ReplySettings(o.reply_len, o.temperature)
     evaluate.write_report(data, run_folder(o, ""), seed=o.seed, settings=settings,
@@ -298,8 +336,7 @@ def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
         if feedback_of(records["test"][0]) == "labels" and not data.has_labels("reward"):
             raise UserError("reward: all labels set aside for test are the same, so that nothing can "
                             "be measured: bring more records, or a file reward_test.jsonl with both")
-    if reward_from:  # what the first stage starts from is soon looked at
-        load_checkpoint(reward_from, "cpu", RewardModel)
+    refuse_judge(reward_from)  # what the first stage starts from is soon looked at
 
 
 def main(argv: list[str]) -> int:

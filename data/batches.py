@@ -245,6 +245,15 @@ class PackedDocuments:
         return stream[:-1].view(B, W), stream[1:].view(B, W), number[:-1].view(B, W)
 
 
+def text_batches(data: Prepared, window: int, batch: int, total_tokens: int, seed: int,
+                 mixture: str = "") -> PackedDocuments:
+    """Batches of a data set's pretraining text for that many tokens, in the shares of its mixture;
+    `mixture` changes them (`Prepared.mixture`)."""
+    shares, early = data.mixture(mixture)
+    return PackedDocuments(data.documents("train"), window=window, batch=batch,
+                           total_tokens=total_tokens, seed=seed, shares=shares, early=early)
+
+
 def eval_windows(tokens: np.ndarray, starts: np.ndarray, window: int,
                  batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """One fixed pass over a split: each token but the first is a target once. Yields (inputs,

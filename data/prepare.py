@@ -24,7 +24,8 @@ from data.folders import clean, file_digest, list_folders, seal, sync, temporary
 from data.own import own_data_set
 from data.prepared import Prepared
 from data.sets import DATA_SETS
-from runtime.options import Options, UserError, advice, option, parse, run_main
+from runtime.options import Options, UserError, option, parse, run_main
+from runtime.terminal import advice, memory_advice
 
 VERSION = 4  # of the stored form; raise it to make folders prepared earlier unused
 CACHE = pathlib.Path(os.environ.get("MOSSLET_CACHE") or pathlib.Path(__file__).parent / "cache")
@@ -37,7 +38,7 @@ def find_data_set(data: str) -> DataSet:
     """The data set with this name, or the user's files at this path; UserError if neither is."""
     if data in DATA_SETS:
         return DATA_SETS[data]
-    if (path := pathlib.Path(data)).exists():
+    if data and (path := pathlib.Path(data)).exists():
         require_readable(path, folder=True)
         try:
             refuse_zip(path)
@@ -152,7 +153,8 @@ class PrepareOptions(Options):
     """`python -m data.prepare NAME`"""
 
     source: str = option("", "folder or archive with the raw files; empty: download them")
-    vocab_size: int = option(4096, "tokens of the vocabulary, six special ones included", low=262)
+    vocab_size: int = option(4096, "tokens of the vocabulary, six special ones included", low=262,
+                             high=1_000_000)
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
     skip_bad: bool = option(False, "leave out bad lines of your own files, and say how many")
     list: bool = option(False, "list the prepared folders, and whether each is whole")
@@ -161,6 +163,7 @@ class PrepareOptions(Options):
     traceback: bool = option(False, "show where in the code an error arose")
 
 
+@memory_advice("lower --limit, or prepare fewer texts")
 def main(argv: list[str]) -> None:
     name = argv[0] if argv and not argv[0].startswith("-") else ""
     o = parse(PrepareOptions, argv[bool(name):], "-m data.prepare NAME")

@@ -18,6 +18,8 @@ from data.records import prompt_text
 
 ONE_IN = 20  # keys: one of so many is for validation, one for test
 GAP = 64  # characters that may stand between a prompt and its reply, such as "\n\nAssistant: "
+MARK = re.compile(r"""[:>\])}|#*=\-"'] ?""")  # how these end
+LONG = 16  # characters of prompt and reply together that nobody writes by chance
 START = 12  # characters of a prompt by which it is looked up
 
 
@@ -105,39 +107,44 @@ class HeldOutReplies:
     """Finds texts in which a held-out prompt is followed by its reply, in whatever format."""
 
     def __init__(self, pairs: Iterable[tuple[str, str]]):
-        self.replies: dict[str, set[str]] = collections.defaultdict(set)  # by prompt
+        replies: dict[str, set[str]] = collections.defaultdict(set)  # by prompt
         self.lengths: dict[str, set[int]] = collections.defaultdict(set)  # of prompts, by their start
         for prompt, reply in pairs:
             prompt, reply = normalised(prompt), normalised(reply)
             if prompt and reply:
-                self.replies[prompt].add(reply)
+                replies[prompt].add(reply)
                 self.lengths[prompt[:START]].add(len(prompt))
+        self.replies = {prompt: tuple(of_prompt) for prompt, of_prompt in replies.items()}
         self.starts = sorted({len(start) for start in self.lengths})
 
     def are_in(self, text: str) -> bool:
         """Whether the text holds one of the prompts with one of its replies."""
-        if not self.replies:
-            return False
-        text = normalised(text)
+        text = normalised(text) if self.replies else ""
         for match in re.finditer(r"(?<![a-z0-9])\S", text):  # prompts do not begin inside a word
             begin = match.start()
             for length in self.starts:
                 for n in self.lengths.get(text[begin:begin + length], ()):
-                    replies = self.replies.get(text[begin:begin + n], ())
-                    if any(follows(text, begin + n, reply) for reply in replies):
+                    replies = self.replies.get(text[begin:begin + n])
+                    if replies and follows(text, begin, begin + n, replies):
                         return True
         return False
 
 
-def follows(text: str, end: int, reply: str) -> bool:
-    """Whether the reply stands behind a prompt that ends at `end`: at once, or as words of its own
-    after a few characters."""
-    at = text.find(reply, end, end + GAP + len(reply))
-    while at >= 0:
-        if (is_border(text, at + len(reply))
-                and (at == end or is_border(text, end) and is_border(text, at))):
-            return True
-        at = text.find(reply, at + 1, end + GAP + len(reply))
+def follows(text: str, begin: int, end: int, replies: tuple[str, ...]) -> bool:
+    """Whether a reply stands behind the prompt text[begin:end]: at once, or after a mark such as
+    `assistant: `. If the two are short they must be no part of a longer phrase."""
+    places = [end + text.startswith(" ", end)]
+    if is_border(text, end):
+        places += [mark.end() for mark in MARK.finditer(text, end, end + GAP)]
+    for at in places:
+        if not text.startswith(replies, at):  # fast, and nearly always so
+            continue
+        for reply in replies:
+            last = at + len(reply)
+            apart = not (text[max(0, begin - 1):begin].isalnum() or text[last:last + 1].isalnum())
+            if (text.startswith(reply, at) and is_border(text, last)
+                    and (end - begin + len(reply) >= LONG or apart)):
+                return True
     return False
 
 

@@ -74,6 +74,11 @@ class Tokenizer:
         """The text of these ids; bytes that are no complete character become �."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
+    def reply_text(self, ids: Iterable[int]) -> str:
+        """The text of a reply. Control tokens, the end among them, are no text: whoever reads
+        texts (a judge, a reward in Python, a person) sees none of them, whoever reads ids all."""
+        return self.decode(i for i in ids if i < len(self.ranks))
+
     def render_chat(self, messages: list[dict[str, str]],
                     reply: bool = False) -> tuple[list[int], list[bool]]:
         """(ids, loss mask) of a dialogue in MOSS's format:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STAGES = {"pretrain": 1, "sft": 2, "reward": 3, "ppo": 4}
+STAGES = {"pretrain": 1, "sft": 2, "reward": 3, "ppo": 4, "judge": 5}
 
 PURPOSES = {
     "order": 1,  # order of the records in an epoch

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from runtime.device import compile_trunks
 from runtime.draws import torch_seed
 from runtime.optim import learning_rate, make_optimizers, restore, set_learning_rate
-from runtime.options import UserError
-from runtime.run import Run
+from runtime.options import MaximumLikelihoodOptions
+from runtime.run import NotFinite, Run
 
 
 class Task(Protocol):
@@ -73,6 +73,9 @@ def fit(run: Run, task: Task) -> dict[str, float]:
                 run.log(done, **metrics, **(measured if measuring else {}))
                 tokens, since = 0, time.perf_counter()
             bar.update(loss=loss, **{k: v for k, v in measured.items() if k.startswith("val_")})
+            if measuring and not math.isfinite(measured.get("val_loss", 0)):
+                raise NotFinite(f"the validation loss is {measured['val_loss']} after step {done}: "
+                                f"{advice(o)}")
             if last or done % o.save_every == 0:
                 save(done)
             run.stop_if_asked(done, save)
@@ -82,7 +85,7 @@ def fit(run: Run, task: Task) -> dict[str, float]:
 
 def gradient_step(run: Run, optimizers: list[torch.optim.Optimizer], task: Task,
                   step: int) -> tuple[float, float, int]:
-    """One optimizer step: (loss, gradient norm before clipping, tokens). UserError, before the
+    """One optimizer step: (loss, gradient norm before clipping, tokens). NotFinite, before the
     weights change, if a number is not finite."""
     o, total, tokens = run.o, 0.0, 0
     run.model.train()
@@ -92,12 +95,14 @@ def gradient_step(run: Run, optimizers: list[torch.optim.Optimizer], task: Task,
         tokens += n
     norm = float(nn.utils.clip_grad_norm_(run.model.parameters(), o.clip or math.inf))
     if not math.isfinite(total + norm):
-        saved = step >= o.save_every or run.state
-        raise UserError(f"{run.stage}: the loss is {total}, its gradient's norm {norm} at step "
-                        f"{step + 1}; "
-                        f"{'the last good checkpoint is kept' if saved else 'nothing was saved yet'}: "
-                        f"lower --lr ({o.lr:g}) or --adam_lr, or look for damaged records")
+        raise NotFinite(f"the loss is {total}, its gradient's norm {norm} at step {step + 1}: "
+                        f"{advice(o)}")
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return total, norm, tokens
+
+
+def advice(o: MaximumLikelihoodOptions) -> str:
+    """What to do against numbers that are not finite."""
+    return f"lower --lr ({o.lr:g}) or --adam_lr, or look for damaged records"

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from runtime.options import UserError, advice
+from runtime.terminal import UserError, advice
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:

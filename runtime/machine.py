@@ -1,74 +1,80 @@
-"""Atomic files, signals, memory, and the names of code and processor for a run's record."""
+"""Signals, memory, and the names of code and processor for a run's record."""
 import contextlib
 import ctypes
 import os
 import pathlib
 import platform
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from runtime.options import UserError
+from runtime.options import BOOLS, Common, UserError
+from runtime.terminal import silence
 
 
-def replace_text(path: pathlib.Path, text: str) -> None:
-    """Write a file atomically: under a temporary name, then renamed."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def save_whole(path: pathlib.Path, payload: Any) -> None:
-    """torch.save, atomically; UserError if the file cannot be written.
-
-    The payload is written under a temporary name, synced to the disk and then renamed, so that a
-    kill or a full disk at any moment leaves the previous file as it was.
-    """
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):  # it may not exist, nor its folder
-            temporary.unlink()
-        previous = " (the previous one is kept)" if path.exists() else ""
-        raise UserError(f"{path}: cannot be written: {error}{previous}; check the path, the rights "
-                        "and the free space, or choose another --out") from error
-
-
-class Interrupted(Exception):
-    """Raised after an interrupted run was saved; its argument is the signal's number."""
+class Interrupted(KeyboardInterrupt):
+    """A signal stops the command; its argument is the signal's number. No Exception, so that nobody
+    takes it for a fault of a file or a compiler."""
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM ask for a stop after the present step; a second Ctrl-C stops at once.
+    """Ctrl-C, SIGTERM and SIGHUP: while steps are under way they ask for a stop after the present
+    one, otherwise they stop at once. A second Ctrl-C always stops at once.
 
-    number: the signal that asked for it; 0 if none has.
+    number: the signal that asked for it, 0 if none has. stepping: whether steps are under way.
     """
 
-    number = 0
+    number, stepping = 0, False
 
     @classmethod
     def install(cls) -> None:
-        """Handle both signals from now on."""
-        def handle(number: int, _) -> None:
-            if cls.number and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            cls.number = number
-            print("\nfinishing this step, then saving …", file=sys.stderr)
+        """Handle these signals from now on."""
+        hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
+        terminals = [x for x in (sys.stdout, sys.stderr) if x is not None and x.isatty()]
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handle)
+        def handle(number: int, _) -> None:
+            if number == hang_up:
+                silence(*terminals)  # they are gone
+            at_once = not cls.stepping or cls.number and number == signal.SIGINT
+            cls.number = number
+            with contextlib.suppress(OSError, RuntimeError):  # a print may be under way
+                print("\nstopped at once; what was saved before is kept" if at_once
+                      else "\nfinishing this step, then saving …", file=sys.stderr)
+            if at_once:
+                raise Interrupted(number)
+
+        signal.signal(signal.SIGINT, handle)
+        signal.signal(signal.SIGTERM, handle)
+        if hang_up and signal.getsignal(hang_up) is not signal.SIG_IGN:  # nohup ignores it
+            signal.signal(hang_up, handle)
+
+
+def resume_command(o: Common) -> str:
+    """The command that resumes what this process began, as it was typed and quoted for the shell.
+    `train.py all` resumes without a flag."""
+    given, words = list(sys.argv[1:]), []
+    typed = sys.orig_argv[:len(sys.orig_argv) - len(given)]  # with the interpreter
+    if not typed or pathlib.Path(typed[-1]).stem != pathlib.Path(sys.argv[0]).stem:
+        typed = ["python", "train.py"]  # main was called by other code
+    resumes_anyway = o.resume
+    while given:
+        word = given.pop(0)
+        if word.partition("=")[0] not in ("--resume", "--fresh"):
+            words.append(word)
+            continue
+        resumes_anyway = False
+        if "=" not in word and given and given[0].lower() in BOOLS:
+            given.pop(0)
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join([*typed, *words, *["--resume"] * (not resumes_anyway)])
 
 
 def keep_freed_memory() -> None:
@@ -105,6 +111,26 @@ def processor() -> str:
                     if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def this_machine() -> dict[str, Any]:
+    """What the last digits of a result may depend on."""
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
+                "numpy": np.__version__}
+    return {"commit": git_commit(), "processor": processor(), "threads": torch.get_num_threads(),
+            "versions": versions}
+
+
+def require_finite(x: Tensor, what: str, or_else: str = "") -> Tensor:
+    """x itself; UserError if a number in it is NaN or infinite. It waits for a GPU once.
+
+    what: names x. or_else: a further cause, with its remedy.
+    """
+    if not bool(x.isfinite().all()):
+        raise UserError(f"{what} are not finite numbers (NaN or infinite): the weights are damaged "
+                        "or training diverged (take another checkpoint, or train again at a lower "
+                        f"learning rate){or_else}")
+    return x
 
 
 # Numbers that `row_chunks` lets a function hold at once: in float32 ¼ GiB, on CUDA 1 GiB.

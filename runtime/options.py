@@ -3,25 +3,18 @@
 Each chapter keeps its options as a dataclass beside its code. A field is written with
 `option(default, help, …)`, which also holds the range and the source of the number; what --preset
 smoke and base change stands in the class's PRESETS. `parse` fills the dataclass: default < preset <
-flag. Unknown and ineffective options are errors. This module has no project imports.
+flag. Unknown and ineffective options are errors.
 """
 import dataclasses
 import difflib
-import errno
 import inspect
 import itertools
 import math
-import sys
-import traceback
-from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
+from runtime.terminal import UserError, run_main as run_main  # run_main: for all who parse
+
 T = TypeVar("T")
-
-
-class UserError(Exception):
-    """Something that the user can mend: one line that says what is wrong, where, and how to mend
-    it."""
 
 
 # ---- declaring -----------------------------------------------------------------------------------
@@ -89,12 +82,26 @@ class Options:
 # Not argparse: it would need a private attribute to read -1e-4 as a value, cannot take one or two
 # words, and was no shorter with the same messages.
 
+# What any number is: counts fit every array index and clock, and float32 holds all that is computed
+# with. An option's own low and high are narrower.
+BOUNDS = {"int": (-10**15, 10**15), "float": (-3e38, 3e38)}
+
 BOOLS = {"true": True, "1": True, "yes": True, "on": True,
          "false": False, "0": False, "no": False, "off": False}
 
 
 def _type(field: dataclasses.Field) -> str:
     return field.type if isinstance(field.type, str) else field.type.__name__
+
+
+def bounds(field: dataclasses.Field) -> tuple[float, float] | None:
+    """(lowest, highest) value of a number's option, both allowed; None if it is no number."""
+    low, high = BOUNDS.get(_type(field), (None, None))
+    if low is None:
+        return None
+    m = field.metadata
+    return (low if m.get("low") is None else m["low"],
+            high if m.get("high") is None else m["high"])
 
 
 def _convert(field: dataclasses.Field, text: str | None, flag: str) -> Any:
@@ -105,21 +112,35 @@ def _convert(field: dataclasses.Field, text: str | None, flag: str) -> Any:
         raise UserError(f"{flag}: a value is missing; write {flag}={example}, for example")
     try:
         if kind == "bool":
-            value = BOOLS[(text or "true").lower()]
+            value = BOOLS["true" if text is None else text.lower()]
         else:
             value = {"int": int, "float": float, "str": str}[kind](text)
     except (KeyError, ValueError):
         wanted = {"bool": "true or false", "int": "a whole number", "float": "a number"}[kind]
-        raise UserError(f"{flag}: {text!r} is not {wanted}") from None
+        raise UserError(f"{flag}: {text[:60]!r} is not {wanted}") from None
+    if kind == "str":
+        _check_text(field, text, flag)
     if kind == "float" and not math.isfinite(value):
-        raise UserError(f"{flag}: {text!r} is not a finite number")
+        raise UserError(f"{flag}: {text[:60]!r} is not a finite number")
     if m.get("choices") and value not in m["choices"]:
-        raise UserError(f"{flag}: {text!r} is not one of {', '.join(map(str, m['choices']))}")
-    low, high = m.get("low"), m.get("high")
-    if (low is not None and value < low) or (high is not None and value > high):
-        wanted = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
-        raise UserError(f"{flag}: {text} is out of range: {' and '.join(wanted)}")
+        raise UserError(f"{flag}: {text[:60]!r} is not one of {', '.join(map(str, m['choices']))}")
+    if (ends := bounds(field)) and not ends[0] <= value <= ends[1]:
+        limits = [f"{word} {end:g}" if kind == "float" else f"{word} {end}"
+                  for word, end, widest in zip(("at least", "at most"), ends, BOUNDS[kind],
+                                               strict=True) if end != widest or end * value > 0]
+        raise UserError(f"{flag}: {text[:60]} is out of range: {' and '.join(limits)}")
     return value
+
+
+def _check_text(field: dataclasses.Field, text: str, flag: str) -> None:
+    """UserError for a text that is no Unicode, or empty where the default says that it must not
+    be."""
+    if not text.strip() and field.default and not field.metadata.get("choices"):
+        raise UserError(f"{flag}: must not be empty; leave it out for {field.default!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{flag}: {text!a} is not valid UTF-8: give a name or text that is") from None
 
 
 def _fields(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:
@@ -247,40 +268,6 @@ def show(options: Any, title: str) -> None:
     print(f"{title}: {'  '.join(words) or 'the defaults'}", flush=True)
 
 
-def advice(error: OSError) -> str:
-    """What to do about an error of the system: a sentence's end."""
-    return {errno.ENOSPC: "free some space on that drive, or choose another",
-            errno.EDQUOT: "your share of that drive is used up: free some space, or choose another",
-            errno.EACCES: "check the rights", errno.EPERM: "check the rights",
-            errno.EROFS: "that drive is read-only: choose another",
-            errno.EIO: "the drive fails: check it and its cable, and take the file from a copy",
-            errno.EISDIR: "that is a folder: give a file"
-            }.get(error.errno, "check the path, the rights and the free space")
-
-
-def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    """Run a command line: a UserError becomes one line and exit code 2; --traceback shows where it
-    arose."""
-    try:
-        return main(list(argv)) or 0
-    except UserError as error:
-        if "--traceback" in argv:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever read our output (head, less) has seen enough
-        sys.stdout = None
-        return 141
-    except OSError as error:  # a full disk, a missing right: the system says what and where
-        if "--traceback" in argv:
-            traceback.print_exc()
-        print(f"error: {error}; {advice(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-
-
 # ---- what all stages understand, and those of maximum likelihood ---------------------------------
 
 @dataclasses.dataclass
@@ -298,7 +285,7 @@ class Common(Options):
     source: str = option("", "folder or archive with the data set's raw files; empty: download "
                              "them")
     vocab_size: int = option(4096, "tokens of the vocabulary that is trained on the data, six "
-                                   "special ones included", low=262)
+                                   "special ones included", low=262, high=1_000_000)
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
     skip_bad: bool = option(False, "leave out bad lines of your own files, and say how many")
     # The run.
@@ -343,8 +330,8 @@ class MaximumLikelihoodOptions(Common):
     optimizer: str = option("muon", "muon: block matrices by Muon, everything else by AdamW; "
                                     "adamw: everything by AdamW",
                             choices=("muon", "adamw"), source="Jordan 2024; Loshchilov 2019")
-    muon_steps: int = option(3, "Newton-Schulz iterations of Muon",
-                             source="measured: 3 learn as well as 5 here", low=1)
+    newton_schulz_iterations: int = option(3, "iterations that make Muon's step orthogonal",
+                                           source="measured: 3 learn as well as 5 here", low=1, high=100)
     weight_decay: float = option(0.0, "decoupled weight decay of block matrices",
                                  source="Loshchilov 2019", low=0)
     clip: float = option(1.0, "clip gradients to this norm; 0 disables", low=0)
@@ -362,5 +349,5 @@ class MaximumLikelihoodOptions(Common):
     def check(self) -> None:
         super().check()
         if self.optimizer == "adamw":
-            self.refuse("adam_lr", "muon_steps", why="with --optimizer adamw, which trains "
-                                                     "everything at --lr")
+            self.refuse("adam_lr", "newton_schulz_iterations",
+                        why="with --optimizer adamw, which trains everything at --lr")

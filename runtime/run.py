@@ -1,32 +1,34 @@
 """A stage's run: its folder, what it computes with, its log, and the checkpoint that it resumes
 from.
 
-`OUT/<data>/<stage>/` holds checkpoint.pt, config.json (options, versions, machine, seconds),
-metrics.jsonl (one JSON object a logged step) and samples.jsonl (texts to read). Four classes, from
-small to large: `Compute`, `RunFolder`, `Progress`, and `Run`, which a stage opens with
-`model.open_run`, logs into and saves with. Nothing here knows which stages there are.
+`OUT/<data>/<stage>/` holds checkpoint.pt and checkpoint.previous.pt, config.json (options,
+versions, machine, seconds), metrics.jsonl (one JSON object a logged step) and samples.jsonl (texts
+to read). Three classes, from small to large: `Compute`, `RunFolder`, and `Run`, which a stage opens
+with `model.open_run`, logs into and saves with. Nothing here knows which stages there are.
 """
+import contextlib
 import json
+import math
 import os
 import pathlib
-import platform
 import re
-import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from runtime.device import compile_pays, pick_device, pick_dtype
-from runtime.lines import parse_line, read_lines
-from runtime.machine import Interrupt, Interrupted, git_commit, processor, replace_text
+from runtime.lines import parse_line
+from runtime.machine import Interrupt, Interrupted, resume_command, this_machine
 from runtime.options import Common, UserError, as_dict, show
 from runtime.products import pick_products, use_products
+from runtime.progress import Progress
+from runtime.storage import (Damaged, is_whole, keep, load_whole, open_plain, previous_of,
+                             replace_text)
 
 try:
     import fcntl
@@ -99,25 +101,34 @@ def run_folder(o: Common, stage: str) -> pathlib.Path:
     return pathlib.Path(o.out) / data_name(o.data) / stage
 
 
+class NotFinite(UserError):
+    """Training met numbers that are not finite. `Run.progress` adds which checkpoint is kept."""
+
+
 def read_config(folder: str | os.PathLike) -> dict | None:
-    """config.json of a run's folder, or None if there is none; UserError if it is damaged."""
+    """config.json of a run's folder; None if it is missing or damaged: the checkpoint then tells the
+    same."""
     path = pathlib.Path(folder) / "config.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        if record is None or {"finished", "options", "parents"} <= set(record):
-            return record
-        raise ValueError
-    except (ValueError, TypeError):
-        raise UserError(f"{path}: damaged; train this stage anew with --fresh, or choose another "
-                        "--out") from None
+        with open_plain(path, "r") as file:
+            record = json.load(file)
+        return record if {"finished", "options", "parents"} <= set(record) else None
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
 
 
-def resume_command(o: Common) -> str:
-    """The command that resumes what this process began. `train.py all` resumes without a flag."""
-    words = [word for word in sys.argv[1:] if not word.startswith(("--resume", "--fresh"))]
-    resumes_anyway = o.resume and len(words) == len(sys.argv[1:])
-    return " ".join(["python train.py", *map(shlex.quote,
-                                             words)]) + " --resume" * (not resumes_anyway)
+def stored_state(checkpoint: pathlib.Path) -> dict[str, Any]:
+    """The state in a checkpoint, or in the one before it if it is damaged."""
+    try:
+        return load_whole(checkpoint)["state"]
+    except Damaged:
+        return load_whole(previous_of(checkpoint))["state"]
+
+
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with null for floats that are not finite: JSON has no such numbers."""
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x
+            for name, x in record.items()}
 
 
 class RunFolder:
@@ -135,18 +146,42 @@ class RunFolder:
                         if name not in o.not_compared()}
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = self._lock()
-        begun = (self.path / "checkpoint.pt").exists()  # else nothing could be lost or resumed
-        record = read_config(self.path) if begun and not o.fresh else None
-        if record is not None:
-            self._require_same(record)
-        self.resumes = record is not None
-        self.finished = record is not None and record["finished"]
+        self.checkpoint = self.path / "checkpoint.pt"
+        self.older = previous_of(self.checkpoint)
+        begun = self.checkpoint.exists() or self.older.exists()  # else nothing could be lost
+        self.record = (read_config(self.path) or self._rebuilt()) if begun and not o.fresh else None
+        if self.record is not None:
+            self._require_same(self.record)
+        self.resumes = self.record is not None
+        # A finished run whose checkpoint is damaged repeats its last steps from the one before.
+        self.finished = self.resumes and self.record["finished"] and is_whole(self.checkpoint)
+
+    def _rebuilt(self) -> dict[str, Any]:
+        """config.json, written anew from the checkpoint; UserError if that does not tell what ran.
+        """
+        try:
+            state = stored_state(self.checkpoint)
+            record = {name: state[name] for name in ("stage", "options", "parents")}
+        except (UserError, TypeError, KeyError) as error:
+            raise UserError(f"{self.path}: config.json is missing or damaged, and the checkpoint does "
+                            f"not tell what ran ({error}): restore one of them, start anew with "
+                            "--fresh, or choose another --out") from None
+        more = {name: state[name] for name in ("dtype", "products", "compile", "seconds")
+                if name in state}
+        record |= {"finished": state.get("finished", False), **more}
+        self.write_config(record)
+        print(f"{self.path / 'config.json'}: was missing or damaged, rebuilt from the checkpoint",
+              file=sys.stderr)
+        return record
+
+    def write_config(self, record: dict[str, Any]) -> None:
+        replace_text(self.path / "config.json", json.dumps(record, indent=1, ensure_ascii=False))
 
     def _lock(self) -> Any:
         """Keep a second process out; the system releases the lock when this one ends."""
         if fcntl is None:
             return None
-        file = open(self.path / ".lock", "w")
+        file = open_plain(self.path / ".lock", "a")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -174,12 +209,19 @@ class RunFolder:
                             f"{' …' if differing[4:] else ''}): start anew with --fresh, or choose "
                             "another --out")
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, recovered: bool = False) -> None:
         """Make the folder this run's, from `step` on. Not before training begins: had anything been
-        wrong until then, an earlier run would still be there."""
+        wrong until then, an earlier run would still be there.
+
+        recovered: it goes on from the older checkpoint, which takes the damaged one's place, so that
+        the next save does not keep the damaged one instead.
+        """
         if self.o.fresh:
-            for name in ("config.json", "checkpoint.pt", "metrics.jsonl", "samples.jsonl"):
-                (self.path / name).unlink(missing_ok=True)  # config.json first: it says "finished"
+            for name in (self.older.name, "config.json", self.checkpoint.name, "metrics.jsonl",
+                         "samples.jsonl"):
+                (self.path / name).unlink(missing_ok=True)
+        if recovered:
+            keep(self.older, self.checkpoint)
         for name in ("metrics.jsonl", "samples.jsonl"):
             self._drop_lines_after(self.path / name, step)
 
@@ -188,52 +230,29 @@ class RunFolder:
         short or damaged: no log is worth a run."""
         def stays(line: bytes) -> bool:
             try:
-                return line.endswith(b"\n") and parse_line(line)["step"] <= step
-            except (ValueError, KeyError, TypeError):
+                return parse_line(line)["step"] <= step
+            except (ValueError, TypeError, KeyError):
                 return False
 
-        lines = [line for _, line in read_lines(path) if stays(line)] if path.exists() else []
-        replace_text(path, b"".join(lines).decode())
+        lines = []
+        if os.path.lexists(path):
+            with open_plain(path, "rb") as file:
+                lines = file.read().split(b"\n")[:-1]  # what follows the last line end is half a line
+        replace_text(path, "".join(line.decode() + "\n" for line in lines if stays(line)))
 
     def append(self, name: str, records: list[dict]) -> None:
         """Add JSON Lines to metrics.jsonl or samples.jsonl."""
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with open_plain(self.path / name, "a") as file:
+            file.writelines(json.dumps(finite(record), ensure_ascii=False) + "\n"
+                            for record in records)
 
-
-# ---- progress ------------------------------------------------------------------------------------
-
-class Progress:
-    """A bar with rate and remaining time on a terminal; elsewhere a line of the same every 30 s."""
-
-    SECONDS = 30.0
-
-    def __init__(self, name: str, start: int, total: int):
-        self.name, self.first, self.step, self.total = name, start, start, total
-        self.began = self.printed = time.perf_counter()
-        self.bar = tqdm(total=total, initial=start, desc=name, unit="step", dynamic_ncols=True,
-                        mininterval=0.5, disable=None, smoothing=0.05)
-
-    def update(self, **figures: float) -> None:
-        """One step is done; figures: what to show of it."""
-        self.step += 1
-        self.bar.set_postfix({name: f"{value:.3g}" for name, value in figures.items()},
-                             refresh=False)
-        self.bar.update()
-        now = time.perf_counter()
-        if self.bar.disable and now - self.printed >= self.SECONDS:
-            self.printed = now
-            rate = (self.step - self.first) / (now - self.began)
-            left = tqdm.format_interval((self.total - self.step) / rate)
-            shown = "".join(f", {name} {value:.3g}" for name, value in figures.items())
-            print(f"{self.name}: step {self.step} of {self.total}, {rate:.2f} steps/s, {left} "
-                  f"left{shown}", flush=True)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.bar.close()
+    def give_up_newest(self) -> int | None:
+        """The checkpoint's own weights led to numbers that are not finite: put the one before it in
+        its place. Returns that one's step; None if there is none."""
+        if not is_whole(self.older):
+            return None
+        os.replace(self.older, self.checkpoint)
+        return stored_state(self.checkpoint)["step"]
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -247,10 +266,13 @@ class Run:
         """write(path, model, tokenizer, **state) saves a checkpoint."""
         self.folder, self.o, self.stage = folder, folder.o, folder.stage
         self.tokenizer, self.template, self.state, self.write = tokenizer, template, state, write
-        self.step = state.get("step", 0)
+        self.step, self.saved_step, self.total = state.get("step", 0), state.get("step"), None
+        self.machine, self.warned = this_machine(), set()
         self.started = time.perf_counter() - state.get("seconds", 0.0)
         if not state:
             show(self.o, f"{self.stage}: options")
+        elif folder.record is not None:
+            self._say_what_changed(folder.record)
         self.compute = Compute(self.o, self.stage, model.config.d_model, state)
         self.device, self.dtype = self.compute.device, self.compute.dtype
         self.model = model.to(self.device)
@@ -260,16 +282,54 @@ class Run:
         """Seconds of work since the run began, those before a resume included."""
         return time.perf_counter() - self.started
 
-    def progress(self, total: int) -> Progress:
-        """Training begins: the folder becomes this run's."""
-        self.folder.begin(self.step if self.state else -1)
+    def _say_what_changed(self, before: dict[str, Any]) -> None:
+        """A line if the process before ran elsewhere. before: its config.json."""
+        def flat(record: dict[str, Any]) -> dict[str, Any]:
+            return {**{name: record.get(name) for name in self.machine if name != "versions"},
+                    **record.get("versions", {})}
+
+        old, new = flat(before), flat(self.machine)
+        changed = [f"{name} {new[name]} (before: {old[name]})" for name in new
+                   if old.get(name) is not None and old[name] != new[name]]
+        if changed:
+            print(f"{self.stage}: resumed with {', '.join(changed)}: the last digits may differ from "
+                  "those of an uninterrupted run", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def progress(self, total: int) -> Iterator[Progress]:
+        """Training begins: the folder becomes this run's. `NotFinite` becomes a UserError that says
+        which checkpoint is kept. A signal now waits for the step."""
+        Interrupt.stepping = True
+        self.folder.begin(self.step if self.state else -1, self.state.get("recovered", False))
+        self.total = total
         self.write_config(finished=False)
-        return Progress(self.stage, self.step, total)
+        with Progress(self.stage, self.step, total) as bar:
+            try:
+                yield bar
+            except NotFinite as error:
+                raise UserError(f"{self.stage}: {error}; {self._kept(bar.step)}") from error
+
+    def _kept(self, step: int) -> str:
+        """Which checkpoint is good when the weights after `step` steps gave numbers that are not
+        finite."""
+        if self.saved_step is None:
+            return "nothing was saved yet"
+        if self.saved_step == step:  # those weights are the checkpoint's
+            self.saved_step = self.folder.give_up_newest()
+            if self.saved_step is None:
+                return f"the only checkpoint, of step {step}, is what gave them"
+        return f"the last good checkpoint is kept, of step {self.saved_step}"
 
     def log(self, step: int, **metrics: Any) -> None:
-        """One line of metrics.jsonl after `step` finished steps; NaN is left out."""
+        """One line of metrics.jsonl after `step` finished steps; a number that is not finite is
+        written as null and said, once for each name."""
+        for name, x in metrics.items():
+            if isinstance(x, float) and not math.isfinite(x) and name not in self.warned:
+                self.warned.add(name)
+                tqdm.write(f"{self.stage}: warning: {name} is {x} at step {step}; metrics.jsonl says "
+                           "null", file=sys.stderr)
         numbers = {name: float(f"{x:.6g}") if isinstance(x, float) else x
-                   for name, x in metrics.items() if x == x}
+                   for name, x in metrics.items()}
         self.folder.append("metrics.jsonl", [{"step": step, **numbers}])
 
     def samples(self, step: int, records: list[dict]) -> None:
@@ -278,10 +338,12 @@ class Run:
 
     def save(self, step: int, **state: Any) -> None:
         """Write the checkpoint after `step` finished steps; state: what the stage needs to
-        continue."""
+        continue. `NotFinite`, and nothing is written, if a number is not finite."""
         self.write(self.folder.path, self.model, self.tokenizer, stage=self.stage, step=step,
-                   **self.compute.settings(), seconds=self.seconds(), options=self.folder.options,
-                   parents=self.folder.parents, template=self.template, **state)
+                   finished=step == self.total, **self.compute.settings(), seconds=self.seconds(),
+                   options=self.folder.options, parents=self.folder.parents,
+                   template=self.template, **state)
+        self.saved_step = step
 
     def stop_if_asked(self, step: int, save: Callable[[int], None]) -> None:
         """After Ctrl-C or SIGTERM: save, print the command that resumes, raise Interrupted."""
@@ -298,12 +360,13 @@ class Run:
         print(f"{self.stage}: done in {self.seconds():.0f} s; {text}", flush=True)
 
     def write_config(self, finished: bool) -> None:
-        """config.json: what ran, where, and for how long."""
-        versions = {"python": platform.python_version(), "torch": torch.__version__,
-                    "numpy": np.__version__}
-        record = {"stage": self.stage, "finished": finished, "options": self.folder.options,
-                  "parents": self.folder.parents, **self.compute.settings(), "commit": git_commit(),
-                  "processor": processor(), "threads": torch.get_num_threads(),
-                  "seconds": round(self.seconds(), 1), "versions": versions}
-        replace_text(self.folder.path / "config.json", json.dumps(record, indent=1,
-                                                                  ensure_ascii=False))
+        """config.json: what ran, where, and for how long; `processes` has a line for every process
+        that worked on the run."""
+        before = self.folder.record or {}
+        earlier = before.get("processes") or [
+            {"step": 0, **{name: before[name] for name in self.machine if name in before}}] * ("threads" in before)
+        self.folder.write_config({
+            "stage": self.stage, "finished": finished, "options": self.folder.options,
+            "parents": self.folder.parents, **self.compute.settings(), **self.machine,
+            "seconds": round(self.seconds(), 1),
+            "processes": [*earlier, {"step": self.step, **self.machine}]})

@@ -1,6 +1,8 @@
-"""Agreement of scores with labels, comparison of systems, intervals by bootstrap, running means."""
+"""Agreement of scores with labels, comparison of systems, intervals by bootstrap, what replies look
+like, running means."""
+import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,7 +61,9 @@ def share_above(a: Sequence[float], b: Sequence[float]) -> float:
 def correlation(a: Sequence[float], b: Sequence[float]) -> float:
     """Pearson's; 0 where all of a, or all of b, are equal: then neither tells of the other."""
     a, b = _as_arrays(a, b)
-    return 0.0 if min(np.ptp(a), np.ptp(b)) == 0 else float(np.corrcoef(a, b)[0, 1])
+    if min(np.ptp(a), np.ptp(b)) == 0:
+        return 0.0
+    return float(np.corrcoef(a / np.ptp(a), b / np.ptp(b))[0, 1])
 
 
 def calibration_error(probs: Sequence[float], labels: Sequence[int], bins: int = 10) -> float:
@@ -83,7 +87,7 @@ def positive_share(probs: Sequence[float]) -> float:
 # ---- intervals -----------------------------------------------------------------------------------
 
 def bootstrap(measure: Callable[..., float], *arrays: Sequence, n: int = 1000, seed: int = 0,
-              basic: bool = False) -> tuple[float, float, float]:
+              basic: bool = False, runs: bool = False) -> tuple[float, float, float]:
     """(value, low, high): the measure on all texts, and its 95 % interval over n resamples.
 
     All arrays are resampled together, so a difference between two systems on the same texts is
@@ -91,13 +95,17 @@ def bootstrap(measure: Callable[..., float], *arrays: Sequence, n: int = 1000, s
     none is left, low and high are NaN.
     basic: reflect the interval about the value. This suits measures with a bias under resampling,
     such as a calibration error, which resampling raises and which is never below 0.
+    runs: the first array is (texts, runs), and each resample draws as many of the runs, too.
     """
     arrays = _as_arrays(*arrays)
     rng, resampled = np.random.default_rng(seed), []
     for _ in range(n):
         index = rng.integers(len(arrays[0]), size=len(arrays[0]))
+        drawn = [a[index] for a in arrays]
+        if runs and (n_runs := arrays[0].shape[1]) > 1:
+            drawn[0] = drawn[0][:, rng.integers(n_runs, size=n_runs)]
         try:
-            resampled.append(measure(*(a[index] for a in arrays)))
+            resampled.append(measure(*drawn))
         except UserError:
             continue
     low, high = np.quantile(resampled, [0.025, 0.975]) if resampled else (math.nan, math.nan)
@@ -115,18 +123,105 @@ def interval(measure: Callable[..., float], *arrays: Sequence, **settings: Any) 
 def paired_auc_difference(scores: Sequence[Sequence[float]], baseline: Sequence[float],
                           labels: Sequence[int], **settings: Any) -> tuple[float, float, float]:
     """(value, low, high): mean AUC of several systems (seeds) minus the baseline's AUC, all on the
-    same texts. settings: those of `bootstrap`."""
-    def difference(columns: np.ndarray, labels: np.ndarray) -> float:
-        *systems, base = columns.T
-        return float(np.mean([auc(s, labels) for s in systems])) - auc(base, labels)
+    same texts. The interval is over seeds and texts. settings: those of `bootstrap`."""
+    def difference(columns: np.ndarray, base: np.ndarray, labels: np.ndarray) -> float:
+        return float(np.mean([auc(s, labels) for s in columns.T])) - auc(base, labels)
 
-    return bootstrap(difference, np.stack([*scores, baseline], 1), labels, **settings)
+    return bootstrap(difference, np.stack(scores, 1), baseline, labels, runs=True, **settings)
 
 
-def win_rate(a: Sequence[float], b: Sequence[float], **settings: Any) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float], per_prompt: int = 1,
+                  **settings: Any) -> tuple[float, float, float]:
+    """(value, low, high): the mean of values (n · per_prompt,), those of one prompt side by side.
+
+    Prompts are resampled, not replies: several replies to one prompt are alike. settings: those of
+    `bootstrap`.
+    """
+    means = np.asarray(values, float).reshape(-1, per_prompt).mean(1)
+    return bootstrap(lambda x: float(x.mean()), means, **settings)
+
+
+def win_rate(a: Sequence, b: Sequence, **settings: Any) -> tuple[float, float, float]:
     """(value, low, high): share of prompts on which a's reply scores above b's; ties count one
-    half. settings: those of `bootstrap`."""
-    return bootstrap(share_above, a, b, **settings)
+    half.
+
+    a (n,) or (n, samples): of several replies to a prompt every one of a meets every one of b.
+    settings: those of `bootstrap`.
+    """
+    a, b = (x.reshape(len(x), -1) for x in _as_arrays(a, b))
+    a, b = a[:, :, None], b[:, None, :]
+    return mean_interval(((a > b) + (a == b) / 2).mean((1, 2)), **settings)
+
+
+# ---- what replies look like ----------------------------------------------------------------------
+
+def distinct_n(rows: Sequence[Sequence[int]], n: int = 2, budget: int | None = None) -> float:
+    """Distinct n-grams over all n-grams, of the first `budget` ones (Li 2016). More text repeats
+    more, so two systems are compared over equal numbers: `cut_alike`.
+
+    >>> distinct_n([[1, 2, 1, 2], [1, 2]], 2)
+    0.5
+    """
+    grams = [tuple(row[i:i + n]) for row in rows for i in range(len(row) - n + 1)][:budget]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def cut_alike(answers: Sequence[Sequence[list[int]]],
+              others: Sequence[Sequence[list[int]]] = ()) -> list[list[list[int]]]:
+    """The rows of every system, cut to the same number of bigrams.
+
+    answers: one row per prompt of each system; each is cut to the length of the shortest answer to
+    its prompt, so that all systems are read over the same prompts. others: texts that answer other
+    prompts; they are cut to these lengths in turn. What is still too much is cut at the end.
+
+    >>> cut_alike([[[1, 2, 3], [4, 5]], [[6, 7], [8, 9, 10, 11]]], [[[1, 2, 3, 4], [5, 6]]])
+    [[[1, 2], [4, 5]], [[6, 7], [8, 9]], [[1, 2], [5, 6]]]
+    """
+    lengths = [min(map(len, rows)) for rows in zip(*answers, strict=True)]
+    systems = [[row[:n] for row, n in zip(rows, itertools.cycle(lengths))]
+               for rows in (*answers, *others)]
+    budget = min(sum(max(0, len(row) - 1) for row in rows) for rows in systems)
+    cut = []
+    for rows in systems:
+        before = np.cumsum([0, *(max(0, len(row) - 1) for row in rows)])
+        cut.append([row[:budget - n + 1] for row, n in zip(rows, before.tolist(), strict=False) if n < budget])
+    return cut
+
+
+def distinct_interval(rows: Sequence[Sequence[int]], draws: int = 400,
+                      seed: int = 0) -> tuple[float, float, float]:
+    """(value, low, high): distinct-2 of the rows, one per prompt, and its 95 % interval.
+
+    The spread is that over random halves of the rows: a half varies by twice the variance, of which
+    the rows that all halves share take one half away. The bootstrap would draw rows twice, and
+    count them as repetition. Without two rows low and high are NaN.
+    """
+    value, rng, shares = distinct_n(rows), np.random.default_rng(seed), []
+    number: dict[tuple[int, int], int] = {}
+    grams = [[number.setdefault(pair, len(number)) for pair in itertools.pairwise(row)]
+             for row in rows]
+    row_of = np.repeat(np.arange(len(rows)), [len(row) for row in grams])
+    grams = np.array([gram for row in grams for gram in row], np.int64)
+    for _ in range(draws if len(rows) > 1 else 0):
+        half = rng.permutation(len(rows)) < len(rows) // 2
+        drawn = np.bincount(grams[half[row_of]])
+        shares.append((drawn > 0).sum() / max(1, drawn.sum()))
+    low, high = (np.quantile(shares, [0.025, 0.975]) - np.mean(shares) if shares
+                 else (math.nan, math.nan))
+    return value, float(value + low), float(value + high)
+
+
+def reply_statistics(rows: Sequence[Sequence[int]], ended: Sequence[bool],
+                     short: int = 8) -> dict[str, float]:
+    """Mean length in tokens, share with end token, share that occur more than once, share under 8
+    tokens."""
+    if not len(rows):
+        raise UserError("nothing to measure: there are no replies")
+    rows = [tuple(row) for row in rows]
+    count = Counter(rows)
+    return {"length": float(np.mean([len(row) for row in rows])), "end_rate": float(np.mean(ended)),
+            "identical": float(np.mean([count[row] > 1 for row in rows])),
+            "short": float(np.mean([len(row) < short for row in rows]))}
 
 
 # ---- over a run ----------------------------------------------------------------------------------
@@ -173,3 +268,27 @@ class Means:
         """Names without any weight are left out."""
         return {name: float(x) / float(self.weights[name]) for name,
                 x in self.sums.items() if self.weights[name] > 0}
+
+
+# ---- means over what is real ---------------------------------------------------------------------
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over True entries, float32; 0 if there is none. Values under False, NaN included, change
+    nothing.
+
+    >>> x, mask = torch.tensor([[1., 2, 0], [3, 4, 5]]), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
+    >>> round(float(masked_mean(x, mask)), 4)  # 15 / 5
+    3.0
+    """
+    return torch.where(mask, x.float(), 0).sum() / mask.sum().clamp(min=1)
+
+
+def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
+    """Variance over True entries, divided by their number."""
+    return masked_mean((x.float() - masked_mean(x, mask)) ** 2, mask)
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and spread 1 over the mask; 0 elsewhere. The variance is divided by n."""
+    scale = torch.rsqrt(masked_variance(x, mask) + 1e-8)
+    return torch.where(mask, (x.float() - masked_mean(x, mask)) * scale, 0)

@@ -95,12 +95,13 @@ def write_reviews_source(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def signals_restored():
-    """A command takes Ctrl-C and SIGTERM for itself; after this block they are pytest's again."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """A command takes signals for itself; after this block they are pytest's again."""
+    handlers = {number: signal.getsignal(number)
+                for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))}
     try:
         yield
     finally:
-        Interrupt.number = 0
+        Interrupt.number, Interrupt.stepping = 0, False
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -147,6 +148,7 @@ def command(world, tmp_path, monkeypatch):
     def parsed(stage, *words):
         given = {"sft": ["--init_from", world.root / "pretrain"],
                  "reward": ["--init_from", world.root / "sft"],
+                 "judge": ["--init_from", world.root / "pretrain"],
                  "ppo": ["--init_from", world.root / "sft", "--reward_from",
                          world.root / "reward"]}.get(stage, [])
         return parse(train.STAGES[stage][0], [*map(str, ["--preset=smoke", "--dtype=float32",

@@ -50,7 +50,8 @@ def prompts(n: int = 8) -> list[list[int]]:
 
 def rollout_of(nets: Nets, o: PPOOptions, step: int = 0, dtype: str = "float32", decoder=None,
                **more) -> Rollout:
-    networks = Networks(nets.actor_critic, nets.reference, END, dtype, decoder)
+    nets.actor_critic.dtype = dtype
+    networks = Networks(nets.actor_critic, nets.reference, END, decoder)
     settings = {"scorer": nets.reward_model, "scale": ScoreScale(), "kl_coef": .1, **more}
     return collect_rollout(networks, prompts(o.batch // o.samples_per_prompt), o, step=step,
                            **settings)
@@ -65,7 +66,8 @@ def arrays(B: int = 6, R: int = 9, seed: int = 0) -> tuple[dict[str, torch.Tenso
     """What a loss reads, random, and a ragged mask; each (B, R)."""
     g = torch.Generator().manual_seed(seed)
     mask = torch.arange(R) < torch.randint(1, R + 1, (B, 1), generator=g)
-    names = ("logprobs", "old_logprobs", "advantages", "values", "old_values", "returns", "entropy")
+    names = ("logprobs", "old_logprobs", "advantages", "values", "old_values", "returns", "entropy",
+             "ref_logprobs")
     return {n: torch.randn(B, R, generator=g) * .5 for n in names}, mask
 
 
@@ -73,8 +75,9 @@ def loss_of(x: dict[str, torch.Tensor], mask: torch.Tensor, n_tokens=None, loss=
             **changes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(loss, means of its metrics) of such arrays."""
     rollout = types.SimpleNamespace(
-        response_mask=mask, logprobs=x["old_logprobs"], ref_logprobs=x["old_logprobs"],
-        values=x["old_values"], advantages=x["advantages"], returns=x["returns"])
+        response_mask=mask, logprobs=x["old_logprobs"], ref_logprobs=x["ref_logprobs"],
+        values=x["old_values"], advantages=x["advantages"], returns=x["returns"], kl_coef=.3,
+        spread=1.5)
     n_tokens = mask.sum() if n_tokens is None else n_tokens
     batch = Minibatch.of(rollout, torch.arange(len(mask)), n_tokens)
     new = Prediction(x["logprobs"], x["entropy"], x["values"])

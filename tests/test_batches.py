@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data.batches import (drop_equal_pairs, PackedDocuments, dialogue_rows, drop_long_prompts, eval_windows,
-                          make_rows, pack_rows, pad_left, pad_right, prompt_ids, reward_batch,
+                          held_out_prompts, make_rows, pack_rows, pad_left, pad_right, prompt_ids, reward_batch,
                           reward_rows, scatter_tokens)
 from data.tokenizer import train_bpe
 from data.prepared import Documents
@@ -23,6 +23,43 @@ def test_pad_right_pads_on_the_right():
     tokens, mask = pad_right([[5, 6, 7], [8]], 9)
     assert tokens.tolist() == [[5, 6, 7], [8, 9, 9]]
     assert mask.tolist() == [[True] * 3, [True, False, False]]
+
+
+# ---- held-out prompts ----------------------------------------------------------------------------
+
+class Asked:
+    """A data set whose held-out prompts are these."""
+
+    template = "{prompt}"
+
+    def __init__(self, prompts):
+        self.prompts = prompts
+
+    def records(self, stage, split):
+        return [{"prompt": prompt} for prompt in self.prompts]
+
+
+def drawn(prompts, n, limit=99):
+    return held_out_prompts(Asked(prompts), "val", train_bpe(["a b c"] * 9, 270), limit, n)
+
+
+def test_held_out_prompts_are_drawn_from_the_whole_of_a_sorted_file():
+    prompts = [f"{kind} {i}" for kind in ("bad", "good") for i in range(200)]
+    liked = sum(prompt.startswith("good") for prompt in drawn(prompts, 100))
+    assert 30 < liked < 70
+
+
+def test_the_same_prompts_are_drawn_whatever_the_order_of_the_file():
+    prompts = [f"prompt {i}" for i in range(50)]
+    assert drawn(prompts, 10) == drawn(prompts[::-1], 10)
+    assert drawn(prompts, 10) == drawn(prompts, 20)[:10]
+    assert sorted(drawn(prompts, 99)) == sorted(prompts)
+
+
+def test_a_repeated_held_out_prompt_is_drawn_once_and_a_long_one_never():
+    messages = [{"role": "user", "content": "b"}]
+    assert sorted(map(str, drawn(["a", "a", messages, messages, "long " * 40], 9, limit=50))) == \
+        sorted(map(str, ["a", messages]))
 
 
 # ---- pretraining ---------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def run_of(world, tmp_path):
         o = parse(SFTOptions, ["--dtype=float32", "--compile=off", f"--out={tmp_path}", *words],
                   "x")
         folder, state = RunFolder(o, "sft", {}), {}
-        model = Transformer(ModelConfig(**TINY))
+        model = Transformer(ModelConfig(**{**TINY, "vocab_size": 500}))
         model.initialise(0)
         if folder.resumes:
             model, _, state = load_checkpoint(folder.path)
@@ -50,10 +50,52 @@ def run_of(world, tmp_path):
 
 def test_a_loss_that_is_not_finite_names_the_step_and_is_never_stepped_on(run_of):
     run = run_of("--save_every=1")
-    with pytest.raises(UserError, match="at step 4.*last good checkpoint is kept"):
+    with pytest.raises(UserError, match="at step 4.*last good checkpoint is kept, of step 2"):
         fit(run, Toy(run, scale=lambda step: math.nan if step == 3 else 1.0))
     assert [step for step, _, _ in run.saved] == [1, 2, 3]
     assert run.saved[-1][1] == weights_hash(run.model)
+    # The weights after step 3 are what gave that loss.
+    kept, _, state = load_checkpoint(run.folder.path)
+    assert (state["step"], weights_hash(kept)) == run.saved[1][:2]
+
+
+def test_a_checkpoint_that_training_went_on_from_is_good_and_stays(run_of):
+    run = run_of("--save_every=2")
+    with pytest.raises(UserError, match="at step 4.*last good checkpoint is kept, of step 2"):
+        fit(run, Toy(run, scale=lambda step: math.nan if step == 3 else 1.0))
+    assert load_checkpoint(run.folder.path)[2]["step"] == 2
+
+
+def test_the_only_checkpoint_is_not_called_good_when_its_weights_are_not(run_of):
+    run = run_of("--save_every=1")
+    with pytest.raises(UserError, match="the only checkpoint, of step 1, is what gave them"):
+        fit(run, Toy(run, scale=lambda step: math.nan if step == 1 else 1.0))
+
+
+@pytest.mark.parametrize("last", [1e30, math.inf])
+def test_weights_that_overflow_in_the_last_step_are_an_error_and_not_saved(run_of, last):
+    run = run_of("--save_every=1", "--optimizer=adamw", "--clip=0", "--warmup=0", "--decay=0")
+    task = Toy(run)
+
+    def measure(step):
+        if step == task.n_steps:
+            with torch.no_grad():
+                run.model.norm.weight.fill_(last)
+        return {"val_loss": 1.0}
+
+    task.measure = measure
+    with pytest.raises(UserError, match="norm.weight.*last good checkpoint is kept, of step "
+                                        f"{task.n_steps - 1}"):
+        fit(run, task)
+    assert load_checkpoint(run.folder.path)[2]["step"] == task.n_steps - 1
+
+
+def test_a_validation_loss_that_is_not_finite_is_an_error(run_of):
+    run = run_of()
+    task = Toy(run)
+    task.measure = lambda step: {"val_loss": math.nan}
+    with pytest.raises(UserError, match="validation loss is nan.*nothing was saved yet"):
+        fit(run, task)
 
 
 def test_without_a_checkpoint_the_message_does_not_promise_one(run_of):

@@ -1,12 +1,15 @@
 """The n-gram classifier learns what is there to learn, is the same each time, and its two halves
 share no text."""
+import itertools
 import types
 
 import numpy as np
 import pytest
 import torch
 
-from data.judge import NgramClassifier, ngram_classifier, plain_text
+from data.judge import (FORMS, L2S, ModelJudge, NgramClassifier, NgramJudge, fit_best, ngram_classifier,
+                        plain_text)
+from data.batches import reward_rows
 from data.prepare import open_data
 from runtime.options import run_main
 from runtime.statistics import auc
@@ -112,14 +115,30 @@ def test_it_is_the_same_whenever_it_is_fitted():
         torch.set_num_threads(threads)
 
 
+def test_its_words_are_parted_by_spaces_and_signs():
+    words = NgramClassifier(orders=(1,), unit="words")
+    assert words.ngrams("Good, good book!") == words.ngrams("book good , GOOD !")
+    assert len(words.ngrams("Good, good book!")) == 4
+    assert words.ngrams("Good") != words.ngrams("Go od")
+
+
+def test_naive_bayes_gives_no_weight_to_what_both_kinds_of_texts_hold_alike():
+    classifier = NgramClassifier(naive_bayes=True, orders=(1,))
+    classifier.fit(["是好", "是好", "是坏", "是坏"], [1, 1, 0, 0])
+    shared, telling = (next(iter(classifier.ngrams(c))) for c in "是好")
+    assert float(classifier.idf[shared]) == pytest.approx(0, abs=1e-6)
+    # (2 + 1) / (4 + 2^18) against (0 + 1) / (4 + 2^18)
+    assert float(classifier.idf[telling]) == pytest.approx((np.log(5 / 3) + 1) * np.log(3))
+
+
 # ---- baseline and judge --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("half", ["reward", "judge"])
 def test_each_half_learns_from_its_own_records_and_is_kept(data, half):
     records, test = data.records(half, "train"), [plain_text(r)
                                                   for r in data.records("reward", "test")]
-    expected = NgramClassifier().fit([plain_text(r) for r in records],
-                                     [r["label"] for r in records]).logits(test)
+    expected = NgramClassifier(*ngram_classifier(data, half).settings()).fit(
+        [plain_text(r) for r in records], [r["label"] for r in records]).logits(test)
     assert np.allclose(ngram_classifier(data, half).logits(test), expected, atol=1e-4)
     assert (data.folder / f"ngrams_{half}.pt").exists()
     assert np.allclose(ngram_classifier(data, half).logits(test), expected, atol=1e-4)  # loaded
@@ -129,6 +148,72 @@ def test_the_two_halves_share_no_text(data):
     reward, judge = ({plain_text(r) for r in data.records(half, "train")}
                      for half in ("reward", "judge"))
     assert not reward & judge
+
+
+def as_records(texts, labels):
+    return [{"prompt": "", "response": t, "label": int(y)} for t, y in zip(texts, labels, strict=True)]
+
+
+def reached(form, train, val):
+    """AUC on val of a form fitted on train."""
+    form.fit([plain_text(r) for r in train], [r["label"] for r in train])
+    return auc(form.logits([plain_text(r) for r in val]), [r["label"] for r in val])
+
+
+def words_in_any_order(n, rng):
+    """Texts of two words of the letters a to c, liked if a word is repeated: only pairs of words
+    tell."""
+    words = ["".join(word) for word in itertools.product("abc", repeat=4)]
+    liked = rng.integers(0, 2, n)
+    firsts = rng.choice(words[:30], n)
+    return [f"{w} {w if y else rng.choice(words[30:60])}" for w, y in zip(firsts, liked, strict=True)], liked
+
+
+def noisy_reviews(n, rng):
+    """Half of a made-up review's characters, mixed, with one label in ten turned round."""
+    texts, labels = made_up_reviews(True) + made_up_reviews(False), [1] * 400 + [0] * 400
+    index = rng.integers(0, 800, n)
+    return (["".join(rng.permutation(list(texts[i]))[:len(texts[i]) // 2]) for i in index],
+            [labels[i] ^ int(rng.random() < .1) for i in index])
+
+
+@pytest.mark.parametrize("texts_of", [words_in_any_order, noisy_reviews])
+def test_the_baselines_form_is_the_best_on_validation(texts_of):
+    rng = np.random.default_rng(1)
+    train, val = (as_records(*texts_of(n, rng)) for n in (500, 300))
+    best = fit_best(train, val)
+    others = [NgramClassifier(l2=L2S[0], orders=orders, unit=unit, naive_bayes=naive_bayes)
+              for unit, orders in FORMS for naive_bayes in (False, True)]
+    others += [NgramClassifier(l2=l2, orders=best.orders, unit=best.unit, naive_bayes=best.naive_bayes)
+               for l2 in L2S]
+    at_best = auc(best.logits([plain_text(r) for r in val]), [r["label"] for r in val])
+    assert at_best > max(reached(form, train, val) for form in others) - .003
+    assert at_best >= reached(NgramClassifier(), train, val) - .003
+
+
+def test_the_baseline_is_chosen_on_validation_and_the_judge_has_one_form(data, tmp_path, monkeypatch):
+    asked, empty = [], types.SimpleNamespace(folder=tmp_path, records=data.records,
+                                             has_labels=data.has_labels)
+    monkeypatch.setattr("data.judge.fit_best", lambda train, val: asked.append(val)
+                        or NgramClassifier(l2=.5).fit(["好", "坏"], [1, 0]))
+    assert ngram_classifier(empty, "reward").l2 == .5
+    assert asked == [data.records("reward", "val")]
+    assert ngram_classifier(empty, "judge").settings() == NgramClassifier().settings()
+    assert len(asked) == 1
+
+
+def test_a_choice_among_other_forms_is_made_again(data, monkeypatch):
+    before = ngram_classifier(data, "reward")
+    monkeypatch.setattr("data.judge.L2S", (.5, .3))
+    assert ngram_classifier(data, "reward").l2 != before.l2
+
+
+def test_a_damaged_one_is_fitted_again(data):
+    before = ngram_classifier(data, "judge")
+    path = data.folder / "ngrams_judge.pt"
+    for damaged in (b"", path.read_bytes()[:1000]):
+        path.write_bytes(damaged)
+        assert torch.equal(ngram_classifier(data, "judge").weight, before.weight)
 
 
 def test_one_with_other_settings_is_fitted_again(data, reviews, fitted):
@@ -155,8 +240,29 @@ def test_prompt_and_response_are_read_as_one_text():
     assert plain_text({"prompt": [{"role": "user", "content": "a"}], "response": "b"}) == "ab"
 
 
-def test_a_full_disk_while_it_is_saved_is_one_clear_line(data, tmp_path, capsys):
-    (tmp_path / "ngrams_judge.tmp").symlink_to("/dev/full")
-    broken = types.SimpleNamespace(folder=tmp_path, records=data.records)
+def test_a_full_disk_while_it_is_saved_is_one_clear_line(data, tmp_path, capsys, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("runtime.storage.os.fsync", full)
+    broken = types.SimpleNamespace(folder=tmp_path, records=data.records, has_labels=data.has_labels)
     assert run_main(lambda argv: ngram_classifier(broken, "judge") and 0, []) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+# ---- the judges ----------------------------------------------------------------------------------
+
+def test_the_ngram_judge_reads_prompt_and_reply_as_one_text(reviews, fitted):
+    texts = reviews[0][600:620]
+    probs = NgramJudge(fitted).probs([t[:3] for t in texts], [t[3:] for t in texts])
+    assert np.array_equal(probs, fitted.probs(texts))
+
+
+def test_the_model_judge_reads_the_rows_that_a_reward_model_learned_from(data):
+    seen = []
+    model = types.SimpleNamespace(score_rows=lambda rows: seen.extend(rows) or torch.arange(2.) - 1)
+    records = data.records("reward", "val")[:2]
+    judge = ModelJudge(model, data.tokenizer, data.template, 24)
+    probs = judge.probs([r["prompt"] for r in records], [r["response"] for r in records])
+    assert seen == reward_rows(records, data.tokenizer, data.template, 24)
+    assert probs == pytest.approx([1 / (1 + np.e), .5])

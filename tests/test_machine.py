@@ -1,97 +1,48 @@
-"""Files are written atomically, signals ask for a stop, and row-wise work fits into memory."""
-import os
+"""Signals ask for a stop, and row-wise work fits into memory."""
 import pathlib
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
 
 from runtime import machine
-from runtime.machine import (Interrupt, git_commit, keep_freed_memory, processor, replace_text,
-                             row_chunks, save_whole)
+from runtime.machine import (Interrupt, Interrupted, git_commit, keep_freed_memory, processor,
+                             require_finite, row_chunks)
 from runtime.options import UserError
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def killed(*_) -> None:
-    raise KeyboardInterrupt
-
-
-def test_text_replaces_the_file_and_leaves_nothing_else(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text("old, and longer", encoding="utf-8")
-    replace_text(path, "新")
-    assert path.read_text(encoding="utf-8") == "新"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_stop_before_the_renaming_keeps_the_old_text(tmp_path, monkeypatch):
-    path = tmp_path / "config.json"
-    path.write_text("old", encoding="utf-8")
-    monkeypatch.setattr(machine.os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        replace_text(path, "new")
-    assert path.read_text(encoding="utf-8") == "old"
-
-
-def test_a_payload_is_saved_and_its_folder_is_made(tmp_path):
-    path = tmp_path / "new" / "checkpoint.pt"
-    save_whole(path, {"step": 3})
-    assert torch.load(path, weights_only=True) == {"step": 3}
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_payload_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
-    order, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(machine.os, "fsync", lambda f: order.append("synced") or fsync(f))
-    monkeypatch.setattr(machine.os, "replace", lambda *a: order.append("renamed") or replace(*a))
-    save_whole(tmp_path / "checkpoint.pt", {"step": 1})
-    assert order == ["synced", "renamed"]
-
-
-def test_a_stop_before_the_renaming_keeps_the_old_payload(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pt"
-    save_whole(path, {"step": 1})
-    monkeypatch.setattr(machine.os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save_whole(path, {"step": 2})
-    assert torch.load(path, weights_only=True) == {"step": 1}
-
-
-@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="Linux only")
-def test_a_full_disk_keeps_the_old_payload_and_is_reported(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    save_whole(path, {"step": 1})
-    (tmp_path / "checkpoint.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="checkpoint.pt.*No space left.*previous one is kept"):
-        save_whole(path, {"step": 2})
-    assert torch.load(path, weights_only=True) == {"step": 1}
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_failed_first_save_claims_no_previous_file(tmp_path):
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(UserError, match="cannot be written") as error:
-        save_whole(tmp_path / "file" / "checkpoint.pt", {"step": 1})
-    assert "kept" not in str(error.value)
-
 
 # ---- signals -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_first_signal_asks_for_a_stop(number, capsys):
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_while_steps_are_under_way_a_signal_asks_for_a_stop(number, capsys):
     Interrupt.install()
+    Interrupt.stepping = True
     assert Interrupt.number == 0
     signal.raise_signal(number)
     assert Interrupt.number == number
     assert "finishing this step" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_while_no_step_is_under_way_a_signal_stops_at_once(number):
+    Interrupt.install()
+    with pytest.raises(Interrupted) as stop:
+        signal.raise_signal(number)
+    assert stop.value.args == (number,)
+
+
+def test_no_handler_of_faults_takes_an_interruption_for_one():
+    assert not issubclass(Interrupted, Exception)
+
+
+@pytest.mark.parametrize("first", SIGNALS)
 def test_ctrl_c_after_a_signal_stops_at_once(first):
     Interrupt.install()
+    Interrupt.stepping = True
     signal.raise_signal(first)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -99,7 +50,27 @@ def test_ctrl_c_after_a_signal_stops_at_once(first):
 
 def test_a_second_sigterm_still_waits_for_the_step():
     Interrupt.install()
+    Interrupt.stepping = True
     signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    assert Interrupt.number == signal.SIGTERM
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_nohup_still_works():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    Interrupt.install()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("reentrant call")])
+def test_a_terminal_that_is_gone_or_busy_does_not_break_the_stop(error, monkeypatch):
+    def broken(*_, **__):
+        raise error
+
+    Interrupt.install()
+    Interrupt.stepping = True
+    monkeypatch.setattr(sys.stderr, "write", broken)
     signal.raise_signal(signal.SIGTERM)
     assert Interrupt.number == signal.SIGTERM
 
@@ -150,6 +121,15 @@ def test_a_processor_has_the_name_that_the_system_gives(monkeypatch):
     monkeypatch.setattr(machine.pathlib.Path, "read_text",
                         lambda self: "flags : fpu\nmodel name : A CPU: fast\n")
     assert processor() == "A CPU: fast"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused_by_name(number):
+    fine = torch.ones(2, 3)
+    assert require_finite(fine, "scores") is fine
+    fine[1, 2] = number
+    with pytest.raises(UserError, match="^scores are not finite"):
+        require_finite(fine, "scores")
 
 
 # ---- row-wise work in chunks ---------------------------------------------------------------------

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from reward import RewardConfig, RewardModel, RewardOptions
-from runtime.optim import Muon, learning_rate, make_optimizers, orthogonal
-from runtime.options import parse
+from runtime.optim import Muon, learning_rate, make_optimizers, orthogonal, restore
+from runtime.options import UserError, parse
 from tests.conftest import TINY, noise
 
 
@@ -13,7 +13,7 @@ def test_muon_in_batches_equals_torchs_own():
     shapes = [(12, 8), (12, 8), (8, 12), (8, 8)]
     ours, theirs = ([nn.Parameter(noise(*s, seed=i)) for i, s in enumerate(shapes)]
                     for _ in range(2))
-    a = Muon(ours, lr=0.02, weight_decay=0.1, steps=3)
+    a = Muon([(p, (len(p),)) for p in ours], lr=0.02, weight_decay=0.1, iterations=3)
     b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, ns_steps=3)
     for step in range(4):
         for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
@@ -24,6 +24,30 @@ def test_muon_in_batches_equals_torchs_own():
     for p, q, s, i in zip(ours, theirs, shapes, range(4), strict=True):
         moved = (q - noise(*s, seed=i)).abs().max()
         assert (p - q).abs().max() < 0.03 * moved  # both iterate in bfloat16
+
+
+def test_stacked_matrices_learn_as_if_each_stood_alone():
+    rows, scales = (8, 4, 4), (1, 1, 0.02)  # v, whose gradients are small, would hardly move
+    gradients = [s * noise(r, 8, seed=i) for i, (r, s) in enumerate(zip(rows, scales, strict=True))]
+    stacked = nn.Parameter(torch.zeros(16, 8))
+    alone = [nn.Parameter(torch.zeros(r, 8)) for r in rows]
+    a, b = Muon([(stacked, rows)], lr=0.02), Muon([(p, (len(p),)) for p in alone], lr=0.02)
+    for p, gradient in zip([stacked, *alone], [torch.cat(gradients), *gradients], strict=True):
+        p.grad = gradient
+    a.step()
+    b.step()
+    assert torch.allclose(stacked, torch.cat(list(alone)), atol=1e-4)  # batched in bfloat16
+    assert all(0.7 < part.norm() / (0.02 * r ** 0.5) < 1.2
+               for part, r in zip(stacked.split(rows), rows, strict=True))
+
+
+def test_the_model_names_all_that_is_stacked():
+    model = RewardModel(RewardConfig(**TINY))
+    for p, rows in model.matrix_parameters():
+        assert sum(rows) == len(p)
+    c, rows = model.config, dict.fromkeys(rows for _, rows in model.matrix_parameters())
+    heads = tuple(n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head))
+    assert list(rows) == [heads, (c.d_model,), (c.d_ff, c.d_ff)]
 
 
 def test_orthogonal_keeps_directions_and_evens_out_their_lengths():
@@ -51,3 +75,22 @@ def test_muon_trains_the_blocks_matrices_and_adamw_the_others():
     matrices = ("qkv.weight", "out.weight", "gate_up.weight", "down.weight")
     assert of(muon) == {n for n in name.values() if ".blocks." in n and n.endswith(matrices)}
     assert of(adamw) == set(name.values()) - of(muon)
+
+
+@pytest.mark.parametrize("change", [
+    lambda saved: saved["state"][0].update(exp_avg=torch.ones(7)),
+    lambda saved: saved["param_groups"][0]["params"].append(9), lambda saved: saved.clear()])
+def test_the_state_of_other_weights_is_refused(change):
+    def adam() -> torch.optim.Optimizer:
+        weight = torch.nn.Parameter(torch.ones(3))
+        weight.grad = torch.ones(3)
+        return torch.optim.Adam([weight])
+
+    first, second = adam(), adam()
+    first.step()
+    saved = first.state_dict()
+    restore([second], {"optimizers": [saved]})
+    assert torch.equal(second.state_dict()["state"][0]["exp_avg"], saved["state"][0]["exp_avg"])
+    change(saved)
+    with pytest.raises(UserError, match="optimizer state"):
+        restore([adam()], {"optimizers": [saved]})

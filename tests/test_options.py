@@ -1,11 +1,14 @@
 """Options: default < preset < flag, and nothing is ignored."""
 import dataclasses
+import importlib
+import math
 from typing import ClassVar
 
 import pytest
 
-from runtime.options import (Options, UserError, as_dict, option, parse, parse_all, presets_of,
-                             run_main, show)
+from runtime.options import (Options, UserError, as_dict, bounds, option, parse, parse_all,
+                             presets_of, show)
+from tests.conftest import ROOT
 
 
 @dataclasses.dataclass
@@ -246,46 +249,65 @@ def test_an_option_is_declared_with_known_properties_only():
         option(1, "help", smoke=2)
 
 
-# ---- run_main ------------------------------------------------------------------------------------
+# ---- the ends of every range ---------------------------------------------------------------------
 
-def raising(error: BaseException):
-    """A main that raises an error."""
-    def main(argv):
-        raise error
-    return main
-
-
-def test_a_command_that_ends_well_has_exit_code_0():
-    assert run_main(lambda argv: None, []) == 0
-    assert run_main(lambda argv: 143, []) == 143
+def commands() -> set[type]:
+    """The options of all commands: every dataclass of options in a module with a command."""
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("tools/*.py")]
+    modules = [importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+               for path in paths if path.name != "__init__.py"]
+    return {cls for module in modules for cls in vars(module).values()
+            if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls is not Options
+            and any("low" in field.metadata for field in dataclasses.fields(cls))}
 
 
-def test_errors_of_the_user_are_one_line_and_exit_code_2(capsys):
-    assert run_main(raising(UserError("no such stage")), []) == 2
-    assert capsys.readouterr().err == "error: no such stage\n"
+FIELDS = [pytest.param(cls, field, id=f"{cls.__name__}-{field.name}")
+          for cls in sorted(commands(), key=lambda cls: cls.__name__)
+          for field in dataclasses.fields(cls)]
 
 
-def test_a_traceback_is_shown_on_request(capsys):
-    assert run_main(raising(UserError("no such stage")), ["--traceback"]) == 2
-    text = capsys.readouterr().err
-    assert text.startswith("Traceback")
-    assert text.endswith("\nerror: no such stage\n")
+def refusal(cls: type, name: str, value) -> str:
+    """Why --name=value is refused; empty if it is not. (What options refuse together is no matter of
+    a range.)"""
+    try:
+        parse(cls, [f"--{name}={value}"], "x")
+    except UserError as error:
+        return str(error)
+    return ""
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "out/metrics.jsonl"),
-                                   PermissionError(13, "Permission denied", "out/metrics.jsonl"),
-                                   FileNotFoundError(2, "No such file", "out/metrics.jsonl")])
-def test_an_error_of_the_system_is_one_line_that_names_file_and_cause(error, capsys):
-    assert run_main(raising(error), []) == 2
-    assert capsys.readouterr().err == (f"error: {error}; check the path, the rights and the free "
-                                       "space\n")
+def within_and_beyond(field: dataclasses.Field) -> tuple[list, list]:
+    """(values that an option takes, among them the ends of its range; values that it refuses)."""
+    kind, choices = type(field.default), field.metadata.get("choices")
+    if kind in (int, float):
+        low, high = bounds(field)
+        no_numbers = ["", " ", "x", "nan", "inf", "-inf", "1e400", "9" * 5000, "0x10"]
+        if kind is int:
+            return [low, high], [*no_numbers, low - 1, high + 1, 10**30, -10**30, 1.5, "1e3"]
+        return [low, high], [*no_numbers, math.nextafter(low, -math.inf),
+                             math.nextafter(high, math.inf), 1e39, -1e39]
+    if kind is bool:
+        return ["true", "no", "1"], ["", "2", "-1", "x"]
+    if choices:
+        return [*choices], ["", " ", "x", field.default.upper()]
+    return ["a b", "好", "."], ["\udcff", *["", " "] * bool(field.default)]
 
 
-def test_ctrl_c_has_exit_code_130(capsys):
-    assert run_main(raising(KeyboardInterrupt()), []) == 130
-    assert capsys.readouterr().err == "\ninterrupted\n"
+@pytest.mark.parametrize("cls,field", FIELDS)
+def test_both_ends_of_every_range_are_allowed_and_nothing_beyond(cls, field):
+    within, beyond = within_and_beyond(field)
+    for value in within:
+        assert not refusal(cls, field.name, value).startswith(f"--{field.name}: ")
+    for value in beyond:
+        why = refusal(cls, field.name, value)
+        assert why.startswith(f"--{field.name}: "), value
+        assert "\n" not in why
+        assert len(why) < 300
 
 
-def test_our_own_errors_are_not_dressed_up_as_the_users():
-    with pytest.raises(ZeroDivisionError):
-        run_main(raising(ZeroDivisionError()), [])
+def test_every_default_is_in_its_range():
+    for cls in commands():
+        for field in dataclasses.fields(cls):
+            if type(field.default) in (int, float):
+                low, high = bounds(field)
+                assert low <= field.default <= high, field.name

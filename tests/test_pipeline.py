@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from runtime.options import run_main
 from runtime.run import Run
 from tests.conftest import ROOT, equal, signals_restored
 
-STAGES = ("pretrain", "sft", "reward", "ppo")
+STAGES = ("pretrain", "sft", "reward", "ppo", "judge")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CI": "true"}
 
 
@@ -106,9 +107,11 @@ def test_one_command_leaves_every_stage_finished(root, stage):
 
 def test_one_command_writes_the_report(root, reviews_source):
     report = read_json(root / "report.json")
-    assert [row["name"] for row in report["policies"]] == ["SFT", "PPO", "real liked reviews",
-                                                           "real disliked reviews"]
+    assert [row["name"] for row in report["policies"]] == [
+        "SFT", "PPO", "SFT, best of 16", "people, liked", "people, disliked"]
+    assert report["split"] == "val"
     assert len(report["pairs"]) == 10
+    assert {*STAGES} <= {*report["seconds"]}
     assert (root / "report.md").read_text(encoding="utf-8").startswith("# reviews, seed 0")
     data = open_data("reviews", source=str(reviews_source), vocab_size=800, limit=800)
     held_out = {record["prompt"] for record in data.records("ppo", "test")}
@@ -128,6 +131,7 @@ def test_every_stage_names_the_weights_that_it_started_from(root):
     assert parents["reward"]["init"] == weights["sft"]
     assert parents["ppo"]["init"] == weights["sft"]
     assert parents["ppo"]["reward"] == weights["reward"]
+    assert parents["judge"]["init"] == weights["pretrain"]
 
 
 def test_ppo_optimises_the_reward_model_that_was_trained(root, reviews_source):
@@ -292,7 +296,7 @@ def test_sigterm_finishes_the_step_saves_and_names_the_command(reviews_source, t
     assert running.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in printed
     step = checkpoint(folder)["state"]["step"]
-    assert f"pretrain: saved after step {step}; go on with `python train.py pretrain" in printed
+    assert f"pretrain: saved after step {step}; go on with `{sys.executable} train.py pretrain" in printed
     assert printed.rstrip().endswith("--resume`")
     assert not read_json(folder / "config.json")["finished"]
 
@@ -377,7 +381,7 @@ def test_seeds_are_averaged(root):
     kl = next(row["kl"] for row in report["policies"] if row["name"] == "PPO")
     assert done.returncode == 0, done.stderr
     assert f"{kl:.3f} [{kl:.3f}, {kl:.3f}]" in done.stdout
-    assert "(paired)" in done.stdout
+    assert "texts of val (paired" in done.stdout
 
 
 def test_curves_are_drawn(root, tmp_path):
@@ -493,6 +497,48 @@ def test_a_users_own_dialogues_and_pairs_train_on_a_pretrained_model(root, tmp_p
     folder = tmp_path / "out" / "mine"
     assert any("val_accuracy" in line for line in lines(folder / "reward" / "metrics.jsonl"))
     assert (folder / "report.md").exists()
+    assert not (folder / "judge").exists()  # these records have no half for it
     options = read_json(folder / "ppo" / "config.json")["options"]
     assert options["reward_norm"] == "fixed"  # a preference's score is no log-odds
     refused(mosslet("train.py", "ppo", *common, "--fresh", "--reward_norm=sigmoid"), "log-odds")
+
+
+# ---- interrupted while no step is under way ------------------------------------------------------
+
+def contents(folder):
+    """What a folder holds, but for the lock."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM,
+                                    getattr(signal, "SIGHUP", signal.SIGTERM)])
+@pytest.mark.parametrize("moment", ["data.prepare.prepare", "evaluate.HeldOutPrompts.measure",
+                                    "ppo.PPOTrainer.measure_scales"])
+def test_before_the_first_step_a_signal_stops_at_once_and_changes_nothing(
+        root, reviews_source, tmp_path, monkeypatch, number, moment):
+    shutil.copytree(root, tmp_path / "reviews")
+    before = contents(tmp_path)
+    monkeypatch.setattr(moment, lambda *_, **__: signal.raise_signal(number))
+    done = train("ppo", "--fresh", source=reviews_source, out=tmp_path)
+    assert done.returncode == 128 + number
+    assert "stopped at once" in done.stderr
+    assert contents(tmp_path) == before
+
+
+def test_a_reply_that_would_command_the_terminal_is_escaped_there(root, monkeypatch, capsys):
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    evil = "\x1b]0;x\x07\r\x9b2J"
+    monkeypatch.setattr("sample.reply_texts", lambda tokenizer, replies: [evil] * len(replies.tokens))
+    monkeypatch.setattr("data.tokenizer.Tokenizer.token_bytes", lambda *_: evil.encode())
+    ways = [["--prompt", "x"], ["--prompt", "x", "--best_of", "2"], ["--chat"]]
+    for words in ways:
+        screen = Screen()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x\n"), encoding="utf-8"))
+        monkeypatch.setattr(sys, "stdout", screen)
+        assert run_main(importlib.import_module("sample").main, ["--from", str(root / "ppo"), *words]) == 0
+        assert not set(screen.getvalue()) & set(evil[:1] + "\x07\r\x9b")
+        assert "\\u001b" in screen.getvalue()

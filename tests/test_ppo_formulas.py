@@ -123,7 +123,7 @@ RAW, ENDED = torch.tensor([0., 4, 100]), bools([1, 0, 0])
     ("fixed", 5.0, 1.0, [-1, 1 - 1, 5 - 1]),  # (raw − 2) / 2, at most 5, and only then less 1
     ("sigmoid", 10.0, .5, [0, 2 / (1 + math.exp(-4)) - 1 - .5, 1 - .5]),
     ("logsigmoid", 10.0, .5, [-math.log(2), -math.log1p(math.exp(-4)) - .5, -.5]),
-    ("fixed", 5.0, 0.0, [-1, 1, 5])])
+    ("fixed", 5.0, 0.0, [-1, 1, 5]), ("fixed", 0.0, 1.0, [-1, 1 - 1, 49 - 1])])  # clip 0: none
 def test_scores_are_normalised_then_clipped_then_penalised(norm, clip, penalty, expected):
     scale = ScoreScale(mean=2, std=2)
     o = options(reward_norm=norm, reward_clip=clip, end_penalty=penalty)
@@ -212,3 +212,12 @@ def test_half_precision_inputs_give_float32_as_exact_as_float32(function):
     x, mask = noise(4, 300).bfloat16(), torch.ones(4, 300).bool()
     assert function(x, mask).dtype == torch.float32
     assert torch.equal(function(x, mask), function(x.float(), mask))
+
+
+@pytest.mark.parametrize("kl", [0.0, 3.0, 100.0])
+@pytest.mark.parametrize("horizon", [1, 10, 1e6])
+def test_the_price_of_kl_never_becomes_negative(kl, horizon):
+    control = KLController(0.2, target=6, horizon=horizon)
+    for _ in range(3):
+        control.update(kl, 96)
+        assert control.coef >= 0

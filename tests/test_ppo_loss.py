@@ -20,6 +20,11 @@ def test_the_loss_by_its_formula():
     value = .5 * torch.maximum((r["values"] - G) ** 2, (clipped - G) ** 2).mean()
     expected = policy + .7 * value - .4 * r["entropy"].mean()
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    k2 = torch.where(mask, x["logprobs"] - x["ref_logprobs"], 0).double().sum(1) ** 2 / 2
+    in_loss, _ = loss_of(x, mask, clip_range=.2, value_clip=.3, value_coef=.7, entropy_coef=.4,
+                         kl_in="loss")
+    price = .3 / 1.5  # advantages were divided by 1.5 when they were whitened
+    assert float(in_loss - loss) == pytest.approx(float(price * k2.sum() / mask.sum()), rel=1e-4)
 
 
 def test_the_gradient_of_the_loss_is_the_policy_gradient():
@@ -49,7 +54,7 @@ def one(logprob, advantage, value=0., old_value=0., ret=0., **changes):
         return torch.tensor([[float(number)]], requires_grad=True)
 
     x = {"logprobs": leaf(logprob), "values": leaf(value), "old_logprobs": torch.zeros(1, 1),
-         "advantages": torch.tensor([[float(advantage)]]),
+         "ref_logprobs": torch.zeros(1, 1), "advantages": torch.tensor([[float(advantage)]]),
          "old_values": torch.tensor([[float(old_value)]]),
          "returns": torch.tensor([[float(ret)]]), "entropy": torch.zeros(1, 1)}
     loss, metrics = loss_of(x, bools([[1]]), **changes)

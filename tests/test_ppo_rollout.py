@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data.batches import make_rows, scatter_tokens
 from model import ModelConfig, Transformer, token_logprobs
 from ppo import (Networks, Rollout, ScoreScale, collect_rollout, gae, masked_mean, rollout_metrics,
-                 token_rewards)
+                 token_rewards, whiten)
 from reward import critic_from
 from runtime import machine
 from runtime.device import precision
@@ -103,13 +103,28 @@ def test_the_reference_is_scored_as_it_is():
     assert rollout_metrics(rollout)["kl"] > .1
 
 
-@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
-def test_kl_is_priced_by_the_chosen_estimator(kind):
-    rollout = rollout_of(moved_policy(nets_of()), options(kl_estimator=kind), kl_coef=.1)
+@pytest.mark.parametrize("kl_in,price", [("reward", .1), ("loss", 0.0)])
+def test_kl_is_priced_once(kl_in, price):
+    rollout = rollout_of(moved_policy(nets_of()), options(kl_in=kl_in), kl_coef=.1)
     arrays = (rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.response_mask)
-    assert torch.equal(rollout.rewards, token_rewards(*arrays, .1, kind))
-    assert (rollout.rewards - token_rewards(*arrays, 0.0)).abs().max() > .01  # the price is felt
+    assert torch.equal(rollout.rewards, token_rewards(*arrays, price))
+    assert (token_rewards(*arrays, .1) - token_rewards(*arrays, 0.0)).abs().max() > .01
     assert rollout.kl_coef == .1
+
+
+def test_the_objective_is_the_sum_of_rewards():
+    rollout = rollout_of(moved_policy(nets_of()), options(), kl_coef=.1)
+    objective = rollout_metrics(rollout)["objective"]
+    assert objective == pytest.approx(float(rollout.rewards.sum(1).mean()), abs=1e-5)
+
+
+def test_the_value_bias_is_how_much_the_critic_promises_too_much():
+    nets = nets_of(critic="shared")
+    torch.nn.init.constant_(nets.actor_critic.value_head.bias, 2.0)
+    rollout = rollout_of(nets, options(lam=1.0, gamma=1.0), kl_coef=0.0)
+    mask = rollout.response_mask
+    expected = 2 - float((rollout.scores[:, None] * mask).sum() / mask.sum())
+    assert rollout_metrics(rollout)["value_bias"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_critic_does_not_see_the_token_whose_value_it_gives():
@@ -206,9 +221,11 @@ def test_the_estimators_advantages_and_returns_are_those_of_the_rollout():
     def estimator(scored, o):
         return scored.values + o.gamma, scored.rewards - scored.values
 
-    rollout = rollout_of(nets_of(), options(gamma=.5), estimator=estimator)
+    rollout = rollout_of(nets_of(), options(gamma=.5, whiten=False), estimator=estimator)
     assert torch.equal(rollout.advantages, rollout.values + .5)
     assert torch.equal(rollout.returns, rollout.rewards - rollout.values)
+    white = rollout_of(nets_of(), options(gamma=.5), estimator=estimator)
+    assert torch.equal(white.advantages, whiten(rollout.advantages, rollout.response_mask))
 
 
 def test_discounts_reach_the_advantages():
@@ -226,6 +243,10 @@ def test_advantages_are_whitened_but_returns_are_not():
     assert torch.allclose(plain.returns, expected, atol=1e-6)
     assert abs(float(masked_mean(white.advantages, mask))) < 1e-6
     assert float(masked_mean(white.advantages ** 2, mask)) == pytest.approx(1, abs=1e-4)
+    mean = masked_mean(plain.advantages, mask)
+    unwhitened = torch.where(mask, white.spread * white.advantages + mean, 0)
+    assert torch.allclose(unwhitened, plain.advantages, atol=1e-5)
+    assert plain.spread == 1
 
 
 # ---- draws ---------------------------------------------------------------------------------------
@@ -263,14 +284,17 @@ def test_metrics_are_means_over_real_tokens():
     rollout = Rollout(tokens=torch.zeros(2, 5), mask=torch.cat((bools([[1], [1]]), mask), 1),
                       response_mask=mask, ended=bools([1, 0]), group=torch.arange(2),
                       raw_scores=torch.tensor([3.0, 1.0]), scores=torch.tensor([.5, .1]),
-                      kl_coef=.07, seconds={}, **x)
+                      kl_coef=.07, spread=1.0, seconds={}, **x)
     real = {name: array[mask].double().numpy() for name, array in x.items()}
     kl, returns = real["logprobs"] - real["ref_logprobs"], real["returns"]
     assert rollout_metrics(rollout) == pytest.approx({
-        "score": .3, "raw_score": 2, "kl": kl.sum() / 2, "kl_per_token": kl.mean(),
+        "score": .3, "raw_score": 2, "kl": kl.sum() / 2,
+        "objective": .3 - .07 * kl.sum() / 2, "kl_per_token": kl.mean(),
         "entropy": real["entropy"].mean(), "length": 2, "end_rate": .5, "kl_coef": .07,
         "reply_tokens": 4, "ref_perplexity": np.exp(-real["ref_logprobs"].mean()),
         "sampler_gap": np.abs(real["sampled_logprobs"] - real["logprobs"]).mean(),
+        "sampler_gap_max": np.abs(real["sampled_logprobs"] - real["logprobs"]).max(),
+        "value_bias": (real["values"] - returns).mean(),
         "explained_variance": 1 - (returns - real["values"]).var() / returns.var()}, rel=1e-5)
 
 

@@ -55,11 +55,29 @@ def test_the_scale_of_scores_is_measured_at_ppos_own_temperature_and_length(trai
     assert trainer.scale.std == pytest.approx(float(raw.std(correction=0)), rel=1e-4)
 
 
-def test_the_critic_starts_on_that_scale(trainer_of):
-    trainer = trainer_of()
-    tokens, ones = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.bool)
-    expected = (trainer.reward_model(tokens, ones) - trainer.scale.mean) / trainer.scale.std
-    assert torch.allclose(trainer.networks.actor_critic.critic(tokens, ones), expected, atol=1e-4)
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+@pytest.mark.parametrize("norm", ["logsigmoid", "sigmoid", "fixed", "running"])
+def test_the_critic_starts_on_the_scale_that_is_paid(trainer_of, norm, critic):
+    trainer = trainer_of(f"--reward_norm={norm}", f"--critic={critic}", "--norm_replies=32",
+                         "--end_penalty=2")
+    o, run = trainer.o, trainer.run
+    ids = [prompt_ids(run.tokenizer, trainer.prompts[i], trainer.template)
+           for i in batch_indices(len(trainer.prompts), 32, 0, 0, "reward")]
+    replies = reply_ids(reply_to(run.model, run.tokenizer, ids, o.reply_len,
+                                 seed=key(0, "reward", "reply")))
+    ended = torch.tensor([reply[-1] == run.tokenizer.eom_id for reply in replies])
+    scale = ppo.ScoreScale(trainer.scale.mean, trainer.scale.std)
+    paid = scale.paid(trainer.reward_model.scores(ids, replies), ended, o)
+    assert 0 < ended.sum() < 32  # penalties are part of what is paid
+    start = trainer.networks.actor_critic
+    if critic == "shared":
+        assert float(start.value_head.bias) == pytest.approx(float(paid.mean()), abs=1e-4)
+    else:
+        values = start.critic.scores(ids, replies)
+        assert float(values.mean()) == pytest.approx(float(paid.mean()), abs=1e-3)
+        assert float(values.std(correction=0)) == pytest.approx(float(paid.std(correction=0)),
+                                                                rel=1e-3)
+    assert trainer.scale.moments.state() == ppo.RunningMoments().state()  # nothing was paid yet
 
 
 def test_the_scale_is_kept_in_the_checkpoint_and_not_measured_again(command, tmp_path, monkeypatch):
@@ -68,7 +86,7 @@ def test_the_scale_is_kept_in_the_checkpoint_and_not_measured_again(command, tmp
         with pytest.raises(Interrupted):
             train_ppo(command("ppo", "--updates=2"))
     scale = checkpoint(tmp_path)["state"]["scale"]
-    monkeypatch.setattr(PPOTrainer, "measure_scales", lambda self: pytest.fail("measured again"))
+    monkeypatch.setattr(PPOTrainer, "measure_start", lambda self: pytest.fail("measured again"))
     train_ppo(command("ppo", "--updates=2", "--resume"))
     resumed = checkpoint(tmp_path)["state"]["scale"]
     assert (resumed["mean"], resumed["std"]) == (scale["mean"], scale["std"])
@@ -123,16 +141,18 @@ def test_adam_steps_as_the_options_say(trainer_of):
     assert (policy["lr"], critic["lr"]) == (.001, .002)
 
 
-def test_with_a_scorer_of_ones_own_the_critic_still_starts_on_the_reward_models_scale(trainer_of):
+def test_with_a_scorer_of_ones_own_the_critic_starts_at_what_that_scorer_pays(trainer_of):
     class Loud:
         def scores(self, prompts, replies):
             return torch.tensor([100.0 * len(reply) for reply in replies])
 
-    own, other = (trainer_of("--reward_norm=fixed", **seams) for seams in ({}, {"scorer": Loud()}))
+    own, other = (trainer_of("--reward_norm=fixed", "--end_penalty=0", **seams)
+                  for seams in ({}, {"scorer": Loud()}))
     assert other.scale.std > 50
     assert own.scale.std < 50
-    assert torch.equal(*(trainer.networks.actor_critic.critic.score_head.weight
-                         for trainer in (own, other)))
+    critics = [trainer.networks.actor_critic.critic.score_head for trainer in (own, other)]
+    assert torch.allclose(critics[0].weight, critics[1].weight)  # both are paid mean 0, spread 1
+    assert torch.allclose(critics[0].bias, critics[1].bias, atol=1e-5)
 
 
 def test_a_reward_that_is_not_needed_on_a_scale_may_start_constant(trainer_of):
@@ -197,7 +217,7 @@ def test_the_critic_warms_up_alone_and_held_out_measures_repeat(command, monkeyp
     assert measured == 5 * [measured[0]]  # a policy that stands still
 
 
-def test_rates_rise_from_the_policys_first_update_and_fall_to_the_last(trainer_of):
+def test_each_rate_rises_from_its_own_first_update_to_the_options_and_falls_to_the_last(trainer_of):
     rates = []
 
     def loss(batch, new, o):
@@ -206,13 +226,44 @@ def test_rates_rise_from_the_policys_first_update_and_fall_to_the_last(trainer_o
 
     trainer = trainer_of("--updates=6", "--critic_warmup=2", "--warmup=.5", "--final_lr=.1",
                          "--epochs=1", "--minibatches=1", "--micro_batch=8", "--policy_lr=.01",
-                         "--critic_lr=.002", loss=loss)
+                         "--critic_lr=.002", "--critic_epochs=1", loss=loss)
     logged = [trainer.update(step) for step in range(6)]
-    factors = [1, 1, .5, .775, .55, .325]  # of the critic alone, then of both
-    assert [policy for policy, _ in rates] == pytest.approx([.01 * x for x in factors])
-    assert [critic for _, critic in rates] == pytest.approx([.002 * x for x in factors])
-    assert [line["lr"] for line in logged] == pytest.approx([0, 0, *(.01 * x for x in factors[2:])])
-    assert [line["critic_lr"] for line in logged] == pytest.approx([.002 * x for x in factors])
+    policy, critic = [0, 0, .5, 1, 1, .55], [1 / 3, 2 / 3, 1, 1, .7, .4]
+    assert [rate for rate, _ in rates] == pytest.approx([.01 * x for x in policy])
+    assert [rate for _, rate in rates] == pytest.approx([.002 * x for x in critic])
+    assert [line["lr"] for line in logged] == pytest.approx([.01 * x for x in policy])
+    assert [line["critic_lr"] for line in logged] == pytest.approx([.002 * x for x in critic])
+
+
+def test_while_it_learns_alone_the_critic_takes_its_own_passes_without_clip(trainer_of):
+    clips = []
+
+    def loss(batch, new, o):
+        clips.append(o.value_clip)
+        return ppo.ppo_loss(batch, new, o)
+
+    trainer = trainer_of("--updates=3", "--critic_warmup=1", "--critic_epochs=3", "--epochs=1",
+                         "--minibatches=2", "--micro_batch=8", "--value_clip=.4", loss=loss)
+    for step in range(2):
+        trainer.update(step)
+    assert clips == [0.0] * 6 + [.4] * 2
+
+
+def test_pretraining_text_is_a_part_of_the_policys_steps(trainer_of):
+    words = ("--updates=3", "--critic_warmup=1", "--policy_lr=.01", "--epochs=1")
+    plain, mixed = trainer_of(*words), trainer_of(*words, "--ptx_coef=5")
+    start = weights_hash(mixed.run.model)
+    assert "ptx_loss" not in mixed.update(0)  # the critic learns alone
+    assert weights_hash(mixed.run.model) == start
+    plain.update(0)
+    assert "ptx_loss" not in plain.update(1)
+    with torch.no_grad():
+        expected = mixed.text_loss(2), mixed.text_loss(3)  # two minibatches of the second update
+    logged = mixed.update(1)["ptx_loss"]
+    assert float(min(expected)) - .3 < logged < float(max(expected)) + .3
+    assert weights_hash(mixed.run.model) != weights_hash(plain.run.model)
+    with torch.no_grad():
+        assert mixed.text_loss(2) < expected[0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -209,7 +209,7 @@ def test_what_is_not_finite_stops_before_any_step(shift, advantage):
     nets, o = nets_of(), options()
     rollout, before = shifted(rollout_of(nets, o), shift), weights(nets.actor_critic)
     rollout.advantages[rollout.response_mask] = advantage
-    with pytest.raises(UserError, match="not finite at update 5, epoch 1"):
+    with pytest.raises(UserError, match="update 5, epoch 1: not finite"):
         update(nets.actor_critic, optimizer_of(nets.actor_critic), rollout, o, 4)
     assert torch.equal(weights(nets.actor_critic), before)
 
@@ -332,7 +332,7 @@ def test_bfloat16_leaves_weights_scores_and_ratio_in_float32():
     optimizer = optimizer_of(nets.actor_critic)
     rollout = rollout_of(nets, o, dtype="bfloat16")
     assert not torch.equal(rollout.logprobs, rollout_of(nets_of(), o).logprobs)  # it was bfloat16
-    metrics = update(nets.actor_critic, optimizer, rollout, o, 0, dtype="bfloat16")
+    metrics = update(nets.actor_critic, optimizer, rollout, o, 0)
     arrays = [x for x in vars(rollout).values() if isinstance(x, torch.Tensor)]
     moments = [x for state in optimizer.state.values() for x in state.values()]
     assert metrics["ratio_start"] < 2e-2

@@ -9,7 +9,8 @@ from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint
 from runtime.products import RMSNorm, _onednn, _RMSNorm, linear, pick_products, use_products
 from tests.conftest import TINY, noise
 
-CONFIG = ModelConfig(**TINY)
+SHAPE = {**TINY, "vocab_size": 500}  # the world's tokenizer
+CONFIG = ModelConfig(**SHAPE)
 needs_onednn = pytest.mark.skipif(_onednn is None, reason="this PyTorch has no oneDNN products")
 
 
@@ -75,7 +76,7 @@ def test_the_products_of_one_model_are_not_those_of_another(world, tmp_path):
 @needs_onednn
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_checkpoint_computes_by_the_products_it_was_made_with(world, tmp_path, tied):
-    model = Transformer(ModelConfig(**TINY, tied=tied))
+    model = Transformer(ModelConfig(**SHAPE, tied=tied))
     save_checkpoint(tmp_path, model, world.data.tokenizer, products="onednn")
     loaded, _, _ = load_checkpoint(tmp_path)
     logits = loaded(torch.arange(12).view(2, 6))

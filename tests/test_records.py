@@ -156,7 +156,7 @@ def test_transcripts_that_differ_early_are_refused(tmp_path):
 @pytest.mark.skipif(not HH.exists(), reason="real HH pairs are not beside this checkout")
 def test_real_hh_pairs_are_read(tmp_path):
     with gzip.open(HH, "rt", encoding="utf-8") as file:
-        lines = file.read().splitlines()[:50]
+        lines = file.read().split("\n")[:50]
     records = []
     for line in lines:
         try:

@@ -44,6 +44,25 @@ def test_a_score_does_not_depend_on_padding_or_batch(pool, side):
     assert torch.equal(model(tokens, mask, reply), together)
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_scores_that_are_not_finite_are_refused(number):
+    model = reward_model("mean")
+    with torch.no_grad():
+        model.score_head.bias.fill_(number)
+    with pytest.raises(UserError, match="scores of the reward model are not finite"):
+        model.scores([[1, 2]], [[3, 4]])
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, 1e39])
+def test_a_reward_function_must_give_finite_scores(number):
+    class Letters:
+        eom_id, decode = -1, staticmethod(lambda ids: "".join(map(chr, ids)))
+
+    scorer = PythonReward(lambda prompts, replies: [number] * len(replies), Letters)
+    with pytest.raises(UserError, match="the reward function gives scores.*not finite"):
+        scorer.scores([[72]], [[104, -1]])
+
+
 VALUES = torch.tensor([[1.0, 2, 4, 9], [5, 6, 7, 8]])
 REAL = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]]).bool()
 
@@ -143,6 +162,7 @@ def test_a_python_reward_reads_texts_without_their_end_token():
     class Letters:
         eom_id = -1
         decode = staticmethod(lambda ids: "".join(map(chr, ids)))
+        reply_text = staticmethod(lambda ids: "".join(chr(i) for i in ids if i >= 0))
 
     def count(prompts, replies):
         read.extend(zip(prompts, replies, strict=True))

@@ -254,12 +254,49 @@ def test_what_weights_gone_wrong_left_in_the_cache_is_forgotten(model):
     with torch.no_grad():
         model.embedding.weight.fill_(torch.nan)
     decoder.refresh()
-    assert generate(model, tokens, mask, 20, batch_size=3, decoder=decoder).logprobs.isnan().any()
+    with pytest.raises(UserError, match="not finite"):
+        generate(model, tokens, mask, 20, batch_size=3, decoder=decoder)
     model.load_state_dict(good)
     decoder.refresh()
     out = generate(model, tokens, mask, 20, decoder=decoder, **settings)
     assert torch.equal(out.tokens, expected.tokens)
     assert torch.equal(out.logprobs, expected.logprobs)
+
+
+SETTINGS = [{}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"repetition_penalty": 2.0},
+            {"dtype": "bfloat16"}, {"dtype": "int8"}]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_model_whose_numbers_are_not_finite_is_refused(model, number, settings):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.blocks[-1].mlp.down.weight[0, 0] = number
+    with pytest.raises(UserError, match="probabilities of the next token.*not finite"):
+        generate(broken, *prompts([3, 5]), 4, **settings)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("temperature", [1e-40, 1e-45, 1e-300])
+def test_a_temperature_at_which_numbers_overflow_is_refused(model, temperature, compiled):
+    with pytest.raises(UserError, match="not finite.*--temperature is too near 0"):
+        generate(model, *prompts([3, 5]), 4, temperature=temperature,
+                 decoder=Decoder(model, compile=compiled))
+
+
+def test_a_small_temperature_is_nearly_greedy(model):
+    greedy, cold = (generate(model, *prompts([3, 5]), 6, temperature=t) for t in (0, 1e-20))
+    assert torch.equal(greedy.tokens, cold.tokens)
+
+
+def test_no_token_of_a_broken_model_is_announced(model):
+    broken, announced = copy.deepcopy(model), []
+    with torch.no_grad():
+        broken.norm.weight[0] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        generate(broken, *prompts([3]), 4, on_token=lambda *new: announced.append(new))
+    assert announced == []
 
 
 def test_dropout_is_refused_while_sampling():

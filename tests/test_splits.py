@@ -82,4 +82,14 @@ def test_nothing_follows_from_empty_prompts_and_replies():
 
 
 def test_texts_without_spaces_are_searched_at_every_character():
-    assert HeldOutReplies([("这家酒店", "的服务很好。")]).are_in("昨天住的这家酒店的服务很好。下次再来")
+    replies = HeldOutReplies([("这家酒店", "的服务很好，离地铁站也很近。")])
+    assert replies.are_in("昨天住的这家酒店的服务很好，离地铁站也很近。下次再来")
+
+
+def test_short_phrases_that_anybody_writes_are_no_leak():
+    replies = HeldOutReplies([("很", "不错"), ("这本书", "很好")])
+    assert replies.are_in("很不错。")
+    assert replies.are_in("问：这本书 答：很好")
+    assert not replies.are_in("房间很不错的")
+    assert not replies.are_in("这本书的内容很好")
+    assert not replies.are_in("这本书，他说，很好")

@@ -10,7 +10,7 @@ import torch
 import train
 from data.batches import dialogue_rows, eval_windows, reward_batch, reward_rows
 from data.prepared import Documents
-from model import limit_length, load_checkpoint, load_parent, open_run
+from model import limit_length, load_checkpoint, load_parent, open_run, save_checkpoint
 from reward import RewardModel, RewardTask, label_loss, pairwise_loss, reward_model_from, train_reward
 from runtime.draws import batch_indices, key
 from runtime.options import UserError, run_main
@@ -227,7 +227,7 @@ def with_records(monkeypatch, world, train_records, val_records):
 @torch.no_grad()
 def test_ratings_of_any_scale_teach_the_same(task_of, world, monkeypatch):
     losses, measured = [], []
-    for scale, shift in ((1, 0), (100, 7), (1e-4, 0), (1e12, 1e12)):
+    for scale, shift in ((1, 0), (100, 7), (1e-200, 0), (1e12, 1e12)):
         records = [{"prompt": "书", "response": "好" * i, "score": scale * i + shift}
                    for i in range(20)]
         with_records(monkeypatch, world, records, records[3:9])
@@ -289,6 +289,29 @@ def test_no_stage_trains_on_the_judges_half_or_on_test(command, world, monkeypat
     assert [names for names in asked if "judge" in names or "test" in names] == []
 
 
+def test_the_judge_learns_its_own_half_alone_from_the_pretrained_trunk(command, world, monkeypatch):
+    asked, real = set(), type(world.data).records
+    monkeypatch.setattr(type(world.data), "records",
+                        lambda self, *names: asked.add(names) or real(self, *names))
+    run = train.judge(command("judge", "--epochs=.2", "--prefix_share=0"))
+    assert asked == {("judge", "train"), ("reward", "val")}
+    assert run.folder.path.name == "judge"
+    parent = load_checkpoint(world.root / "pretrain")[2]["hash"]
+    assert run.folder.parents["init"] == parent
+    draws = [batch_indices(100, 16, 0, 0, stage).tolist() for stage in ("reward", "judge")]
+    assert draws[0] != draws[1]
+
+
+def test_the_judge_is_refused_as_a_reward_model(command, world, tmp_path):
+    model, tokenizer, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
+    save_checkpoint(tmp_path / "x", model, tokenizer, stage="judge", step=1, feedback="label")
+    o = command("ppo", "--reward_from", tmp_path / "x")
+    with pytest.raises(UserError, match="this is the judge"):
+        train.ppo(o)
+    with pytest.raises(UserError, match="this is the judge"):
+        train.require_inputs(world.data, ["ppo"], str(tmp_path / "x"))
+
+
 # ---- what is refused, and what is left as it was -------------------------------------------------
 
 def test_labels_that_are_all_the_same_are_refused_before_training(command, world, monkeypatch):
@@ -346,6 +369,47 @@ def test_all_says_before_the_first_stage_what_a_later_one_lacks(tmp_path):
     with pytest.raises(UserError, match="nothing for the stage sft"):
         train.main(words)
     assert not (tmp_path / "mine/pretrain").exists()
+
+
+def change(world, monkeypatch, **changes):
+    """Let the reward records of some splits be others: each is changed by its split's function."""
+    real = type(world.data).records
+
+    def records(self, stage, split):
+        of_split = real(self, stage, split)
+        return [changes[split](r) for r in of_split] if stage == "reward" and split in changes else of_split
+
+    monkeypatch.setattr(type(world.data), "records", records)
+
+
+@pytest.mark.parametrize("stages", [["reward"], ["sft", "reward", "ppo"]])
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_another_kind_of_feedback_in_a_held_out_split_is_refused(world, monkeypatch, stages, split):
+    change(world, monkeypatch, **{split: lambda r: {"prompt": r["prompt"], "chosen": "a", "rejected": "b"}})
+    with pytest.raises(UserError, match=f"reward_{split}.jsonl has pairs.*same kind of feedback"):
+        train.require_inputs(world.data, stages, "")
+
+
+def test_test_labels_that_are_all_the_same_are_refused_before_training(world, monkeypatch):
+    train.require_inputs(world.data, list(train.STAGES), "")
+    change(world, monkeypatch, test=lambda r: r | {"label": 1})
+    train.require_inputs(world.data, ["sft", "ppo"], "")
+    with pytest.raises(UserError, match="set aside for test are the same"):
+        train.require_inputs(world.data, ["reward"], "")
+
+
+@pytest.mark.parametrize("words", [[], ["reward"]])
+def test_all_and_single_stages_check_the_test_split_before_training(tmp_path, words):
+    pairs = [{"prompt": f"Question {i}", "chosen": "a", "rejected": "b"} for i in range(60)]
+    label = {"prompt": "x", "response": "a", "label": 1}
+    (tmp_path / "mine").mkdir()
+    for name, records in (("pretrain", [{"text": f"text {i}"} for i in range(60)]),
+                          ("sft", [{"prompt": f"Question {i}", "response": "a"} for i in range(60)]),
+                          ("reward", pairs), ("reward_test", [label])):
+        (tmp_path / f"mine/{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    with pytest.raises(UserError, match="reward_test.jsonl has labels"):
+        train.main([*words, "--preset=smoke", f"--data={tmp_path / 'mine'}", f"--out={tmp_path}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_kill_between_the_last_save_and_the_end_writes_no_sample_twice(command):

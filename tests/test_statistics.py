@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from runtime.options import UserError
-from runtime.statistics import (accuracy, auc, bootstrap, calibration_error, correlation, interval,
-                                paired_auc_difference, positive_share, share_above, win_rate)
+from runtime.statistics import (accuracy, auc, bootstrap, calibration_error, correlation, cut_alike,
+                                distinct_interval, distinct_n, interval, mean_interval,
+                                paired_auc_difference, positive_share, reply_statistics, share_above,
+                                win_rate)
 
 
 def mean(x) -> float:
@@ -44,10 +46,11 @@ def test_ties_count_one_half():
     assert auc([3, 3, 3], [0, 1, 1]) == .5
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1, 1e15])
+@pytest.mark.parametrize("scale", [1e-200, 1, 1e200])
 def test_a_correlation_has_no_scale(scale):
     a, b = np.array([1, 2, 4, 3]), np.array([1, 3, 5, 2])
     assert correlation(scale * a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert correlation(b, scale * a) == pytest.approx(np.corrcoef(a, b)[0, 1])
 
 
 @pytest.mark.parametrize("a,b", [([.1] * 3, [1, 2, 3]), ([1, 2, 3], [.1] * 3), ([1], [1])])
@@ -118,6 +121,17 @@ def test_a_paired_interval_is_narrower_than_an_unpaired_one():
     assert high - low < .5 * (alone[2] - alone[1])
 
 
+def test_the_interval_over_several_runs_is_that_of_another_run_on_other_texts():
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 2, 2000)
+    good, bad, base = (labels + rng.normal(0, spread, 2000) for spread in (.5, 2, 1))
+    value, low, high = paired_auc_difference([good, bad], base, labels, n=300)
+    alone = [auc(s, labels) - auc(base, labels) for s in (good, bad)]
+    assert value == pytest.approx(np.mean(alone))
+    assert high > alone[0] - .01  # a quarter of the draws is one run twice
+    assert low < alone[1] + .01
+
+
 def test_the_difference_is_that_of_the_mean_auc_over_systems():
     labels, good, bad, base = [0, 1, 0, 1], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 1, 0]
     assert paired_auc_difference([good, bad], base, labels,
@@ -147,3 +161,65 @@ def test_win_rates_count_ties_half():
 
 def test_intervals_are_written_with_three_digits():
     assert interval(mean, [.5, .5, .5]) == "0.500 [0.500, 0.500]"
+
+
+def test_several_replies_to_a_prompt_narrow_its_interval_only_as_far_as_they_differ():
+    once = np.random.default_rng(0).random(50)
+    assert mean_interval(np.repeat(once, 4), 4) == pytest.approx(mean_interval(once))
+
+
+def test_every_reply_to_a_prompt_meets_every_one_of_the_other_system():
+    value, _, _ = win_rate([[1, 3], [0, 0]], [[2], [0]])
+    assert value == .5
+
+
+# ---- what replies look like ----------------------------------------------------------------------
+
+ROWS = [[1, 2, 3], [1, 2], [4]]
+
+
+@pytest.mark.parametrize("rows,n,budget,expected", [
+    (ROWS, 2, None, 2 / 3), (ROWS, 1, None, 4 / 6), (ROWS, 2, 2, 1),
+    ([[1, 1, 1, 1]], 2, None, 1 / 3), ([[1]], 2, None, 0)])
+def test_distinct_n_counts_over_equal_numbers(rows, n, budget, expected):
+    assert distinct_n(rows, n, budget) == expected
+
+
+def test_statistics_of_replies():
+    rows = [[1, 2], [1, 2], [3] * 10, [4] * 10]
+    assert reply_statistics(rows, [True, True, False, True]) \
+        == {"length": 6, "end_rate": .75, "identical": .5, "short": .5}
+
+
+def test_no_replies_have_no_statistics():
+    with pytest.raises(UserError, match="there are no replies"):
+        reply_statistics([], [])
+
+
+def test_systems_are_cut_to_the_same_bigrams_of_the_same_prompts():
+    long, short = [[1, 2, 3, 4], [5, 6, 7]], [[1, 2], [8, 9, 1, 2]]
+    people = [[4, 5, 6, 7], [1, 2, 3, 4], [9, 9, 9]]
+    assert cut_alike([long, short], [people]) \
+        == [[[1, 2], [5, 6, 7]], [[1, 2], [8, 9, 1]], [[4, 5], [1, 2, 3]]]
+    assert cut_alike([long, short], [[[1, 2]]]) == [[[1, 2]]] * 3  # too few texts: all have few
+
+
+def phrases(seed: int) -> list[list[int]]:
+    """200 replies with common tokens, and some that begin alike."""
+    rng, frequency = np.random.default_rng(seed), 1 / np.arange(1, 301)
+    draw = lambda: rng.choice(300, rng.integers(3, 30), p=frequency / frequency.sum())  # noqa: E731
+    return [[*[int(rng.integers(9))] * (3 * (rng.random() < .3)), *draw().tolist()]
+            for _ in range(200)]
+
+
+def test_the_interval_of_distinct_2_is_as_wide_as_fresh_replies_scatter():
+    spread = 2 * 1.96 * np.std([distinct_n(phrases(seed)) for seed in range(120)])
+    widths = [high - low for _, low, high in (distinct_interval(phrases(s)) for s in range(12))]
+    assert np.mean(widths) == pytest.approx(spread, rel=.25)
+
+
+def test_distinct_2_of_a_single_reply_has_no_interval():
+    value, low, high = distinct_interval([[1, 2, 1, 2]])
+    assert value == 2 / 3
+    assert math.isnan(low)
+    assert math.isnan(high)

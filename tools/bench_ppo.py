@@ -32,13 +32,12 @@ class Update:
         self.reward_model = RewardModel(config).requires_grad_(False)
         use_products(self.reward_model, best_products())
         self.actor_critic = ActorCritic(policy, critic_from(self.reward_model)
-                                        if critic == "separate" else None)
+                                        if critic == "separate" else None, dtype)
         if compiles:
             trunks = [policy, reference, self.reward_model.backbone]
             compile_trunks(*trunks, *([self.actor_critic.critic.backbone] if critic == "separate"
                                       else []))
-        self.networks = Networks(self.actor_critic, reference, -2, dtype,
-                                 Decoder(policy, dtype, compiles))
+        self.networks = Networks(self.actor_critic, reference, -2, Decoder(policy, dtype, compiles))
         groups = [{"params": list(policy.parameters()), "lr": 1e-5},
                   {"params": list(self.actor_critic.value_module.parameters()), "lr": 1e-5}]
         self.optimizer = torch.optim.Adam(groups, eps=1e-8, fused=True)
@@ -56,8 +55,7 @@ class Update:
 
     def learn(self, rollout: Rollout) -> dict[str, float]:
         """The metrics of `ppo.update` on this rollout."""
-        return update(self.actor_critic, self.optimizer, rollout, self.o, self.step,
-                      dtype=self.networks.dtype)
+        return update(self.actor_critic, self.optimizer, rollout, self.o, self.step)
 
     def __call__(self) -> dict[str, float]:
         """Seconds of each phase of one update and their total, and its `sampler_gap`."""

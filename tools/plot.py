@@ -18,6 +18,7 @@ import numpy as np
 
 from runtime.lines import parse_line, read_lines
 from runtime.options import UserError, option, parse, run_main
+from runtime.tables import text_plot
 
 if TYPE_CHECKING:  # matplotlib is an extra: imported where it is used
     from matplotlib.axes import Axes
@@ -222,8 +223,6 @@ def draw(runs: list[Run], title: str, titles: str = "") -> "Figure":
 def draw_as_text(runs: list[Run]) -> str:
     """The main curves (mean over the runs) in characters; held-out ones where a panel has nothing
     else."""
-    from evaluate import text_plot
-
     plots, panels = [], to_draw(runs)
     for panel, curves in [p for p in panels if p[0].text] or panels:
         steps, values = next(iter(curves.values()))

@@ -4,9 +4,10 @@ than its baseline?
     python -m tools.seeds seed0/reviews seed1/reviews seed2/reviews
 
 Reads what `train.py all` left in each folder: report.json (policies on held-out openings) and
-reward_test_scores.json (scores of the same test texts). Prints every run, then mean and range. The
-reward model's advantage over the n-gram baseline is that of the mean AUC over the runs, with a
-bootstrap interval over the texts, which all runs share (paired).
+reward_val_scores.json (scores of the same texts); of test, where `evaluate.py --split test` was
+run, reward_test_scores.json. Prints every run, then mean and range. The reward model's advantage
+over the n-gram baseline is that of the mean AUC over the runs, with a bootstrap interval over runs
+and texts, which all runs share (paired).
 """
 import json
 import pathlib
@@ -14,11 +15,12 @@ import sys
 
 import numpy as np
 
-from evaluate import table
 from runtime.options import UserError, run_main
 from runtime.statistics import accuracy, auc, calibration_error, paired_auc_difference
+from runtime.tables import table
 
-POLICY = {"name": "", "judged_positive": "judged positive", "raw_score": "raw score",
+POLICY = {"name": "", "judged_positive": "judged positive",
+          "judged_positive_transformer": "… transformer", "raw_score": "raw score",
           "kl": "KL, nats/reply", "distinct2": "distinct-2", "distinct2_ratio": "… / SFT's",
           "length": "length, tokens", "length_ratio": "… / SFT's", "end_rate": "ends",
           "identical": "identical", "short": "under 8 tokens",
@@ -31,8 +33,10 @@ def read(folder: pathlib.Path, name: str) -> dict:
     """One JSON file of a run; UserError if it is not there."""
     path = folder / name
     if not path.exists():
-        raise UserError(f"{path}: not there; the command that trained these runs makes it when all "
-                        "stages are done (`python train.py --out …`)")
+        how = ("`python evaluate.py RUN --split test` makes it" if "test" in name else
+               "the command that trained these runs makes it when all stages are done "
+               "(`python train.py --out …`)")
+        raise UserError(f"{path}: not there; {how}")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -40,7 +44,7 @@ def mean_and_range(rows: list[dict], name: str) -> dict:
     """Each column's mean with [lowest, highest]."""
     row = {"name": name}
     for key in rows[0]:
-        values = [r[key] for r in rows]
+        values = [r.get(key) for r in rows]
         if all(isinstance(v, float) for v in values):
             digits = 3 if max(values) < 10 else 1
             low, high = min(values), max(values)
@@ -48,11 +52,11 @@ def mean_and_range(rows: list[dict], name: str) -> dict:
     return row
 
 
-def policy_rows(folders: list[pathlib.Path]) -> list[dict]:
-    """SFT, PPO and what people wrote, for each run; ratios are to the run's own SFT policy."""
+def policy_rows(folders: list[pathlib.Path], report: str) -> list[dict]:
+    """SFT, PPO and what people wrote, for each run's `report`; ratios are to the run's own SFT policy."""
     by_name: dict[str, list[dict]] = {}
     for folder in folders:
-        rows = read(folder, "report.json")["policies"]
+        rows = read(folder, report)["policies"]
         sft = next(r for r in rows if r["name"] == "SFT")
         for row in rows:
             row = {k: v for k, v in row.items() if k in POLICY}
@@ -63,11 +67,12 @@ def policy_rows(folders: list[pathlib.Path]) -> list[dict]:
                         mean_and_range(rows, f"**{name}**, mean [range]")]]
 
 
-def reward_rows(folders: list[pathlib.Path]) -> tuple[list[dict], str]:
-    """The reward models and the baseline, and a sentence on their difference."""
-    scores = [read(folder, "reward_test_scores.json") for folder in folders]
+def reward_rows(folders: list[pathlib.Path], split: str) -> tuple[list[dict], str]:
+    """The reward models and the baseline on a split, and a sentence on their difference."""
+    scores = [read(folder, f"reward_{split}_scores.json") for folder in folders]
     labels, baseline = scores[0]["labels"], scores[0]["baseline"]
-    if any(s["labels"] != labels or s["baseline"] != baseline for s in scores):
+    if any(s["labels"] != labels or not np.allclose(s["baseline"], baseline, atol=0.01)
+           for s in scores):
         raise UserError("these runs were measured on different texts: give runs on the same data "
                         "set")
 
@@ -80,9 +85,11 @@ def reward_rows(folders: list[pathlib.Path]) -> tuple[list[dict], str]:
             for folder, s in zip(folders, scores, strict=True)]
     value, low, high = paired_auc_difference([s["scores"] for s in scores], baseline, labels)
     rows += [mean_and_range(rows, "**reward model**, mean [range]"),
-             row("n-gram regression, same labels", scores[0], "baseline", "half_baseline")]
+             row(f"n-gram regression, same labels ({scores[0].get('form', 'untuned')})", scores[0],
+                 "baseline", "half_baseline")]
     return rows, (f"Mean AUC of {len(folders)} reward models − the baseline's, on {len(labels)} "
-                  f"texts (paired): {value:+.4f} [{low:+.4f}, {high:+.4f}]")
+                  f"texts of {split} (paired; seeds and texts resampled): {value:+.4f} "
+                  f"[{low:+.4f}, {high:+.4f}]")
 
 
 def main(argv: list[str]) -> None:
@@ -90,11 +97,13 @@ def main(argv: list[str]) -> None:
         raise UserError("which runs? python -m tools.seeds seed0/reviews seed1/reviews "
                         "seed2/reviews")
     folders = [pathlib.Path(word) for word in argv]
-    print(table(policy_rows(folders), POLICY))
-    # feedback in pairs or scores has none
-    if any((folder / "reward_test_scores.json").exists() for folder in folders):
-        rows, difference = reward_rows(folders)
-        print(f"\n{table(rows, REWARD)}\n\n{difference}")
+    for name, split in (("report.json", "validation"), ("report_test.json", "test")):
+        if split == "validation" or all((folder / name).exists() for folder in folders):
+            print(f"{split}\n\n{table(policy_rows(folders, name), POLICY)}\n")
+    for split in ("val", "test"):  # feedback in pairs or scores has neither
+        if any((folder / f"reward_{split}_scores.json").exists() for folder in folders):
+            rows, difference = reward_rows(folders, split)
+            print(f"\n{table(rows, REWARD)}\n\n{difference}")
 
 
 if __name__ == "__main__":

