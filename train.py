@@ -365,7 +365,8 @@ def main(argv: list[str]) -> int:
             pick_device(o.device)
             if o.deterministic:
                 compute_alike()
-            require_inputs(open_for(o, o.data), [stage], "")
+            if stage in ("reward", "judge"):  # the others look at all their records at once
+                require_inputs(open_for(o, o.data), [stage], "")
             function(o)
     except Interrupted as stop:
         return 128 + stop.args[0]

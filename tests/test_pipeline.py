@@ -114,7 +114,7 @@ def test_one_command_writes_the_report(root, reviews_source):
     assert {*STAGES} <= {*report["seconds"]}
     assert (root / "report.md").read_text(encoding="utf-8").startswith("# reviews, seed 0")
     data = open_data("reviews", source=str(reviews_source), vocab_size=800, limit=800)
-    held_out = {record["prompt"] for record in data.records("ppo", "test")}
+    held_out = {record["prompt"] for record in data.records("ppo", "val")}
     assert {pair["prompt"] for pair in report["pairs"]} <= held_out
     assert "KL in nats per reply" in (root / "printed.txt").read_text(encoding="utf-8")
 
@@ -514,7 +514,7 @@ def contents(folder):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM,
                                     getattr(signal, "SIGHUP", signal.SIGTERM)])
 @pytest.mark.parametrize("moment", ["data.prepare.prepare", "evaluate.HeldOutPrompts.measure",
-                                    "ppo.PPOTrainer.measure_scales"])
+                                    "ppo.PPOTrainer.measure_start"])
 def test_before_the_first_step_a_signal_stops_at_once_and_changes_nothing(
         root, reviews_source, tmp_path, monkeypatch, number, moment):
     shutil.copytree(root, tmp_path / "reviews")

@@ -337,7 +337,7 @@ def test_that_opinion_reaches_no_weight(trainer_of):
     for asked in (True, False):
         trainer = trainer_of("--critic_warmup=0")
         if not asked:
-            trainer.held_out.judge = None
+            trainer.held_out.judges = {}
         assert ("judge" in trainer.update(0)) == asked
         ends.append(weights_hash(trainer.networks.actor_critic))
     assert ends[0] == ends[1]

@@ -13,7 +13,7 @@ import torch
 from ppo import train_ppo
 from tests.conftest import ROOT
 
-MOST_FUNCTIONS, MOST_LINES = 230, 1800  # of code: without docstrings, comments and blank lines
+MOST_FUNCTIONS, MOST_LINES = 250, 1900  # of code: without docstrings, comments and blank lines
 
 
 class FirstStep(Exception):

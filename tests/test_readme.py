@@ -16,6 +16,7 @@ import train
 from data.prepare import PrepareOptions, open_data
 from runtime.options import Common, parse, parse_all
 from tests.conftest import ROOT
+from tools import trials, trials_commands
 from tools.bench import SECTIONS
 from tools.measure import BenchOptions
 from tools.plot import PlotOptions
@@ -25,7 +26,7 @@ ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh.md"
 PAGES = [ENGLISH, CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
 STAGES = {name: cls for name, (cls, _) in train.STAGES.items()}
 OTHERS = [sample.SampleOptions, evaluate.EvaluateOptions, PrepareOptions, BenchOptions, PlotOptions,
-          RaceOptions]
+          RaceOptions, trials.TrialOptions, trials_commands.TrialOptions]
 
 
 def text_of(page: pathlib.Path) -> str:
@@ -72,6 +73,9 @@ def understand(command: str) -> None:
     elif name == "tools.bench":
         assert set(positional) <= {*SECTIONS, "all"}
         parse(BenchOptions, options, name)
+    elif name.startswith("tools.trials"):
+        assert positional[0] in ("kill", "forge", "commands")
+        parse((trials if name == "tools.trials" else trials_commands).TrialOptions, options, name)
     elif name in ("tools.seeds", "tools.show"):
         assert options[:-1] in ([], ["--from"])
     else:

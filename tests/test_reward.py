@@ -57,6 +57,7 @@ def test_scores_that_are_not_finite_are_refused(number):
 def test_a_reward_function_must_give_finite_scores(number):
     class Letters:
         eom_id, decode = -1, staticmethod(lambda ids: "".join(map(chr, ids)))
+        reply_text = staticmethod(lambda ids: "h")
 
     scorer = PythonReward(lambda prompts, replies: [number] * len(replies), Letters)
     with pytest.raises(UserError, match="the reward function gives scores.*not finite"):

@@ -77,9 +77,11 @@ def test_our_own_errors_are_not_dressed_up_as_the_users(error):
 def test_a_reader_that_has_seen_enough_ends_a_command_quietly(code):
     script = ("from runtime.terminal import run_main, UserError; import sys\n"
               f"def main(argv):\n    print('first')\n    {code}\nsys.exit(run_main(main, []))")
-    running = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE,
+    reader, writer = os.pipe()
+    os.close(reader)  # before anything is written
+    running = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=writer,
                                stderr=subprocess.PIPE, text=True)
-    running.stdout.close()
+    os.close(writer)
     printed = running.communicate(timeout=60)[1]
     assert running.returncode == 128 + signal.SIGPIPE
     assert printed in ("", "error: x\n")

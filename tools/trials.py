@@ -6,6 +6,7 @@ kills `python train.py` at random moments, by SIGKILL, SIGTERM and SIGINT in tur
 command again, and compares what it leaves, bit by bit, with an uninterrupted run: weights, optimizer
 state, metrics (without seconds and rates) and samples. Everything is small and made here: no network.
 """
+import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import dataclasses
 import json
 import os

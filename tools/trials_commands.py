@@ -6,6 +6,7 @@
 Each trial follows from its number and --seed, prints what went wrong, and ends with exit code 1 if
 anything did.
 """
+import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import contextlib
 import dataclasses
 import json
