@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import train
+from runtime.machine import processor
 from runtime.run import Run
 from tests.conftest import signals_restored, write_reviews_source
 
@@ -51,7 +52,7 @@ def golden_run(folder: pathlib.Path) -> dict:
 
 def machine() -> list[str]:
     """What the last digits depend on."""
-    return [torch.__version__, torch.backends.cpu.get_cpu_capability()]
+    return [torch.__version__, torch.backends.cpu.get_cpu_capability(), processor()]
 
 
 def same(a, b, tolerance: float) -> bool:
@@ -73,7 +74,8 @@ def test_the_numbers_are_those_of_the_golden_run(golden, stage):
         pytest.skip("replies are drawn from logits whose last digits are those of "
                     f"{expected['machine']}")
     part = (lambda run: run["policies"]) if stage == "report" else lambda run: run["stages"][stage]
-    tolerance = 1e-6 if expected["machine"] == machine() else 1e-3
+    # Muon computes in bfloat16, so that last digits soon become third ones.
+    tolerance = 1e-6 if expected["machine"] == machine() else 1e-2
     for a, b in zip(part(expected), part(found), strict=True):
         assert same(a, b, tolerance), f"expected {a}\nfound {b}"
 
