@@ -147,7 +147,7 @@ def random_command(rng: random.Random, tiny: pathlib.Path, base: pathlib.Path,
               str(base / "sft" / "checkpoint.pt"), str(base / "reward")]
     for field in rng.sample(dataclasses.fields(cls), rng.randint(0, 3)):
         flag, value = f"--{field.name}", random_value(field, rng, places)
-        if field.name == "out":
+        if field.name in ("out", "traceback"):
             continue
         words += [f"{flag}={value}"] if rng.random() < 0.7 else [flag, value]
     if rng.random() < 0.05:
