@@ -68,7 +68,7 @@ def _tell(error: BaseException, message: str, argv: list[str]) -> int:
 def _wants_traceback(argv: list[str]) -> bool:
     """Whether --traceback is given, and not as one of false, 0, no and off."""
     wanted = False
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
         flag, equals, value = word.partition("=")
         if flag == "--traceback":
             wanted = (value if equals else following).lower() not in ("false", "0", "no", "off")
