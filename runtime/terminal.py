@@ -59,10 +59,20 @@ def _exit_code(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
 
 def _tell(error: BaseException, message: str, argv: list[str]) -> int:
     """Print one line for an error, after its traceback if that was asked for; exit code 2."""
-    if "--traceback" in argv:
+    if _wants_traceback(argv):
         traceback.print_exception(error)
     print(for_terminal(f"error: {' '.join(message.splitlines())}", sys.stderr), file=sys.stderr)
     return 2
+
+
+def _wants_traceback(argv: list[str]) -> bool:
+    """Whether --traceback is given, and not as one of false, 0, no and off."""
+    wanted = False
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
+        flag, equals, value = word.partition("=")
+        if flag == "--traceback":
+            wanted = (value if equals else following).lower() not in ("false", "0", "no", "off")
+    return wanted
 
 
 def advice(error: OSError) -> str:

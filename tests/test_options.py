@@ -278,7 +278,7 @@ def refusal(cls: type, name: str, value) -> str:
 
 def within_and_beyond(field: dataclasses.Field) -> tuple[list, list]:
     """(values that an option takes, among them the ends of its range; values that it refuses)."""
-    kind, choices = type(field.default), field.metadata.get("choices")
+    kind, choices = field.type, field.metadata.get("choices")
     if kind in (int, float):
         low, high = bounds(field)
         no_numbers = ["", " ", "x", "nan", "inf", "-inf", "1e400", "9" * 5000, "0x10"]

@@ -37,11 +37,14 @@ def test_errors_of_the_user_are_one_line_and_exit_code_2(capsys):
     assert capsys.readouterr().err == "error: no such stage\n"
 
 
-def test_a_traceback_is_shown_on_request(capsys):
-    assert run_main(raising(UserError("no such stage")), ["--traceback"]) == 2
+@pytest.mark.parametrize("words,shown", [
+    (["--traceback"], True), (["--traceback=true"], True), (["--traceback", "--seed=1"], True),
+    (["--traceback=off"], False), (["--traceback", "0"], False), ([], False)])
+def test_a_traceback_is_shown_on_request(words, shown, capsys):
+    assert run_main(raising(UserError("no such stage")), words) == 2
     text = capsys.readouterr().err
-    assert text.startswith("Traceback")
-    assert text.endswith("\nerror: no such stage\n")
+    assert text.startswith("Traceback") == shown
+    assert text.endswith("error: no such stage\n")
 
 
 @pytest.mark.parametrize("number,remedy", [

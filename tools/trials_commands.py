@@ -105,7 +105,7 @@ STRINGS = ["", " ", "x", "好", "/", "..", "/nonexistent/x", "/dev/null", "/dev/
 def random_value(field: dataclasses.Field, rng: random.Random, places: list[str]) -> str:
     """A value for an option: often one that it takes, also an end of its range, one beyond, and what
     is no value at all."""
-    kind, choices = type(field.default), field.metadata.get("choices")
+    kind, choices = field.type, field.metadata.get("choices")
     if rng.random() < 0.1:
         return rng.choice(["", "nan", "inf", "1e400", "-1", "0", "1e30", str(10**30), "x", "1.5"])
     if kind is bool:
@@ -148,7 +148,7 @@ def random_command(rng: random.Random, tiny: pathlib.Path, base: pathlib.Path,
               str(base / "sft" / "checkpoint.pt"), str(base / "reward")]
     for field in rng.sample(dataclasses.fields(cls), rng.randint(0, 3)):
         flag, value = f"--{field.name}", random_value(field, rng, places)
-        if field.name == "out":
+        if field.name in ("out", "traceback"):
             continue
         words += [f"{flag}={value}"] if rng.random() < 0.7 else [flag, value]
     if rng.random() < 0.05:
