@@ -280,6 +280,9 @@ def ppo(o: PPOOptions) -> Run | None:
 class JudgeOptions(RewardOptions):
     """`python train.py judge`"""
 
+    epochs: float = option(1.0, "passes over the training records", low=0.01,
+                           source="AUC on reviews' validation, seed 0: .919; two passes .931")
+
 
 @memory_advice("lower --batch or --max_len, or add --recompute")
 def judge(o: JudgeOptions) -> Run | None:
