@@ -69,7 +69,7 @@ class PPOOptions(Common):
 
     # The rollout.
     updates: int = option(40, "rollouts, each followed by --epochs passes", low=1)
-    batch: int = option(96, "replies per rollout", low=1, high=1_000_000)
+    batch: int = option(144, "replies per rollout", low=1, high=1_000_000)
     samples_per_prompt: int = option(1, "replies to each prompt, a group (for RLOO)", low=1)
     reply_len: int = option(64, "longest reply in tokens; a truncated reply counts as terminal (no "
                                 "bootstrap value)", low=1)
@@ -90,9 +90,9 @@ class PPOOptions(Common):
                               source="MOSS: running")
     norm_replies: int = option(512, "replies that give raw scores their mean and spread", low=2, high=100_000)
     reward_clip: float = option(10.0, "clip scores to ± this; 0 disables", source="MOSS 10", low=0)
-    end_penalty: float = option(1.0, "subtract this, after the clip, from a reply without end token",
-                                source="TRL: 1", low=0)
-    kl_coef: float = option(0.09, "price of one nat away from the reference",
+    end_penalty: float = option(3.0, "subtract this, after the clip, from a reply without end token",
+                                source="validation; TRL: 1", low=0)
+    kl_coef: float = option(0.1, "price of one nat away from the reference",
                             source="validation, three seeds; MOSS 0.05, swept .05 to .2; N+ 0.05",
                             low=0)
     kl_in: str = option("reward", "reward: k1 of each token lowers its reward; loss: k2 of each "
@@ -118,9 +118,9 @@ class PPOOptions(Common):
                                   "step of the policy",
                              source="InstructGPT's PPO-ptx: 27.8; MOSS-RLHF part I", low=0)
     # Optimisation.
-    epochs: int = option(2, "passes over a rollout", source="4 in N+; MOSS 1", low=1)
-    minibatches: int = option(2, "optimizer steps per pass", source="1 in N+", low=1)
-    micro_batch: int = option(24, "rows per forward; changes memory and speed alone", low=1)
+    epochs: int = option(1, "passes over a rollout", source="MOSS 1; 4 in N+", low=1)
+    minibatches: int = option(4, "optimizer steps per pass", source="1 in N+", low=1)
+    micro_batch: int = option(36, "rows per forward; changes memory and speed alone", low=1)
     dtype: str = option("float32", "precision of matrix products; the ratio is a small difference "
                                    "of log-probabilities, which bfloat16 rounds",
                         choices=("auto", "float32", "bfloat16"))

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from runtime.device import ALIKE, compile_pays, pick_device, pick_dtype
 from runtime.lines import parse_line
-from runtime.machine import Interrupt, Interrupted, peak_memory_mb, resume_command, this_machine
+from runtime.machine import (Interrupt, Interrupted, peak_memory_mb, resume_command,
+                             return_freed_memory, this_machine)
 from runtime.options import Common, UserError, as_dict, show
 from runtime.products import pick_products, use_products
 from runtime.progress import Progress
@@ -349,6 +350,7 @@ class Run:
                    options=self.folder.options, parents=self.folder.parents,
                    template=self.template, **state)
         self.saved_step = step
+        return_freed_memory()
 
     def stop_if_asked(self, step: int, save: Callable[[int], None]) -> None:
         """After Ctrl-C or SIGTERM: save, print the command that resumes, raise Interrupted."""

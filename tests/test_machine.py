@@ -87,10 +87,10 @@ def test_freed_memory_is_left_alone_where_there_is_no_glibc(monkeypatch):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc, and /proc")
-def test_small_freed_blocks_are_kept_and_large_ones_returned():
+def test_small_freed_blocks_are_kept_until_they_are_asked_for_and_large_ones_returned():
     code = """
 import torch
-from runtime.machine import keep_freed_memory
+from runtime.machine import keep_freed_memory, return_freed_memory
 torch.set_num_threads(1)
 
 def held():  # MiB
@@ -103,12 +103,15 @@ del blocks
 kept = held() - before
 for n in range(20):
     torch.ones(2**24 + n * 2**20)  # of 64 MiB and more, each a little larger
-print(kept, held() - before)
+after = held() - before
+return_freed_memory()
+print(kept, after, held() - before)
 """
-    kept, after = map(int, subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True,
+    kept, after, returned = map(int, subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True,
                                           capture_output=True, text=True).stdout.split())
     assert kept >= 75
     assert after < kept + 16
+    assert returned < 25
 
 
 @pytest.mark.skipif(machine.resource is None, reason="this system does not say")
