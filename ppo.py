@@ -258,7 +258,8 @@ class KLController:
         self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, kl_per_reply: float, n_replies: int) -> None:
-        """coefficient *= 1 + clip(KL / target − 1, ± 0.2) · replies / horizon, never below 0
+        """coefficient *= max(0.1, 1 + clip(KL / target − 1, ± 0.2) · replies / horizon): it stays above
+        0, from where it would never move.
 
         >>> control = KLController(0.2, target=6)
         >>> control.update(9.0, 256)
@@ -267,7 +268,7 @@ class KLController:
         """
         if self.target is not None:
             error = min(max(kl_per_reply / self.target - 1, -0.2), 0.2)
-            self.coef *= max(0.0, 1 + error * n_replies / self.horizon)
+            self.coef *= max(0.1, 1 + error * n_replies / self.horizon)
 
 
 # ---- advantages ----------------------------------------------------------------------------------
