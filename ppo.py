@@ -151,7 +151,7 @@ class PPOOptions(Common):
     save_every: int = option(10, "updates between checkpoints", low=1)
     eval_every: int = option(10, "updates between measurements on held-out prompts", low=1)
     eval_prompts: int = option(128, "held-out prompts measured then", low=1)
-    report_prompts: int = option(500, "test prompts of the report of `all`", low=1, compared=False)
+    report_prompts: int = option(500, "held-out prompts of the report of `all`", low=1, compared=False)
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -168,6 +168,8 @@ class PPOOptions(Common):
             self.refuse("kl_target", "kl_horizon", why="with --kl_control fixed")
         elif self.kl_coef == 0:
             raise UserError("ppo: adaptive control multiplies --kl_coef: from 0 it would never move")
+        if self.critic_warmup == 0:
+            self.refuse("critic_epochs", why="with --critic_warmup 0")
         if self.critic_warmup >= self.updates:
             raise UserError(f"ppo: the first {self.critic_warmup} updates train the critic alone "
                             f"(--critic_warmup), so with --updates {self.updates} the policy would "
@@ -258,7 +260,8 @@ class KLController:
         self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, kl_per_reply: float, n_replies: int) -> None:
-        """coefficient *= 1 + clip(KL / target − 1, ± 0.2) · replies / horizon, never below 0
+        """coefficient *= max(0.1, 1 + clip(KL / target − 1, ± 0.2) · replies / horizon): it stays above
+        0, from where it would never move.
 
         >>> control = KLController(0.2, target=6)
         >>> control.update(9.0, 256)
@@ -267,7 +270,7 @@ class KLController:
         """
         if self.target is not None:
             error = min(max(kl_per_reply / self.target - 1, -0.2), 0.2)
-            self.coef *= max(0.0, 1 + error * n_replies / self.horizon)
+            self.coef *= max(0.1, 1 + error * n_replies / self.horizon)
 
 
 # ---- advantages ----------------------------------------------------------------------------------
@@ -421,7 +424,7 @@ class ScoredReplies(Replies):
     raw_scores: Tensor  # (B,): the scorer's
     scores: Tensor  # (B,): normalised, clipped, less the penalty for a missing end
     rewards: Tensor  # (B, R)
-    kl_coef: float  # used in rewards
+    kl_coef: float  # the price of KL, in the rewards or in the loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -731,6 +734,7 @@ class PPOTrainer:
     your own, the reward model only initialises the critic.
     """
 
+    TEXT_ROWS = 24  # of pretraining text in a step, with --ptx_coef
     TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2}  # of ratio_start and sampler_gap
     ALARMS = (
         Alarm("end_rate", lambda x, first: x == 0,
@@ -788,9 +792,10 @@ class PPOTrainer:
         settings = evaluate.ReplySettings(o.reply_len, o.temperature, dtype=run.dtype)
         self.alarms = Alarms("ppo", self.ALARMS, state.get("alarms"))
         if o.ptx_coef:
-            window = min(128, run.model.config.max_len)
-            tokens = o.updates * o.epochs * o.minibatches * o.micro_batch * window
-            self.text = text_batches(data, window, o.micro_batch, tokens, o.seed)
+            data.require_tokenizer().require_same(run.tokenizer, "pretraining text and policy")
+            rows, window = self.TEXT_ROWS, min(128, run.model.config.max_len)
+            tokens = o.updates * o.epochs * o.minibatches * rows * window
+            self.text = text_batches(data, window, rows, tokens, o.seed)
         self.held_out = evaluate.HeldOutPrompts(data, run.tokenizer, held_out, reference,
                                                 self.scorer, settings)
 

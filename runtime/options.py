@@ -327,7 +327,7 @@ class Common(Options):
 
 @dataclasses.dataclass
 class MaximumLikelihoodOptions(Common):
-    """Options of the three stages that maximise a likelihood."""
+    """Options of the stages that maximise a likelihood: all but ppo."""
 
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "base": dict(lr=0.01, adam_lr=0.003),

@@ -353,7 +353,7 @@ class Run:
         return_freed_memory()
 
     def stop_if_asked(self, step: int, save: Callable[[int], None]) -> None:
-        """After Ctrl-C or SIGTERM: save, print the command that resumes, raise Interrupted."""
+        """After a signal: save, print the command that resumes, raise Interrupted."""
         if Interrupt.number:
             save(step)
             print(f"\n{self.stage}: saved after step {step}; go on with `{resume_command(self.o)}`",

@@ -406,6 +406,7 @@ def test_curves_are_drawn(root, tmp_path):
     (["train.py", "ppo", "--temperature=nan"], "--temperature: 'nan' is not a finite number"),
     (["train.py", "ppo", "--kl_control=adaptive", "--kl_coef=0"], "would never move"),
     (["train.py", "ppo", "--updates=2"], "the policy would never learn"),
+    (["train.py", "ppo", "--critic_warmup=0", "--critic_epochs=2"], "no effect with --critic_warmup 0"),
     (["train.py", "ppo", "--report_prompts=9"], "no effect on ppo alone"),
     (["train.py", "ppo", "--minibatches=0"], "out of range"),
     (["train.py", "ppo", "--compile=no"], "not one of auto"),

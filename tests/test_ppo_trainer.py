@@ -9,6 +9,7 @@ import torch
 import ppo
 from data.batches import prompt_ids
 from data.judge import ngram_classifier
+from data.tokenizer import train_bpe
 from model import load_checkpoint, save_checkpoint, weights_hash
 from ppo import PPOTrainer, train_ppo
 from reward import RewardModel
@@ -264,6 +265,18 @@ def test_pretraining_text_is_a_part_of_the_policys_steps(trainer_of):
     assert weights_hash(mixed.run.model) != weights_hash(plain.run.model)
     with torch.no_grad():
         assert mixed.text_loss(2) < expected[0]
+
+
+def test_pretraining_text_does_not_depend_on_the_size_of_a_forward(trainer_of):
+    batches = [trainer_of("--ptx_coef=1", f"--micro_batch={n}").text.batch(0)[0] for n in (2, 8)]
+    assert torch.equal(*batches)
+
+
+def test_pretraining_text_of_another_vocabulary_is_refused(trainer_of, world, monkeypatch):
+    monkeypatch.setattr(world.data, "tokenizer", train_bpe(["other text"] * 9, 262))
+    trainer_of()  # without that text nothing of it is read
+    with pytest.raises(UserError, match="pretraining text and policy .*different tokenizers"):
+        trainer_of("--ptx_coef=1")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

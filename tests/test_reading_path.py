@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from data.judge import ngram_classifier
 from ppo import train_ppo
 from tests.conftest import ROOT
 
@@ -66,10 +67,11 @@ def crossed(work) -> dict[str, tuple[int, int, int]]:
     return table
 
 
-def test_the_path_to_the_first_step_of_ppo(command, monkeypatch, capsys):
+def test_the_path_to_the_first_step_of_ppo(command, world, monkeypatch, capsys):
     def stop(*_, **__):
         raise FirstStep
 
+    ngram_classifier(world.data, "judge")  # fitted once, by whichever test asks first
     monkeypatch.setattr(torch.optim.Adam, "step", stop)
     o = command("ppo", "--critic_warmup=0", "--compile=off")
     table = crossed(lambda: train_ppo(o))
