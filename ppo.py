@@ -92,7 +92,7 @@ class PPOOptions(Common):
     reward_clip: float = option(10.0, "clip scores to ± this; 0 disables", source="MOSS 10", low=0)
     end_penalty: float = option(3.0, "subtract this, after the clip, from a reply without end token",
                                 source="validation; TRL: 1", low=0)
-    kl_coef: float = option(0.1, "price of one nat away from the reference",
+    kl_coef: float = option(0.095, "price of one nat away from the reference",
                             source="validation, three seeds; MOSS 0.05, swept .05 to .2; N+ 0.05",
                             low=0)
     kl_in: str = option("reward", "reward: k1 of each token lowers its reward; loss: k2 of each "
@@ -139,8 +139,9 @@ class PPOOptions(Common):
     adam_eps: float = option(1e-8, "Adam's epsilon; keep it small beside gradients, which for a "
                                    "separate critic are 1e-6 to 1e-5 in the demo",
                              source="N+: 1e-5", low=0)
-    warmup: float = option(0.1, "share of its updates over which each network's rate rises",
-                           source="MOSS 0.1", low=0, high=1)
+    warmup: float = option(0.3, "share of its updates over which the policy's rate rises; the "
+                                "critic's rises while it learns alone",
+                           source="validation; MOSS 0.1", low=0, high=1)
     final_lr: float = option(0.1, "then rates fall linearly to this share of themselves",
                              source="N+: to 0", low=0, high=1)
     max_grad_norm: float = option(1.0, "clip policy and critic gradients to this norm; 0 disables",
@@ -827,11 +828,13 @@ class PPOTrainer:
 
     def rates(self, step: int) -> tuple[float, float]:
         """Rates of (policy, critic) in this update: each rises from its own first update on, and
-        falls from there to the last."""
-        o, shape = self.o, (self.o.warmup, 1 - self.o.warmup, self.o.final_lr)
-        first = o.critic_warmup
-        policy = learning_rate(step - first, o.updates - first, *shape) if step >= first else 0.0
-        return o.policy_lr * policy, o.critic_lr * learning_rate(step, o.updates, *shape)
+        then falls to the last."""
+        def factor(step: int, n_steps: int, rise: float) -> float:
+            return learning_rate(step, n_steps, rise, 1 - rise, self.o.final_lr)
+
+        o, first = self.o, self.o.critic_warmup
+        policy = factor(step - first, o.updates - first, o.warmup) if step >= first else 0.0
+        return o.policy_lr * policy, o.critic_lr * factor(step, o.updates, first / o.updates)
 
     def text_loss(self, k: int) -> Tensor:
         """Mean −log π of the next token over the k-th batch of pretraining text."""

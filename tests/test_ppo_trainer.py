@@ -229,7 +229,7 @@ def test_each_rate_rises_from_its_own_first_update_to_the_options_and_falls_to_t
                          "--epochs=1", "--minibatches=1", "--micro_batch=8", "--policy_lr=.01",
                          "--critic_lr=.002", "--critic_epochs=1", loss=loss)
     logged = [trainer.update(step) for step in range(6)]
-    policy, critic = [0, 0, .5, 1, 1, .55], [1 / 3, 2 / 3, 1, 1, .7, .4]
+    policy, critic = [0, 0, .5, 1, 1, .55], [.5, 1, 1, .775, .55, .325]
     assert [rate for rate, _ in rates] == pytest.approx([.01 * x for x in policy])
     assert [rate for _, rate in rates] == pytest.approx([.002 * x for x in critic])
     assert [line["lr"] for line in logged] == pytest.approx([.01 * x for x in policy])
