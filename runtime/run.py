@@ -130,6 +130,11 @@ def stored_state(checkpoint: pathlib.Path) -> dict[str, Any]:
         return load_whole(previous_of(checkpoint))["state"]
 
 
+def record_of(folder: str | os.PathLike) -> dict[str, Any]:
+    """What is known of the run in a folder: its config.json, or else its checkpoint's state."""
+    return read_config(folder) or stored_state(pathlib.Path(folder) / "checkpoint.pt")
+
+
 def finite(record: dict[str, Any]) -> dict[str, Any]:
     """The record with null for floats that are not finite: JSON has no such numbers."""
     return {name: None if isinstance(x, float) and not math.isfinite(x) else x
