@@ -40,6 +40,7 @@ from runtime.device import pick_device, precision
 from runtime.lines import parse_line, read_lines
 from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
+from runtime.run import record_of
 from runtime.statistics import (accuracy, auc, calibration_error, cut_alike, distinct_interval,
                                 interval, paired_auc_difference)
 from runtime.storage import replace_text
@@ -331,7 +332,7 @@ def reward_tables(model: RewardModel, data: Prepared, split: str, tokenizer: Tok
 
 def run_policies(root: pathlib.Path) -> dict[str, pathlib.Path]:
     """Where the policy before PPO and that after it are, in a run's folder."""
-    started = record_of(root / "ppo")["options"]["init_from"]
+    started = record_of(root / "ppo").get("options", {}).get("init_from")
     return {"SFT": pathlib.Path(started or root / "sft"), "PPO": root / "ppo"}
 
 
@@ -390,14 +391,24 @@ def save_report(report: dict[str, Any], scores: dict[str, dict[str, Any]], root:
     replace_text(root / report_name("report.json", split), to_json(report))
     replace_text(path, text + "\n")
     print("\n" + for_terminal(text))
-    logged = read_log(root / "ppo" / "metrics.jsonl")
     for key, title in (("score", "reward per reply, by update"),
                        ("kl", "KL in nats per reply, by update")):
-        if values := [line[key] for line in logged if line.get(key) is not None]:
-            print("\n" + text_plot(values, title))
+        print("\n" + text_plot(logged(root / "ppo" / "metrics.jsonl", key), title))
     plot, ppo = shlex.quote(str(root)), shlex.quote(str(root / "ppo"))
     print(f"\nwritten: {path}; curves: python -m tools.plot {plot}; try it: python sample.py --from "
           f"{ppo} --prompt …")
+
+
+def logged(path: pathlib.Path, key: str) -> list[float]:
+    """A metric's values in metrics.jsonl. No log is worth a report: without one there are none, and
+    lines that are no record are left out."""
+    values = []
+    for _, line in read_lines(path) if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            record = parse_line(line)
+            if isinstance(record, dict) and isinstance(record.get(key), int | float):
+                values.append(record[key])
+    return values
 
 
 def print_validation_table(model: RewardModel, data: Prepared, tokenizer: Tokenizer,

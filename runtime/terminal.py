@@ -83,7 +83,7 @@ def advice(error: OSError) -> str:
              "EACCES": "check the rights", "EPERM": "check the rights",
              "EROFS": "that drive is read-only: choose another",
              "EIO": "the drive fails: check it and its cable, and take the file from a copy",
-             "EISDIR": "that is a folder: give a file"}
+             "EISDIR": "a folder is where a file belongs: move it, or name another"}
     return known.get(errno.errorcode.get(error.errno, ""), "check the path, the rights and the free "
                                                            "space")
 

@@ -20,7 +20,8 @@ TALK = f"\n\nHuman: {QUESTION}\n\nAssistant: {ANSWER}"
     ("reward", {"prompt": [USER, REPLY, USER], "chosen": "a", "rejected": "b"}),
     ("reward", {"prompt": QUESTION, "response": ANSWER, "label": 1, "messages": "ignored"}),
     ("ppo", {"prompt": f"  {QUESTION.upper()}\r\n"}),
-    *(("ppo", {"prompt": f"{c}Where is{c} the sta{c}tion?{c}"}) for c in "\xad\u200b\u200d\u200e\u2060\ufeff"), ("ppo", {"prompt": QUESTION.replace(" ", "  ")}),
+    *(("ppo", {"prompt": f"{c}Where is{c} the sta{c}tion?{c}"}) for c in "\xad\u200b\u200d\u2060\ufeff"),
+    ("ppo", {"prompt": QUESTION.replace(" ", "  ")}),
     ("pretrain", {"text": TALK, "id": 3}), ("pretrain", {"text": f"Be kind.{TALK}{TALK}"}),
     ("pretrain", {"text": QUESTION})])
 def test_every_form_of_a_dialogue_has_one_key(stage, record):
