@@ -40,6 +40,7 @@ from runtime.device import pick_device, precision
 from runtime.lines import parse_line, read_lines
 from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
+from runtime.run import record_of
 from runtime.statistics import (accuracy, auc, calibration_error, cut_alike, distinct_interval,
                                 interval, paired_auc_difference)
 from runtime.storage import replace_text
@@ -331,8 +332,8 @@ def reward_tables(model: RewardModel, data: Prepared, split: str, tokenizer: Tok
 
 def run_policies(root: pathlib.Path) -> dict[str, pathlib.Path]:
     """Where the policy before PPO and that after it are, in a run's folder."""
-    config = json.loads((root / "ppo" / "config.json").read_text(encoding="utf-8"))
-    return {"SFT": pathlib.Path(config["options"]["init_from"] or root / "sft"), "PPO": root / "ppo"}
+    started = record_of(root / "ppo").get("options", {}).get("init_from")
+    return {"SFT": pathlib.Path(started or root / "sft"), "PPO": root / "ppo"}
 
 
 def write_report(data: Prepared, root: pathlib.Path, *, seed: int, settings: ReplySettings,
@@ -380,8 +381,8 @@ def save_report(report: dict[str, Any], scores: dict[str, dict[str, Any]], root:
     """Write a run's report, with the seconds of each stage, and print it."""
     split, report["seconds"] = report["split"], {}
     for stage in ("pretrain", "sft", "reward", "ppo", "judge"):
-        if (path := root / stage / "config.json").exists():
-            report["seconds"][stage] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+        if checkpoint_path(root / stage).exists():
+            report["seconds"][stage] = round(record_of(root / stage).get("seconds", 0), 1)
     # also after a resume
     report["seconds"]["all"] = round(max(seconds, sum(report["seconds"].values())), 1)
     text, path = render_report(report, root.name, REWARD_COLUMNS), root / report_name("report.md", split)
@@ -390,13 +391,24 @@ def save_report(report: dict[str, Any], scores: dict[str, dict[str, Any]], root:
     replace_text(root / report_name("report.json", split), to_json(report))
     replace_text(path, text + "\n")
     print("\n" + for_terminal(text))
-    lines = [parse_line(line) for _, line in read_lines(root / "ppo" / "metrics.jsonl")]
     for key, title in (("score", "reward per reply, by update"),
                        ("kl", "KL in nats per reply, by update")):
-        print("\n" + text_plot([line[key] for line in lines if line.get(key) is not None], title))
+        print("\n" + text_plot(logged(root / "ppo" / "metrics.jsonl", key), title))
     plot, ppo = shlex.quote(str(root)), shlex.quote(str(root / "ppo"))
     print(f"\nwritten: {path}; curves: python -m tools.plot {plot}; try it: python sample.py --from "
           f"{ppo} --prompt …")
+
+
+def logged(path: pathlib.Path, key: str) -> list[float]:
+    """A metric's values in metrics.jsonl. No log is worth a report: without one there are none, and
+    lines that are no record are left out."""
+    values = []
+    for _, line in read_lines(path) if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            record = parse_line(line)
+            if isinstance(record, dict) and isinstance(record.get(key), int | float):
+                values.append(record[key])
+    return values
 
 
 def print_validation_table(model: RewardModel, data: Prepared, tokenizer: Tokenizer,

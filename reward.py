@@ -203,6 +203,18 @@ def feedback_kind(record: dict) -> str:
     return "pairwise" if "chosen" in record else "regression" if "score" in record else "label"
 
 
+def require_varied(split: str, records: Sequence[dict]) -> None:
+    """UserError if the labels or scores of a split's records are all the same."""
+    name = "label" if feedback_kind(records[0]) == "label" else "score"
+    if len({r.get(name) for r in records}) == 1 and name in records[0]:
+        where, verb, file = {"train": ("to learn from", "learned", "reward.jsonl"),
+                             "val": ("set aside for validation", "measured", "reward_val.jsonl"),
+                             "test": ("set aside for test", "measured", "reward_test.jsonl")}[split]
+        raise UserError(f"reward: all {name}s {where} are the same ({records[0][name]}), so that "
+                        f"nothing can be {verb}: bring more records, or a file {file} in which "
+                        "they differ")
+
+
 def feedback_loss(kind: str, scores: Tensor, records: list[dict],
                   label_smoothing: float = 0.0) -> Tensor:
     """Mean loss of these records; scores: raw, of pairs all chosen replies before all rejected
@@ -293,14 +305,8 @@ class RewardTask:
         if kind == "pairwise":
             return kind
         self.o.refuse("label_smoothing", why=f"on records for {kind}: it is for pairs")
-        name = "label" if kind == "label" else "score"
-        for records, where, verb, file in (
-                (self.records, "to learn from", "learned", "reward.jsonl"),
-                (self.val, "set aside for validation", "measured", "reward_val.jsonl")):
-            if len({r.get(name) for r in records}) == 1:
-                raise UserError(f"reward: all {name}s {where} are the same "
-                                f"({records[0].get(name)}), so that nothing can be {verb}: bring "
-                                f"more records, or a file {file} in which they differ")
+        require_varied("train", self.records)
+        require_varied("val", self.val)
         return kind
 
     def differing(self, split: str, pairs: list[dict]) -> list[dict]:

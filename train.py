@@ -35,7 +35,7 @@ from data.prepared import Prepared
 from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, load_checkpoint, load_parent,
                    next_token_loss, open_run)
 from ppo import PPOOptions, train_ppo
-from reward import RewardModel, RewardOptions, train_reward
+from reward import RewardModel, RewardOptions, require_varied, train_reward
 from runtime.device import compute_alike, pick_device, precision
 from runtime.draws import batch_indices, torch_seed
 from runtime.fit import fit
@@ -328,7 +328,7 @@ def run_all(options: dict[str, Common]) -> None:
 
 def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
     """Fail before hours of work: UserError if a stage has no data, if its feedback is of several
-    kinds or cannot be measured on test, or if the reward model is none."""
+    kinds or teaches nothing, or if the reward model is none."""
     for stage in stages:
         if stage == "pretrain":
             data.require_tokenizer()
@@ -337,9 +337,9 @@ def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
     if "reward" in stages:
         records = {split: data.records("reward", split) for split in SPLITS}
         require_one_feedback({f"reward_{split}.jsonl": of_split for split, of_split in records.items()})
-        if feedback_of(records["test"][0]) == "labels" and not data.has_labels("reward"):
-            raise UserError("reward: all labels set aside for test are the same, so that nothing can "
-                            "be measured: bring more records, or a file reward_test.jsonl with both")
+        for split, of_split in records.items():
+            if split != "test" or feedback_of(of_split[0]) == "labels":  # scores are not measured there
+                require_varied(split, of_split)
     refuse_judge(reward_from)  # what the first stage starts from is soon looked at
 
 

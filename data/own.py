@@ -8,7 +8,9 @@ import contextlib
 import functools
 import itertools
 import json
+import os
 import pathlib
+import sys
 from array import array
 from collections.abc import Iterable, Sequence
 
@@ -34,7 +36,7 @@ def own_data_set(path: pathlib.Path) -> DataSet:
     has_text = any(stage == "pretrain" for stage, _ in files)
     return DataSet("own", source=lambda path, downloads: list(files.values()),
                    build=functools.partial(build, list(files)),
-                   options=("vocab_size", "skip_bad") if has_text else ("skip_bad",), version=2)
+                   options=("vocab_size", "skip_bad") if has_text else ("skip_bad",), version=3)
 
 
 def find_files(path: pathlib.Path) -> Files:
@@ -45,12 +47,22 @@ def find_files(path: pathlib.Path) -> Files:
     files: Files = {}
     for stage, split, suffix in itertools.product(FIELDS, SPLITS, ("", ".gz")):
         file = path / (file_name(stage, split) + suffix)
-        if file.exists() and files.setdefault((stage, split), file) != file:
+        if os.path.lexists(file) and files.setdefault((stage, split), file) != file:
             raise UserError(f"{path}: {file_name(stage, split)} is there, and so is {file.name}: "
                             "keep one of them")
     if not any(split == "train" for _, split in files):
         raise UserError(f"{path}: none of {', '.join(f'{s}.jsonl' for s in FIELDS)} is there")
+    say_unread(path, tuple(sorted({*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")} - {*files.values()})))
     return files
+
+
+@functools.cache  # each stage opens the folder
+def say_unread(path: pathlib.Path, files: Sequence[pathlib.Path]) -> None:
+    """A line if there are files whose names say nothing here, such as sft_valid.jsonl."""
+    if files:
+        print(f"{path}: warning: not read: {', '.join(file.name for file in files[:4])}"
+              f"{' …' if files[4:] else ''}; names are those of stages, {', '.join(FIELDS)}, alone or "
+              "with _val or _test", file=sys.stderr)
 
 
 def first_object(path: pathlib.Path) -> dict:
@@ -195,7 +207,7 @@ def require_splits(stage: str, records: Records, files: Files, left_out: int) ->
                             "held out for validation or test, too; bring others")
         what = "texts" if stage == "pretrain" else "first user messages"
         raise UserError(f"{path}: too few records, or too few different {what}, to have some for "
-                        f"{split}; bring at least {ONE_IN}, or a folder with "
+                        f"{split}; bring at least {ONE_IN} different ones, or a folder with "
                         f"{file_name(stage, 'train')} and your own {file_name(stage, split)}")
 
 

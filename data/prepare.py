@@ -38,7 +38,7 @@ def find_data_set(data: str) -> DataSet:
     """The data set with this name, or the user's files at this path; UserError if neither is."""
     if data in DATA_SETS:
         return DATA_SETS[data]
-    if data and (path := pathlib.Path(data)).exists():
+    if data and os.path.lexists(path := pathlib.Path(data)):
         require_readable(path, folder=True)
         try:
             refuse_zip(path)
@@ -67,12 +67,13 @@ def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, lim
         require_readable(path, folder=True)
     files = data_set.source(path, cache / "downloads") if data_set.source else []
     for file in files:
-        if file is None or not file.exists():
+        if file is None or not os.path.lexists(file):
             raise UserError(f"data set {data}: {file or 'its raw data'} is missing; give the path "
                             "of its raw files as --source")
         require_readable(file)
+        refuse_zip(file)
     fingerprint = fingerprint_of(data_set, options, files)
-    folder = cache / f"{pathlib.Path(data).stem}-{fingerprint}"
+    folder = cache / f"{pathlib.Path(data).stem[:60]}-{fingerprint}"  # a name has 255 bytes at most
     if (folder / "meta.json").exists():
         return folder
     try:
@@ -95,6 +96,8 @@ def require_readable(path: pathlib.Path, folder: bool = False) -> None:
     A named pipe would be waited for without end, and what `<(command)` gives is empty when it is
     read again.
     """
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path}: a link to nothing: restore what it names, or remove it")
     if path.is_dir() and not folder:
         raise UserError(f"{path}: is a folder where a file is needed; move it away")
     if not path.is_dir() and not path.is_file():

@@ -74,7 +74,7 @@ def _require(record: dict, name: str, types: tuple, description: str) -> None:
     value = record.get(name)
     if not isinstance(value, types) or isinstance(value, bool):
         shown = {dict: "an object", list: "a list"}.get(type(value)) or json.dumps(value)[:40]
-        raise ValueError(f'"{name}" must be {description}, is {shown}')
+        raise ValueError(f'"{name}" must be {description}, is {shown if name in record else "missing"}')
 
 
 def _require_number(record: dict, name: str, most: float) -> None:

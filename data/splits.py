@@ -19,15 +19,19 @@ from data.records import prompt_text
 ONE_IN = 20  # keys: one of so many is for validation, one for test
 GAP = 64  # characters that may stand between a prompt and its reply, such as "\n\nAssistant: "
 MARK = re.compile(r"""[:>\])}|#*=\-"'] ?""")  # how these end
+SPACE = re.compile(" ")
 LONG = 16  # characters of prompt and reply together that nobody writes by chance
+# Soft hyphen, byte order mark, and characters of width 0, such as web pages leave in what is copied.
+INVISIBLE = re.compile("[\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 START = 12  # characters of a prompt by which it is looked up
 
 
 # ---- keys ----------------------------------------------------------------------------------------
 
 def normalised(text: str) -> str:
-    """Equal for texts that differ in white space, case or Unicode form only."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """Equal for texts that differ in white space, case, Unicode form or invisible characters only.
+    """
+    return " ".join(INVISIBLE.sub("", unicodedata.normalize("NFKC", text)).casefold().split())
 
 
 def dialogue(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
@@ -131,18 +135,20 @@ class HeldOutReplies:
 
 
 def follows(text: str, begin: int, end: int, replies: tuple[str, ...]) -> bool:
-    """Whether a reply stands behind the prompt text[begin:end]: at once, or after a mark such as
-    `assistant: `. If the two are short they must be no part of a longer phrase."""
-    places = [end + text.startswith(" ", end)]
+    """Whether a reply stands behind the prompt text[begin:end]: at once, after a mark such as
+    `assistant: `, or, if the reply is long, after any few words (ChatML: `<|im_start|>assistant`). If
+    the two are short they must be no part of a longer phrase."""
+    places = [(end + text.startswith(" ", end), 0)]  # and the least length of a reply there
     if is_border(text, end):
-        places += [mark.end() for mark in MARK.finditer(text, end, end + GAP)]
-    for at in places:
+        places += [(mark.end(), 0) for mark in MARK.finditer(text, end, end + GAP)]
+        places += [(space.end(), LONG) for space in SPACE.finditer(text, end, end + GAP)]
+    for at, least in places:
         if not text.startswith(replies, at):  # fast, and nearly always so
             continue
         for reply in replies:
             last = at + len(reply)
             apart = not (text[max(0, begin - 1):begin].isalnum() or text[last:last + 1].isalnum())
-            if (text.startswith(reply, at) and is_border(text, last)
+            if (len(reply) >= least and text.startswith(reply, at) and is_border(text, last)
                     and (end - begin + len(reply) >= LONG or apart)):
                 return True
     return False

@@ -1,4 +1,5 @@
-"""JSON Lines as every reader here takes them: one JSON value a line, plain or gzipped.
+"""JSON Lines as every reader here takes them: one JSON value a line, plain or gzipped, whatever the
+name of the file.
 
 A line ends at a line feed and nowhere else. `str.splitlines` would also end it at U+2028, U+2029
 and U+0085, which JSON leaves in a text as they are.
@@ -12,13 +13,16 @@ from typing import Any
 
 from runtime.terminal import UserError, advice
 
+GZIP = b"\x1f\x8b"  # how such a file begins
+
 
 def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of each line, its line feed included; .gz is unpacked on the way.
+    """(number from 1, line) of each line, its line feed included; gzip is unpacked on the way.
     UserError if the file cannot be read."""
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-            yield from enumerate(file, 1)
+        with open(path, "rb") as file:
+            gzipped = str(path).endswith(".gz") or file.peek(2)[:2] == GZIP
+            yield from enumerate(gzip.GzipFile(fileobj=file) if gzipped else file, 1)
     except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged archive
         hint = advice(error) if getattr(error, "errno", None) else "restore the file"
         raise UserError(f"{path}: cannot be read: {error}; {hint}") from None

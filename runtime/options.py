@@ -12,7 +12,7 @@ import itertools
 import math
 from typing import Any, ClassVar, TypeVar
 
-from runtime.terminal import UserError, run_main as run_main  # run_main: for all who parse
+from runtime.terminal import UserError, require_unicode, run_main as run_main  # run_main: for all who parse
 
 T = TypeVar("T")
 
@@ -137,10 +137,7 @@ def _check_text(field: dataclasses.Field, text: str, flag: str) -> None:
     be."""
     if not text.strip() and field.default and not field.metadata.get("choices"):
         raise UserError(f"{flag}: must not be empty; leave it out for {field.default!r}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{flag}: {text!a} is not valid UTF-8: give a name or text that is") from None
+    require_unicode(text, f"{flag}: ")
 
 
 def _fields(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:

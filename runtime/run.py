@@ -28,8 +28,8 @@ from runtime.machine import (Interrupt, Interrupted, peak_memory_mb, resume_comm
 from runtime.options import Common, UserError, as_dict, show
 from runtime.products import pick_products, use_products
 from runtime.progress import Progress
-from runtime.storage import (Damaged, is_whole, keep, load_whole, open_plain, previous_of,
-                             replace_text)
+from runtime.storage import (is_whole, keep, open_plain, previous_of, replace_text,
+                             stored_state)
 
 try:
     import fcntl
@@ -123,12 +123,9 @@ def read_config(folder: str | os.PathLike) -> dict | None:
         return None
 
 
-def stored_state(checkpoint: pathlib.Path) -> dict[str, Any]:
-    """The state in a checkpoint, or in the one before it if it is damaged."""
-    try:
-        return load_whole(checkpoint)["state"]
-    except Damaged:
-        return load_whole(previous_of(checkpoint))["state"]
+def record_of(folder: str | os.PathLike) -> dict[str, Any]:
+    """What is known of the run in a folder: its config.json, or else its checkpoint's state."""
+    return read_config(folder) or stored_state(pathlib.Path(folder) / "checkpoint.pt")
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:

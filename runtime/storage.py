@@ -202,6 +202,20 @@ def load_whole(path: pathlib.Path) -> Any:
     return payload
 
 
+def stored_state(checkpoint: pathlib.Path) -> dict[str, Any]:
+    """The state in a checkpoint, or in the one before it if it is damaged; `Damaged` if there is none.
+    """
+    try:
+        payload = load_whole(checkpoint)
+    except Damaged:
+        if not previous_of(checkpoint).exists():
+            raise
+        payload = load_whole(previous_of(checkpoint))
+    if not isinstance(payload, dict) or not isinstance(payload.get("state"), dict):
+        raise Damaged(f"{checkpoint}: not a Mosslet checkpoint: it has no state")
+    return payload["state"]
+
+
 def is_whole(path: pathlib.Path) -> bool:
     """Are the file's bytes those that were written, as far as its digest tells?"""
     try:

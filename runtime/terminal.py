@@ -40,6 +40,8 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
 def _exit_code(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     """`main`, its errors told in one line."""
     try:
+        for word in argv:
+            require_unicode(word, "")
         return main(list(argv)) or 0
     except UserError as error:
         return _tell(error, str(error), argv)
@@ -55,6 +57,15 @@ def _exit_code(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+
+
+def require_unicode(text: str, flag: str) -> None:
+    """UserError for a text of the command line that is not UTF-8: Python hands its bytes on as halves
+    of characters, which no file or stream takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{flag}{text!a} is not valid UTF-8: give a name or text that is") from None
 
 
 def _tell(error: BaseException, message: str, argv: list[str]) -> int:
@@ -82,7 +93,7 @@ def advice(error: OSError) -> str:
              "EACCES": "check the rights", "EPERM": "check the rights",
              "EROFS": "that drive is read-only: choose another",
              "EIO": "the drive fails: check it and its cable, and take the file from a copy",
-             "EISDIR": "that is a folder: give a file"}
+             "EISDIR": "a folder is where a file belongs: move it, or name another"}
     return known.get(errno.errorcode.get(error.errno, ""), "check the path, the rights and the free "
                                                            "space")
 

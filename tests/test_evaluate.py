@@ -400,6 +400,18 @@ def test_the_report_is_of_validation_and_says_which_reply_the_judge_prefers(fini
     assert {p["after"]["reply"] for p in report["pairs"]} <= {r["reply"] for r in replies["PPO"]}
 
 
+@pytest.mark.parametrize("content", [None, b"", b'{"fini', b"[1]\n", b"{}\n", b"\xff\n"])
+@pytest.mark.parametrize("name", ["ppo/config.json", "sft/config.json", "ppo/metrics.jsonl"])
+def test_a_lost_or_damaged_record_of_a_run_costs_no_report(finished, world, monkeypatch, name, content):
+    monkeypatch.setattr(evaluate, "open_data", lambda *_, **__: world.data)
+    monkeypatch.setattr(evaluate, "build_report", lambda *_, **__: ({"split": "val"}, None))
+    monkeypatch.setattr(evaluate, "render_report", lambda *_, **__: "")
+    (finished / name).unlink(missing_ok=True) if content is None else (finished / name).write_bytes(content)
+    assert asked(finished) == 0
+    seconds = json.loads((finished / "report.json").read_text())["seconds"]
+    assert {"sft", "ppo"} <= set(seconds)
+
+
 @pytest.mark.usefixtures("finished")
 def test_test_texts_are_read_by_a_command_of_their_own(finished, world, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "open_data", lambda *_, **__: world.data)

@@ -27,6 +27,11 @@ def test_every_value_is_one_line(tmp_path, name, end, mark):
     assert [line.endswith(b"\n") for _, line in lines] == [True, True, True, False]
 
 
+def test_an_archive_is_known_by_its_content(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(gzip.compress(b"{}\n"))
+    assert list(read_lines(tmp_path / "d.jsonl")) == [(1, b"{}\n")]
+
+
 @pytest.mark.parametrize("content", [gzip.compress(b"{}\n" * 999)[:-9], b"no archive", b"\x1f\x8b"])
 def test_a_damaged_archive_is_refused(tmp_path, content):
     (tmp_path / "d.gz").write_bytes(content)

@@ -1,6 +1,8 @@
 """What users bring is divided so that nothing held out stands in training, in whatever stage or
 form."""
+import io
 import json
+import zipfile
 
 import pytest
 
@@ -24,6 +26,14 @@ def write(folder, **files):
         text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     return folder
+
+
+def zip_of(text):
+    """The bytes of a .zip archive."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("sft.jsonl", text)
+    return file.getvalue()
 
 
 @pytest.fixture
@@ -172,3 +182,28 @@ def test_a_single_file_has_the_stage_of_its_first_record(tmp_path):
     path = write(tmp_path, mine=[{"prompt": str(i)} for i in range(20)]) / "mine.jsonl"
     assert own_data_set(path).options == ("skip_bad",)
     assert len(open_data(str(path), cache=tmp_path / "c").records("ppo", "train")) == 18
+
+
+@pytest.mark.parametrize("name,said", [("sft_valid", True), ("rewards", True), ("sft_val", False)])
+def test_a_file_whose_name_says_nothing_is_said_once(tmp_path, capsys, name, said):
+    records = [{"prompt": str(i), "response": "a"} for i in range(20)]
+    folder = write(tmp_path / "d", sft=records, **{name: records[:2]})
+    for _ in range(2):
+        open_data(str(folder), cache=tmp_path / "c")
+    assert capsys.readouterr().err.count(f"not read: {name}.jsonl") == said
+
+
+@pytest.mark.parametrize("name", ["sft.jsonl", "sft_val.jsonl"])
+@pytest.mark.parametrize("content,message", [(None, "a link to nothing"), (zip_of("x"), "a .zip archive")])
+def test_a_file_that_cannot_be_read_is_never_as_if_it_were_not_there(tmp_path, name, content, message):
+    folder = write(tmp_path / "d", sft=[{"prompt": str(i), "response": "a"} for i in range(20)])
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).write_bytes(content) if content else (folder / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=f"{name}: {message}"):
+        open_data(str(folder), cache=tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["x" * 240, "书" * 80])
+def test_long_names_are_cut_in_the_cache(tmp_path, name):
+    folder = write(tmp_path / name, sft=[{"prompt": str(i), "response": "a"} for i in range(20)])
+    assert open_data(str(folder), cache=tmp_path / "c").has("sft")

@@ -54,3 +54,10 @@ def test_runs_on_other_texts_are_refused(runs):
     path.write_text(json.dumps(scores | {"labels": [1 - y for y in scores["labels"]]}))
     with pytest.raises(UserError, match="different texts"):
         reward_rows(runs, "val")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff"])
+def test_a_damaged_report_is_refused(runs, content):
+    (runs[0] / "report.json").write_bytes(content)
+    with pytest.raises(UserError, match="report.json: damaged"):
+        main([*map(str, runs)])

@@ -19,7 +19,9 @@ TALK = f"\n\nHuman: {QUESTION}\n\nAssistant: {ANSWER}"
     ("sft", {"prompt": f"\n\nHuman: {QUESTION}\n\nAssistant:", "response": ANSWER}),
     ("reward", {"prompt": [USER, REPLY, USER], "chosen": "a", "rejected": "b"}),
     ("reward", {"prompt": QUESTION, "response": ANSWER, "label": 1, "messages": "ignored"}),
-    ("ppo", {"prompt": f"  {QUESTION.upper()}\r\n"}), ("ppo", {"prompt": QUESTION.replace(" ", "  ")}),
+    ("ppo", {"prompt": f"  {QUESTION.upper()}\r\n"}),
+    *(("ppo", {"prompt": f"{c}Where is{c} the sta{c}tion?{c}"}) for c in "\xad\u200b\u200d\u2060\ufeff"),
+    ("ppo", {"prompt": QUESTION.replace(" ", "  ")}),
     ("pretrain", {"text": TALK, "id": 3}), ("pretrain", {"text": f"Be kind.{TALK}{TALK}"}),
     ("pretrain", {"text": QUESTION})])
 def test_every_form_of_a_dialogue_has_one_key(stage, record):
@@ -57,7 +59,10 @@ def test_what_the_user_holds_out_stays_and_counts():
 
 @pytest.mark.parametrize("text", [
     f"{QUESTION} {ANSWER}", f"{QUESTION}{ANSWER}", f"Some of the news.{TALK}\n\nHuman: Thanks.",
-    f"q: {QUESTION.lower()}\n\n### a: {ANSWER}", f"<|Human|>: {QUESTION}<eoh>\n<|MOSS|>: {ANSWER}<eom>"])
+    f"q: {QUESTION.lower()}\n\n### a: {ANSWER}", f"<|Human|>: {QUESTION}<eoh>\n<|MOSS|>: {ANSWER}<eom>",
+    f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n{ANSWER}<|im_end|>",
+    f"<start_of_turn>user\n{QUESTION}<end_of_turn>\n<start_of_turn>model\n{ANSWER}",
+    f"[INST] {QUESTION} [/INST] {ANSWER}", f"### Question\n{QUESTION}\n### Answer\n{ANSWER}"])
 def test_a_prompt_followed_by_its_reply_is_found(text):
     assert HeldOutReplies([(QUESTION, ANSWER)]).are_in(text)
 

@@ -398,6 +398,16 @@ def test_test_labels_that_are_all_the_same_are_refused_before_training(world, mo
         train.require_inputs(world.data, ["reward"], "")
 
 
+@pytest.mark.parametrize("given,name", [({"label": 1}, "label"), ({"score": 3}, "score")])
+def test_feedback_that_is_all_the_same_is_refused_before_training(world, monkeypatch, given, name):
+    def alike(record):
+        return {"prompt": record["prompt"], "response": record["response"], **given}
+
+    change(world, monkeypatch, train=alike, val=alike, test=alike)
+    with pytest.raises(UserError, match=f"all {name}s to learn from are the same"):
+        train.require_inputs(world.data, list(train.STAGES), "")
+
+
 @pytest.mark.parametrize("words", [[], ["reward"]])
 def test_all_and_single_stages_check_the_test_split_before_training(tmp_path, words):
     pairs = [{"prompt": f"Question {i}", "chosen": "a", "rejected": "b"} for i in range(60)]

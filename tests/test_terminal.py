@@ -32,6 +32,11 @@ def test_a_command_that_ends_well_has_exit_code_0():
     assert run_main(lambda argv: 143, []) == 143
 
 
+def test_words_that_are_no_text_are_refused_whatever_the_command(capsys):
+    assert run_main(lambda argv: 0, ["😀\udcff"]) == 2
+    assert "not valid UTF-8" in capsys.readouterr().err
+
+
 def test_errors_of_the_user_are_one_line_and_exit_code_2(capsys):
     assert run_main(raising(UserError("no such\nstage")), []) == 2
     assert capsys.readouterr().err == "error: no such stage\n"

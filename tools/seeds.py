@@ -37,7 +37,10 @@ def read(folder: pathlib.Path, name: str) -> dict:
                "the command that trained these runs makes it when all stages are done "
                "(`python train.py --out …`)")
         raise UserError(f"{path}: not there; {how}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: damaged; `python evaluate.py {folder}` makes it anew") from None
 
 
 def mean_and_range(rows: list[dict], name: str) -> dict:
