@@ -29,6 +29,7 @@ from runtime.products import pick_products, use_products
 from runtime.progress import Progress
 from runtime.storage import (Damaged, is_whole, keep, load_whole, open_plain, previous_of,
                              replace_text)
+from runtime.tables import finite
 
 try:
     import fcntl
@@ -128,12 +129,6 @@ def stored_state(checkpoint: pathlib.Path) -> dict[str, Any]:
         return load_whole(checkpoint)["state"]
     except Damaged:
         return load_whole(previous_of(checkpoint))["state"]
-
-
-def finite(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with null for floats that are not finite: JSON has no such numbers."""
-    return {name: None if isinstance(x, float) and not math.isfinite(x) else x
-            for name, x in record.items()}
 
 
 class RunFolder:
