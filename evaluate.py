@@ -68,7 +68,8 @@ def reply_logprobs(policy: Transformer, reference: Transformer, ids: Sequence[li
     """(log π, log π_ref, KL) of each reply token, each (B, R) float32; 0 beyond a reply's end.
 
     The KL is that of the whole distributions before the token. Summed over a reply it has the mean
-    of Σ log π/π_ref and less variance, for the draw of each token is averaged over (Rao–Blackwell).
+    of Σ log π/π_ref and, as a rule, less variance: each token's draw is averaged over
+    (Rao–Blackwell).
     """
     device, size, parts = policy.embedding.weight.device, settings.rows_at_once, []
     for i in range(0, len(ids), size):
@@ -125,8 +126,7 @@ class HeldOutPrompts:
                  reference: Transformer, reward_model: Any, settings: ReplySettings):
         self.tokenizer, self.template, self.prompts = tokenizer, data.template, prompts
         self.reference, self.reward_model, self.settings = reference, reward_model, settings
-        has_judge = data.has("judge")
-        self.judges = {"n-grams": NgramJudge(ngram_classifier(data, "judge"))} if has_judge else {}
+        self.judges = load_judges(data)
 
     def measure(self, policy: Transformer) -> tuple[dict[str, float], list[dict]]:
         """(metrics whose names begin with eval_, one record per reply)."""

@@ -244,8 +244,8 @@ def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: 
     (B, R) -> (B, R).
 
     A new tensor, without gradient: the logged KL is never changed in place. Only k1 serves as a
-    reward: the policy gradient of E[k1] is that of the KL, those of E[k2] and E[k3] are not, and
-    they collapse the policy.
+    reward: E[k1 · ∇ log π] is the gradient of the KL. k2 and k3 also change with π on their own,
+    which a reward's gradient leaves out; as rewards they collapse the policy.
     """
     rewards = -kl_coef * kl_estimate(logprobs.detach(), ref_logprobs.detach())
     column = torch.arange(mask.shape[1], device=mask.device, dtype=torch.int32)

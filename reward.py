@@ -315,7 +315,7 @@ class RewardTask:
         kept, needed = drop_equal_pairs(pairs, **self.render)
         if len(kept) < len(pairs):
             where = "" if needed <= self.run.model.config.max_len else "in pretraining and here "
-            text = (f"reward: {len(pairs) - len(kept)} of {len(pairs)} {split} pairs left out: "
+            text = (f"{self.run.stage}: {len(pairs) - len(kept)} of {len(pairs)} {split} pairs left out: "
                     f"chosen and rejected are equal in their first {self.o.max_len} tokens; "
                     f"--max_len {needed} {where}would keep all")
             if not kept:
@@ -394,7 +394,7 @@ class RewardTask:
 
     def chance_warnings(self, records: list[dict], measured: dict[str, float]) -> list[str]:
         """A warning if the agreement is what a model that learned nothing reaches once in twenty
-        times: 1.645 standard errors above chance."""
+        runs: 1.645 standard errors above chance."""
         n = len(records)
         name, chance, error = {"pairwise": ("val_accuracy", 0.5, 0.5 / math.sqrt(n)),
                                "regression": ("val_correlation", 0.0, 1 / math.sqrt(max(1, n - 1))),
@@ -406,7 +406,7 @@ class RewardTask:
         if value > limit:
             return []
         return [f"{name} {value:.3f} over {n} records is no better than chance ({chance:g}, by "
-                f"luck up to {limit:.3f}): PPO would follow noise; bring more feedback, for "
+                f"luck up to {limit:.3f}): who trusts it follows noise; bring more feedback, for "
                 "validation, too, train longer (--epochs), or look for mistakes in the feedback"]
 
 
@@ -441,5 +441,5 @@ def train_reward(o: RewardOptions, stage: str = "reward", parent: str = "sft") -
           flush=True)
     run.finish(**fit(run, task))
     for warning in task.extra["warnings"]:
-        print(f"reward: warning: {warning}", file=sys.stderr)
+        print(f"{stage}: warning: {warning}", file=sys.stderr)
     return run

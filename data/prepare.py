@@ -25,7 +25,7 @@ from data.own import own_data_set
 from data.prepared import Prepared
 from data.sets import DATA_SETS
 from runtime.options import Options, UserError, option, parse, run_main
-from runtime.terminal import advice, memory_advice
+from runtime.terminal import advice, memory_advice, reading
 
 VERSION = 4  # of the stored form; raise it to make folders prepared earlier unused
 CACHE = pathlib.Path(os.environ.get("MOSSLET_CACHE") or pathlib.Path(__file__).parent / "cache")
@@ -40,11 +40,9 @@ def find_data_set(data: str) -> DataSet:
         return DATA_SETS[data]
     if data and os.path.lexists(path := pathlib.Path(data)):
         require_readable(path, folder=True)
-        try:
+        with reading(path):
             refuse_zip(path)
             return own_data_set(path)
-        except OSError as error:
-            raise UserError(f"{data}: cannot be read: {error.strerror}; {advice(error)}") from None
     near = difflib.get_close_matches(data, DATA_SETS, 1)
     raise UserError(f"unknown data set {data!r}{f'; did you mean {near[0]}?' if near else ''}: use "
                     f"{' or '.join(DATA_SETS)}, or the path of a .jsonl file or a folder of them")
@@ -110,10 +108,8 @@ def fingerprint_of(data_set: DataSet, options: dict[str, int], files: list[pathl
     mixture = {name: dataclasses.astuple(part) for name, part in data_set.mixture.items()}
     digests = []
     for file in files:
-        try:
+        with reading(file):
             digests.append((file.name, file_digest(file)))
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read: {error.strerror}; {advice(error)}") from None
     state = [VERSION, data_set.name, data_set.version, data_set.template, mixture, options, digests]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
 

@@ -28,8 +28,8 @@ from runtime.machine import (Interrupt, Interrupted, peak_memory_mb, resume_comm
 from runtime.options import Common, UserError, as_dict, show
 from runtime.products import pick_products, use_products
 from runtime.progress import Progress
-from runtime.storage import (is_whole, keep, open_plain, previous_of, replace_text,
-                             stored_state)
+from runtime.storage import is_whole, keep, open_plain, previous_of, replace_text, stored_state
+from runtime.tables import finite
 
 try:
     import fcntl
@@ -126,12 +126,6 @@ def read_config(folder: str | os.PathLike) -> dict | None:
 def record_of(folder: str | os.PathLike) -> dict[str, Any]:
     """What is known of the run in a folder: its config.json, or else its checkpoint's state."""
     return read_config(folder) or stored_state(pathlib.Path(folder) / "checkpoint.pt")
-
-
-def finite(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with null for floats that are not finite: JSON has no such numbers."""
-    return {name: None if isinstance(x, float) and not math.isfinite(x) else x
-            for name, x in record.items()}
 
 
 class RunFolder:

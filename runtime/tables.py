@@ -32,16 +32,18 @@ def table(rows: Sequence[dict], columns: dict[str, str]) -> str:
                      for line in lines)
 
 
-def to_json(x: Any) -> str:
-    """JSON on several lines, with null for numbers that are not finite, which JSON does not have.
-    """
-    def finite(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {key: finite(value) for key, value in x.items()}
-        if isinstance(x, list | tuple):
-            return [finite(value) for value in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
+def finite(x: Any) -> Any:
+    """A nest of dicts, lists and tuples with null for numbers that are not finite, which JSON does
+    not have."""
+    if isinstance(x, dict):
+        return {key: finite(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
+
+def to_json(x: Any) -> str:
+    """JSON on several lines, `finite`."""
     return json.dumps(finite(x), indent=1, ensure_ascii=False, allow_nan=False)
 
 

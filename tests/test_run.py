@@ -119,11 +119,12 @@ def test_numbers_that_are_not_finite_are_written_as_null_and_said_once(open_sft,
     with run.progress(4):
         for step in (1, 2):
             run.log(step, loss=float("nan"), kl=0.123456789, length=float("inf"))
-            run.samples(step, [{"text": "a", "score": float("-inf")}])
+            run.samples(step, [{"text": "a", "score": float("-inf"), "parts": [float("nan")]}])
     first, second = (run.folder.path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(first) == {"step": 1, "loss": None, "kl": 0.123457, "length": None}
     assert json.loads(second)["loss"] is None
-    assert "Infinity" not in (run.folder.path / "samples.jsonl").read_text()
+    samples = (run.folder.path / "samples.jsonl").read_text().splitlines()
+    assert json.loads(samples[0]) == {"text": "a", "score": None, "parts": [None], "step": 1}
     said = capsys.readouterr().err
     assert said.count("loss is nan at step 1") == said.count("length is inf at step 1") == 1
     assert "step 2" not in said

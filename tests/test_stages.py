@@ -209,13 +209,18 @@ def test_agreement_that_luck_reaches_is_warned_of(task_of, kind, name, n, enough
 def test_a_reward_model_that_learned_nothing_is_said_by_it_and_by_what_builds_on_it(
         command, world, monkeypatch, capsys):
     run = train_reward(command("reward", "--epochs=.1", "--lr=0", "--adam_lr=0"))
-    assert "is no better than chance" in capsys.readouterr().err
+    assert "reward: warning: val_auc" in capsys.readouterr().err
     load_parent(run.o, world.data, "reward", run.folder.path, RewardModel)
     assert "warning: val_auc" in capsys.readouterr().err
     monkeypatch.setattr(RewardTask, "agreement", lambda *_: {"val_auc": .99})
     train_reward(command("reward", "--epochs=.1", "--fresh"))
     load_parent(run.o, world.data, "reward", run.folder.path, RewardModel)
     assert "chance" not in capsys.readouterr().err
+
+
+def test_a_judge_that_learned_nothing_is_named_as_such(command, capsys):
+    train.judge(command("judge", "--epochs=.1", "--lr=0", "--adam_lr=0"))
+    assert "judge: warning: val_auc" in capsys.readouterr().err
 
 
 def with_records(monkeypatch, world, train_records, val_records):
