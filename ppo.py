@@ -93,8 +93,7 @@ class PPOOptions(Common):
     end_penalty: float = option(3.0, "subtract this, after the clip, from a reply without end token",
                                 source="validation; TRL: 1", low=0)
     kl_coef: float = option(0.095, "price of one nat away from the reference",
-                            source="validation, three seeds; MOSS 0.05, swept .05 to .2; N+ 0.05",
-                            low=0)
+                            source="validation; MOSS 0.05, swept .05 to .2; N+ 0.05", low=0)
     kl_in: str = option("reward", "reward: k1 of each token lowers its reward; loss: k2 of each "
                                   "reply is added to the loss",
                         choices=("reward", "loss"), source="reward in MOSS, N+")
