@@ -513,6 +513,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """The figures of docs/metrics.md, over the whole rollout."""
     mask = rollout.response_mask
     kl = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0)
+    k3 = torch.where(mask, kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k3"), 0)
     gap = torch.where(mask, rollout.sampled_logprobs - rollout.logprobs, 0).abs()
     error = rollout.values - rollout.returns
     unexplained = (masked_variance(error, mask)
@@ -520,7 +521,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     metrics = {
         "score": rollout.scores.mean(), "raw_score": rollout.raw_scores.mean(),
         "objective": rollout.scores.mean() - rollout.kl_coef * kl.sum(1).mean(),
-        "kl": kl.sum(1).mean(),
+        "kl": kl.sum(1).mean(), "kl_k3": k3.sum(1).mean(),
         "kl_per_token": masked_mean(kl, mask), "entropy": masked_mean(rollout.entropy, mask),
         "length": mask.sum(1).float().mean(), "end_rate": rollout.ended.float().mean(),
         "ref_perplexity": torch.exp(-masked_mean(rollout.ref_logprobs, mask)),

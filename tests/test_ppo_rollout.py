@@ -289,7 +289,7 @@ def test_metrics_are_means_over_real_tokens():
     kl, returns = real["logprobs"] - real["ref_logprobs"], real["returns"]
     assert rollout_metrics(rollout) == pytest.approx({
         "score": .3, "raw_score": 2, "kl": kl.sum() / 2,
-        "objective": .3 - .07 * kl.sum() / 2, "kl_per_token": kl.mean(),
+        "kl_k3": (np.expm1(-kl) + kl).sum() / 2, "objective": .3 - .07 * kl.sum() / 2, "kl_per_token": kl.mean(),
         "entropy": real["entropy"].mean(), "length": 2, "end_rate": .5, "kl_coef": .07,
         "reply_tokens": 4, "ref_perplexity": np.exp(-real["ref_logprobs"].mean()),
         "sampler_gap": np.abs(real["sampled_logprobs"] - real["logprobs"]).mean(),

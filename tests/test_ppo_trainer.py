@@ -251,7 +251,8 @@ def test_while_it_learns_alone_the_critic_takes_its_own_passes_without_clip(trai
 
 
 def test_pretraining_text_is_a_part_of_the_policys_steps(trainer_of):
-    words = ("--updates=3", "--critic_warmup=1", "--policy_lr=.01", "--epochs=1")
+    words = ("--updates=3", "--critic_warmup=1", "--policy_lr=.01", "--epochs=1",
+             "--minibatches=2")
     plain, mixed = trainer_of(*words), trainer_of(*words, "--ptx_coef=5")
     start = weights_hash(mixed.run.model)
     assert "ptx_loss" not in mixed.update(0)  # the critic learns alone
@@ -286,8 +287,8 @@ def test_rollout_and_update_compute_in_one_precision(trainer_of, dtype):
 
 def test_adaptive_control_acts_once_an_update_of_the_policy(trainer_of):
     trainer = trainer_of("--updates=4", "--critic_warmup=1", "--kl_control=adaptive",
-                         "--kl_horizon=50", "--policy_lr=.01")
-    expected = ppo.KLController(ppo.PPOOptions.kl_coef, target=6, horizon=50)
+                         "--kl_target=60", "--kl_horizon=50", "--policy_lr=.01")
+    expected = ppo.KLController(ppo.PPOOptions.kl_coef, target=60, horizon=50)
     for step in range(4):
         logged = trainer.update(step)
         assert logged["kl_coef"] == expected.coef, step  # as used, before it changes
