@@ -12,6 +12,10 @@ import types
 import pytest
 import torch
 
+# Under nohup SIGHUP is ignored, by our commands too; the tests are of a terminal's.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
