@@ -54,7 +54,8 @@ def test_a_traceback_is_shown_on_request(words, shown, capsys):
 
 @pytest.mark.parametrize("number,remedy", [
     (errno.ENOSPC, "free some space"), (errno.EACCES, "check the rights"),
-    (errno.EISDIR, "a folder is where a file belongs"), (errno.EIO, "the drive fails"), (errno.ENOENT, "check the path")])
+    (errno.EISDIR, "a folder is where a file belongs"), (errno.EIO, "the drive fails"),
+    (errno.ENOENT, "check the path")])
 def test_an_error_of_the_system_is_one_line_that_names_file_cause_and_remedy(number, remedy, capsys):
     assert run_main(raising(OSError(number, os.strerror(number), "out/metrics.jsonl")), []) == 2
     line, = capsys.readouterr().err.splitlines()
