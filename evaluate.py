@@ -28,16 +28,16 @@ import torch
 from data.batches import (drop_long_prompts, held_out_prompts, make_rows, pad_left, prompt_ids,
                           reward_rows, scatter_tokens)
 from data.judge import ModelJudge, NgramJudge, ngram_classifier, plain_text
-from data.prepare import open_data
+from data.prepare import find_data_set, open_data
 from data.prepared import Prepared
 from data.records import prompt_text
 from data.report import (describe, judged_by, opinions_on_labels, people_wrote, render_report,
                          report_name, table_row, win_rates)
 from data.tokenizer import Tokenizer
 from model import Transformer, checkpoint_path, compared_logprobs, load_checkpoint
-from reward import RewardModel
+from reward import RewardModel, longest_row
 from runtime.device import pick_device, precision
-from runtime.lines import parse_line, read_lines
+from runtime.lines import logged
 from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
 from runtime.run import record_of
@@ -264,7 +264,7 @@ def load_reward_model(path: str | os.PathLike, device: str,
     ids."""
     model, own_tokenizer, state = load_checkpoint(path, device, RewardModel)
     tokenizer.require_same(own_tokenizer, f"the policy and {path}")
-    return model, min(state["options"]["max_len"], model.config.max_len), state
+    return model, longest_row(model, state), state
 
 
 def load_judges(data: Prepared, folder: str | os.PathLike | None = None,
@@ -276,8 +276,8 @@ def load_judges(data: Prepared, folder: str | os.PathLike | None = None,
         found["n-grams"] = NgramJudge(ngram_classifier(data, "judge"))
     if folder is not None and checkpoint_path(folder).exists():
         model, tokenizer, state = load_checkpoint(folder, device, RewardModel)
-        longest = min(state["options"]["max_len"], model.config.max_len)
-        found["transformer"] = ModelJudge(model, tokenizer, state["template"], longest)
+        template = state.get("template", data.template)
+        found["transformer"] = ModelJudge(model, tokenizer, template, longest_row(model, state))
     return found
 
 
@@ -399,18 +399,6 @@ def save_report(report: dict[str, Any], scores: dict[str, dict[str, Any]], root:
           f"{ppo} --prompt …")
 
 
-def logged(path: pathlib.Path, key: str) -> list[float]:
-    """A metric's values in metrics.jsonl. No log is worth a report: without one there are none, and
-    lines that are no record are left out."""
-    values = []
-    for _, line in read_lines(path) if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            record = parse_line(line)
-            if isinstance(record, dict) and isinstance(record.get(key), int | float):
-                values.append(record[key])
-    return values
-
-
 def print_validation_table(model: RewardModel, data: Prepared, tokenizer: Tokenizer,
                            max_len: int) -> None:
     """The reward model beside its baseline on validation; the test texts are scored once, by the
@@ -476,11 +464,15 @@ def measure(folders: list[pathlib.Path], o: EvaluateOptions) -> dict[str, Any]:
     policies = run_policies(root) if finished else dict(zip(names, folders, strict=True))
     compared, trained, ppo = load_compared(policies, device, o.reference, o.reward_from)
     # Open the data set that they were trained on, with their own prompt template.
-    options = trained["options"]
-    data = open_data(o.data or options["data"], source=o.source or options["source"] or None,
-                     vocab_size=options["vocab_size"], limit=options["limit"],
-                     skip_bad=options.get("skip_bad", False))
-    data = dataclasses.replace(data, meta=data.meta | {"template": trained["template"]})
+    known = trained.get("options", {})
+    options = {name: known[name] for name in ("vocab_size", "limit", "skip_bad") if name in known}
+    if not (name := o.data or known.get("data")):
+        raise UserError("the checkpoint does not say on which data it was trained: give --data")
+    if "source" not in find_data_set(name).options:
+        o.refuse("source", why=f"on {name}, which has no other raw files")
+    data = open_data(name, source=o.source or known.get("source") or None, **options)
+    template = trained.get("template", data.template)
+    data = dataclasses.replace(data, meta=data.meta | {"template": template})
     judge = checkpoint_path(policies[[*policies][-1]]).parent.parent / "judge"
     compared = dataclasses.replace(compared, judges=load_judges(data, judge, device))
     # Measure as the PPO run among the folders sampled.

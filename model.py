@@ -517,6 +517,17 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
     return model.to(device).eval(), tokenizer, state
 
 
+def checked_state(state: Any) -> dict[str, Any]:
+    """A checkpoint's state; ValueError if it has no hash, or if a part is not of its kind."""
+    kinds = {"hash": str, "stage": str, "template": str, "products": str, "step": int,
+             "options": dict, "parents": dict, "warnings": list, "example_prompts": list}
+    state = {"hash": None, **state}
+    for name, kind in kinds.items():
+        if name in state and not isinstance(state[name], kind):
+            raise ValueError(f"{name} is {str(state[name])[:40]!r}")
+    return state
+
+
 def read_checkpoint(path: pathlib.Path,
                     cls: type) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
     """(model, tokenizer, state) of one file; `Damaged` unless its parts fit each other and its numbers
@@ -528,7 +539,7 @@ def read_checkpoint(path: pathlib.Path,
                         "stage that makes one")
     try:
         config, weights = cls.config_class(**payload["config"]), payload["model"]
-        tokenizer, state = Tokenizer.from_state(payload["tokenizer"]), dict(payload["state"])
+        tokenizer, state = Tokenizer.from_state(payload["tokenizer"]), checked_state(payload["state"])
         if tokenizer.n_vocab != config.vocab_size:
             raise ValueError(f"a vocabulary of {tokenizer.n_vocab} tokens beside a model of "
                              f"{config.vocab_size}")

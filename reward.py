@@ -156,6 +156,11 @@ class PythonReward:
         return scores.to(self.device)
 
 
+def longest_row(model: RewardModel, state: dict[str, Any]) -> int:
+    """The longest row, in tokens, that this model was trained on."""
+    return min(state.get("options", {}).get("max_len", math.inf), model.config.max_len)
+
+
 def critic_from(reward_model: RewardModel, mean: float = 0.0, std: float = 1.0) -> RewardModel:
     """A trainable copy whose head gives (raw − mean) / std: w/σ and (b − μ)/σ.
 

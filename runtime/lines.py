@@ -4,9 +4,11 @@ name of the file.
 A line ends at a line feed and nowhere else. `str.splitlines` would also end it at U+2028, U+2029
 and U+0085, which JSON leaves in a text as they are.
 """
+import contextlib
 import gzip
 import json
 import os
+import pathlib
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -44,3 +46,15 @@ def parse_line(line: bytes) -> Any:
 def _whole_number(digits: str) -> int | float:
     """An int; of hundreds of digits a float, perhaps an infinite one: int() refuses thousands."""
     return int(digits) if len(digits) < 300 else float(digits)
+
+
+def logged(path: pathlib.Path, key: str) -> list[float]:
+    """A metric's values in a run's metrics.jsonl. No log is worth a report: without one there are
+    none, and lines that are no record are left out."""
+    values = []
+    for _, line in read_lines(path) if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            record = parse_line(line)
+            if isinstance(record, dict) and isinstance(record.get(key), int | float):
+                values.append(record[key])
+    return values

@@ -36,9 +36,11 @@ def open_plain(path: pathlib.Path, mode: str, follow: bool = False) -> IO:
         file = open(path, mode, encoding=None if "b" in mode else "utf-8",
                     opener=lambda name, own: os.open(name, own | flags, 0o666))
     except OSError:
-        if follow or not path.is_symlink():
-            raise
-        raise UserError(f"{path}: is a link, which is not followed here: remove it") from None
+        if not follow and path.is_symlink():
+            raise UserError(f"{path}: is a link, which is not followed here: remove it") from None
+        if path.is_fifo() or path.is_dir():
+            raise UserError(f"{path}: is no plain file: remove it") from None
+        raise
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise UserError(f"{path}: is no plain file: remove it")

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     """Run a command line; returns its exit code. What the user can mend becomes one line and exit
     code 2; --traceback shows where it arose. A reader that has seen enough (`| head`) ends it
     quietly."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as runtime/__init__.py left it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         take_all_characters(stream)
     try:

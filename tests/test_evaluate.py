@@ -412,6 +412,17 @@ def test_a_lost_or_damaged_record_of_a_run_costs_no_report(finished, world, monk
     assert {"sft", "ppo"} <= set(seconds)
 
 
+def test_a_checkpoint_that_does_not_name_its_data_needs_data(world, capsys):
+    assert asked(world.root / "sft") == 2
+    assert "give --data" in capsys.readouterr().err
+
+
+def test_a_source_that_has_no_effect_is_refused(finished, capsys, tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "x"}\n')
+    assert asked(finished / "ppo", f"--data={tmp_path / 'mine.jsonl'}", "--source=x") == 2
+    assert "--source has no effect" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("finished")
 def test_test_texts_are_read_by_a_command_of_their_own(finished, world, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "open_data", lambda *_, **__: world.data)

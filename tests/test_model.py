@@ -242,6 +242,18 @@ def test_a_reward_head_that_is_not_there_is_an_error(tmp_path, tokenizer):
         load_checkpoint(tmp_path, cls=RewardModel)
 
 
+@pytest.mark.parametrize("name,value", [
+    ("hash", None), ("hash", 3), ("options", []), ("template", 3), ("parents", "x"), ("step", "2"),
+    ("example_prompts", 3), ("warnings", "x"), ("products", 1), ("stage", [])])
+def test_a_state_whose_parts_are_of_another_kind_is_refused(tmp_path, model, tokenizer, name, value):
+    save_checkpoint(tmp_path, model, tokenizer)
+    payload = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    payload["state"][name] = value
+    torch.save(payload, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match=f"{name} is "):
+        load_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("folder,command", [("sft", "train.py sft`"), ("mine", "train.py all`")])
 def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path, folder, command):
     with pytest.raises(UserError, match=command):

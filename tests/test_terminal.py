@@ -222,3 +222,14 @@ def test_a_terminal_gets_control_characters_as_escapes(monkeypatch):
 
 def test_a_file_gets_the_text_as_it_is():
     assert for_terminal(CONTROL, io.StringIO()) == CONTROL
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "sample.py"])
+def test_ctrl_c_while_torch_is_loaded_ends_a_command_at_once(tmp_path, script, before):
+    (tmp_path / "torch.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(9)\n")
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, timeout=60,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, before))
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
