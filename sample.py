@@ -631,6 +631,8 @@ def main(argv: list[str]) -> None:
         return
     session = ChatSession(o.checkpoint, o)
     if o.chat:
+        if sys.stdin is None:
+            raise UserError("--chat reads what you type, but its input is closed: use --prompt or --file")
         sys.stdin.reconfigure(errors="replace")  # a byte that is not UTF-8 does not end the talk
         chat(session)
     elif o.file:

@@ -13,7 +13,7 @@ from model import ModelConfig, Transformer, log_softmax
 from reward import RewardConfig, RewardModel
 from runtime import device
 from runtime.options import UserError, run_main
-from sample import (Decoder, SampleOptions, ChatSession, chat, draw, filter_logits, generate,
+from sample import (Decoder, SampleOptions, ChatSession, chat, draw, filter_logits, generate, main,
                     penalise_repetition, reply_ids, uniform_numbers)
 from tests.conftest import logprobs_of
 
@@ -385,3 +385,9 @@ def test_a_chat_puts_the_template_around_its_first_line_alone_and_outlives_a_lon
              {"role": "assistant", "content": "答"}, {"role": "user", "content": "好"}]
     assert asked == [session.tokenizer.render_chat(turns[:n], reply=True)[0] for n in (1, 3)]
     assert "too long" in capsys.readouterr().out
+
+
+def test_a_chat_without_input_is_refused(world, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="input is closed"):
+        main(["--chat", f"--from={world.root / 'sft'}"])
