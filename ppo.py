@@ -5,11 +5,12 @@ from the reference.
 
 One update: `collect_rollout` lets the policy reply to prompts, scores every token with policy,
 reference and critic, and every reply with the reward model; `token_rewards` spreads the score and
-the KL penalty over tokens; `gae` turns rewards and values into advantages; `update` takes several
-passes over these replies with `ppo_loss`. The file has the formulas first, then the rollout, then
-learning. `PPOTrainer` carries what one update hands to the next, and `train_ppo` is the stage. To
-change one idea, pass your own function: `collect_rollout(…, estimator=, scorer=)`, `update(…,
-loss=)`, or all three to `PPOTrainer` or `train_ppo`.
+the KL penalty over tokens; `gae` turns rewards and values into advantages; `update` passes over
+these replies with `ppo_loss`. The file has the formulas first, then the rollout, then learning; what
+a raw score is worth stands in reward.py (`ScoreScale`). `PPOTrainer` carries what one update hands
+to the next, and `train_ppo` is the stage. To change one idea, pass your own function:
+`collect_rollout(…, estimator=, scorer=)`, `update(…, loss=)`, or all three to `PPOTrainer` or
+`train_ppo`.
 
 Papers, by the names that --help uses: Schulman 2016 (GAE), Schulman 2017 (PPO), Schulman 2020
 (estimates of KL), Ziegler 2019 (PPO on language), MOSS (MOSS-RLHF parts I and II), N+ (Huang 2024,
@@ -26,9 +27,8 @@ import dataclasses
 import math
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from data.batches import (Rows, drop_long_prompts, held_out_prompts, make_rows, 
 from data.prepare import open_for
 from data.prepared import Prepared
 from model import Transformer, load_parent, next_token_loss, open_run, token_logprobs
-from reward import RewardModel, critic_from
+from reward import RewardModel, Scorer, ScoreScale, chosen_reward_norm, critic_from
 from runtime.alarms import Alarm, Alarms
 from runtime.device import compile_trunks, precision
 from runtime.draws import batch_indices, key
@@ -50,7 +50,7 @@ from runtime.options import Common, UserError, option
 from runtime.products import use_products
 from runtime.run import Run
 from runtime.scan import discounted_sums
-from runtime.statistics import Means, RunningMoments, masked_mean, masked_variance, whiten
+from runtime.statistics import Means, masked_mean, masked_variance, whiten
 from sample import Decoder, Generation, generate, reply_ids, reply_texts, reply_to
 
 
@@ -60,11 +60,11 @@ class PPOOptions(Common):
 
     PRESETS: ClassVar = {
         "smoke": dict(updates=6, batch=8, rollout_rows=4, reply_len=16, norm_replies=64,
-                      critic_warmup=1,
-                      save_every=1, eval_every=2, eval_prompts=8, report_prompts=20),
+                      critic_warmup=1, save_every=1, eval_every=2, eval_prompts=8,
+                      report_prompts=20),
         "base": dict(dtype="auto", updates=200, batch=256, rollout_rows=128, reply_len=128,
-                     micro_batch=32,
-                     policy_lr=1e-5, critic_lr=2e-5, eval_every=20, eval_prompts=256),
+                     micro_batch=32, policy_lr=1e-5, critic_lr=2e-5, eval_every=20,
+                     eval_prompts=256),
     }
 
     # The rollout.
@@ -73,9 +73,8 @@ class PPOOptions(Common):
     samples_per_prompt: int = option(1, "replies to each prompt, a group (for RLOO)", low=1)
     reply_len: int = option(64, "longest reply in tokens; a truncated reply counts as terminal (no "
                                 "bootstrap value)", low=1)
-    temperature: float = option(1.0, "of sampling and of every log-probability alike; replies come "
-                                     "from the whole softmax, so top-k and the like are for "
-                                     "chatting only",
+    temperature: float = option(1.0, "of sampling and of every log-probability alike; top-k and the "
+                                     "like are for chatting only",
                                 source="N+: else the ratio does not start at 1", low=0.001)
     rollout_rows: int = option(64, "replies written at a time; ended ones make room", low=1)
     rollout_dtype: str = option("auto", "precision of writing; auto: as --dtype; int8: CPU only",
@@ -88,14 +87,14 @@ class PPOOptions(Common):
                                       "P(liked) − 1; auto: logsigmoid for these, else fixed",
                               choices=("auto", "fixed", "running", "sigmoid", "logsigmoid"),
                               source="MOSS: running")
-    norm_replies: int = option(512, "replies that give raw scores their mean and spread", low=2, high=100_000)
+    norm_replies: int = option(512, "replies that give raw scores their mean and spread", low=2,
+                               high=100_000)
     reward_clip: float = option(10.0, "clip scores to ± this; 0 disables", source="MOSS 10", low=0)
     end_penalty: float = option(3.0, "subtract this, after the clip, from a reply without end token",
                                 source="validation; TRL: 1", low=0)
     kl_coef: float = option(0.095, "price of one nat away from the reference",
                             source="validation; MOSS 0.05, swept .05 to .2; N+ 0.05", low=0)
-    kl_in: str = option("reward", "reward: k1 of each token lowers its reward; loss: k2 of each "
-                                  "reply is added to the loss",
+    kl_in: str = option("reward", "k1 of each token in its reward, or k2 of each reply in the loss",
                         choices=("reward", "loss"), source="reward in MOSS, N+")
     kl_control: str = option("fixed", "adaptive steers the coefficient towards --kl_target",
                              choices=("fixed", "adaptive"), source="Ziegler 2019")
@@ -113,38 +112,31 @@ class PPOOptions(Common):
                                     "trunk; with a separate critic it only matters through "
                                     "--max_grad_norm and --adam_eps", source="N+", low=0)
     entropy_coef: float = option(0.0, "entropy bonus", source="MOSS: not recommended")
-    ptx_coef: float = option(0.0, "weight of the language-model loss on pretraining text, in each "
-                                  "step of the policy",
+    ptx_coef: float = option(0.0, "weight, in each step of the policy, of the loss on pretraining text",
                              source="InstructGPT's PPO-ptx: 27.8; MOSS-RLHF part I", low=0)
     # Optimisation.
     epochs: int = option(1, "passes over a rollout", source="MOSS 1; 4 in N+", low=1)
     minibatches: int = option(4, "optimizer steps per pass", source="1 in N+", low=1)
     micro_batch: int = option(36, "rows per forward; changes memory and speed alone", low=1)
-    dtype: str = option("float32", "precision of matrix products; the ratio is a small difference "
-                                   "of log-probabilities, which bfloat16 rounds",
+    dtype: str = option("float32", "precision of matrix products; bfloat16 rounds what the ratio is of",
                         choices=("auto", "float32", "bfloat16"))
-    critic: str = option("separate", "separate: own network, a copy of the reward model; shared: a "
-                                     "head on the policy",
+    critic: str = option("separate", "separate: a copy of the reward model; shared: a head on the policy",
                          choices=("separate", "shared"), source="separate in MOSS and N+")
     critic_warmup: int = option(2, "first updates that train the critic alone, without value clip",
                                 source="MOSS-RLHF part I", low=0)
-    critic_epochs: int = option(4, "passes over each of these rollouts", source="measured here", low=1)
-    policy_lr: float = option(5e-4, "Adam's rate for the policy: small models need far more than "
-                                    "the papers' 5e-7",
-                              source="measured here; MOSS 5e-7 at 7B, Ziegler's code 1e-5 at 124M",
-                              low=0)
+    critic_epochs: int = option(4, "passes over each of these rollouts", low=1)
+    policy_lr: float = option(5e-4, "Adam's rate for the policy; small models need higher ones", low=0,
+                              source="measured here; MOSS 5e-7 at 7B, Ziegler's code 1e-5 at 124M")
     critic_lr: float = option(5e-4, "Adam's rate for the critic",
                               source="measured here; MOSS 1.65e-6 at 7B", low=0)
-    adam_eps: float = option(1e-8, "Adam's epsilon; keep it small beside gradients, which for a "
-                                   "separate critic are 1e-6 to 1e-5 in the demo",
-                             source="N+: 1e-5", low=0)
+    adam_eps: float = option(1e-8, "Adam's epsilon; keep it below gradients, 1e-6 to 1e-5 in the "
+                                   "demo's critic", source="N+: 1e-5", low=0)
     warmup: float = option(0.3, "share of its updates over which the policy's rate rises; the "
                                 "critic's rises while it learns alone",
                            source="validation; MOSS 0.1", low=0, high=1)
     final_lr: float = option(0.1, "then rates fall linearly to this share of themselves",
                              source="N+: to 0", low=0, high=1)
-    max_grad_norm: float = option(1.0, "clip policy and critic gradients to this norm; 0 disables",
-                                  low=0)
+    max_grad_norm: float = option(1.0, "clip each network's gradients to this norm; 0 disables", low=0)
     max_approx_kl: float = option(0.0, "skip the policy's remaining minibatches of an update above "
                                        "this; 0 disables", source="Spinning Up: 0.015", low=0)
     # Saving and measuring.
@@ -154,9 +146,6 @@ class PPOOptions(Common):
     report_prompts: int = option(500, "held-out prompts of the report of `all`", low=1, compared=False)
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise UserError(f"ppo: --temperature {self.temperature} must be above 0: greedy "
-                            "replies explore nothing")
         for name in ("minibatches", "samples_per_prompt"):
             if self.batch % getattr(self, name):
                 raise UserError(f"ppo: --batch {self.batch} does not divide into --{name} "
@@ -190,51 +179,6 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
     if kind not in estimates:
         raise UserError(f"unknown KL estimator {kind!r}: use k1, k2 or k3")
     return estimates[kind]
-
-
-class ScoreScale:
-    """From raw scores to what PPO is paid.
-
-    `mean` and `std` are those of raw scores on replies of the starting policy; `moments` follow the
-    scores paid so far, for --reward_norm running.
-    """
-
-    def __init__(self, mean: float = 0.0, std: float = 1.0,
-                 moments: dict[str, float] | None = None):
-        self.mean, self.std, self.moments = mean, std, RunningMoments(**(moments or {}))
-
-    @classmethod
-    def of(cls, raw: Tensor, whose: str = "the reward model") -> "ScoreScale":
-        """The scale of these raw scores (n,); UserError if they are all the same."""
-        std = float(raw.float().std(correction=0))
-        if not std > 1e-6:  # NaN, too
-            raise UserError(f"{whose} gives every reply the same score (spread {std:.1e} over "
-                            f"{len(raw)} replies): it has learned nothing to optimise; train it "
-                            "longer or check its labels")
-        return cls(float(raw.float().mean()), std)
-
-    def paid(self, raw: Tensor, ended: Tensor, o: PPOOptions) -> Tensor:
-        """Raw scores (B,) -> scores (B,): normalised, clipped, and then less the penalty for a
-        reply without end token (`ended` (B,) False), so that the penalty always counts.
-
-        `moments` are updated before use, and only their spread is used (MOSS). Paid log P(liked),
-        with γ = 1 and apart from penalties, the best policy is proportional to π_ref ·
-        P(liked)^(1/β), β the price of KL: Bayes' rule at β = 1, and more demanding the smaller β
-        is.
-        """
-        if o.reward_norm == "sigmoid":
-            scores = 2 * torch.sigmoid(raw) - 1
-        elif o.reward_norm == "logsigmoid":
-            scores = nn.functional.logsigmoid(raw)
-        else:
-            scores = (raw - self.mean) / self.std
-            if o.reward_norm == "running":
-                self.moments.update(scores)
-                scores = scores / self.moments.std
-        return scores.clamp(-(o.reward_clip or math.inf), o.reward_clip or math.inf) - o.end_penalty * (~ended).float()
-
-    def state(self) -> dict[str, Any]:
-        return {"mean": self.mean, "std": self.std, "moments": self.moments.state()}
 
 
 def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor,
@@ -358,13 +302,6 @@ class ActorCritic(nn.Module):
         return Prediction(logprobs, entropy, values)
 
 
-class Scorer(Protocol):
-    """Whatever gives replies their scores: a `RewardModel`, or a function of yours in a class."""
-
-    def scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
-        """One score (B,) for each reply, from prompts and replies as lists of token ids."""
-
-
 @dataclasses.dataclass
 class Networks:
     """What PPO needs to write and score replies, all on one device."""
@@ -373,11 +310,6 @@ class Networks:
     reference: Transformer
     end_id: int  # the token that ends a reply
     decoder: Decoder | None = None  # the policy ready to write; None: made for each rollout
-
-    @property
-    def dtype(self) -> str:
-        """Of matrix products."""
-        return self.actor_critic.dtype
 
 
 # ---- the rollout ---------------------------------------------------------------------------------
@@ -439,22 +371,19 @@ class Rollout(ScoredReplies):
 
 def sample_replies(networks: Networks, prompts: Sequence[list[int]], o: PPOOptions,
                    step: int) -> Replies:
-    """samples_per_prompt replies to each prompt, drawn from the whole softmax at PPO's temperature.
-
-    All draws follow from (seed, stage, step, row).
+    """A reply to each prompt, drawn from the whole softmax at PPO's temperature; each prompt stands
+    samples_per_prompt times. All draws follow from (seed, stage, step, row).
     """
-    repeats = o.samples_per_prompt
     device = networks.reference.embedding.weight.device
-    prompt, prompt_mask = (x.to(device) for x in
-                           pad_left([ids for ids in prompts for _ in range(repeats)], 0))
+    prompt, prompt_mask = (x.to(device) for x in pad_left(prompts, 0))
     reply = generate(networks.actor_critic.policy, prompt, prompt_mask, o.reply_len,
-                     temperature=o.temperature,
-                     end_id=networks.end_id, seed=key(o.seed, "ppo", "reply", step),
-                     dtype=networks.dtype, decoder=networks.decoder, batch_size=o.rollout_rows)
+                     temperature=o.temperature, end_id=networks.end_id,
+                     seed=key(o.seed, "ppo", "reply", step), dtype=networks.actor_critic.dtype,
+                     decoder=networks.decoder, batch_size=o.rollout_rows)
     return Replies(tokens=torch.cat((prompt, reply.tokens), 1),
                    mask=torch.cat((prompt_mask, reply.mask), 1),
                    response_mask=reply.mask, ended=(reply.tokens.eq(networks.end_id) & reply.mask).any(1),
-                   group=torch.arange(len(prompt), device=device) // repeats,
+                   group=torch.arange(len(prompt), device=device) // o.samples_per_prompt,
                    sampled_logprobs=reply.logprobs)
 
 
@@ -466,7 +395,7 @@ def score_replies(networks: Networks, replies: Replies, o: PPOOptions) -> tuple[
     ref_logprobs = torch.zeros(shape, device=device)
     for index in replies.by_length(torch.arange(shape[0], device=device), o.micro_batch):
         rows, mask = replies.rows(index), replies.response_mask[index]
-        with precision(networks.dtype, device.type):
+        with precision(networks.actor_critic.dtype, device.type):
             part = networks.actor_critic(rows, o.temperature).spread(mask)
             hidden = networks.reference.hidden(rows.tokens, where=rows.before)
             reference, _ = token_logprobs(networks.reference, hidden, rows.targets, o.temperature)
@@ -487,12 +416,12 @@ def collect_rollout(networks: Networks, prompts: Sequence[list[int]], o: PPOOpti
     read the very ids that were sampled.
     """
     start = time.perf_counter()
-    replies = sample_replies(networks, prompts, o, step)
+    repeated = [ids for ids in prompts for _ in range(o.samples_per_prompt)]
+    replies = sample_replies(networks, repeated, o, step)
     written = time.perf_counter()
     prediction, ref_logprobs = score_replies(networks, replies, o)
-    repeated = [ids for ids in prompts for _ in range(o.samples_per_prompt)]
     device = replies.tokens.device
-    with precision(networks.dtype, device.type):
+    with precision(networks.actor_critic.dtype, device.type):
         raw_scores = scorer.scores(repeated, reply_ids(replies.generation)).to(device)
     scores = scale.paid(raw_scores, replies.ended, o)
     rewards = token_rewards(scores, prediction.logprobs, ref_logprobs, replies.response_mask,
@@ -516,8 +445,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     k3 = torch.where(mask, kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k3"), 0)
     gap = torch.where(mask, rollout.sampled_logprobs - rollout.logprobs, 0).abs()
     error = rollout.values - rollout.returns
-    unexplained = (masked_variance(error, mask)
-                   / masked_variance(rollout.returns, mask).clamp(min=1e-8))
+    spread = masked_variance(rollout.returns, mask).clamp(min=1e-8)
     metrics = {
         "score": rollout.scores.mean(), "raw_score": rollout.raw_scores.mean(),
         "objective": rollout.scores.mean() - rollout.kl_coef * kl.sum(1).mean(),
@@ -526,7 +454,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "length": mask.sum(1).float().mean(), "end_rate": rollout.ended.float().mean(),
         "ref_perplexity": torch.exp(-masked_mean(rollout.ref_logprobs, mask)),
         "sampler_gap": masked_mean(gap, mask), "sampler_gap_max": gap.max(),
-        "explained_variance": 1 - unexplained, "value_bias": masked_mean(error, mask)}
+        "explained_variance": 1 - masked_variance(error, mask) / spread, "value_bias": masked_mean(error, mask)}
     return {**{name: float(x) for name, x in metrics.items()}, "kl_coef": rollout.kl_coef,
             "reply_tokens": int(mask.sum())}
 
@@ -671,7 +599,6 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
     finite, before that step is taken.
     """
     begin, device, means = time.perf_counter(), rollout.tokens.device, Means()
-    norms: dict[str, list[Tensor]] = defaultdict(list)
     start: dict[str, float] = {}  # how far the policy is from the one that wrote, at its first step
     skipped, tokens, policy_active = 0, 0, train_policy
     for epoch in range(o.epochs):
@@ -701,11 +628,10 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             modules = {"critic": actor_critic.value_module}
             modules |= {"policy": actor_critic.policy} if policy_active else {}
             clipped = clip_gradients(modules, o.max_grad_norm)
-            for name, norm in clipped.items():
-                norms[name].append(norm)
-            numbers = {name: x for name, (x, _) in shares.items() if name.endswith("loss")}
-            stop_unless_finite(numbers | clipped, f"update {step + 1}, epoch {epoch + 1}",
-                           "lower --policy_lr or --critic_lr")
+            shares |= {name: (norm, torch.ones_like(norm)) for name, norm in clipped.items()}
+            numbers = {name: x for name, (x, _) in shares.items() if name.endswith(("loss", "norm"))}
+            stop_unless_finite(numbers, f"update {step + 1}, epoch {epoch + 1}",
+                               "lower --policy_lr or --critic_lr")
             optimizer.step()
             # Keep what is logged.
             if policy_active:
@@ -714,8 +640,7 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             for name, (x, weight) in shares.items():
                 if name != "loss":
                     means.add(name, x, weight)
-    result = means.result() | {name: float(torch.stack(x).mean()) for name, x in norms.items()}
-    return {**result, **start, "skipped_minibatches": skipped, "trained_tokens": tokens,
+    return {**means.result(), **start, "skipped_minibatches": skipped, "trained_tokens": tokens,
             "seconds_train": time.perf_counter() - begin}
 
 
@@ -738,16 +663,11 @@ class PPOTrainer:
     TEXT_ROWS = 24  # of pretraining text in a step, with --ptx_coef
     TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2}  # of ratio_start and sampler_gap
     ALARMS = (
-        Alarm("end_rate", lambda x, first: x == 0,
-              "every reply is truncated: raise --reply_len or --end_penalty"),
-        Alarm("kl", lambda x, first: x > 20,
-              "the policy is far from the reference: raise --kl_coef, or lower --policy_lr"),
-        Alarm("entropy", lambda x, first: x < 0.1,
-              "the policy has all but stopped to explore: raise --kl_coef or --entropy_coef"),
-        Alarm("eval_distinct2", lambda x, first: x < first / 2,
-              "replies repeat each other: raise --kl_coef, or stop earlier (--updates)"),
-        Alarm("value_loss", lambda x, first: x > 10 * first + 1,
-              "the critic diverges: lower --critic_lr"))
+        Alarm("end_rate", lambda x, _: x == 0, "every reply is truncated: raise --reply_len or --end_penalty"),
+        Alarm("kl", lambda x, _: x > 20, "far from the reference: raise --kl_coef, or lower --policy_lr"),
+        Alarm("entropy", lambda x, _: x < .1, "nothing is explored: raise --kl_coef or --entropy_coef"),
+        Alarm("eval_distinct2", lambda x, first: x < first / 2, "replies repeat: raise --kl_coef, lower --updates"),
+        Alarm("value_loss", lambda x, first: x > 10 * first + 1, "the critic diverges: lower --critic_lr"))
 
     def __init__(self, run: Run, reference: Transformer, reward_model: RewardModel, data: Prepared,
                  *, scorer: Scorer | None = None, estimator: Callable = gae_estimator,
@@ -851,8 +771,8 @@ class PPOTrainer:
         """
         compiles = self.run.compute.compile == "on"
         if compiles:
-            compile_trunks(self.networks.reference, self.reward_model.backbone,
-                           *self.trained_trunks())
+            scoring = (self.networks.reference, self.reward_model.backbone)
+            compile_trunks(*scoring, *self.trained_trunks())
         self.networks.decoder = Decoder(self.run.model, self.decoder_dtype, compile=compiles)
 
     def update(self, step: int) -> dict[str, float]:
@@ -862,8 +782,8 @@ class PPOTrainer:
             group["lr"] = rate
         # Reply and score.
         self.networks.decoder.refresh()
-        index = batch_indices(len(self.prompts), o.batch // o.samples_per_prompt, step, o.seed,
-                              "ppo")
+        n_prompts = o.batch // o.samples_per_prompt
+        index = batch_indices(len(self.prompts), n_prompts, step, o.seed, "ppo")
         prompts = [self.prompts[i] for i in index]
         ids = [prompt_ids(self.run.tokenizer, prompt, self.template) for prompt in prompts]
         rollout = collect_rollout(self.networks, ids, o, step=step, scorer=self.scorer,
@@ -916,22 +836,10 @@ class PPOTrainer:
         self.run.save(step, critic=self.networks.actor_critic.value_module.state_dict(),
                       optimizer=self.optimizer.state_dict(), scale=self.scale.state(),
                       kl_coef=self.control.coef, decoder_dtype=self.decoder_dtype,
-                      alarms=self.alarms.state(),
-                      example_prompts=self.held_out.prompts[:8])
+                      alarms=self.alarms.state(), example_prompts=self.held_out.prompts[:8])
 
 
 # ---- the stage -----------------------------------------------------------------------------------
-
-def chosen_reward_norm(asked: str, feedback: str) -> str:
-    """`auto` resolved by the feedback that the reward model learned from; UserError if they do not
-    fit."""
-    if asked == "auto":
-        return "logsigmoid" if feedback == "label" else "fixed"
-    if "sigmoid" in asked and feedback != "label":
-        raise UserError(f"--reward_norm {asked} reads raw scores as log-odds, but this reward "
-                        f"model learned from feedback for {feedback}: use fixed or running")
-    return asked
-
 
 def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     """J(π) = E[Σ γᵗ r]: reply, score, find out which tokens were better than expected, make those

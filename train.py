@@ -32,8 +32,8 @@ from data.batches import dialogue_rows, eval_windows, held_out_prompts, pack_row
 from data.dataset import SPLITS, feedback_of, require_one_feedback
 from data.prepare import open_for
 from data.prepared import Prepared
-from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, load_checkpoint, load_parent,
-                   next_token_loss, open_run)
+from model import (ModelConfig, Transformer, checkpoint_path, cross_entropy_sum, limit_length,
+                   load_checkpoint, load_parent, next_token_loss, open_run)
 from ppo import PPOOptions, train_ppo
 from reward import RewardModel, RewardOptions, require_varied, train_reward
 from runtime.device import compute_alike, pick_device, precision
@@ -41,7 +41,7 @@ from runtime.draws import batch_indices, torch_seed
 from runtime.fit import fit
 from runtime.machine import Interrupt, Interrupted, keep_freed_memory
 from runtime.options import Common, MaximumLikelihoodOptions, UserError, option, parse, parse_all, run_main
-from runtime.run import Run, run_folder
+from runtime.run import Run, read_config, run_folder
 from runtime.terminal import memory_advice
 from sample import reply_texts, reply_to
 
@@ -264,7 +264,10 @@ def reward(o: RewardOptions) -> Run | None:
 
 def refuse_judge(path: str) -> None:
     """UserError if the reward model at this path is the judge: it would judge its own pupil."""
-    if path and load_checkpoint(path, "cpu", RewardModel)[2].get("stage") == "judge":
+    if not path:
+        return
+    record = read_config(checkpoint_path(path).parent) or load_checkpoint(path, "cpu", RewardModel)[2]
+    if record.get("stage") == "judge":
         raise UserError(f"{path}: this is the judge, which no policy is trained against: give "
                         "--reward_from a reward model")
 
@@ -340,7 +343,9 @@ def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
         for split, of_split in records.items():
             if split != "test" or feedback_of(of_split[0]) == "labels":  # scores are not measured there
                 require_varied(split, of_split)
-    refuse_judge(reward_from)  # what the first stage starts from is soon looked at
+    if reward_from:  # what the first stage starts from is soon looked at
+        load_checkpoint(reward_from, "cpu", RewardModel)
+    refuse_judge(reward_from)
 
 
 def main(argv: list[str]) -> int:
@@ -356,21 +361,19 @@ def main(argv: list[str]) -> int:
             options = parse_all(Common, {name: cls for name, (cls, _) in STAGES.items()}, rest,
                                 "train.py")
             o = options["ppo"]
-            pick_device(o.device)  # fail early on a missing device
-            if o.deterministic:
-                compute_alike()
-            run_all(options)
         else:
-            cls, function = STAGES[stage]
-            o = parse(cls, rest, f"train.py {stage}")
+            o = parse(STAGES[stage][0], rest, f"train.py {stage}")
             o.refuse("report_prompts", why=f"on {stage} alone: it is for the report of `train.py "
                                            "all`")
-            pick_device(o.device)
-            if o.deterministic:
-                compute_alike()
+        pick_device(o.device)  # fail early on a missing device
+        if o.deterministic:
+            compute_alike()
+        if stage == "all":
+            run_all(options)
+        else:
             if stage in ("reward", "judge"):  # the others look at all their records at once
                 require_inputs(open_for(o, o.data), [stage], "")
-            function(o)
+            STAGES[stage][1](o)
     except Interrupted as stop:
         return 128 + stop.args[0]
     return 0

@@ -59,10 +59,9 @@ def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except Exception:
+    finally:  # gone after the renaming; after an error, which goes on to the caller, half a file
         with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+            temporary.unlink(missing_ok=True)
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:

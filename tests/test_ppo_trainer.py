@@ -17,6 +17,7 @@ from runtime.draws import batch_indices, key
 from runtime.machine import Interrupted
 from runtime.options import UserError
 from runtime.run import Run
+from runtime.statistics import RunningMoments
 from sample import reply_ids, reply_to
 from tests.conftest import equal
 from tests.ppo_world import make_trainer
@@ -78,7 +79,7 @@ def test_the_critic_starts_on_the_scale_that_is_paid(trainer_of, norm, critic):
         assert float(values.mean()) == pytest.approx(float(paid.mean()), abs=1e-3)
         assert float(values.std(correction=0)) == pytest.approx(float(paid.std(correction=0)),
                                                                 rel=1e-3)
-    assert trainer.scale.moments.state() == ppo.RunningMoments().state()  # nothing was paid yet
+    assert trainer.scale.moments.state() == RunningMoments().state()  # nothing was paid yet
 
 
 def test_the_scale_is_kept_in_the_checkpoint_and_not_measured_again(command, tmp_path, monkeypatch):
