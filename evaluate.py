@@ -160,6 +160,7 @@ class Compared:
     reward_model: RewardModel | None = None
     max_len: int = 0  # the longest row that the reward model was trained on
     judges: dict[str, Any] = dataclasses.field(default_factory=dict)  # by name
+    reference_name: str = "SFT"
 
 
 @torch.no_grad()
@@ -202,7 +203,7 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
         prompts = prompts[:BEST_OF_OPENINGS]
         ids = [prompt_ids(tokenizer, prompt, data.template) for prompt in prompts]
         rows, scores = best_of(BEST_OF, c, ids, settings)
-        name, texts = f"SFT, best of {BEST_OF}", [tokenizer.reply_text(row) for row in rows]
+        name, texts = f"{c.reference_name}, best of {BEST_OF}", [tokenizer.reply_text(row) for row in rows]
         metrics, replies[name] = describe(prompts, texts, rows, tokenizer, c.judges,
                                            {"raw_score": scores})
         metrics["kl_bound"] = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
@@ -237,7 +238,8 @@ def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str 
     require_parent(states, "init", path, state, "reference")
     for name, (_, other, _) in loaded.items():
         tokenizer.require_same(other, f"{path} and {folders[name]}")
-    compared = Compared({name: policy for name, (policy, _, _) in loaded.items()}, model, tokenizer)
+    compared = Compared({name: policy for name, (policy, _, _) in loaded.items()}, model, tokenizer,
+                        reference_name="SFT" if state.get("stage") == "sft" else "reference")
     path = reward_from or started.get("reward_from") or beside / "reward"
     if reward_from or checkpoint_path(path).exists():
         scorer, longest, reward_state = load_reward_model(path, device, tokenizer)

@@ -50,6 +50,7 @@ PANELS = (
     Panel("reward", "AUC", "area under ROC curve", ("val_auc",)),
     Panel("reward", "Accuracy", "share of texts", ("val_accuracy",)),
     Panel("ppo", "Score", "reward per reply", ("score",), text=True),
+    Panel("ppo", "Objective", "score − β · KL, per reply", ("objective",)),
     # eval_raw_score is logged raw, without normalisation, clip and end penalty: its partner is
     # raw_score, not score.
     Panel("ppo", "Raw score", "reward model's logit", ("raw_score", "eval_raw_score")),
@@ -64,6 +65,7 @@ PANELS = (
     Panel("ppo", "Replies that end", "share of replies", ("end_rate", "eval_end_rate")),
     Panel("ppo", "Distinct-2", "share of bigrams", ("eval_distinct2",)),
     Panel("ppo", "Explained variance", "1 is perfect", ("explained_variance",), floor=-1.0),
+    Panel("ppo", "Value bias", "mean V − mean return", ("value_bias",)),
     Panel("ppo", "Value loss", "squared reward", ("value_loss",)),
     Panel("ppo", "Approximate KL of an update", "nats per token", ("approx_kl",)),
     Panel("ppo", "Clipped ratios", "share of tokens", ("clip_frac",)),

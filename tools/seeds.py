@@ -15,16 +15,16 @@ import sys
 
 import numpy as np
 
+from data.report import COLUMNS
 from runtime.options import UserError, run_main
 from runtime.statistics import accuracy, auc, calibration_error, paired_auc_difference
 from runtime.tables import table
 
+RATIOS = ("distinct2", "length")  # to the run's own SFT policy
 POLICY = {"name": "", "judged_positive": "judged positive",
-          "judged_positive_transformer": "… transformer", "raw_score": "raw score",
-          "kl": "KL, nats/reply", "distinct2": "distinct-2", "distinct2_ratio": "… / SFT's",
-          "length": "length, tokens", "length_ratio": "… / SFT's", "end_rate": "ends",
-          "identical": "identical", "short": "under 8 tokens",
-          "ref_perplexity": "reference perplexity"}
+          "judged_positive_transformer": "… transformer"}
+for key, title in COLUMNS.items():
+    POLICY |= {key: title, **({f"{key}_ratio": "… / SFT's"} if key in RATIOS else {})}
 REWARD = {"name": "", "auc": "AUC", "accuracy": "accuracy", "calibration": "calibration error",
           "half": "AUC on first halves"}
 
@@ -63,7 +63,7 @@ def policy_rows(folders: list[pathlib.Path], report: str) -> list[dict]:
         sft = next(r for r in rows if r["name"] == "SFT")
         for row in rows:
             row = {k: v for k, v in row.items() if k in POLICY}
-            row |= {f"{k}_ratio": row[k] / sft[k] for k in ("distinct2", "length")}
+            row |= {f"{k}_ratio": row[k] / sft[k] for k in RATIOS}
             by_name.setdefault(row["name"], []).append({**row, "name": f"{row['name']}, {folder}"})
     return [row for name, rows in by_name.items()
             for row in [*(rows if "kl" in rows[0] else []),
