@@ -16,9 +16,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # oneDNN keeps the code of each product for each shape, half a megabyte a piece, up to 1,024 of them
-# in each of two caches; batches of ever new lengths fill them.
+# in each of two caches; batches of ever new lengths fill them. 96 cost no time, 32 cost 15 %.
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(name, "256")
+    os.environ.setdefault(name, "96")
 
 # Until `run_main` there is nothing to finish or to save, and a traceback of torch's would be no news.
 # A shell's script lets what it starts with & ignore Ctrl-C; what can save must hear it all the same.

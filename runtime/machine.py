@@ -99,7 +99,7 @@ def keep_freed_memory() -> None:
 
 def return_freed_memory() -> None:
     """Give back to the system what `keep_freed_memory` has kept; with another C library this does
-    nothing. Within hundreds of steps the kept blocks come to as much again as what is in use."""
+    nothing. Within tens of steps the kept blocks come to as much again as what is in use."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):

@@ -8,8 +8,8 @@ import pytest
 
 from tests.conftest import ROOT
 
-OURS = {"GOMP_SPINCOUNT": "1000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
-        "LRU_CACHE_CAPACITY": "256"}
+OURS = {"GOMP_SPINCOUNT": "1000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "96",
+        "LRU_CACHE_CAPACITY": "96"}
 SCRIPTS = [path.relative_to(ROOT) for folder in (".", "data", "tools") for path in
            sorted((ROOT / folder).glob("*.py")) if '__name__ == "__main__"' in path.read_text("utf-8")]
 MODULES = [".".join(path.with_suffix("").parts) for path in SCRIPTS]
@@ -50,9 +50,9 @@ def test_most_commands_load_torch():
 
 
 @pytest.mark.parametrize("variables,expected", [
-    ({"GOMP_SPINCOUNT": "7"}, ["7", "256", "256"]),
-    ({"OMP_WAIT_POLICY": "active"}, ["unset", "256", "256"]),
-    ({"LRU_CACHE_CAPACITY": "9"}, ["1000", "256", "9"])])
+    ({"GOMP_SPINCOUNT": "7"}, ["7", "96", "96"]),
+    ({"OMP_WAIT_POLICY": "active"}, ["unset", "96", "96"]),
+    ({"LRU_CACHE_CAPACITY": "9"}, ["1000", "96", "9"])])
 def test_what_the_user_sets_is_left_alone(variables, expected):
     assert seen_by_torch("train", **variables) == expected
 
