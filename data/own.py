@@ -4,7 +4,6 @@ data/records.py lists the formats. Files without a validation or test file besid
 90/5/5 by the keys of data/splits.py, and what is held out in one file leaves training in all.
 """
 import collections
-import contextlib
 import functools
 import itertools
 import json
@@ -19,7 +18,8 @@ from tqdm import tqdm
 from data.tokenizer import train_bpe
 from data.dataset import (SPLITS, DataSet, DataWriter, feedback_of, require_one_feedback,
                           text_hash)
-from data.records import FIELDS, as_messages, kind_of, load_records
+from data.forms import form_of
+from data.records import FIELDS, as_messages, load_records
 from data.splits import ONE_IN, HeldOutReplies, assign, prompt_key, replies_in, split_key
 from data.texts import Texts, sample
 from runtime.lines import parse_line, read_lines
@@ -43,7 +43,7 @@ def find_files(path: pathlib.Path) -> Files:
     """The user's files by (stage, split), plain or gzipped. The stage of a single file is that of
     its first record. UserError if a folder has no training file, or one in both forms."""
     if path.is_file():
-        return {(kind_of(first_object(path)), "train"): path}
+        return {(stage_of(path), "train"): path}
     files: Files = {}
     for stage, split, suffix in itertools.product(FIELDS, SPLITS, ("", ".gz")):
         file = path / (file_name(stage, split) + suffix)
@@ -65,13 +65,15 @@ def say_unread(path: pathlib.Path, files: Sequence[pathlib.Path]) -> None:
               "with _val or _test", file=sys.stderr)
 
 
-def first_object(path: pathlib.Path) -> dict:
-    """The first JSON object of a file; {} if no line holds any."""
-    for _, line in read_lines(path):
-        with contextlib.suppress(ValueError):  # it is reported, or left out, with other bad lines
-            if isinstance(record := parse_line(line), dict):
-                return record
-    return {}
+def stage_of(path: pathlib.Path) -> str:
+    """The stage of a file, by its first record that has a form; UserError if no line has one."""
+    first = ""
+    for number, line in read_lines(path):
+        try:
+            return form_of(parse_line(line)).stages[0]
+        except ValueError as error:  # it is reported, or left out, with other bad lines
+            first = first or f", line {number}: {error}"
+    raise UserError(f"{path}{first or ': holds no records'}; docs/data.md has the forms that are read")
 
 
 def file_name(stage: str, split: str) -> str:
@@ -113,7 +115,7 @@ def divide(files: Files,
     held-out prompt with its reply. Both are said.
     """
     loaded = {(stage, split): Texts(path, skip_bad) if stage == "pretrain" else
-              load_records(path, stage, skip_bad) for (stage, split), path in files.items()}
+              load_records(path, stage, skip_bad, say=True) for (stage, split), path in files.items()}
     require_one_feedback({files[place]: of_file for place, of_file in loaded.items()
                           if place[0] == "reward"})
     keys = {(stage, split): array("Q", (split_key(record, stage) for record in of_file))

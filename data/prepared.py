@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from data.folders import damage
-from data.records import FIELDS, load_records
+from data.records import FIELDS
 from data.tokenizer import Tokenizer
+from runtime.lines import parse_line, read_lines
 from runtime.options import UserError
 
 
@@ -82,7 +83,7 @@ class Prepared:
             raise UserError(f"data set {self.meta['data']} has nothing for the stage {stage}: it "
                             f"holds {', '.join(self.meta['stages'])}; a {stage} record has "
                             f"{FIELDS.get(stage, FIELDS['reward'])}")
-        return load_records(path, "reward" if stage == "judge" else stage)
+        return [parse_line(line) for _, line in read_lines(path)]  # checked when they were prepared
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; UserError without text to pretrain on."""

@@ -2,28 +2,29 @@
 
     {"text"}                                          pretrain
     {"prompt", "response"} or {"messages": [...]}     sft
-    {"prompt", "chosen", "rejected"} or HH's          reward, pairwise (optional "margin")
+    {"prompt", "chosen", "rejected"}                  reward, pairwise (optional "margin")
     {"prompt", "response", "label": 0 or 1}           reward, classification
     {"prompt", "response", "score"}                   reward, regression
     {"prompt"}                                        ppo
 
-A prompt is a text or a list of messages {"role", "content"}. HH's form has no prompt; "chosen" and
-"rejected" are then transcripts that differ in their last answer. Every line is checked before
-anything is trained.
+A prompt is a text or a list of messages {"role", "content"}. data/forms.py reads the forms of other
+tools as these, HH's transcripts among them. Every line is checked before anything is trained.
 """
+import collections
 import json
 import os
 import pathlib
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from data.forms import form_of
 from runtime.lines import parse_line, read_lines
 from runtime.options import UserError
 
 FIELDS = {"pretrain": "text", "sft": "prompt and response, or messages",
           "reward": "prompt with response and label or score, or chosen and rejected",
           "ppo": "prompt"}
+TIES = "ties, left out"
 SHOWN = 10  # bad lines of a file that are named
 
 
@@ -86,32 +87,6 @@ def _require_number(record: dict, name: str, most: float) -> None:
         raise ValueError(f'"{name}" must be finite, and from {-most:g} to {most:g}')
 
 
-def _transcript(text: Any) -> list[dict[str, str]]:
-    """An HH transcript, `\\n\\nHuman: …\\n\\nAssistant: …`, as messages; [] if it is none."""
-    parts = re.split(r"\n\n(Human|Assistant): ?", text)[1:] if isinstance(text, str) else []
-    return [{"role": "user" if speaker == "Human" else "assistant", "content": content.strip()}
-            for speaker, content in zip(parts[::2], parts[1::2], strict=True)]
-
-
-def _pair_from_transcripts(record: dict) -> dict:
-    """An HH record in the form {"prompt", "chosen", "rejected"}: the turns that both transcripts
-    share are the prompt. ValueError if they differ in more than their last answer."""
-    chosen, rejected = _transcript(record["chosen"]), _transcript(record["rejected"])
-    for messages in (chosen, rejected):
-        if not messages or messages[-1]["role"] != "assistant":
-            raise ValueError('"chosen" and "rejected" without "prompt" must be transcripts '
-                             '"\\n\\nHuman: …\\n\\nAssistant: …"')
-    shared = 0
-    while (shared < min(len(chosen), len(rejected)) - 1
-           and chosen[shared] == rejected[shared]):
-        shared += 1
-    if len(chosen) - shared != 1 or len(rejected) - shared != 1:
-        raise ValueError("the transcripts differ before their last answer")
-    margin = {"margin": record["margin"]} if "margin" in record else {}
-    return {"prompt": chosen[:shared], "chosen": chosen[-1]["content"],
-            "rejected": rejected[-1]["content"], **margin}
-
-
 def _check_feedback(record: dict) -> list[str]:
     """The fields of a reward record's feedback: ValueError unless it has a pair of replies, or one
     with label or score, and nothing else of these: it would be lost in silence."""
@@ -136,15 +111,15 @@ def _check_feedback(record: dict) -> list[str]:
     return ["response", "label"]
 
 
-def checked(record: Any, kind: str) -> dict:
-    """The record in the form of this file's head, without any other field; ValueError says what is
-    wrong with it."""
-    if not isinstance(record, dict):
-        several = isinstance(record, list) and any(isinstance(x, dict) for x in record)
-        raise ValueError("not a JSON object" + ": write each record of the list on a line of its own"
-                         * several)
-    if kind == "reward" and {"chosen", "rejected"} <= set(record) and "prompt" not in record:
-        record = _pair_from_transcripts(record)
+def records_in(record: Any, kind: str) -> tuple[str, list[dict]]:
+    """(the name of a line's form, its records in the form of this file's head); ValueError says what
+    is wrong with it. A tie holds no record, a ranked list several."""
+    form = form_of(record, kind)
+    return form.name, [checked(one, kind) for one in form.read(record)]
+
+
+def checked(record: dict, kind: str) -> dict:
+    """A record of our own form without any other field; ValueError says what is wrong with it."""
     names = ["prompt"]
     if kind == "pretrain":
         names = ["text"]
@@ -183,33 +158,45 @@ def _bare(value: Any) -> Any:
 
 # ---- files ---------------------------------------------------------------------------------------
 
-def load_records(path: str | os.PathLike, kind: str, skip_bad: bool = False) -> list[dict]:
-    """The records of a JSON Lines file, for a stage (`kind`: pretrain, sft, reward or ppo).
+def load_records(path: str | os.PathLike, kind: str, skip_bad: bool = False,
+                 say: bool = False) -> list[dict]:
+    """The records of a JSON Lines file, for a stage (`kind`: pretrain, sft, reward or ppo), in our own
+    form; data/forms.py has the others that are read. say: print which it was.
 
     UserError names the bad lines and what is wrong with them; with skip_bad they are left out, and
     named in a printed line. It is also raised for a file without records, and for one that mixes
     pairs, labels and scores.
     """
     bad: list[str] = []
-    records = [record for _, record in read_records(path, kind, bad)]
+    forms: collections.Counter[str] = collections.Counter()
+    records = [record for _, record in read_records(path, kind, bad, forms)]
     report_bad(path, kind, bad, len(records), skip_bad)
+    if say:
+        say_forms(path, forms)
     if kind == "reward" and len({frozenset(r) & {"chosen", "label", "score"} for r in records}) > 1:
         raise UserError(f"{path}: pairs, labels and scores are mixed; keep one kind of feedback in "
                         "a file")
     return records
 
 
-def read_records(path: str | os.PathLike, kind: str, bad: list[str]) -> Iterator[tuple[int, dict]]:
+def read_records(path: str | os.PathLike, kind: str, bad: list[str],
+                 forms: collections.Counter[str]) -> Iterator[tuple[int, dict]]:
     """(line number, record) of the good records of a file, one after another. Bad lines are added to
-    `bad`: the first SHOWN in words."""
+    `bad`, the first SHOWN in words, and each good line is counted in `forms`."""
     for number, line in read_lines(path):
         if line.strip(b"\xef\xbb\xbf \t\r\n"):
             try:
-                record = checked(parse_line(line), kind)
+                name, records = records_in(parse_line(line), kind)
             except ValueError as error:
                 bad.append(f"line {number}: {error}" if len(bad) < SHOWN else "")
             else:
-                yield number, record
+                forms[name if records else TIES] += 1
+                yield from ((number, record) for record in records)
+
+
+def say_forms(path: str | os.PathLike, forms: collections.Counter[str]) -> None:
+    """Print how the lines of a file were read."""
+    print(f"{path}: read as {', '.join(f'{name} ({n:,})' for name, n in forms.items())}", flush=True)
 
 
 def report_bad(path: str | os.PathLike, kind: str, bad: list[str], n_good: int,
@@ -231,13 +218,3 @@ def write_records(path: pathlib.Path, records: Iterable[dict]) -> None:
     """Write a JSON Lines file."""
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     path.write_text("".join(lines), encoding="utf-8")
-
-
-def kind_of(record: Any) -> str:
-    """The stage that a record is for, by its fields; ppo if it has none of the others."""
-    keys = set(record) if isinstance(record, dict) else set()
-    if "text" in keys:
-        return "pretrain"
-    if keys & {"chosen", "label", "score"}:
-        return "reward"
-    return "sft" if keys & {"messages", "response"} else "ppo"

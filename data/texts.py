@@ -1,4 +1,5 @@
 """Texts to pretrain on from a file that may be larger than memory: read in passes, one at a time."""
+import collections
 import copy
 import pathlib
 import random
@@ -7,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from data.records import checked, read_records, report_bad
+from data.records import read_records, records_in, report_bad, say_forms
 from runtime.lines import parse_line, read_lines
 from runtime.options import UserError
 
@@ -25,11 +26,12 @@ class Texts:
 
     def __init__(self, path: pathlib.Path, skip_bad: bool = False):
         """Check every line, and choose all texts; UserError as in `load_records`."""
-        lines, sizes, bad = array("q"), array("q"), []
-        for number, record in read_records(path, "pretrain", bad):
+        lines, sizes, bad, forms = array("q"), array("q"), [], collections.Counter()
+        for number, record in read_records(path, "pretrain", bad, forms):
             lines.append(number)
             sizes.append(len(record["text"].encode()))
         report_bad(path, "pretrain", bad, len(lines), skip_bad)
+        say_forms(path, forms)
         self.path, self.lines, self.sizes = path, np.array(lines), np.array(sizes)
         self.chosen = np.ones(len(lines), bool)
 
@@ -48,7 +50,7 @@ class Texts:
             for (_, line), chosen in zip(read_lines(self.path), wanted[1:].tobytes(), strict=False):
                 if chosen:
                     count += 1
-                    yield checked(parse_line(line), "pretrain")
+                    yield from records_in(parse_line(line), "pretrain")[1]
             if count < len(self):
                 raise ValueError
         except ValueError:

@@ -48,6 +48,7 @@ def test_a_file_that_changes_between_two_passes_is_refused(tmp_path, later):
 def test_a_vocabulary_is_learned_from_a_bounded_part_of_all_texts(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "d.jsonl", [f"{i} " * 50 for i in range(2000)])
     whole = Texts(path)
+    assert capsys.readouterr().out == f"{path}: read as texts (2,000)\n"
     assert list(sample(whole)) == texts_of(whole)
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(data.texts, "SAMPLE", 50_000)

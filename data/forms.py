@@ -1,0 +1,344 @@
+"""Records of other tools, read as our own: TRL, OpenRLHF, LLaMA-Factory, axolotl, ms-swift, minimind,
+NeMo-RL, MOSS, and the data sets HH, UltraFeedback, Nectar, LMArena and AlpacaFarm.
+
+    form = form_of(record, "reward")      which form its fields are, or ValueError
+    form.read(record)                     the records it holds, in the form of data/records.py
+
+A form is declared by the fields that it needs and by what kind of value they have; the first that
+fits is taken, so those that need more stand first. Nothing is guessed: what fits none is an error
+that names the forms that come near.
+"""
+import dataclasses
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+Messages = list[dict[str, str]]
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+         "system": "system"}
+# Kinds of values.
+ANY, TEXT, MESSAGE = "anything", "a text", "a message"
+TURNS = "messages"
+
+
+def is_a(value: Any, kind: str) -> bool:
+    """Is the value a text, a message or a list of messages?"""
+    def message(x: Any) -> bool:
+        return isinstance(x, dict) and ({"role", "content"} <= set(x) or {"from", "value"} <= set(x))
+
+    if kind == TURNS:
+        return isinstance(value, list) and bool(value) and all(map(message, value))
+    return kind == ANY or (isinstance(value, str) if kind == TEXT else message(value))
+
+
+# ---- parts of records ----------------------------------------------------------------------------
+
+def turns(value: list) -> Messages:
+    """Messages with role and content, from those of either naming; ValueError for what is no text."""
+    found = []
+    for message in value:
+        role, content = (message.get("role", message.get("from")),
+                         message.get("content", message.get("value")))
+        if any(message.get(name) for name in ("tool_calls", "function_call")) or role not in ROLES:
+            raise ValueError(f'the role "{role}" is none of {", ".join(ROLES)}, or calls a tool: leave '
+                             "such dialogues out")
+        if isinstance(content, list):  # OpenAI's parts
+            if any(part.get("type") != "text" for part in content):
+                raise ValueError("a message holds more than text: leave such dialogues out")
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str):
+            raise ValueError("a message's content must be a text")
+        found.append({"role": ROLES[role], "content": content})
+    return found
+
+
+def transcript(text: Any) -> Messages:
+    """An HH transcript, `\\n\\nHuman: …\\n\\nAssistant: …`, as messages; [] if it is none. What stands
+    before the first turn is a system message; a last turn of the assistant without words is none."""
+    if not isinstance(text, str) or not re.search(r"(^|\n\n)Human:", text):
+        return []
+    before, *parts = re.split(r"(?:^|\n\n)(Human|Assistant): ?", text)
+    found = [{"role": "system", "content": before.strip()}] * bool(before.strip())
+    found += [{"role": "user" if speaker == "Human" else "assistant", "content": content.strip()}
+              for speaker, content in zip(parts[::2], parts[1::2], strict=True)]
+    return found[:-1] if found[-1] == {"role": "assistant", "content": ""} else found
+
+
+def reply(value: Any) -> str:
+    """The text of a reply: a text, a message, or a list of one message, which is the assistant's. A
+    text's first space is the one between prompt and completion, which our own form does not hold."""
+    if isinstance(value, str):
+        return value.removeprefix(" ")
+    last = turns(value if isinstance(value, list) else [value])
+    if [m["role"] for m in last] != ["assistant"]:
+        raise ValueError("a reply must be one message, the assistant's")
+    return last[0]["content"]
+
+
+def prompt(record: dict, text: Any) -> str | Messages:
+    """A prompt from its text or messages, with the record's "system" and "history" before it."""
+    dialogue = turns(text) if isinstance(text, list) else transcript(text)
+    before = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    for question, answer in record.get("history") or []:
+        before += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    if before:
+        return [*before, *(dialogue or [{"role": "user", "content": text}])]
+    return dialogue or text
+
+
+def alpaca(record: dict) -> str | Messages:
+    """Alpaca's prompt: its instruction and, below, its input."""
+    return prompt(record, "\n".join(filter(None, (record["instruction"], record.get("input")))))
+
+
+def pair(asked: str | Messages, chosen: str, rejected: str, record: dict) -> list[dict]:
+    """One comparison; its margin is kept."""
+    margin = {"margin": record["margin"]} if "margin" in record else {}
+    return [{"prompt": asked, "chosen": chosen, "rejected": rejected, **margin}]
+
+
+def last_turn(dialogue: Messages) -> tuple[Messages, str]:
+    """(the turns before the last, the assistant's last words)."""
+    if len(dialogue) < 2 or dialogue[-1]["role"] != "assistant":
+        raise ValueError("the dialogue must end with the assistant's reply to somebody")
+    return dialogue[:-1], dialogue[-1]["content"]
+
+
+def pair_of_dialogues(record: dict, chosen: Messages, rejected: Messages,
+                      asked: str | Messages = ()) -> list[dict]:
+    """A comparison of two dialogues that differ in their last answer; `asked` stands before both, or
+    is repeated by both."""
+    shared = sum(1 for _ in itertools.takewhile(
+        lambda two: two[0] == two[1], zip(chosen[:-1], rejected[:-1], strict=False)))
+    if len(chosen) != shared + 1 or len(rejected) != shared + 1 or {
+            chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
+        raise ValueError("the dialogues differ before their last answer, or do not end with one")
+    before = chosen[:shared]
+    if not before and not asked:
+        raise ValueError("the dialogues share no turn, so there is no prompt")
+    if isinstance(asked, list) and before[:len(asked)] != asked:
+        before = [*asked, *before]
+    return pair(before or asked, chosen[-1]["content"], rejected[-1]["content"], record)
+
+
+def pair_of_texts(record: dict) -> list[dict]:
+    """Transcripts, or two texts whose common beginning is the prompt (but for a space at its end)."""
+    both = [transcript(record[name]) for name in ("chosen", "rejected")]
+    if any(both):
+        if not all(both) or both[0][-1]["role"] != "assistant" or both[1][-1]["role"] != "assistant":
+            raise ValueError('"chosen" and "rejected" without "prompt" must be transcripts '
+                             '"\\n\\nHuman: …\\n\\nAssistant: …"')
+        return pair_of_dialogues(record, *both)
+    start = os.path.commonprefix([record["chosen"], record["rejected"]])
+    if not start.strip():
+        raise ValueError('"chosen" and "rejected" without "prompt" must be transcripts '
+                         '"\\n\\nHuman: …\\n\\nAssistant: …", or begin alike: there is no prompt')
+    replies = [reply(record[name][len(start.rstrip(" ")):]) for name in ("chosen", "rejected")]
+    return pair(start.rstrip(" "), *replies, record)
+
+
+def pairs_by_rank(asked: str | Messages, ranked: list[tuple[float, str]]) -> list[dict]:
+    """Every two replies of different ranks; 1 is best."""
+    ordered = sorted(ranked, key=lambda x: x[0])
+    return [{"prompt": asked, "chosen": better, "rejected": worse}
+            for (i, better), (j, worse) in itertools.combinations(ordered, 2)
+            if i < j and better != worse]
+
+
+def as_flag(value: Any) -> Any:
+    """1 or 0 for true or false, also as a text; any other value as it is."""
+    words = {"true": 1, "1": 1, "false": 0, "0": 0}
+    return words.get(value.strip().lower(), value) if isinstance(value, str) else (
+        int(value) if isinstance(value, bool) else value)
+
+
+def labelled(asked: str | Messages, answer: Any, label: Any) -> list[dict]:
+    return [{"prompt": asked, "response": reply(answer), "label": as_flag(label)}]
+
+
+def answered(asked: str | Messages, answer: str) -> list[dict]:
+    """A dialogue to learn; one with turns of its own becomes messages."""
+    if isinstance(asked, str):
+        return [{"prompt": asked, "response": answer}]
+    return [{"messages": [*asked, {"role": "assistant", "content": answer}]}]
+
+
+def arena(record: dict) -> list[dict]:
+    """LMArena: a person's choice between two dialogues. A tie is no comparison."""
+    if "winner" in record:
+        winner, dialogues = record["winner"], [turns(record[f"conversation_{x}"]) for x in "ab"]
+    else:  # the earlier data, with lists written as texts
+        asked, *answers = (json.loads(record[name]) for name in ("prompt", "response_a", "response_b"))
+        dialogues = [[m for q, a in zip(asked, answer, strict=True) for m in (
+            {"role": "user", "content": q}, {"role": "assistant", "content": a or ""})]
+            for answer in answers]
+        winner = next((f"model_{x}" for x in "ab" if as_flag(record[f"winner_model_{x}"]) == 1), "tie")
+    if winner not in ("model_a", "model_b"):
+        return []
+    (asked, first), (other, second) = map(last_turn, dialogues)
+    if asked != other:
+        raise ValueError("the dialogues differ before their last answer")
+    return pair(asked, *((first, second) if winner == "model_a" else (second, first)), {})
+
+
+def moss(record: dict) -> list[dict]:
+    """MOSS: turns whose texts carry their markers. A turn that uses tools is refused."""
+    dialogue: Messages = []
+    if record.get("meta_instruction", "").strip():
+        dialogue.append({"role": "system", "content": record["meta_instruction"].strip()})
+    for name, turn in sorted(record["chat"].items(), key=lambda x: int(re.sub(r"\D", "", x[0]) or 0)):
+        said = {key: re.sub(r"^<\|[^|]*\|>:\s*|\s*<eo[a-z]>\s*$", "", text) for key, text in turn.items()}
+        if said.get("Commands", "None") != "None":
+            raise ValueError(f'"{name}" uses a tool: leave such dialogues out')
+        dialogue += [{"role": "user", "content": said["Human"]},
+                     {"role": "assistant", "content": said["MOSS"]}]
+    return [{"messages": dialogue}]
+
+
+# ---- the forms -----------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A form of record: its name, the stages it is for (the first is that of a file that does not
+    say), the kind of each field that it needs, how it is read, and fields that it must not have
+    because they would be lost."""
+
+    name: str
+    stages: tuple[str, ...]
+    fields: dict[str, str]
+    read: Callable[[dict], list[dict]]
+    without: tuple[str, ...] = ()
+
+    def fits(self, record: dict) -> bool:
+        """Has the record these fields, of these kinds?"""
+        return (all(name in record and is_a(record[name], kind) for name, kind in self.fields.items())
+                and not any(name in record for name in self.without))
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(self.fields)})"
+
+
+def form(name: str, stages: str, fields: str, read: Callable[[dict], list[dict]],
+         without: str = "") -> Form:
+    """A Form from words: fields are names, alone (any value) or as name:text, :turns, :message."""
+    kinds = {"": ANY, "text": TEXT, "turns": TURNS, "message": MESSAGE}
+    pairs = [word.partition(":") for word in fields.split()]
+    return Form(name, tuple(stages.split()), {field: kinds[kind] for field, _, kind in pairs}, read,
+                tuple(without.split()))
+
+
+def own(record: dict) -> list[dict]:
+    """Our own form; a prompt that is a transcript becomes messages."""
+    dialogue = transcript(record.get("prompt"))
+    return [record | {"prompt": dialogue}] if dialogue else [record]
+
+
+FEEDBACK = ("chosen rejected label score kto_tag winner preference rejected_response completions answers "
+            "rating helpfulness")
+FORMS = (
+    # Comparisons.
+    form("pairs of dialogues", "reward", "prompt:turns chosen:turns rejected:turns",
+         lambda r: pair_of_dialogues(r, turns(r["chosen"]), turns(r["rejected"]), prompt(r, r["prompt"]))),
+    form("pairs of dialogues after a prompt", "reward", "prompt:text chosen:turns rejected:turns",
+         lambda r: pair_of_dialogues(r, turns(r["chosen"]), turns(r["rejected"]), prompt(r, r["prompt"]))),
+    form("ShareGPT pairs", "reward", "conversations:turns chosen rejected",
+         lambda r: pair(prompt(r, r["conversations"]), reply(r["chosen"]), reply(r["rejected"]), r)),
+    form("pairs after messages", "reward", "messages:turns chosen rejected",
+         lambda r: pair(prompt(r, r["messages"]), reply(r["chosen"]), reply(r["rejected"]), r)),
+    form("Alpaca pairs", "reward", "instruction:text chosen rejected",
+         lambda r: pair(alpaca(r), reply(r["chosen"]), reply(r["rejected"]), r)),
+    form("Argilla pairs", "reward", "instruction:text chosen_response rejected_response",
+         lambda r: pair(alpaca(r), reply(r["chosen_response"]), reply(r["rejected_response"]), r)),
+    form("pairs", "reward", "prompt chosen rejected", own),
+    form("pairs after a question", "reward", "question:text chosen rejected",
+         lambda r: pair(prompt(r, r["question"]), reply(r["chosen"]), reply(r["rejected"]), r)),
+    form("pairs after an input", "reward", "input:text chosen rejected",
+         lambda r: pair(prompt(r, r["input"]), reply(r["chosen"]), reply(r["rejected"]), r)),
+    form("pairs of dialogues that share turns", "reward", "chosen:turns rejected:turns",
+         lambda r: pair_of_dialogues(r, turns(r["chosen"]), turns(r["rejected"]))),
+    form("Anthropic HH, or pairs that begin alike", "reward", "chosen:text rejected:text", pair_of_texts,
+         without="input question instruction conversations messages"),
+    form("messages with a rejected response", "reward", "messages:turns rejected_response:text",
+         lambda r: pair(*last_turn(prompt(r, r["messages"])), r["rejected_response"], r)),
+    form("Nectar's ranked answers", "reward", "prompt answers:",
+         lambda r: pairs_by_rank(prompt(r, r["prompt"]), [(a["rank"], a["answer"]) for a in r["answers"]])),
+    form("NeMo's ranked completions", "reward", "context:turns completions",
+         lambda r: pairs_by_rank(prompt(r, r["context"]),
+                                 [(c["rank"], reply(c["completion"])) for c in r["completions"]])),
+    form("LMArena", "reward", "conversation_a:turns conversation_b:turns winner", arena),
+    form("LMArena 55k", "reward", "prompt:text response_a:text response_b:text winner_model_a", arena),
+    form("AlpacaFarm", "reward", "instruction:text output_1:text output_2:text preference",
+         lambda r: pair(alpaca(r), *(r[f"output_{x}"] for x in ("12" if int(r["preference"]) == 1 else "21")), r)),
+    # Labels and ratings.
+    form("prompts with completions and labels", "reward", "prompt completion label",
+         lambda r: labelled(prompt(r, r["prompt"]), r["completion"], r["label"])),
+    form("Alpaca with kto_tag", "reward", "instruction:text output:text kto_tag",
+         lambda r: labelled(alpaca(r), r["output"], r["kto_tag"])),
+    form("ShareGPT with kto_tag", "reward", "conversations:turns kto_tag",
+         lambda r: labelled(*last_turn(prompt(r, r["conversations"])), r["kto_tag"])),
+    form("messages with a label", "reward", "messages:turns label",
+         lambda r: labelled(*last_turn(prompt(r, r["messages"])), r["label"])),
+    form("Alpaca with a label", "reward", "instruction:text completion:text label",
+         lambda r: labelled(alpaca(r), r["completion"], r["label"])),
+    form("questions with completions and labels", "reward", "question:text completion:text label",
+         lambda r: labelled(prompt(r, r["question"]), r["completion"], r["label"])),
+    form("labels", "reward", "prompt response label", own),
+    form("ratings", "reward", "prompt response score", own),
+    # Dialogues.
+    form("messages", "sft", "messages:turns",
+         lambda r: [{"messages": prompt(r, r["messages"])}], without=FEEDBACK + " response"),
+    form("messages", "sft", "messages", own, without=FEEDBACK),
+    form("ShareGPT", "sft", "conversations:turns",
+         lambda r: [{"messages": prompt(r, r["conversations"])}], without=FEEDBACK),
+    form("Alpaca", "sft", "instruction:text output:text", lambda r: answered(alpaca(r), r["output"]),
+         without=FEEDBACK),
+    form("prompts and completions", "sft", "prompt completion",
+         lambda r: answered(prompt(r, r["prompt"]), reply(r["completion"])), without=FEEDBACK),
+    form("inputs and outputs", "sft", "input output:text",
+         lambda r: answered(prompt(r, r["input"]), r["output"]), without=FEEDBACK + " instruction"),
+    form("MOSS", "sft", "chat", moss, without=FEEDBACK),
+    form("dialogues", "sft", "prompt response", own, without=FEEDBACK),
+    # Texts and prompts.
+    form("texts", "pretrain", "text", own, without=FEEDBACK),
+    form("prompts", "ppo", "prompt", own, without=FEEDBACK + " response completion"),
+    form("messages", "ppo", "messages:turns", lambda r: [{"prompt": waiting(r, r["messages"])}], without=FEEDBACK),
+    form("ShareGPT", "ppo", "conversations:turns",
+         lambda r: [{"prompt": waiting(r, r["conversations"])}], without=FEEDBACK),
+    form("Alpaca", "ppo", "instruction:text", lambda r: [{"prompt": alpaca(r)}], without=FEEDBACK),
+    form("inputs", "ppo", "input", lambda r: [{"prompt": prompt(r, r["input"])}], without=FEEDBACK),
+)
+
+
+def waiting(record: dict, dialogue: list) -> str | Messages:
+    """The prompt of a dialogue: without the assistant's last words, which may be empty."""
+    found = prompt(record, dialogue)
+    return found[:-1] if found[-1]["role"] == "assistant" else found
+
+
+def form_of(record: Any, kind: str = "") -> Form:
+    """The form of a record for this stage, or for any. ValueError if there is none: it names the
+    fields found and the forms that come near."""
+    if not isinstance(record, dict):
+        several = isinstance(record, list) and any(isinstance(x, dict) for x in record)
+        raise ValueError("not a JSON object" + ": write each record of the list on a line of its own"
+                         * several)
+    stated = [form for form in FORMS if not kind or kind in form.stages]
+    for form in stated:
+        if form.fits(record):
+            return form
+    # In a file that says its stage, other fields are no danger but for a stage of feedback.
+    for form in stated if kind in ("pretrain", "ppo", "sft") else ():
+        if dataclasses.replace(form, without=()).fits(record):
+            return form
+
+    def missing(form: Form) -> int:
+        return sum(name not in record for name in form.fields)
+
+    near = sorted((form for form in stated if missing(form) < len(form.fields)),
+                  key=lambda form: (missing(form), -len(form.fields)))[:5]
+    raise ValueError(f"fields found: {', '.join(map(str, record)) or 'none'}; forms that come near: "
+                     + ("; ".join(map(str, near)) or "none")
+                     + "; a file in a folder says its stage by its name, such as ppo.jsonl" * (not kind))
