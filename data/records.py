@@ -57,6 +57,8 @@ def check_dialogue(messages: list, reply: bool) -> None:
         raise ValueError("a dialogue without messages: give at least one from the user")
     if any(not isinstance(m, dict) or not isinstance(m.get("content"), str) for m in messages):
         raise ValueError('each message needs a "role" and a text as "content"')
+    if any(m.get(name) for m in messages for name in ("tool_calls", "function_call")):
+        raise ValueError("a message calls a tool, which is no text: leave such dialogues out")
     roles = [m.get("role") for m in messages]
     turns = roles[roles[0] == "system":]
     if not turns or turns != (["user", "assistant"] * len(turns))[:len(turns)]:
@@ -112,7 +114,10 @@ def _pair_from_transcripts(record: dict) -> dict:
 
 def _check_feedback(record: dict) -> list[str]:
     """The fields of a reward record's feedback: ValueError unless it has a pair of replies, or one
-    with label or score."""
+    with label or score, and nothing else of these: it would be lost in silence."""
+    given = [name for name in ("chosen", "label", "score") if name in record]
+    if len(given) > 1:
+        raise ValueError(f'has "{given[0]}" and "{given[1]}", two kinds of feedback: keep one')
     if "chosen" in record:
         _require(record, "chosen", (str,), "a text")
         _require(record, "rejected", (str,), "a text")
@@ -135,7 +140,9 @@ def checked(record: Any, kind: str) -> dict:
     """The record in the form of this file's head, without any other field; ValueError says what is
     wrong with it."""
     if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
+        several = isinstance(record, list) and any(isinstance(x, dict) for x in record)
+        raise ValueError("not a JSON object" + ": write each record of the list on a line of its own"
+                         * several)
     if kind == "reward" and {"chosen", "rejected"} <= set(record) and "prompt" not in record:
         record = _pair_from_transcripts(record)
     names = ["prompt"]
@@ -147,6 +154,8 @@ def checked(record: Any, kind: str) -> dict:
     elif kind == "sft" and "messages" in record:
         names = ["messages"]
         _require(record, "messages", (list,), "a list of messages")
+        if "response" in record:
+            raise ValueError('has "messages" and "response": keep one of them')
         check_dialogue(record["messages"], reply=False)
     else:
         _require(record, "prompt", (str, list), "a text or a list of messages")

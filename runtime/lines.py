@@ -16,6 +16,12 @@ from typing import Any
 from runtime.terminal import UserError, advice
 
 GZIP = b"\x1f\x8b"  # how such a file begins
+OTHERS = {b"BZh": "a .bz2 file", b"\xfd7zXZ": "an .xz file", b"(\xb5/\xfd": "a .zst file",
+          b"7z\xbc\xaf": "a .7z archive", b"Rar!": "a .rar archive", b"PAR1": "a Parquet file",
+          b"\xff\xfe": "text in UTF-16", b"\xfe\xff": "text in UTF-16"}
+LONGEST = 2**28  # bytes of a line
+UNPACKED = 2**30  # bytes that any archive may unpack to; a larger one holds at most
+TIMES = 200  # times its own size: JSON Lines come to 20, and a bomb to 1000
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
@@ -24,21 +30,46 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
     try:
         with open(path, "rb") as file:
             gzipped = str(path).endswith(".gz") or file.peek(2)[:2] == GZIP
-            yield from enumerate(gzip.GzipFile(fileobj=file) if gzipped else file, 1)
+            size = os.fstat(file.fileno()).st_size
+            lines, total, number = gzip.GzipFile(fileobj=file) if gzipped else file, 0, 0
+            _refuse_others(path, lines.peek(512)[:512])
+            while line := lines.readline(LONGEST + 1):
+                number, total = number + 1, total + len(line)
+                if len(line) > LONGEST:
+                    raise UserError(f"{path}, line {number}: is longer than {LONGEST / 1e6:.0f} MB: "
+                                    "divide it into several records")
+                if gzipped and total > max(UNPACKED, TIMES * size):
+                    raise UserError(f"{path}: unpacks to more than {TIMES} times its size, as no text "
+                                    "does: unpack it yourself if it is what you mean")
+                yield number, line
     except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged archive
         hint = advice(error) if getattr(error, "errno", None) else "restore the file"
         raise UserError(f"{path}: cannot be read: {error}; {hint}") from None
+
+
+def _refuse_others(path: str | os.PathLike, head: bytes) -> None:
+    """UserError for what is no text in UTF-8, by how it begins: its lines would be called bad ones,
+    and --skip_bad would read on behind a tar archive's first record."""
+    what = next((what for mark, what in OTHERS.items() if head.startswith(mark)), "")
+    if head[257:262] == b"ustar":
+        what = "a .tar archive"
+    if what:
+        raise UserError(f"{path}: is {what}, which is not read: give JSON Lines in UTF-8, plain or as .gz")
 
 
 def parse_line(line: bytes) -> Any:
     """The JSON value of a line; ValueError, with a reason for the user, if it holds none. A byte
     order mark is no part of it."""
     try:
-        return json.loads(line.decode("utf-8-sig"), parse_int=_whole_number)
+        return json.loads(line.decode("utf-8-sig"), parse_int=_whole_number,
+                          object_pairs_hook=_each_name_once)
     except UnicodeDecodeError:
         raise ValueError("not UTF-8: convert the file, or save it as that") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+        hint = ("; its NUL bytes are those of a damaged file, or of UTF-16" if b"\0" in line else
+                "; one record goes over several lines: write each on one" if line.strip() in b"[{" else
+                "; there is more than one record on the line" if error.msg == "Extra data" else "")
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}{hint}") from None
     except RecursionError:
         raise ValueError("brackets nested too deeply") from None
 
@@ -46,6 +77,16 @@ def parse_line(line: bytes) -> Any:
 def _whole_number(digits: str) -> int | float:
     """An int; of hundreds of digits a float, perhaps an infinite one: int() refuses thousands."""
     return int(digits) if len(digits) < 300 else float(digits)
+
+
+def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict; ValueError if a name has two values: one of them would be lost in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{json.dumps(twice)[:40]} is there twice: keep one")
+    return found
 
 
 def logged(path: pathlib.Path, key: str) -> list[float]:
