@@ -78,8 +78,16 @@ def resume_command(o: Common) -> str:
         resumes_anyway = False
         if "=" not in word and given and given[0].lower() in BOOLS:
             given.pop(0)
-    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return join([*typed, *words, *["--resume"] * (not resumes_anyway)])
+    words = [*typed, *words, *["--resume"] * (not resumes_anyway)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else " ".join(map(shell_word, words))
+
+
+def shell_word(word: str) -> str:
+    """A word as a shell reads it, on one line: control characters in the $'…' of bash and zsh."""
+    if word.isprintable():
+        return shlex.quote(word)
+    return "$'" + "".join(f"\\{x}" if x in "\\'" else x if x.isprintable() else f"\\U{ord(x):08x}"
+                          for x in word) + "'"
 
 
 def keep_freed_memory() -> None:

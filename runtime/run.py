@@ -111,6 +111,10 @@ class NotFinite(UserError):
     """Training met numbers that are not finite. `Run.progress` adds which checkpoint is kept."""
 
 
+CONFIG = {"finished": bool, "options": dict, "parents": dict, "versions": dict, "processes": list,
+          "stage": str, "seconds": (int, float)}  # what is read of config.json, whoever edited it
+
+
 def read_config(folder: str | os.PathLike) -> dict | None:
     """config.json of a run's folder; None if it is missing or damaged: the checkpoint then tells the
     same."""
@@ -118,7 +122,8 @@ def read_config(folder: str | os.PathLike) -> dict | None:
     try:
         with open_plain(path, "r") as file:
             record = json.load(file)
-        return record if {"finished", "options", "parents"} <= set(record) else None
+        fits = all(isinstance(record[name], kind) for name, kind in CONFIG.items() if name in record)
+        return record if fits and {"finished", "options", "parents"} <= set(record) else None
     except (OSError, ValueError, TypeError, RecursionError):
         return None
 
@@ -217,7 +222,8 @@ class RunFolder:
             for name in (self.older.name, "config.json", self.checkpoint.name, "metrics.jsonl",
                          "samples.jsonl"):
                 (self.path / name).unlink(missing_ok=True)
-        if recovered:
+        if recovered:  # first the record: a kill in between must not leave the older one as finished
+            self.write_config({**self.record, "finished": False})
             keep(self.older, self.checkpoint)
         for name in ("metrics.jsonl", "samples.jsonl"):
             self._drop_lines_after(self.path / name, step)

@@ -1,5 +1,7 @@
 """Signals ask for a stop, and row-wise work fits into memory."""
+import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import torch
 
 from runtime import machine
 from runtime.machine import (Interrupt, Interrupted, git_commit, keep_freed_memory, peak_memory_mb,
-                             processor, require_finite, row_chunks)
+                             processor, require_finite, row_chunks, shell_word)
 from runtime.options import UserError
 from tests.conftest import ROOT
 
@@ -228,3 +230,12 @@ def test_a_row_above_the_limit_is_a_chunk_of_its_own(monkeypatch):
     function = Recorded()
     outputs_and_gradients(function)
     assert max(function.calls) == 1
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+@pytest.mark.parametrize("word", ["a b", "it's\n", "x\ty\\z", "酒店\n好", "\x1b[0m", "\x85\u2028", "$HOME\n`x`"])
+def test_a_shell_reads_back_each_word_of_a_printed_command(word):
+    shown = shell_word(word)
+    read = subprocess.run(["bash", "-c", f"printf %s {shown}"], capture_output=True, check=True,
+                          env=os.environ | {"LC_ALL": "C.UTF-8"})
+    assert read.stdout.decode() == word and shown.isprintable()

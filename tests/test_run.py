@@ -178,6 +178,18 @@ def test_a_damaged_or_missing_config_is_rebuilt_from_the_checkpoint(open_sft, ca
     assert resumed is None if last == 4 else resumed.step == 3
 
 
+@pytest.mark.parametrize("changes", [
+    dict(options=[1]), dict(options=None), dict(parents=3), dict(versions=[1]), dict(processes="x"),
+    dict(finished="yes"), dict(stage=4), dict(seconds="long")])
+def test_a_config_whose_values_are_of_another_kind_is_rebuilt(open_sft, capsys, changes):
+    run = open_sft()
+    begin(run, 3)
+    path = run.folder.path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert open_sft("--resume").step == 3
+    assert "rebuilt from the checkpoint" in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_does_not_tell_what_ran_is_not_overwritten(command, tmp_path):
     folder = tmp_path / "reviews" / "sft"
     folder.mkdir(parents=True)
@@ -214,6 +226,24 @@ def test_a_damaged_newest_checkpoint_is_repeated_from_the_one_before(open_sft):
     assert stored_state(run.folder.older)["step"] == 2
     resumed.finish()
     assert open_sft("--resume") is None
+
+
+def test_a_recovered_run_that_is_stopped_at_once_is_not_finished(open_sft, monkeypatch):
+    run = open_sft()
+    with run.progress(4):
+        for step in (2, 4):
+            run.save(step)
+    run.finish()
+    flip(run.folder.checkpoint)
+    resumed = open_sft("--resume")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "_drop_lines_after", killed)
+    with pytest.raises(KeyboardInterrupt), resumed.progress(4):
+        pass
+    assert open_sft("--resume").step == 2  # the older checkpoint, whole, in the newest one's place
 
 
 def test_a_run_of_which_only_the_older_checkpoint_is_left_is_not_overwritten(open_sft):
