@@ -262,7 +262,7 @@ def commands() -> set[type]:
 
 
 FIELDS = [pytest.param(cls, field, id=f"{cls.__name__}-{field.name}")
-          for cls in sorted(commands(), key=lambda cls: cls.__name__)
+          for cls in sorted(commands(), key=lambda cls: (cls.__name__, cls.__module__))
           for field in dataclasses.fields(cls)]
 
 
