@@ -467,10 +467,10 @@ def measure(folders: list[pathlib.Path], o: EvaluateOptions) -> dict[str, Any]:
     compared, trained, ppo = load_compared(policies, device, o.reference, o.reward_from)
     # Open the data set that they were trained on, with their own prompt template.
     known = trained.get("options", {})
-    options = {name: known[name] for name in ("vocab_size", "limit", "skip_bad") if name in known}
+    options = {name: known[name] for name in ("vocab_size", "limit", "skip_bad", "fields") if name in known}
     if not (name := o.data or known.get("data")):
         raise UserError("the checkpoint does not say on which data it was trained: give --data")
-    if "source" not in find_data_set(name).options:
+    if "source" not in find_data_set(name, known.get("fields", "")).options:
         o.refuse("source", why=f"on {name}, which has no other raw files")
     data = open_data(name, source=o.source or known.get("source") or None, **options)
     template = trained.get("template", data.template)

@@ -51,7 +51,7 @@ class DataSet:
     template: the instruction around a prompt, such as "Continue: {prompt}".
     mixture: shares of the pretraining text by the part's name. Parts without an entry take what is
         left.
-    options: which of --source, --vocab_size, --limit and --skip_bad have an effect. Others are
+    options: which of --source, --vocab_size, --limit, --skip_bad and --fields have an effect. Others are
         refused.
     version: to be raised when `build` writes something else from the same files; otherwise data
         prepared earlier is used again.
@@ -67,9 +67,9 @@ class DataSet:
 
     def __post_init__(self) -> None:
         """ValueError for a record that contradicts itself."""
-        if not set(self.options) <= {"source", "vocab_size", "limit", "skip_bad"}:
-            raise ValueError(f"data set {self.name}: options are source, vocab_size, limit and "
-                             f"skip_bad, not {', '.join(self.options)}")
+        if not set(self.options) <= {"source", "vocab_size", "limit", "skip_bad", "fields"}:
+            raise ValueError(f"data set {self.name}: options are source, vocab_size, limit, "
+                             f"skip_bad and fields, not {', '.join(self.options)}")
         if "source" in self.options and self.source is None:
             raise ValueError(f"data set {self.name}: without a source it has no option source")
         if sum(part.share or 0 for part in self.mixture.values()) > 1 + 1e-9:

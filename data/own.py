@@ -18,32 +18,32 @@ from tqdm import tqdm
 from data.tokenizer import train_bpe
 from data.dataset import (SPLITS, DataSet, DataWriter, feedback_of, require_one_feedback,
                           text_hash)
-from data.forms import form_of
+from data.forms import OURS, form_of, parse_fields, renamed
 from data.records import FIELDS, as_messages, load_records
 from data.splits import ONE_IN, HeldOutReplies, assign, prompt_key, replies_in, split_key
 from data.texts import Texts, sample
 from runtime.lines import parse_line, read_lines
 from runtime.options import UserError
 
+READING = ("skip_bad", "fields")  # options that all files have
 Files = dict[tuple[str, str], pathlib.Path]  # (stage, split) -> file
 Records = dict[tuple[str, str], list[dict] | Texts]  # (stage, split) -> records
-READ = ("text", "messages", "prompt", "response", "chosen", "rejected", "label", "score", "margin")
 
 
-def own_data_set(path: pathlib.Path) -> DataSet:
-    """The user's file or folder as a data set."""
-    files = find_files(path)
+def own_data_set(path: pathlib.Path, fields: str = "") -> DataSet:
+    """The user's file or folder as a data set. fields: what --fields says."""
+    files = find_files(path, parse_fields(fields))
     has_text = any(stage == "pretrain" for stage, _ in files)
     return DataSet("own", source=lambda path, downloads: list(files.values()),
                    build=functools.partial(build, list(files)),
-                   options=("vocab_size", "skip_bad") if has_text else ("skip_bad",), version=3)
+                   options=("vocab_size", *READING) if has_text else READING, version=4)
 
 
-def find_files(path: pathlib.Path) -> Files:
+def find_files(path: pathlib.Path, fields: dict[str, str] | None = None) -> Files:
     """The user's files by (stage, split), plain or gzipped. The stage of a single file is that of
     its first record. UserError if a folder has no training file, or one in both forms."""
     if path.is_file():
-        return {(stage_of(path), "train"): path}
+        return {(stage_of(path, fields), "train"): path}
     files: Files = {}
     for stage, split, suffix in itertools.product(FIELDS, SPLITS, ("", ".gz")):
         file = path / (file_name(stage, split) + suffix)
@@ -65,12 +65,12 @@ def say_unread(path: pathlib.Path, files: Sequence[pathlib.Path]) -> None:
               "with _val or _test", file=sys.stderr)
 
 
-def stage_of(path: pathlib.Path) -> str:
+def stage_of(path: pathlib.Path, fields: dict[str, str]) -> str:
     """The stage of a file, by its first record that has a form; UserError if no line has one."""
     first = ""
     for number, line in read_lines(path):
         try:
-            return form_of(parse_line(line)).stages[0]
+            return form_of(renamed(parse_line(line), fields)).stages[0]
         except ValueError as error:  # it is reported, or left out, with other bad lines
             first = first or f", line {number}: {error}"
     raise UserError(f"{path}{first or ': holds no records'}; docs/data.md has the forms that are read")
@@ -82,12 +82,13 @@ def file_name(stage: str, split: str) -> str:
 
 
 def build(places: Sequence[tuple[str, str]], folder: pathlib.Path, files: Sequence[pathlib.Path],
-          vocab_size: int = 0, skip_bad: bool = False) -> DataWriter:
+          vocab_size: int = 0, skip_bad: bool = False, fields: str = "") -> DataWriter:
     """Check and divide the user's records; train a vocabulary if there is pretraining text.
 
-    places: (stage, split) of each file. skip_bad: leave out lines that are no record.
+    places: (stage, split) of each file. skip_bad: leave out lines that are no record. fields: what
+    --fields says.
     """
-    records, left_out = divide(dict(zip(places, files, strict=True)), skip_bad)
+    records, left_out = divide(dict(zip(places, files, strict=True)), skip_bad, parse_fields(fields))
     texts = records.get(("pretrain", "train"))
     out = DataWriter(folder, texts and train_bpe(sample(texts), vocab_size, progress=True))
     for split in SPLITS if texts else ():
@@ -106,16 +107,16 @@ def write_documents(out: DataWriter, split: str, texts: Texts) -> None:
                           for record in bar), texts.n_bytes)
 
 
-def divide(files: Files,
-           skip_bad: bool = False) -> tuple[Records, collections.Counter[str]]:
+def divide(files: Files, skip_bad: bool = False,
+           fields: dict[str, str] | None = None) -> tuple[Records, collections.Counter[str]]:
     """(the records of all files by stage and split, how many were left out of a stage's training).
 
     Files of held-out records stay as they are, but for repeats. Left out of training is what stands
     in one of them, if the stage brings a file of its own for that split; and texts that hold a
     held-out prompt with its reply. Both are said.
     """
-    loaded = {(stage, split): Texts(path, skip_bad) if stage == "pretrain" else
-              load_records(path, stage, skip_bad, say=True) for (stage, split), path in files.items()}
+    loaded = {(stage, split): Texts(path, skip_bad, fields) if stage == "pretrain" else
+              load_records(path, stage, skip_bad, fields, say=True) for (stage, split), path in files.items()}
     require_one_feedback({files[place]: of_file for place, of_file in loaded.items()
                           if place[0] == "reward"})
     keys = {(stage, split): array("Q", (split_key(record, stage) for record in of_file))
@@ -219,7 +220,7 @@ def without_repeats(records: list[dict] | Texts, stage: str) -> list[dict] | Tex
 
     def is_new(record: dict) -> bool:
         identity = text_hash(prompt_key(record["prompt"]) if stage == "ppo" else
-                             json.dumps([record.get(field) for field in READ]))
+                             json.dumps([record.get(field) for field in OURS]))
         return not (identity in seen or seen.add(identity))
 
     return those(records, map(is_new, records))

@@ -29,34 +29,38 @@ from runtime.terminal import advice, memory_advice, reading
 
 VERSION = 4  # of the stored form; raise it to make folders prepared earlier unused
 CACHE = pathlib.Path(os.environ.get("MOSSLET_CACHE") or pathlib.Path(__file__).parent / "cache")
-NO_EFFECT = {"source": "it names the raw files of {names}", "limit": "it is for {names}",
-             "vocab_size": "no vocabulary of tokens is trained on it",
-             "skip_bad": "it is for files of your own"}  # why an option is refused
+NO_EFFECT = {  # why an option is refused
+    "source": "it names the raw files of {names}", "limit": "it is for {names}",
+    "vocab_size": "no vocabulary of tokens is trained on it",
+    "skip_bad": "it is for files of your own", "fields": "it is for files of your own"}
 
 
-def find_data_set(data: str) -> DataSet:
-    """The data set with this name, or the user's files at this path; UserError if neither is."""
+def find_data_set(data: str, fields: str = "") -> DataSet:
+    """The data set with this name, or the user's files, with --fields, at this path; UserError if
+    neither is."""
     if data in DATA_SETS:
         return DATA_SETS[data]
     if data and os.path.lexists(path := pathlib.Path(data)):
         require_readable(path, folder=True)
         with reading(path):
             refuse_zip(path)
-            return own_data_set(path)
+            return own_data_set(path, fields)
     near = difflib.get_close_matches(data, DATA_SETS, 1)
     raise UserError(f"unknown data set {data!r}{f'; did you mean {near[0]}?' if near else ''}: use "
                     f"{' or '.join(DATA_SETS)}, or the path of a .jsonl file or a folder of them")
 
 
 def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, limit: int = 0,
-            skip_bad: bool = False, cache: str | os.PathLike | None = None) -> pathlib.Path:
+            skip_bad: bool = False, fields: str = "",
+            cache: str | os.PathLike | None = None) -> pathlib.Path:
     """The prepared folder of a data set, given by name, or of the user's files, given by path.
 
     It is built if it is not in `cache` yet (None: data/cache/, or the folder that the variable
     MOSSLET_CACHE names). Options that the data set does not read are ignored.
     """
-    cache, data_set = pathlib.Path(cache or CACHE), find_data_set(data)
-    given = {"vocab_size": vocab_size, "limit": limit, "skip_bad": skip_bad}
+    cache, data_set = pathlib.Path(cache or CACHE), find_data_set(data, fields)
+    given = {"vocab_size": vocab_size, "limit": limit, "skip_bad": skip_bad,
+             "fields": fields}
     options = {name: value for name, value in given.items() if name in data_set.options}
     path = pathlib.Path(source) if source and "source" in data_set.options else None
     if path is not None:
@@ -136,13 +140,13 @@ def open_data(data: str, **options) -> Prepared:
 def open_for(o: Options, data: str) -> Prepared:
     """`open_data` with a command's options for the data; one that has no effect on this data set
     must not be given."""
-    data_set = find_data_set(data)
+    data_set = find_data_set(data, o.fields)
     for name, why in NO_EFFECT.items():
         if name not in data_set.options:
             names = [known.name for known in DATA_SETS.values() if name in known.options]
             o.refuse(name, why=f"on {data}: {why.format(names=' and '.join(names))}")
     return open_data(data, source=o.source or None, vocab_size=o.vocab_size, limit=o.limit,
-                     skip_bad=o.skip_bad)
+                     skip_bad=o.skip_bad, fields=o.fields)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -156,6 +160,7 @@ class PrepareOptions(Options):
                              high=1_000_000)
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
     skip_bad: bool = option(False, "leave out bad lines of your own files, and say how many")
+    fields: str = option("", "your files' names for ours: prompt=question,chosen=good")
     list: bool = option(False, "list the prepared folders, and whether each is whole")
     clean: bool = option(False, "remove prepared folders that are damaged, left by a stopped "
                                 "process or of an earlier version; the others stay")
@@ -168,13 +173,13 @@ def main(argv: list[str]) -> None:
     o = parse(PrepareOptions, argv[bool(name):], "-m data.prepare NAME")
     if o.list or o.clean:
         command = "clean" if o.clean else "list"
-        o.refuse("source", "vocab_size", "limit", "skip_bad", why=f"with --{command}")
+        o.refuse("source", "vocab_size", "limit", "skip_bad", "fields", why=f"with --{command}")
         if name:
             raise UserError(f"--{command} is about all prepared folders: leave out {name}")
         return (clean if o.clean else list_folders)(CACHE)
     if not name:
         raise UserError(f"usage: python -m data.prepare {'|'.join(DATA_SETS)}|FILE.jsonl|FOLDER "
-                        "[--source …] [--vocab_size …] [--limit …] [--skip_bad], or --list, or --clean")
+                        "[--source …] [--vocab_size …] [--limit …] [--skip_bad] [--fields …], or --list, or --clean")
     data = open_for(o, name)
     print(data.folder)
     for name, count in data.meta["counts"].items():

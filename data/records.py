@@ -17,7 +17,7 @@ import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from data.forms import form_of
+from data.forms import form_of, renamed
 from runtime.lines import parse_line, read_lines
 from runtime.options import UserError
 
@@ -111,9 +111,10 @@ def _check_feedback(record: dict) -> list[str]:
     return ["response", "label"]
 
 
-def records_in(record: Any, kind: str) -> tuple[str, list[dict]]:
+def records_in(record: Any, kind: str, fields: dict[str, str] | None = None) -> tuple[str, list[dict]]:
     """(the name of a line's form, its records in the form of this file's head); ValueError says what
-    is wrong with it. A tie holds no record, a ranked list several."""
+    is wrong with it. A tie holds no record, a ranked list several. fields: `parse_fields`."""
+    record = renamed(record, fields)
     form = form_of(record, kind)
     return form.name, [checked(one, kind) for one in form.read(record)]
 
@@ -159,9 +160,9 @@ def _bare(value: Any) -> Any:
 # ---- files ---------------------------------------------------------------------------------------
 
 def load_records(path: str | os.PathLike, kind: str, skip_bad: bool = False,
-                 say: bool = False) -> list[dict]:
+                 fields: dict[str, str] | None = None, say: bool = False) -> list[dict]:
     """The records of a JSON Lines file, for a stage (`kind`: pretrain, sft, reward or ppo), in our own
-    form; data/forms.py has the others that are read. say: print which it was.
+    form; data/forms.py has the others that are read. fields: `parse_fields`. say: print which form it was.
 
     UserError names the bad lines and what is wrong with them; with skip_bad they are left out, and
     named in a printed line. It is also raised for a file without records, and for one that mixes
@@ -169,7 +170,7 @@ def load_records(path: str | os.PathLike, kind: str, skip_bad: bool = False,
     """
     bad: list[str] = []
     forms: collections.Counter[str] = collections.Counter()
-    records = [record for _, record in read_records(path, kind, bad, forms)]
+    records = [record for _, record in read_records(path, kind, bad, forms, fields)]
     report_bad(path, kind, bad, len(records), skip_bad)
     if say:
         say_forms(path, forms)
@@ -180,13 +181,14 @@ def load_records(path: str | os.PathLike, kind: str, skip_bad: bool = False,
 
 
 def read_records(path: str | os.PathLike, kind: str, bad: list[str],
-                 forms: collections.Counter[str]) -> Iterator[tuple[int, dict]]:
+                 forms: collections.Counter[str],
+                 fields: dict[str, str] | None = None) -> Iterator[tuple[int, dict]]:
     """(line number, record) of the good records of a file, one after another. Bad lines are added to
     `bad`, the first SHOWN in words, and each good line is counted in `forms`."""
     for number, line in read_lines(path):
         if line.strip(b"\xef\xbb\xbf \t\r\n"):
             try:
-                name, records = records_in(parse_line(line), kind)
+                name, records = records_in(parse_line(line), kind, fields)
             except ValueError as error:
                 bad.append(f"line {number}: {error}" if len(bad) < SHOWN else "")
             else:

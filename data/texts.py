@@ -24,14 +24,15 @@ class Texts:
     chosen (records,): which of them are meant.
     """
 
-    def __init__(self, path: pathlib.Path, skip_bad: bool = False):
+    def __init__(self, path: pathlib.Path, skip_bad: bool = False, fields: dict[str, str] | None = None):
         """Check every line, and choose all texts; UserError as in `load_records`."""
         lines, sizes, bad, forms = array("q"), array("q"), [], collections.Counter()
-        for number, record in read_records(path, "pretrain", bad, forms):
+        for number, record in read_records(path, "pretrain", bad, forms, fields):
             lines.append(number)
             sizes.append(len(record["text"].encode()))
         report_bad(path, "pretrain", bad, len(lines), skip_bad)
         say_forms(path, forms)
+        self.fields = fields
         self.path, self.lines, self.sizes = path, np.array(lines), np.array(sizes)
         self.chosen = np.ones(len(lines), bool)
 
@@ -50,7 +51,7 @@ class Texts:
             for (_, line), chosen in zip(read_lines(self.path), wanted[1:].tobytes(), strict=False):
                 if chosen:
                     count += 1
-                    yield from records_in(parse_line(line), "pretrain")[1]
+                    yield from records_in(parse_line(line), "pretrain", self.fields)[1]
             if count < len(self):
                 raise ValueError
         except ValueError:

@@ -285,6 +285,7 @@ class Common(Options):
                                    "special ones included", low=262, high=1_000_000)
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
     skip_bad: bool = option(False, "leave out bad lines of your own files, and say how many")
+    fields: str = option("", "your files' names for ours: prompt=question,chosen=good")
     # The run.
     preset: str = option("demo", "demo: two CPU cores, ten minutes for all; smoke: seconds, for "
                                  "tests; base: one GPU",

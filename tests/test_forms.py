@@ -2,8 +2,11 @@
 error that names the nearest."""
 import pytest
 
-from data.forms import FORMS, form_of
+from data.forms import FORMS, form_of, parse_fields
+from data.own import own_data_set
+from data.prepare import open_data
 from data.records import load_records, records_in
+from runtime.options import UserError
 from tests.test_records import write
 
 
@@ -174,3 +177,20 @@ def test_what_a_file_was_read_as_is_said_once(tmp_path, capsys):
     assert len(load_records(write(tmp_path / "d.jsonl", *rows), "reward", say=True)) == 1
     assert capsys.readouterr().out == (f"{tmp_path / 'd.jsonl'}: read as LMArena (1), "
                                        "ties, left out (1)\n")
+
+
+def test_fields_of_other_names_are_mapped(tmp_path):
+    rows = [{"q": f"{Q} {i}", "good": GOOD, "bad": BAD, "id": 7} for i in range(30)]
+    path = write(tmp_path / "d.jsonl", *rows)
+    with pytest.raises(UserError, match="line 1: fields found: q, good, bad, id; .*--fields"):
+        own_data_set(path)
+    data = open_data(str(path), fields="prompt=q,chosen=good,rejected=bad", cache=tmp_path / "c")
+    assert data.records("reward", "train")[0].keys() == PAIR.keys()
+    with pytest.raises(UserError, match="--fields names p"):
+        open_data(str(path), fields="prompt=p", cache=tmp_path / "c")
+
+
+@pytest.mark.parametrize("text", ["prompt", "prompt=", "title=a", "prompt=a,prompt=b"])
+def test_a_mapping_that_is_none_is_refused(text):
+    with pytest.raises(UserError, match="--fields .* is not OUR_NAME=YOUR_NAME"):
+        parse_fields(text)

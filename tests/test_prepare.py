@@ -183,7 +183,7 @@ def test_options_with_an_effect_are_not_refused(reviews_source, tmp_path, monkey
                         **options: opened.append((data, options)))
     open_for(parse(PrepareOptions, ["--source=s", "--limit=9", "--vocab_size=300"], "x"), "reviews")
     assert opened == [("reviews", {"source": "s", "vocab_size": 300, "limit": 9,
-                                   "skip_bad": False})]
+                                   "skip_bad": False, "fields": ""})]
 
 
 def test_the_command_prints_what_was_made(shakespeare, tmp_path, monkeypatch, capsys):
