@@ -41,14 +41,20 @@ def turns(value: list) -> Messages:
 
 def transcript(text: Any) -> Messages:
     """An HH transcript, `\\n\\nHuman: …\\n\\nAssistant: …`, as messages; [] if it is none. What stands
-    before the first turn is a system message; a last turn of the assistant without words is none."""
+    before the first turn is a system message."""
     if not isinstance(text, str) or not re.search(r"(^|\n\n)Human:", text):
         return []
     before, *parts = re.split(r"(?:^|\n\n)(Human|Assistant): ?", text)
     found = [{"role": "system", "content": before.strip()}] * bool(before.strip())
     found += [{"role": "user" if speaker == "Human" else "assistant", "content": content.strip()}
               for speaker, content in zip(parts[::2], parts[1::2], strict=True)]
-    return found[:-1] if found[-1] == {"role": "assistant", "content": ""} else found
+    return found
+
+
+def waiting_for(text: Any) -> Messages:
+    """The messages of a prompt that is a transcript, without the assistant's turn to be written."""
+    found = transcript(text)
+    return found[:-1] if found[-1:] == [{"role": "assistant", "content": ""}] else found
 
 
 def reply(value: Any) -> str:
@@ -64,7 +70,7 @@ def reply(value: Any) -> str:
 
 def prompt(record: dict, text: Any) -> str | Messages:
     """A prompt from its text or messages, with the record's "system" and "history" before it."""
-    dialogue = turns(text) if isinstance(text, list) else transcript(text)
+    dialogue = turns(text) if isinstance(text, list) else waiting_for(text)
     before = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     for question, answer in record.get("history") or []:
         before += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -9,6 +9,7 @@ fits is taken, so those that need more stand first. Nothing is guessed: what fit
 that names the forms that come near.
 """
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from data.dialogues import (ANY, MESSAGE, TEXT, TURNS, Messages, alpaca, is_a, last_turn, prompt, reply,
-                            transcript, turns)
+                            transcript, turns, waiting_for)
 from runtime.options import UserError
 
 OURS = ("text", "messages", "prompt", "response", "chosen", "rejected", "label", "score", "margin")
@@ -156,7 +157,7 @@ def form(name: str, stages: str, fields: str, read: Callable[[dict], list[dict]]
 
 def own(record: dict) -> list[dict]:
     """Our own form; a prompt that is a transcript becomes messages."""
-    dialogue = transcript(record.get("prompt"))
+    dialogue = waiting_for(record.get("prompt"))
     return [record | {"prompt": dialogue}] if dialogue else [record]
 
 
@@ -270,6 +271,12 @@ def renamed(record: Any, fields: dict[str, str] | None) -> Any:
     return rest | {theirs[name]: x for name, x in record.items() if name in theirs}
 
 
+@functools.cache
+def forms_for(kind: str) -> tuple[Form, ...]:
+    """The forms for a stage; all of them if it is not known."""
+    return tuple(form for form in FORMS if not kind or kind in form.stages)
+
+
 def form_of(record: Any, kind: str = "") -> Form:
     """The form of a record for this stage, or for any. ValueError if there is none: it names the
     fields found and the forms that come near."""
@@ -277,7 +284,7 @@ def form_of(record: Any, kind: str = "") -> Form:
         several = isinstance(record, list) and any(isinstance(x, dict) for x in record)
         raise ValueError("not a JSON object" + ": write each record of the list on a line of its own"
                          * several)
-    stated = [form for form in FORMS if not kind or kind in form.stages]
+    stated = forms_for(kind)
     for form in stated:
         if form.fits(record):
             return form

@@ -7,7 +7,7 @@ from data.own import own_data_set
 from data.prepare import open_data
 from data.records import load_records, records_in
 from runtime.options import UserError
-from tests.test_records import write
+from tests.test_records import HH, write
 
 
 def user(text):
@@ -194,3 +194,14 @@ def test_fields_of_other_names_are_mapped(tmp_path):
 def test_a_mapping_that_is_none_is_refused(text):
     with pytest.raises(UserError, match="--fields .* is not OUR_NAME=YOUR_NAME"):
         parse_fields(text)
+
+
+def test_an_empty_reply_of_a_transcript_is_a_reply():
+    chosen, rejected = f"\n\nHuman: {Q}\n\nAssistant: {GOOD}", f"\n\nHuman: {Q}\n\nAssistant:"
+    assert records_in({"chosen": chosen, "rejected": rejected}, "reward")[1] == [{**TALK_PAIR, "rejected": ""}]
+
+
+@pytest.mark.skipif(not HH.exists(), reason="no HH file here")
+def test_published_transcripts_are_read_but_for_those_that_are_none(capsys):
+    assert len(load_records(HH, "reward", skip_bad=True)) == 1496
+    assert "4 of 1500 records left out" in capsys.readouterr().out
