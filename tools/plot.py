@@ -216,8 +216,7 @@ def draw(runs: list[Run], title: str, titles: str = "") -> "Figure":
                     fontweight="bold", parse_math=False)
     legend = ["lines: training batches", "dots: held-out"]
     if len(runs) > 1:
-        legend += [f"mean of {len(runs)} runs, band from lowest to highest, over the steps in "
-                   "common"]
+        legend += [f"mean of {len(runs)} runs, band from lowest to highest"]
     figure.supxlabel("   ·   ".join(legend), x=0.01, ha="left", fontsize=9, color=FAINT)
     return figure
 
