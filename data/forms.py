@@ -259,13 +259,19 @@ def parse_fields(text: str) -> dict[str, str]:
     return found
 
 
+def names_of(record: dict) -> str:
+    """A record's field names, for an error."""
+    names = [name[:40] for name in record]
+    return ", ".join(names[:12]) + " …" * (len(names) > 12) or "none"
+
+
 def renamed(record: Any, fields: dict[str, str] | None) -> Any:
     """The record with our names for the file's; ValueError if it has none of those that are mapped."""
     if not fields or not isinstance(record, dict):
         return record
     theirs = {name: ours for ours, name in fields.items()}
     if not set(theirs) & set(record):
-        raise ValueError(f"fields found: {', '.join(map(str, record)) or 'none'}; --fields names "
+        raise ValueError(f"fields found: {names_of(record)}; --fields names "
                          f"{', '.join(theirs)}")
     rest = {name: x for name, x in record.items() if name not in theirs and name not in fields}
     return rest | {theirs[name]: x for name, x in record.items() if name in theirs}
@@ -298,6 +304,6 @@ def form_of(record: Any, kind: str = "") -> Form:
 
     near = sorted((form for form in stated if missing(form) < len(form.fields)),
                   key=lambda form: (missing(form), -len(form.fields)))[:5]
-    raise ValueError(f"fields found: {', '.join(map(str, record)) or 'none'}; forms that come near: "
+    raise ValueError(f"fields found: {names_of(record)}; forms that come near: "
                      + ("; ".join(map(str, near)) or "none") + "; --fields OUR_NAME=YOUR_NAME,… maps others"
                      + "; a file in a folder says its stage by its name, such as ppo.jsonl" * (not kind))

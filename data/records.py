@@ -116,7 +116,11 @@ def records_in(record: Any, kind: str, fields: dict[str, str] | None = None) -> 
     is wrong with it. A tie holds no record, a ranked list several. fields: `parse_fields`."""
     record = renamed(record, fields)
     form = form_of(record, kind)
-    return form.name, [checked(one, kind) for one in form.read(record)]
+    try:
+        found = form.read(record)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"has the fields of {form}, but not their values: {error!r}"[:300]) from None
+    return form.name, [checked(one, kind) for one in found]
 
 
 def checked(record: dict, kind: str) -> dict:

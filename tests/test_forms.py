@@ -153,6 +153,19 @@ def test_what_has_no_form_is_an_error_that_names_the_nearest(record, near):
     assert f"fields found: {', '.join(record)}" in str(caught.value) and near in str(caught.value)
 
 
+@pytest.mark.parametrize("odd", [None, 5, "", [], {}, [5], [{}], [[]], {"role": []}, [{"role": [], "content": 1}],
+                                 [{"from": "human", "value": [5]}], [["a", "b", "c"]], True, -1.5, "\\ud800"],
+                         ids=repr)
+@pytest.mark.parametrize("kind,record", [case[1:3] for case in CASES], ids=[case[0] for case in CASES])
+def test_odd_values_are_a_bad_line_with_a_reason(kind, record, odd):
+    for name in record:
+        for stage in (kind, "sft", "ppo"):
+            try:
+                assert isinstance(records_in({**record, name: odd}, stage)[1], list)
+            except ValueError as error:
+                assert str(error)
+
+
 def test_no_form_drops_feedback():
     for name in ("label", "score", "kto_tag", "winner"):
         for record in ({"text": "a"}, {"instruction": Q, "output": GOOD, "input": ""}):
