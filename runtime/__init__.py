@@ -13,7 +13,7 @@ import sys
 # Beside another busy process the thread that is waited for may itself wait for a core, which the
 # spinning ones keep from it: training slows down up to tenfold. So they soon sleep.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
 # oneDNN keeps the code of each product for each shape, half a megabyte a piece, up to 1,024 of them
 # in each of two caches; batches of ever new lengths fill them. 96 cost no time, 32 cost 15 %.
