@@ -16,7 +16,7 @@ import train
 from data.prepare import PrepareOptions, open_data
 from runtime.options import Common, parse, parse_all
 from tests.conftest import ROOT
-from tools import trials, trials_commands
+from tools import busy, trials, trials_commands
 from tools.bench import SECTIONS
 from tools.measure import BenchOptions
 from tools.plot import PlotOptions
@@ -26,7 +26,7 @@ ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh.md"
 PAGES = [ENGLISH, CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
 STAGES = {name: cls for name, (cls, _) in train.STAGES.items()}
 OTHERS = [sample.SampleOptions, evaluate.EvaluateOptions, PrepareOptions, BenchOptions, PlotOptions,
-          RaceOptions, trials.TrialOptions, trials_commands.TrialOptions]
+          RaceOptions, busy.BusyOptions, trials.TrialOptions, trials_commands.TrialOptions]
 
 
 def text_of(page: pathlib.Path) -> str:
@@ -73,6 +73,9 @@ def understand(command: str) -> None:
     elif name == "tools.bench":
         assert set(positional) <= {*SECTIONS, "all"}
         parse(BenchOptions, options, name)
+    elif name == "tools.busy":
+        assert all(busy.variables(word) for word in positional)
+        parse(busy.BusyOptions, options, name)
     elif name.startswith("tools.trials"):
         assert positional[0] in ("kill", "forge", "commands")
         parse((trials if name == "tools.trials" else trials_commands).TrialOptions, options, name)
