@@ -5,19 +5,12 @@ from typing import Any
 Messages = list[dict[str, str]]
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
          "system": "system"}
-# Kinds of values.
-ANY, TEXT, MESSAGE = "anything", "a text", "a message"
-TURNS = "messages"
 
 
-def is_a(value: Any, kind: str) -> bool:
-    """Is the value a text, a message or a list of messages?"""
-    def message(x: Any) -> bool:
-        return isinstance(x, dict) and ({"role", "content"} <= set(x) or {"from", "value"} <= set(x))
-
-    if kind == TURNS:
-        return isinstance(value, list) and bool(value) and all(map(message, value))
-    return kind == ANY or (isinstance(value, str) if kind == TEXT else message(value))
+def are_turns(value: Any) -> bool:
+    """Is the value a list of messages, at least one, of either naming?"""
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(x, dict) and ({"role", "content"} <= set(x) or {"from", "value"} <= set(x)) for x in value)
 
 
 def turns(value: list) -> Messages:
@@ -89,3 +82,9 @@ def last_turn(dialogue: Messages) -> tuple[Messages, str]:
     if len(dialogue) < 2 or dialogue[-1]["role"] != "assistant":
         raise ValueError("the dialogue must end with the assistant's reply to somebody")
     return dialogue[:-1], dialogue[-1]["content"]
+
+
+def unanswered(record: dict, dialogue: list) -> str | Messages:
+    """The prompt of a dialogue: without the assistant's last words, which may be empty."""
+    found = prompt(record, dialogue)
+    return found[:-1] if found[-1]["role"] == "assistant" else found

@@ -17,8 +17,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from data.dialogues import (ANY, MESSAGE, TEXT, TURNS, Messages, alpaca, is_a, last_turn, prompt, reply,
-                            transcript, turns, waiting_for)
+from data.dialogues import (Messages, alpaca, are_turns, last_turn, prompt, reply, transcript, turns,
+                            unanswered, waiting_for)
 from runtime.options import UserError
 
 OURS = ("text", "messages", "prompt", "response", "chosen", "rejected", "label", "score", "margin")
@@ -81,6 +81,7 @@ def as_flag(value: Any) -> Any:
 
 
 def labelled(asked: str | Messages, answer: Any, label: Any) -> list[dict]:
+    """One reply, liked or not."""
     return [{"prompt": asked, "response": reply(answer), "label": as_flag(label)}]
 
 
@@ -127,32 +128,30 @@ def moss(record: dict) -> list[dict]:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A form of record: its name, the stages it is for (the first is that of a file that does not
-    say), the kind of each field that it needs, how it is read, and fields that it must not have
-    because they would be lost."""
+    """A form of record: its name, its stage, the fields that it needs with the test of each value,
+    how it is read, and fields that it must not have because they would be lost."""
 
     name: str
-    stages: tuple[str, ...]
-    fields: dict[str, str]
+    stage: str
+    fields: dict[str, Callable[[Any], bool]]
     read: Callable[[dict], list[dict]]
     without: tuple[str, ...] = ()
 
     def fits(self, record: dict) -> bool:
-        """Has the record these fields, of these kinds?"""
-        return (all(name in record and is_a(record[name], kind) for name, kind in self.fields.items())
+        """Has the record these fields, with such values?"""
+        return (all(name in record and test(record[name]) for name, test in self.fields.items())
                 and not any(name in record for name in self.without))
 
     def __str__(self) -> str:
         return f"{self.name} ({', '.join(self.fields)})"
 
 
-def form(name: str, stages: str, fields: str, read: Callable[[dict], list[dict]],
+def form(name: str, stage: str, fields: str, read: Callable[[dict], list[dict]],
          without: str = "") -> Form:
-    """A Form from words: fields are names, alone (any value) or as name:text, :turns, :message."""
-    kinds = {"": ANY, "text": TEXT, "turns": TURNS, "message": MESSAGE}
+    """A Form from words: fields are names, alone (any value) or as name:text or name:turns."""
+    tests = {"": lambda _: True, "text": lambda x: isinstance(x, str), "turns": are_turns}
     pairs = [word.partition(":") for word in fields.split()]
-    return Form(name, tuple(stages.split()), {field: kinds[kind] for field, _, kind in pairs}, read,
-                tuple(without.split()))
+    return Form(name, stage, {field: tests[kind] for field, _, kind in pairs}, read, tuple(without.split()))
 
 
 def own(record: dict) -> list[dict]:
@@ -188,7 +187,7 @@ FORMS = (
          without="input question instruction conversations messages"),
     form("messages with a rejected response", "reward", "messages:turns rejected_response:text",
          lambda r: pair(*last_turn(prompt(r, r["messages"])), r["rejected_response"], r)),
-    form("Nectar's ranked answers", "reward", "prompt answers:",
+    form("Nectar's ranked answers", "reward", "prompt answers",
          lambda r: pairs_by_rank(prompt(r, r["prompt"]), [(a["rank"], a["answer"]) for a in r["answers"]])),
     form("NeMo's ranked completions", "reward", "context:turns completions",
          lambda r: pairs_by_rank(prompt(r, r["context"]),
@@ -229,18 +228,12 @@ FORMS = (
     # Texts and prompts.
     form("texts", "pretrain", "text", own, without=FEEDBACK),
     form("prompts", "ppo", "prompt", own, without=FEEDBACK + " response completion"),
-    form("messages", "ppo", "messages:turns", lambda r: [{"prompt": waiting(r, r["messages"])}], without=FEEDBACK),
+    form("messages", "ppo", "messages:turns", lambda r: [{"prompt": unanswered(r, r["messages"])}], without=FEEDBACK),
     form("ShareGPT", "ppo", "conversations:turns",
-         lambda r: [{"prompt": waiting(r, r["conversations"])}], without=FEEDBACK),
+         lambda r: [{"prompt": unanswered(r, r["conversations"])}], without=FEEDBACK),
     form("Alpaca", "ppo", "instruction:text", lambda r: [{"prompt": alpaca(r)}], without=FEEDBACK),
     form("inputs", "ppo", "input", lambda r: [{"prompt": prompt(r, r["input"])}], without=FEEDBACK),
 )
-
-
-def waiting(record: dict, dialogue: list) -> str | Messages:
-    """The prompt of a dialogue: without the assistant's last words, which may be empty."""
-    found = prompt(record, dialogue)
-    return found[:-1] if found[-1]["role"] == "assistant" else found
 
 
 def parse_fields(text: str) -> dict[str, str]:
@@ -280,7 +273,7 @@ def renamed(record: Any, fields: dict[str, str] | None) -> Any:
 @functools.cache
 def forms_for(kind: str) -> tuple[Form, ...]:
     """The forms for a stage; all of them if it is not known."""
-    return tuple(form for form in FORMS if not kind or kind in form.stages)
+    return tuple(form for form in FORMS if kind in ("", form.stage))
 
 
 def form_of(record: Any, kind: str = "") -> Form:

@@ -70,7 +70,7 @@ def stage_of(path: pathlib.Path, fields: dict[str, str]) -> str:
     first = ""
     for number, line in read_lines(path):
         try:
-            return form_of(renamed(parse_line(line), fields)).stages[0]
+            return form_of(renamed(parse_line(line), fields)).stage
         except ValueError as error:  # it is reported, or left out, with other bad lines
             first = first or f", line {number}: {error}"
     raise UserError(f"{path}{first or ': holds no records'}; docs/data.md has the forms that are read")

@@ -325,8 +325,8 @@ class Run:
 
     def log(self, step: int, **metrics: Any) -> None:
         """One line of metrics.jsonl after `step` finished steps; a number that is not finite is
-        written as null and said, once for each name. Freed memory goes back to the system: every
-        ten steps that costs no time, and spares a third of the peak."""
+        written as null and said, once for each name. Freed memory goes back to the system, which
+        spares a third of the peak and costs at most 3 % of the time (every ten steps, measured)."""
         for name, x in metrics.items():
             if isinstance(x, float) and not math.isfinite(x) and name not in self.warned:
                 self.warned.add(name)

@@ -135,7 +135,7 @@ def test_a_record_is_read_as_it_is_meant(kind, record, meant):
 @pytest.mark.parametrize("kind,record", [case[1:3] for case in CASES if case[0][:2] not in ("35", "36")],
                          ids=[case[0] for case in CASES if case[0][:2] not in ("35", "36")])
 def test_a_single_file_needs_no_stage(kind, record):
-    assert form_of(record).stages[0] == kind
+    assert form_of(record).stage == kind
 
 
 def test_every_form_has_a_case():
@@ -170,7 +170,7 @@ def test_no_form_drops_feedback():
     for name in ("label", "score", "kto_tag", "winner"):
         for record in ({"text": "a"}, {"instruction": Q, "output": GOOD, "input": ""}):
             try:
-                assert form_of({**record, name: 1}).stages == ("reward",)
+                assert form_of({**record, name: 1}).stage == "reward"
             except ValueError as error:
                 assert name in str(error)
 
