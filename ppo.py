@@ -38,7 +38,7 @@ from tqdm import tqdm
 import evaluate
 from data.batches import (Rows, drop_long_prompts, held_out_prompts, make_rows, pad_left, prompt_ids,
                           scatter_tokens, text_batches)
-from data.prepare import open_for
+from data.prepare import open_stage
 from data.prepared import Prepared
 from model import Transformer, load_parent, next_token_loss, open_run, token_logprobs
 from reward import RewardModel, Scorer, ScoreScale, chosen_reward_norm, critic_from
@@ -848,7 +848,7 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     seams: a scorer, estimator or loss of your own, as `PPOTrainer` takes them; --reward_norm auto is
     fixed for a scorer. Returns the finished run, or None if it was finished before.
     """
-    data = open_for(o, o.data)
+    data, o = open_stage(o, "ppo")
     policy, tokenizer, state = load_parent(o, data, "sft", o.init_from)
     reward_model, reward_tokenizer, reward_state = load_parent(o, data, "reward", o.reward_from, RewardModel)
     tokenizer.require_same(reward_tokenizer, "the policy and the reward model")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from data.batches import (drop_equal_pairs, drop_long_prompts, pack_rows, reward_batch,
                           reward_rows)
-from data.prepare import open_for
+from data.prepare import open_stage
 from data.prepared import Prepared
 from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, load_parent, open_run)
 from runtime.device import precision
@@ -500,7 +500,7 @@ def train_reward(o: RewardOptions, stage: str = "reward", parent: str = "sft") -
     if o.reward_from:
         raise UserError(f"{stage} makes a model of rewards: --reward_from has no effect on it; "
                         "--init_from names the trunk")
-    data = open_for(o, o.data)
+    data, o = open_stage(o, stage)
     trunk, tokenizer, state = load_parent(o, data, parent, o.init_from)
     o = limit_length(o, trunk.config)
     run = open_run(stage, o, data, {"init": state["hash"]}, reward_model_from(trunk, o, stage),

@@ -30,7 +30,7 @@ from torch import Tensor
 import evaluate
 from data.batches import dialogue_rows, eval_windows, held_out_prompts, pack_rows, prompt_ids, text_batches
 from data.dataset import SPLITS, feedback_of, require_one_feedback
-from data.prepare import open_for
+from data.prepare import open_for, open_stage, suited
 from data.prepared import Prepared
 from model import (ModelConfig, Transformer, checkpoint_path, cross_entropy_sum, limit_length,
                    load_checkpoint, load_parent, next_token_loss, open_run)
@@ -141,7 +141,7 @@ def pretrain(o: PretrainOptions) -> Run | None:
     if o.init_from or o.reward_from:
         raise UserError("pretrain starts from nothing: --init_from and --reward_from have no "
                         "effect on it; use them with sft, reward or ppo")
-    data = open_for(o, o.data)
+    data, o = open_stage(o, "pretrain")
     tokenizer = data.require_tokenizer()
     run = open_run("pretrain", o, data, {}, new_model(o, tokenizer.n_vocab), tokenizer)
     if run is None:
@@ -234,7 +234,7 @@ def sft(o: SFTOptions) -> Run | None:
     is True."""
     if o.reward_from:
         raise UserError("sft reads no reward model: --reward_from has no effect on it")
-    data = open_for(o, o.data)
+    data, o = open_stage(o, "sft")
     model, tokenizer, state = load_parent(o, data, "pretrain", o.init_from)
     o = limit_length(o, model.config)
     run = open_run("sft", o, data, {"init": state["hash"]}, model, tokenizer)
@@ -322,7 +322,7 @@ def run_all(options: dict[str, Common]) -> None:
         STAGES[stage][1](o.replace(
             resume=not o.fresh, init_from=init_from if stage in ("sft", "judge") else "",
             reward_from=reward_from if stage == "ppo" else ""))
-    o = options["ppo"]
+    o = suited(options["ppo"], "ppo", data)
     settings = evaluate.ReplySettings(o.reply_len, o.temperature)
     evaluate.write_report(data, run_folder(o, ""), seed=o.seed, settings=settings,
                           n_prompts=o.report_prompts,

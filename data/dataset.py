@@ -18,6 +18,7 @@ import pathlib
 import zipfile
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from data.tokenizer import Tokenizer
 from runtime.options import UserError
 
 SPLITS = ("train", "val", "test")
+OPTIONS = ("source", "vocab_size", "limit", "skip_bad", "fields", "template", "judge_share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +53,11 @@ class DataSet:
     template: the instruction around a prompt, such as "Continue: {prompt}".
     mixture: shares of the pretraining text by the part's name. Parts without an entry take what is
         left.
-    options: which of --source, --vocab_size, --limit, --skip_bad and --fields have an effect. Others are
-        refused.
+    options: which of OPTIONS have an effect. The others are refused.
     version: to be raised when `build` writes something else from the same files; otherwise data
         prepared earlier is used again.
+    defaults: {stage: {option: value}} that suit this data; a flag or a preset wins over them.
+    summary: one line for `train.py --list`.
     """
 
     name: str
@@ -64,12 +67,14 @@ class DataSet:
     mixture: dict[str, Part] = dataclasses.field(default_factory=dict)
     options: tuple[str, ...] = ()
     version: int = 1
+    defaults: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    summary: str = ""
 
     def __post_init__(self) -> None:
         """ValueError for a record that contradicts itself."""
-        if not set(self.options) <= {"source", "vocab_size", "limit", "skip_bad", "fields"}:
-            raise ValueError(f"data set {self.name}: options are source, vocab_size, limit, "
-                             f"skip_bad and fields, not {', '.join(self.options)}")
+        if not set(self.options) <= set(OPTIONS):
+            raise ValueError(f"data set {self.name}: options are {', '.join(OPTIONS)}, not "
+                             f"{', '.join(self.options)}")
         if "source" in self.options and self.source is None:
             raise ValueError(f"data set {self.name}: without a source it has no option source")
         if sum(part.share or 0 for part in self.mixture.values()) > 1 + 1e-9:
@@ -81,13 +86,16 @@ class DataWriter:
     """Writes a data set into a folder: tokens to pretrain on, and records for each stage.
 
     tokenizer: None for data without pretraining text. parts: names of the kinds of that text; part
-    number i is parts[i]. counts: what was written so far, by file.
+    number i is parts[i]. counts: what was written so far, by file. defaults and mixture: as in
+    `DataSet`, where they follow from the data.
     """
 
     def __init__(self, folder: pathlib.Path, tokenizer: Tokenizer | None,
                  parts: Sequence[str] = ("text",)):
         self.folder, self.tokenizer, self.parts = folder, tokenizer, tuple(parts)
         self.counts: dict[str, int | dict[str, int]] = {}
+        self.defaults: dict[str, dict[str, Any]] = {}
+        self.mixture: dict[str, Part] = {}
         self.dtype = "uint16" if tokenizer is None or tokenizer.n_vocab <= 2**16 else "uint32"
 
     def documents(self, split: str, documents: Iterable[tuple[str, Sequence[int]]],

@@ -18,15 +18,17 @@ import os
 import pathlib
 import shutil
 import sys
+from typing import TypeVar
 
 from data.dataset import DataSet, DataWriter, Part, refuse_zip
 from data.folders import clean, file_digest, list_folders, seal, sync, temporary_folder
 from data.own import own_data_set
 from data.prepared import Prepared
 from data.sets import DATA_SETS
-from runtime.options import Options, UserError, option, parse, run_main
+from runtime.options import Options, UserError, option, parse, presets_of, run_main
 from runtime.terminal import advice, memory_advice, reading
 
+T = TypeVar("T", bound=Options)
 VERSION = 4  # of the stored form; raise it to make folders prepared earlier unused
 CACHE = pathlib.Path(os.environ.get("MOSSLET_CACHE") or pathlib.Path(__file__).parent / "cache")
 NO_EFFECT = {  # why an option is refused
@@ -115,6 +117,7 @@ def fingerprint_of(data_set: DataSet, options: dict[str, int], files: list[pathl
         with reading(file):
             digests.append((file.name, file_digest(file)))
     state = [VERSION, data_set.name, data_set.version, data_set.template, mixture, options, digests]
+    state += [data_set.defaults] * bool(data_set.defaults)
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
 
 
@@ -126,9 +129,12 @@ def write_description(out: DataWriter, data_set: DataSet, meta: dict) -> None:
     if out.tokenizer is not None:
         state = json.dumps(out.tokenizer.to_state())
         (out.folder / "tokenizer.json").write_text(state, encoding="utf-8")
-    parts = {name: dataclasses.asdict(data_set.mixture.get(name, Part())) for name in out.parts}
+    mixture = out.mixture | data_set.mixture
+    parts = {name: dataclasses.asdict(mixture.get(name, Part())) for name in out.parts}
+    defaults = {stage: out.defaults.get(stage, {}) | data_set.defaults.get(stage, {})
+                for stage in {**out.defaults, **data_set.defaults}}
     meta |= {"dtype": out.dtype, "stages": sorted({name.split("_")[0] for name in out.counts}),
-             "counts": out.counts, "template": data_set.template, "parts": parts}
+             "counts": out.counts, "template": data_set.template, "parts": parts, "defaults": defaults}
     seal(out.folder, meta)
 
 
@@ -147,6 +153,23 @@ def open_for(o: Options, data: str) -> Prepared:
             o.refuse(name, why=f"on {data}: {why.format(names=' and '.join(names))}")
     return open_data(data, source=o.source or None, vocab_size=o.vocab_size, limit=o.limit,
                      skip_bad=o.skip_bad, fields=o.fields)
+
+
+def suited(o: T, stage: str, data: Prepared) -> T:
+    """A stage's options with the values that suit the data, where neither a flag nor a preset says
+    otherwise. What changes is printed."""
+    asked = {*o.explicit, *presets_of(type(o)).get(o.preset, {})}
+    values = {name: value for name, value in data.meta.get("defaults", {}).get(stage, {}).items()
+              if name not in asked and getattr(o, name) != value}
+    if values:
+        print(f"{stage}: by the data: {'  '.join(f'{name}={x}' for name, x in values.items())}", flush=True)
+    return o.replace(**values)
+
+
+def open_stage(o: T, stage: str) -> tuple[Prepared, T]:
+    """(the data set of a stage's options, the options that suit it)."""
+    data = open_for(o, o.data)
+    return data, suited(o, stage, data)
 
 
 # ---- command line --------------------------------------------------------------------------------
