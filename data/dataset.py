@@ -132,6 +132,17 @@ def feedback_of(record: dict) -> str:
     return "pairs" if "chosen" in record else "scores" if "score" in record else "labels"
 
 
+def tells(records: Sequence[dict]) -> str:
+    """The kind of this feedback: pairs, scores or labels; "" if it tells nothing apart, because all
+    labels or scores are the same, all pairs are ties, or there is no record."""
+    if not records:
+        return ""
+    kind = feedback_of(records[0])
+    if kind == "pairs":
+        return kind if any(not r.get("tie") for r in records) else ""
+    return kind if len({r.get(kind.removesuffix("s")) for r in records}) > 1 else ""
+
+
 def require_one_feedback(files: Mapping[str, Sequence[dict]]) -> None:
     """UserError unless the reward records of all files, by name, have the same kind of feedback."""
     kinds = {name: feedback_of(records[0]) for name, records in files.items()}
