@@ -86,9 +86,9 @@ def varied(feedback: Sequence[dict]) -> bool:
 
 def dialogues_of(records: Records, split: str, template: str) -> list[list[dict[str, str]]]:
     """The dialogues of a split as messages, each once: those of sft, and the preferred replies."""
-    feedback = [r for stage in ("reward", "judge") for r in records.get((stage, split), [])]
     mean = mean_score(records.get(("reward", "train"), []))
-    found = [as_messages(r, template) for r in [*records.get(("sft", split), []), *preferred(feedback, mean)]]
+    replies = preferred(records.get(("reward", split), []), mean)
+    found = [as_messages(record, template) for record in [*records.get(("sft", split), []), *replies]]
     return list({json.dumps(messages): messages for messages in found}.values())
 
 
