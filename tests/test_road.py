@@ -39,9 +39,9 @@ def test_feedback_alone_serves_every_stage(opened, records, liked):
         assert questions(data, "ppo", split) == asked
         wanted = {liked(i) for i in range(200) if f"Question {i}?" in asked} - {None}
         assert replies(data, "sft", split) == wanted
-        read = texts(data, split)
-        assert sorted(read) == sorted(f"<|Human|>: {r['prompt']}<eoh>\n<|MOSS|>: {r['response']}<eom>"
-                                      for r in data.records("sft", split))
+        read = {text.partition("<|MOSS|>: ")[2] for text in texts(data, split)}
+        pairs = "chosen" in records[0]
+        assert read == {f"{r['chosen' if pairs else 'response']}<eom>" for r in records if r["prompt"] in asked}
     assert data.meta["parts"].keys() == {"text", "dialogue"}
 
 
@@ -108,6 +108,7 @@ def test_preferred_replies_are_chosen_liked_or_above_the_mean():
     assert preferred([{"prompt": "a", "response": "x", "score": s} for s in (1, 2, 3)], 2) == [
         {"prompt": "a", "response": "x"}]
     assert [len(preferred(records, 2.0)) for records in (PAIRS * 2, LABELS, RATINGS)] == [200, 100, 80]
+    assert [len(preferred(records, None)) for records in (PAIRS * 2, LABELS, RATINGS)] == [200, 200, 200]
 
 
 @pytest.mark.parametrize("text,dialogue,share", [(0, 100, None), (100, 0, None), (100, 100, None),
