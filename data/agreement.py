@@ -164,8 +164,9 @@ def agreement_rows(scored: dict[str, Any], name: str = "") -> list[dict[str, str
     rows = part_rows(scored, name)
     parts = scored.get("parts", [])
     for part in dict.fromkeys(parts):
-        index = [i for i, other in enumerate(parts) if other == part]
-        rows += [row | {"name": f"{row['name']}, {part}"} for row in part_rows(those(scored, index), name)]
+        of_part = those(scored, [i for i, other in enumerate(parts) if other == part])
+        if len({*of_part["truth"]} - {0.5} if scored["kind"] == "pairs" else {*of_part["truth"]}):
+            rows += [row | {"name": f"{row['name']}, {part}"} for row in part_rows(of_part, name)]
     return rows
 
 
@@ -226,20 +227,24 @@ def curve(scored: dict[str, Any]) -> list[dict[str, float]]:
     return calibration_curve(scored["scores"], truth) if scored["scaled"] else []
 
 
-def show_agreement(rows: Sequence[dict[str, str]], scored: dict[str, Any]) -> str:
-    """The table in characters, how the baseline was chosen, how far people agree, and the
-    calibration curve. scored: of the split that the curve is of."""
-    kind = scored["kind"]
-    parts = [table(rows, columns(kind))]
-    if "form" in scored:
-        parts.append(f"The n-gram regression, chosen on validation: {scored['form']}.")
-    if people := scored.get("ceiling"):
+def summary(scored: dict[str, Any]) -> dict[str, Any]:
+    """What stands below the table: the kind of feedback, the baseline's form, how far people agree,
+    and the calibration curve."""
+    kept = {key: scored[key] for key in ("kind", "form", "ceiling") if key in scored}
+    return kept | {"calibration": curve(scored)}
+
+
+def show_agreement(rows: Sequence[dict[str, str]], below: dict[str, Any]) -> str:
+    """`agreement_rows` and their `summary` as Markdown."""
+    kind, parts = below["kind"], [table(rows, columns(below["kind"]))]
+    if "form" in below:
+        parts.append(f"The n-gram regression, chosen on validation: {below['form']}.")
+    if people := below.get("ceiling"):
         parts.append("People: two halves of the raters ({raters:.0f} a text, {texts} texts) correlate "
                      "with {halves[0]:.3f} [{halves[1]:.3f}, {halves[2]:.3f}]; so no model is expected "
                      "above {ceiling[0]:.3f} [{ceiling[1]:.3f}, {ceiling[2]:.3f}].".format(**people))
-    if bins := curve(scored):
+    if bins := below["calibration"]:
         said = {"labels": "liked", "pairs": "preferred", "scores": "rated"}[kind]
-        titles = {"": "predicted", "predicted": "predicted", "observed": said, "n": "n"}
-        del titles[""]
+        titles = {"predicted": "predicted", "observed": said, "n": "n"}
         parts.append("Calibration of the reward model:\n\n" + table(bins, titles))
     return "\n\n".join(parts)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.batches import reward_rows
+from data.batches import prompt_ids, reward_rows
 from data.dataset import feedback_of, tells
 from data.ngrams import Entries, NgramRegression
 from data.prepared import Prepared
@@ -78,18 +78,22 @@ class Judge:
         """(n,), from 0 to 1: how good each prompt's reply is."""
         return torch.sigmoid(self.scores(prompts, texts) - self.centre).cpu().numpy()
 
-    def centre_on(self, people: tuple[Sequence, Sequence[str]] | None) -> None:
-        """Let the mean of these replies (prompts, texts) be neutral; None: a score of 0 is."""
-        if people is not None:
-            self.centre = float(self.scores(*people).double().mean())
+    def reads(self, prompt: Any) -> bool:
+        """Whether it can read a prompt with a reply to it."""
+        return True
+
+    def centre_on(self, people: Sequence[tuple[Any, str]]) -> None:
+        """Let the mean score of these (prompt, reply) be neutral; without any a score of 0 is."""
+        if read := [pair for pair in people if self.reads(pair[0])]:
+            self.centre = float(self.scores(*zip(*read, strict=True)).double().mean())
 
 
 class NgramJudge(Judge):
     """The n-gram regression of the judge's share of the feedback: of several, one for each part of
     the reward, their mean."""
 
-    def __init__(self, regressions: dict[str, NgramRegression],
-                 people: tuple[Sequence, Sequence[str]] | None = None):
+    def __init__(self, regressions: dict[str, NgramRegression], people: Sequence[tuple[Any, str]] = ()):
+        """people: (prompt, reply) pairs whose mean score is neutral."""
         self.regressions = regressions
         self.centre_on(people)
 
@@ -107,9 +111,9 @@ class ModelJudge(Judge):
     """A transformer that learned the judge's share (`train.py judge`). It reads tokens, in order."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer, template: str, max_len: int,
-                 people: tuple[Sequence, Sequence[str]] | None = None):
+                 people: Sequence[tuple[Any, str]] = ()):
         """model: whatever has score_rows, such as a RewardModel. max_len: the longest row it was
-        trained on."""
+        trained on. people: (prompt, reply) pairs whose mean score is neutral."""
         self.model, self.max_len = model, max_len
         self.tokenizer, self.template = tokenizer, template
         self.centre_on(people)
@@ -120,15 +124,20 @@ class ModelJudge(Judge):
                    for prompt, text in zip(prompts, texts, strict=True)]
         return self.model.score_rows(reward_rows(records, self.tokenizer, self.template, self.max_len))
 
+    def reads(self, prompt: Any) -> bool:
+        """Whether the prompt leaves room for a reply in a row of its length."""
+        return len(prompt_ids(self.tokenizer, prompt, self.template)) <= self.max_len - 8
 
-def shown_to_people(records: Sequence[dict], most: int = 500) -> tuple[list, list[str]] | None:
-    """(prompts, texts) of both replies of pairs, from at most that many of them: the neutral point
-    of judges that learned pairs. None for labels and ratings, which have one of their own."""
-    if feedback_of(records[0]) != "pairs":
-        return None
+
+def shown_to_people(data: Prepared, most: int = 500) -> list[tuple[Any, str]]:
+    """(prompt, reply) for both replies of pairs of validation, from at most that many of them: the
+    neutral point of judges that learned pairs. [] for labels and ratings, which have one of their
+    own."""
+    records = data.records("reward", "val") if data.has("reward") else []
+    if not records or feedback_of(records[0]) != "pairs":
+        return []
     drawn = [records[i] for i in np.random.default_rng(0).permutation(len(records))[:most]]
-    return ([r["prompt"] for r in drawn for _ in range(2)],
-            [r[field] for r in drawn for field in ("chosen", "rejected")])
+    return [(r["prompt"], r[field]) for r in drawn for field in ("chosen", "rejected")]
 
 
 # ---- the regressions of a data set ---------------------------------------------------------------
@@ -180,7 +189,7 @@ def ngram_regressions(data: Prepared, share: str) -> dict[str, NgramRegression]:
     state = stored_state(path)
     if state is not None and state.get("choice") == repr((FORMS, L2S)):  # of others another is chosen
         return {part: NgramRegression.from_state(x) for part, x in state["parts"].items()}
-    fitted, val = {}, by_part(data.records("reward", "val"))
+    fitted, val = {}, by_part(data.records("reward", "val") if data.has("reward") else [])
     for part, train in by_part(data.records(share, "train")).items():
         kind, held_out = feedback_of(train[0]), val.get(part, [])
         fixed = NgramRegression(kind=kind, l2=1e-5 if kind == "labels" else L2S[kind][0])
