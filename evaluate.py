@@ -197,7 +197,8 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
     limits = [m.config.max_len for m in (*c.policies.values(), c.reference, c.reward_model)
               if m is not None]
     limits += [judge.max_len for judge in c.judges.values() if hasattr(judge, "max_len")]
-    prompts = held_out_prompts(data, split, tokenizer, min(limits) - settings.reply_len, n_prompts)
+    limit = min(limits) - settings.reply_len
+    prompts = held_out_prompts(data, split, tokenizer, limit, n_prompts)
     lines, replies, answers, others = [], {}, [], []  # the last two: ids, for distinct-2
     measures = Measures(data, split)
     for name, policy in c.policies.items():
@@ -218,7 +219,7 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
         metrics["kl_bound"] = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
         lines.append(table_row(name, metrics, replies[name]))
         others.append(rows)
-    for name, records, rows in people_wrote(data, tokenizer, settings.reply_len, split):
+    for name, records, rows in people_wrote(data, tokenizer, settings.reply_len, split, limit):
         texts = [[r[key] for r in records] for key in ("prompt", "response")]
         metrics, records = describe(*texts, rows, tokenizer, c.judges, {})
         measures.add(metrics, records)
