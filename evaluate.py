@@ -40,7 +40,7 @@ from runtime.device import pick_device, precision
 from runtime.lines import logged
 from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
-from runtime.run import record_of
+from runtime.run import read_config, record_of
 from runtime.statistics import cut_alike, distinct_interval
 from runtime.storage import replace_text
 from runtime.tables import text_plot, to_json
@@ -233,20 +233,25 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
 
 def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str = "",
                   reward_from: str = "") -> tuple[Compared, dict[str, Any], dict[str, Any]]:
-    """(checkpoints by name with reference and reward model, the reference's state, the last PPO
-    checkpoint's or {}).
+    """(checkpoints by name with reference and reward model, the reference's state, the state of the last
+    checkpoint of ppo, else of best, else {}).
 
     Reference and reward model are where the PPO checkpoint has them from, else beside the first
-    folder. UserError if the reference, or a reward model that is not asked for, is another one.
+    folder, else where the checkpoint of best has them from. UserError if the reference, or a reward model
+    that is not asked for, is another one.
     """
     loaded = {name: load_checkpoint(folder, device) for name, folder in folders.items()}
     beside = checkpoint_path(next(iter(folders.values()))).parent.parent
-    states = {folders[name]: s for name, (_, _, s) in loaded.items() if s.get("stage") == "ppo"}
-    ppo = list(states.values())[-1] if states else {}
-    started = ppo.get("options", {})
-    path = reference or started.get("init_from") or beside / "sft"
+    of = {stage: {folders[name]: s for name, (_, _, s) in loaded.items() if s.get("stage") == stage}
+          for stage in ("best", "ppo")}
+    states = of["best"] | of["ppo"]
+    last = [*states.values()][-1] if states else {}
+    started, path = last.get("options", {}), beside / "sft"
+    if of["ppo"] or not checkpoint_path(path).exists():
+        path = started.get("init_from") or path
+    path = reference or path
     model, tokenizer, state = load_checkpoint(path, device)
-    require_parent(states, "init", path, state, "reference")
+    require_parent(of["ppo"], "init", path, state, "reference")
     for name, (_, other, _) in loaded.items():
         tokenizer.require_same(other, f"{path} and {folders[name]}")
     compared = Compared({name: policy for name, (policy, _, _) in loaded.items()}, model, tokenizer,
@@ -258,7 +263,7 @@ def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str 
             require_parent(states, "reward", path, reward_state, "reward_from")
         compared = dataclasses.replace(compared, reward_model=scorer, max_len=longest,
                                        ratings=reward_state.get("ratings"))
-    return compared, state, ppo
+    return compared, state, last
 
 
 def require_parent(states: dict[Any, dict], kind: str, path: Any, state: dict, flag: str) -> None:
@@ -331,9 +336,12 @@ def reward_tables(compared: Compared, data: Prepared,
 # ---- the report ----------------------------------------------------------------------------------
 
 def run_policies(root: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Where the policy before PPO and that after it are, in a run's folder."""
-    started = record_of(root / "ppo").get("options", {}).get("init_from")
-    return {"SFT": pathlib.Path(started or root / "sft"), "PPO": root / "ppo"}
+    """Where the policy before PPO, that of rejection sampling and that after PPO are, in a run's folder."""
+    ppo, best = record_of(root / "ppo"), read_config(root / "best") or {}
+    started = ppo.get("options", {}).get("init_from")
+    alike = best.get("finished") and best["parents"].get("reward") == ppo.get("parents", {}).get("reward")
+    return {"SFT": pathlib.Path(started or root / "sft"), **({"best": root / "best"} if alike else {}),
+            "PPO": root / "ppo"}
 
 
 def write_report(data: Prepared, root: pathlib.Path, *, seed: int, settings: ReplySettings,
@@ -385,7 +393,7 @@ def save_report(report: dict[str, Any], scores: dict[str, dict[str, Any]], root:
                 seconds: float = 0.0) -> None:
     """Write a run's report, with the seconds of each stage, and print it."""
     split, report["seconds"] = report["split"], {}
-    for stage in ("pretrain", "sft", "reward", "ppo", "judge"):
+    for stage in ("pretrain", "sft", "reward", "ppo", "judge", "best"):
         if checkpoint_path(root / stage).exists():
             report["seconds"][stage] = round(record_of(root / stage).get("seconds", 0), 1)
     # also after a resume
