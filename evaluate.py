@@ -27,6 +27,7 @@ import torch
 
 from data.agreement import agreement_rows, score_feedback, show_agreement, summary
 from data.batches import held_out_prompts, make_rows, pad_left, prompt_ids, scatter_tokens
+from data.html import write_page
 from data.judge import ModelJudge, NgramJudge, ngram_regressions, shown_to_people
 from data.prepare import SETTINGS, find_data_set, open_data
 from data.prepared import Prepared
@@ -402,14 +403,14 @@ def save_report(report: dict[str, Any], scores: dict[str, dict[str, Any]], root:
     for name, of_split in scores.items():
         replace_text(root / f"reward_{name}_scores.json", json.dumps(of_split))
     replace_text(root / report_name("report.json", split), to_json(report))
-    replace_text(path, text + "\n")
+    replace_text(path, text + "\n" + write_page(report, root))
     print("\n" + for_terminal(text))
     for key, title in (("score", "reward per reply, by update"),
                        ("kl", "KL in nats per reply, by update")):
         print("\n" + text_plot(logged(root / "ppo" / "metrics.jsonl", key), title))
     plot, ppo = shlex.quote(str(root)), shlex.quote(str(root / "ppo"))
-    print(f"\nwritten: {path}; curves: python -m tools.plot {plot}; try it: python sample.py --from "
-          f"{ppo} --prompt …")
+    print(f"\nwritten: {path} and {path.stem}.html; curves: python -m tools.plot {plot}; try it: python sample.py "
+          f"--from {ppo} --prompt …")
 
 
 def print_validation_table(folder: str | os.PathLike, data: Prepared, device: str = "cpu") -> None:

@@ -22,26 +22,24 @@ import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import copy
 import dataclasses
 import difflib
-import hashlib
-import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import evaluate
-from data.batches import (dialogue_rows, drop_long_prompts, eval_windows, held_out_prompts, pack_rows, prompt_ids,
-                          text_batches)
-from data.curves import read_log
+from data.batches import dialogue_rows, eval_windows, held_out_prompts, pack_rows, prompt_ids, text_batches
 from data.dataset import SPLITS, feedback_of, require_one_feedback
+from data.drawn import drawn_prompts, mark_of, written_before
 from data.overview import ListOptions, overview
 from data.prepare import open_for, open_stage, suited
 from data.prepared import Prepared
-from data.records import prompt_text
 from model import (ModelConfig, Transformer, checkpoint_path, cross_entropy_sum, limit_length,
                    load_checkpoint, load_parent, next_token_loss, open_run)
 from ppo import PPOOptions, train_ppo
@@ -54,7 +52,6 @@ from runtime.options import Common, MaximumLikelihoodOptions, UserError, option,
 from runtime.products import use_products
 from runtime.progress import Progress
 from runtime.run import Run, read_config, run_folder
-from runtime.storage import replace_text
 from runtime.terminal import memory_advice
 from sample import reply_ids, reply_texts, reply_to
 
@@ -317,8 +314,7 @@ class BestOptions(SFTOptions):
     }
 
     n: int = option(8, "replies to each prompt; the reward model's favourite is learned", low=2, high=10_000)
-    prompts: int = option(2000, "training prompts to reply to, at most; the seed draws them", low=20,
-                          high=100_000_000)
+    prompts: int = option(2000, "training prompts to reply to, at most; the seed draws them", low=20, high=10**8)
     reply_len: int = option(0, "longest reply in tokens; 0: PPO's default on this data", low=0)
     temperature: float = option(1.0, "of sampling", low=0.001)
 
@@ -368,26 +364,18 @@ def best_records(run: Run, policy: Transformer, scorer: RewardModel, data: Prepa
                  at_once: int = 64) -> list[dict[str, Any]]:
     """`best_of_prompts` of the training prompts that the seed draws.
 
-    They stand in best.jsonl, which grows by `at_once` prompts at a time, so that a stop loses little. `of`
-    says what they were drawn from: lines of other draws are not used.
+    They stand in best.jsonl, which grows by `at_once` prompts at a time: a stop loses little, and what it wrote
+    is used again, as it would be drawn again (--fresh included).
     """
     o, path = run.o, run.folder.path / "best.jsonl"
     room = min(policy.config.max_len, scorer.config.max_len) - o.reply_len
-    fitting = drop_long_prompts(data.records("ppo", "train"), run.tokenizer, data.template, room)
-    distinct = list({prompt_text(r["prompt"]): r["prompt"] for r in fitting}.values())
-    order = np.random.default_rng(key(o.seed, "best", "plan")).permutation(len(distinct))[:o.prompts]
-    drawn = [o.n, o.reply_len, o.temperature, o.seed, o.prompts, *sorted(run.folder.parents.items())]
-    of = hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:12]
-    wanted = {"prompt", "response", "score", "mean_score", "ended"}
-    records = [r for r in ([] if o.fresh else read_log(path)) if r.get("of") == of and wanted <= set(r)]
-    if len(records) < len(order):  # what an earlier process wrote in whole
-        records = records[:len(records) // at_once * at_once]
-        replace_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-    with Progress("best: replies", len(records) // at_once, math.ceil(len(order) / at_once)) as bar:
-        for first in range(len(records), len(order), at_once):
-            prompts = [distinct[i] for i in order[first:first + at_once]]
-            new = [r | {"of": of} for r in best_of_prompts(run, policy, scorer, prompts, first)]
-            run.folder.append(path.name, new)
+    prompts = drawn_prompts(data, run.tokenizer, room, o.prompts, o.seed)
+    mark = mark_of(o.n, o.reply_len, o.temperature, o.seed, sorted(run.folder.parents.items()))
+    records = written_before(path, mark, len(prompts), at_once)
+    with Progress("best: replies", len(records) // at_once, math.ceil(len(prompts) / at_once)) as bar:
+        for first in range(len(records), len(prompts), at_once):
+            new = best_of_prompts(run, policy, scorer, prompts[first:first + at_once], first)
+            run.folder.append(path.name, new := [record | {"of": mark} for record in new])
             records += new
             bar.update()
     return records
@@ -437,10 +425,6 @@ STAGES: dict[str, tuple[type, Callable[[Any], Run | None]]] = {
     "best": (BestOptions, best),
 }
 ROAD = {stage: cls for stage, (cls, _) in STAGES.items() if stage != "best"}  # what `all` runs
-MEANINGS = {"pretrain": "read: predict the next token of plain text", "sft": "obey: predict the reply of dialogues",
-            "reward": "judge: predict what people liked", "ppo": "improve: reply so that the reward model likes it",
-            "judge": "check: predict what other people liked, for the report alone",
-            "best": "after that: learn the best of n replies, by the reward model; asked for by name"}
 
 
 def run_all(options: dict[str, Common]) -> None:
@@ -489,7 +473,8 @@ def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
 def main(argv: list[str]) -> int:
     if "--list" in argv:
         o = parse(ListOptions, argv, "train.py --list")
-        print(overview({stage: (MEANINGS[stage], cls) for stage, (cls, _) in STAGES.items()}, o.out))
+        meanings = dict(re.findall(r"^    python train\.py (\w+) +(.*)$", __doc__ or "", re.MULTILINE))
+        print(overview({stage: (meanings.get(stage, ""), cls) for stage, (cls, _) in STAGES.items()}, o.out))
         return 0
     stage, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("all", argv)
     if stage not in (*STAGES, "all"):

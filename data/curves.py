@@ -41,6 +41,8 @@ class Panel:
                 for name in names]
 
 
+# A star stands for a name: one panel for each part of the reward, the spread of an ensemble's members
+# among them.
 PANELS = (
     Panel("pretrain", "Loss", "nats per token", ("loss", "val_loss"), text=True, report=True),
     Panel("pretrain", "Bits per byte", "bits", ("val_bpb",)),
@@ -53,6 +55,9 @@ PANELS = (
     Panel("reward", "AUC", "area under ROC curve", ("val_auc",), report=True),
     Panel("reward", "Accuracy", "share of pairs or texts", ("val_accuracy",), report=True),
     Panel("reward", "Correlation", "with people's ratings", ("val_correlation",), report=True),
+    Panel("reward", "Accuracy: *", "share of pairs or texts", ("val_accuracy_*",), report=True),
+    Panel("reward", "AUC: *", "area under ROC curve", ("val_auc_*",), report=True),
+    Panel("reward", "Correlation: *", "with people's ratings", ("val_correlation_*",), report=True),
     Panel("judge", "Loss", "LM loss included", ("loss",)),
     Panel("judge", "AUC", "area under ROC curve", ("val_auc",)),
     Panel("judge", "Accuracy", "share of pairs or texts", ("val_accuracy",)),
@@ -68,8 +73,6 @@ PANELS = (
     Panel("ppo", "KL", "nats per reply", ("kl", "eval_kl"), text=True, report=True),
     Panel("ppo", "KL coefficient", "reward per nat", ("kl_coef",)),
     Panel("ppo", "Reference perplexity", "per token", ("ref_perplexity", "eval_ref_perplexity")),
-    # A star stands for a name: one panel for each part of the reward that was logged, the spread of
-    # an ensemble's members among them.
     Panel("ppo", "Reward: *", "mean over replies", ("part_*", "eval_part_*"), report=True),
     Panel("ppo", "Entropy", "nats per token", ("entropy",)),
     Panel("ppo", "Length", "tokens per reply", ("length", "eval_length"), report=True),
@@ -83,6 +86,9 @@ PANELS = (
     Panel("ppo", "Gradient norm", "before clipping", ("policy_grad_norm", "critic_grad_norm"),
           ("policy", "critic")),
 )
+COLORS = {"pretrain": "#33689e", "sft": "#2b8a78", "reward": "#c46f1f", "ppo": "#7650a4",
+          "judge": "#8a6d3b", "best": "#b0413e"}
+HELD_OUT_PREFIXES = ("val_", "eval_")
 STAGES = tuple(dict.fromkeys(panel.stage for panel in PANELS))
 
 
@@ -135,7 +141,8 @@ def read_metrics(folder: pathlib.Path) -> Run:
     """The curves of a run's stages; a folder with nothing that a panel shows raises UserError."""
     paths = {stage: folder / stage / "metrics.jsonl" for stage in STAGES}
     run = {stage: read_stage(path) for stage, path in paths.items() if path.is_file()}
-    if not any(key in run.get(panel.stage, {}) for pattern in PANELS for panel in pattern.named([run]) for key in panel.keys):
+    panels = [panel for pattern in PANELS for panel in pattern.named([run])]
+    if not any(key in run.get(panel.stage, {}) for panel in panels for key in panel.keys):
         inner = sorted(str(path.parent.parent) for path in folder.glob("*/*/metrics.jsonl"))
         raise UserError(f"{folder}: nothing to draw: no metrics in "
                         f"{', '.join(f'{stage}/' for stage in STAGES)}; "

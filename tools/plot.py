@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.curves import Panel, read_metrics, to_draw
+from data.curves import COLORS, HELD_OUT_PREFIXES, Panel, Run, read_metrics, to_draw
 from runtime.options import UserError, option, parse, run_main
 from runtime.tables import text_plot
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:  # matplotlib is an extra: imported where it is used
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = {"pretrain": "#33689e", "sft": "#2b8a78", "reward": "#c46f1f", "ppo": "#7650a4",
-          "judge": "#8a6d3b", "best": "#b0413e"}
 SECOND, HELD_OUT, FAINT = "#c2528b", "#222222", "#7a7a7a"
 COLUMNS = 4
 
@@ -37,7 +35,7 @@ def draw_panel(ax: "Axes", panel: Panel, curves: dict[str, tuple[np.ndarray, np.
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     for key, (steps, values) in curves.items():
-        held_out, mean = key.startswith(("val_", "eval_")), values.mean(0)
+        held_out, mean = key.startswith(HELD_OUT_PREFIXES), values.mean(0)
         second = panel.labels and key != panel.keys[0]
         color = HELD_OUT if held_out else SECOND if second else COLORS[panel.stage]
         style = {"linewidth": 1.6}
