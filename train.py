@@ -44,6 +44,7 @@ from model import (ModelConfig, Transformer, checkpoint_path, cross_entropy_sum,
                    load_checkpoint, load_parent, next_token_loss, open_run)
 from ppo import PPOOptions, train_ppo
 from reward import RewardModel, RewardOptions, require_varied, train_reward
+from runtime.boards import require_tensorboard
 from runtime.device import compute_alike, pick_device, precision
 from runtime.draws import batch_indices, key, torch_seed
 from runtime.fit import fit
@@ -473,7 +474,7 @@ def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
 def main(argv: list[str]) -> int:
     if "--list" in argv:
         o = parse(ListOptions, argv, "train.py --list")
-        meanings = dict(re.findall(r"^    python train\.py (\w+) +(.*)$", __doc__ or "", re.MULTILINE))
+        meanings = dict(re.findall(r"^    python train\.py (\w+) {2,}(.*)$", __doc__ or "", re.MULTILINE))
         print(overview({stage: (meanings.get(stage, ""), cls) for stage, (cls, _) in STAGES.items()}, o.out))
         return 0
     stage, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("all", argv)
@@ -491,7 +492,9 @@ def main(argv: list[str]) -> int:
             o = parse(STAGES[stage][0], rest, f"train.py {stage}")
             o.refuse("report_prompts", why=f"on {stage} alone: it is for the report of `train.py "
                                            "all`")
-        pick_device(o.device)  # fail early on a missing device
+        pick_device(o.device)  # fail early on a missing device, or package
+        if o.tensorboard:
+            require_tensorboard()
         if o.deterministic:
             compute_alike()
         if stage == "all":

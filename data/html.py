@@ -21,8 +21,8 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 300, 190, 46, 34, 40  # of a panel, in units 
 CURVE_STYLE = """
 svg { font: 11px system-ui, sans-serif; --ink: #222; --faint: #767676; --line: #e2e2e2; }
 svg text { fill: var(--faint); } svg .title { fill: var(--ink); font-size: 13px; font-weight: 600; }
-svg .grid { stroke: var(--line); } svg .curve { fill: none; stroke-width: 1.8; } svg .dot { fill: var(--ink); }
-svg .held { fill: none; stroke: var(--ink); stroke-width: 0.8; }
+svg .grid { stroke: var(--line); } svg .curve { stroke-width: 1.8; } svg .dot { fill: var(--ink); }
+svg .held { stroke: var(--ink); stroke-width: 0.8; }
 @media (prefers-color-scheme: dark) { svg { --ink: #e6e6e6; --faint: #9a9a9a; --line: #3a3a3a; } }
 """
 PAGE_STYLE = """
@@ -54,9 +54,11 @@ def ticks(low: float, high: float, n: int = 3) -> list[float]:
     if not high > low:
         return [low]
     size = 10.0 ** math.floor(math.log10((high - low) / n))
-    step = size * next(x for x in (1, 2, 5, 10) if x * size * n >= (high - low) * 0.8)
-    first = math.ceil(low / step - 1e-9)
-    return [round(k * step, 12) + 0.0 for k in range(first, math.floor(high / step + 1e-9) + 1)]
+    for step in (size, 2 * size, 5 * size, 10 * size):
+        numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+        if len(numbers) <= n + 1:
+            break
+    return [round(k * step, 12) + 0.0 for k in numbers]
 
 
 def panel_svg(panel: Panel, curves: dict[str, tuple[np.ndarray, np.ndarray]], where: str = "") -> str:
@@ -90,7 +92,7 @@ def panel_svg(panel: Panel, curves: dict[str, tuple[np.ndarray, np.ndarray]], wh
         if held_out or len(points) == 1:
             parts += [f'<circle class="dot" cx="{a}" cy="{b}" r="2.4"/>' for a, b in points]
         style = 'class="held"' if held_out else f'class="curve" style="stroke:{COLORS[panel.stage]}"'
-        parts.append(f'<polyline {style} points="{line}"/>')
+        parts.append(f'<polyline fill="none" {style} points="{line}"/>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
             f'aria-label="{html.escape(panel.stage)}: {html.escape(panel.title)}"{where}>{"".join(parts)}</svg>')
 
