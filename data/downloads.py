@@ -60,9 +60,9 @@ def raw_files(package: Package, path: pathlib.Path | None,
 
 def read_files(package: Package, files: Sequence[pathlib.Path]) -> list[bytes]:
     """Contents of the package's files, from what `raw_files` returns."""
-    if len(files) == 1 and files[0].name != pathlib.Path(package.files[0]).name:
+    if len(files) == 1 and files[0].name != package.files[0]:
         contents = read_archive(package, files[0])
-    elif len(files) == len(package.files):
+    else:
         contents = {name: path.read_bytes() for name, path in zip(package.files, files, strict=True)}
     for i, name in enumerate(package.files):
         if not contents.get(name, b"").strip():
@@ -193,9 +193,9 @@ def _add(size: int, more: int) -> int:
 # ---- texts ---------------------------------------------------------------------------------------
 
 def text_lines(content: bytes, name: str) -> list[str]:
-    """The lines of a UTF-8 file, white space collapsed; UserError names the first bad line."""
+    """The lines of a UTF-8 file; UserError names the first one that is not."""
     try:
-        return [" ".join(line.split()) for line in content.decode("utf-8-sig").splitlines()]
+        return content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         number = content[:error.start].count(b"\n") + 1
         raise UserError(f"{name}, line {number}: not valid UTF-8; convert the file") from None

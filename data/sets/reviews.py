@@ -20,6 +20,7 @@ from data.tokenizer import train_bpe
 from data.dataset import SPLITS, DataSet, DataWriter, Part, split_of, text_hash
 from data.downloads import Package, raw_files, read_files, text_lines
 from data.groups import group_by_shared_runs, text_key
+from data.openings import no_records, write_stages
 from data.records import as_messages
 from data.tokenizer import Tokenizer
 
@@ -96,7 +97,7 @@ def cut_opening(tokenizer: Tokenizer, text: str, shortest: int = 2,
 def build(folder: pathlib.Path, files: Sequence[pathlib.Path], vocab_size: int,
           limit: int) -> DataWriter:
     """Clean, split, train the vocabulary, and write what each stage reads."""
-    lines = [text_lines(content, name)
+    lines = [[" ".join(line.split()) for line in text_lines(content, name)]
              for content, name in zip(read_files(PACKAGE, files), PACKAGE.files, strict=True)]
     reviews, news = distinct_reviews(*lines[:2]), lines[2]
     if limit:
@@ -106,20 +107,18 @@ def build(folder: pathlib.Path, files: Sequence[pathlib.Path], vocab_size: int,
     placed = place_reviews(reviews)
     tokenizer = train_bpe([r.text for r in placed if r.split == "train"], vocab_size, progress=True)
     out = DataWriter(folder, tokenizer, PARTS)
-    write_stages(out, placed, newspaper(news))
+    write_reviews(out, placed, newspaper(news))
     return out
 
 
-def write_stages(out: DataWriter, reviews: Sequence[Review], news: Sequence[str]) -> None:
+def write_reviews(out: DataWriter, reviews: Sequence[Review], news: Sequence[str]) -> None:
     """Write documents and records of all splits. Half of the training reviews that are short enough
     are pretrained on as dialogues, because SFT learns that form badly without."""
     tokenizer = out.tokenizer
     documents: dict[str, list] = {split: [] for split in SPLITS}
     documents["train"] = [("news", [tokenizer.eot_id, *tokenizer.encode(t)]) for t in news]
     n_bytes: collections.Counter = collections.Counter()
-    records: dict[tuple[str, str], list[dict]] = {
-        (stage, split): [] for stage in ("sft", "reward", "ppo") for split in SPLITS}
-    records["judge", "train"] = []
+    records = no_records()
     for text, label, split, half in tqdm(reviews, desc="reviews", unit="review",
                                          dynamic_ncols=True, disable=None):
         opening, continuation = cut_opening(tokenizer, text)
@@ -139,21 +138,9 @@ def write_stages(out: DataWriter, reviews: Sequence[Review], news: Sequence[str]
             records["ppo", split].append({"prompt": opening})
         if short:
             records["sft", split].append(sft_record)
-    drop_seen_openings(records)
     for split in SPLITS:
         out.documents(split, documents[split], n_bytes[split])
-    # mixed: raw files hold one label, then the other
-    for (stage, split), of_stage in records.items():
-        of_stage.sort(key=lambda r: text_hash("order " + r["prompt"] + r.get("response", "")))
-        out.records(stage, split, of_stage)
-
-
-def drop_seen_openings(records: dict[tuple[str, str], list[dict]]) -> None:
-    """Drop from PPO's held-out prompts those that training has too: short openings repeat a lot."""
-    seen = {r["prompt"] for r in records["ppo", "train"]}
-    for split in SPLITS[1:]:
-        held_out = dict.fromkeys(r["prompt"] for r in records["ppo", split])
-        records["ppo", split] = [{"prompt": p} for p in held_out if p not in seen]
+    write_stages(out, records)
 
 
 DATA_SET = DataSet(
