@@ -161,7 +161,7 @@ def open_for(o: Options, data: str) -> Prepared:
     for name, why in NO_EFFECT.items():
         if name not in data_set.options:
             names = [known.name for known in DATA_SETS.values() if name in known.options]
-            o.refuse(name, why=f"on {data}: {why.format(names=' and '.join(names))}")
+            o.refuse(name, why=f"on {data}: {why.format(names=', '.join(names))}")
     return open_data(data, source=o.source or None, **{name: getattr(o, name) for name in SETTINGS})
 
 

@@ -164,7 +164,8 @@ def refused(data, *words):
 
 
 def test_limit_is_refused_where_it_has_no_effect():
-    assert refused("shakespeare", "--limit=9") == "--limit has no effect on shakespeare: it is for reviews"
+    assert refused("shakespeare", "--limit=9") == ("--limit has no effect on shakespeare: it is for hh, imdb, "
+                                                   "ratings, reviews")
 
 
 def test_vocab_size_is_refused_where_no_vocabulary_is_trained(prompts):
