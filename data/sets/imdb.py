@@ -9,6 +9,7 @@ whole in pretraining.
 Reviews that quote each other are in one split. In the train split, one half of the labels is for the
 reward model, the other for the judges (data/judge.py).
 """
+import collections
 import csv
 import functools
 import io
@@ -103,15 +104,13 @@ def last_sentences(text: str, longest: int) -> str:
 def distinct_reviews(reviews: Sequence[Review]) -> list[Review]:
     """Each review once, without those that occur with both labels; of equal endings, too."""
     for part in ("text", "ending"):
-        labels: dict[str, set[int]] = {}
-        for review in reviews:
-            labels.setdefault(word_key(getattr(review, part)), set()).add(review.label)
-        kept: dict[str, Review] = {}
-        for i, review in enumerate(reviews):
-            key = word_key(getattr(review, part))
-            if len(labels[key]) == 1 or not key:
-                kept.setdefault(key or f"none {i}", review)
-        reviews = list(kept.values())
+        keys = [word_key(getattr(review, part)) or f"none {i}" for i, review in enumerate(reviews)]
+        labels: dict[str, set[int]] = collections.defaultdict(set)
+        first: dict[str, Review] = {}
+        for key, review in zip(keys, reviews, strict=True):
+            labels[key].add(review.label)
+            first.setdefault(key, review)
+        reviews = [review for key, review in first.items() if len(labels[key]) == 1]
     return list(reviews)
 
 
@@ -125,7 +124,7 @@ def build(folder: pathlib.Path, files: Sequence[pathlib.Path], vocab_size: int,
         reviews.sort(key=lambda r: text_hash("order " + r.text))
         reviews = [r for label in (1, 0) for r in [r for r in reviews if r.label == label][:limit // 2]]
     keys = [word_key(r.text) for r in reviews]
-    groups = [keys[leader] for leader in group_by_shared_runs([key.split() for key in keys], RUN)]
+    groups = [keys[leader] for leader in group_by_shared_runs((key.split() for key in keys), RUN)]
     splits = [split_of(group) for group in groups]
     tokenizer = train_bpe([r.text for r, split in zip(reviews, splits, strict=True) if split == "train"],
                           vocab_size, progress=True)
