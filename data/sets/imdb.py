@@ -168,5 +168,7 @@ DATA_SET = DataSet(
     template=TEMPLATE,
     mixture={"dialogue": Part(0.4)},  # whole reviews: what is left
     options=("source", "vocab_size", "limit"),
+    # as many steps as the demo has: there are twice as many records
+    defaults={"sft": {"epochs": 0.5}, "reward": {"epochs": 1.0}, "judge": {"epochs": 0.5}},
     summary="English film reviews, labelled as liked or not",
 )
