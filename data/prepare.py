@@ -3,6 +3,8 @@
     python -m data.prepare reviews [--source FOLDER] [--vocab_size N] [--limit N]
     python -m data.prepare shakespeare
     python -m data.prepare FILE.jsonl
+    python -m data.prepare check FILE.jsonl|FOLDER                what is in your files; writes nothing
+    python -m data.prepare export DIR --to trl --out FOLDER       for other tools
     python -m data.prepare --list        what is prepared, and whether it is whole
     python -m data.prepare --clean       remove what no run can use
 
@@ -20,7 +22,9 @@ import shutil
 import sys
 from typing import TypeVar
 
+from data.check import CheckOptions, check
 from data.dataset import DataSet, DataWriter, Part, refuse_zip
+from data.export import TOOLS, export
 from data.folders import clean, file_digest, list_folders, seal, sync, temporary_folder
 from data.own import own_data_set
 from data.prepared import Prepared
@@ -175,8 +179,8 @@ def open_stage(o: T, stage: str) -> tuple[Prepared, T]:
 # ---- command line --------------------------------------------------------------------------------
 
 @dataclasses.dataclass
-class PrepareOptions(Options):
-    """`python -m data.prepare NAME`"""
+class ReadingOptions(Options):
+    """What is read, and how."""
 
     source: str = option("", "folder or archive with the raw files; empty: download them")
     vocab_size: int = option(4096, "tokens of the vocabulary, six special ones included", low=262,
@@ -184,15 +188,62 @@ class PrepareOptions(Options):
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
     skip_bad: bool = option(False, "leave out bad lines of your own files, and say how many")
     fields: str = option("", "your files' names for ours: prompt=question,chosen=good")
-    list: bool = option(False, "list the prepared folders, and whether each is whole")
-    clean: bool = option(False, "remove prepared folders that are damaged, left by a stopped "
-                                "process or of an earlier version; the others stay")
     traceback: bool = option(False, "show where in the code an error arose")
 
 
+@dataclasses.dataclass
+class PrepareOptions(ReadingOptions):
+    """`python -m data.prepare NAME`"""
+
+    list: bool = option(False, "list the prepared folders, and whether each is whole")
+    clean: bool = option(False, "remove prepared folders that are damaged, left by a stopped "
+                                "process or of an earlier version; the others stay")
+
+
+@dataclasses.dataclass
+class ExportOptions(ReadingOptions):
+    """`python -m data.prepare export DIR --to TOOL --out FOLDER`"""
+
+    to: str = option("", "the tool that is to read the files", choices=("", *TOOLS))
+    out: str = option("", "folder to write to, one file a split; none of them may be there yet")
+
+
+def check_command(name: str, argv: list[str]) -> int:
+    """`check`: 0 if all is well with the user's files, 1 if not."""
+    o = parse(CheckOptions, argv, "-m data.prepare check FILE|FOLDER")
+    if not name:
+        raise UserError("usage: python -m data.prepare check FILE|FOLDER [--fields …] [--skip_bad] "
+                        "[--from CHECKPOINT] [--examples N]")
+    if name in DATA_SETS or (pathlib.Path(name) / "meta.json").exists():
+        raise UserError(f"check is for files of your own, and {name} is made by Mosslet: `python -m "
+                        "tools.show FILE.jsonl` shows the records of a prepared folder")
+    for file in find_data_set(name, o.fields).source(None, CACHE / "downloads"):
+        require_readable(file)
+    return check(pathlib.Path(name), o)
+
+
+def export_command(name: str, argv: list[str]) -> None:
+    """`export`: a prepared folder, a data set by name or the user's files, for another tool."""
+    o = parse(ExportOptions, argv, "-m data.prepare export DIR")
+    if not (name and o.to and o.out):
+        raise UserError(f"usage: python -m data.prepare export FOLDER|FILE.jsonl|{'|'.join(DATA_SETS)} --to "
+                        f"{'|'.join(TOOLS)} --out FOLDER")
+    if name not in DATA_SETS and (pathlib.Path(name) / "meta.json").exists():
+        o.refuse("source", "vocab_size", "limit", "skip_bad", "fields", why="on a prepared folder")
+        data = Prepared.load(pathlib.Path(name))
+    else:
+        data = open_for(o, name)
+    export(data, o.to, pathlib.Path(o.out))
+
+
 @memory_advice("lower --limit, or prepare fewer texts")
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int | None:
+    command = {"check": check_command, "export": export_command}.get(argv[0] if argv else "")
+    if command:
+        argv = argv[1:]
     name = argv[0] if argv and not argv[0].startswith("-") else ""
+    if command:
+        return command(name, argv[bool(name):])
     o = parse(PrepareOptions, argv[bool(name):], "-m data.prepare NAME")
     if o.list or o.clean:
         command = "clean" if o.clean else "list"
@@ -202,7 +253,8 @@ def main(argv: list[str]) -> None:
         return (clean if o.clean else list_folders)(CACHE)
     if not name:
         raise UserError(f"usage: python -m data.prepare {'|'.join(DATA_SETS)}|FILE.jsonl|FOLDER "
-                        "[--source …] [--vocab_size …] [--limit …] [--skip_bad] [--fields …], or --list, or --clean")
+                        "[--source …] [--vocab_size …] [--limit …] [--skip_bad] [--fields …], or check "
+                        "FILE.jsonl|FOLDER, or export NAME|FILE.jsonl|FOLDER, or --list, or --clean")
     data = open_for(o, name)
     print(data.folder)
     for name, count in data.meta["counts"].items():

@@ -1,0 +1,237 @@
+"""Your own files as training would read them: counts, forms, lengths, balance, leaks and examples.
+
+    python -m data.prepare check FILE|FOLDER [--fields …] [--skip_bad] [--from CHECKPOINT]
+
+Nothing is trained, and nothing is written. Each file is read once, line by line, and some numbers are
+kept of each record; then the files are divided as training divides them.
+"""
+import collections
+import contextlib
+import dataclasses
+import heapq
+import io
+import json
+import pathlib
+from array import array
+from collections.abc import Iterator
+
+import numpy as np
+
+from data.dataset import SPLITS, feedback_of, text_hash
+from data.forms import parse_fields
+from data.own import Files, divide, find_files
+from data.records import SHOWN, as_messages, prompt_text, read_records
+from data.render import Look, byte_tokenizer, can_colour, tokenizer_at
+from data.splits import split_key
+from runtime.options import Options, UserError, option
+from runtime.tables import table
+
+COUNTED = 100_000  # records of a file whose tokens are counted: some ten seconds
+LENGTHS = {"name": "", "low": "5 %", "half": "half", "high": "95 %", "most": "longest"}
+
+
+@dataclasses.dataclass
+class CheckOptions(Options):
+    """`python -m data.prepare check FILE|FOLDER`"""
+
+    fields: str = option("", "your files' names for ours: prompt=question,chosen=good")
+    skip_bad: bool = option(False, "bad lines are no fault: training will leave them out, too")
+    tokenizer: str = option("", "checkpoint or prepared folder whose tokenizer and template show the "
+                                "examples token by token, and count lengths in tokens", flag="from")
+    examples: int = option(10, "records shown of each training file, drawn by a hash", low=0,
+                           high=1000)
+    traceback: bool = option(False, "show where in the code an error arose")
+
+
+def check(path: pathlib.Path, o: CheckOptions) -> int:
+    """Print all that there is to say about the user's file or folder; 0 if all is well, 1 if lines are
+    bad or the files cannot be divided. UserError for what cannot be read."""
+    fields = parse_fields(o.fields)
+    files = find_files(path, fields)
+    known = tokenizer_at(pathlib.Path(o.tokenizer)) if o.tokenizer else None
+    look = Look(*(known or (byte_tokenizer(),)), colour=can_colour(), dots=bool(known))
+    print(f"examples: {look.legend()}" * bool(o.examples))
+    surveys = {}
+    for (stage, split), file in files.items():
+        survey = Survey(file, stage, known and look, o.examples if split == "train" else 0)
+        survey.read(fields)
+        survey.report(o.skip_bad)
+        for number, record in survey.drawn():
+            print(f"\n-- line {number}\n{look.show(record, stage)}")
+        surveys[stage, split] = survey
+        print()
+    for line in leaks(surveys):
+        print(line)
+    faults = sum(len(survey.bad) for survey in surveys.values()) * (not o.skip_bad)
+    verdict = report_splits(files, fields)
+    if faults:
+        verdict = f"{faults:,} bad lines: mend them, or leave them out with --skip_bad"
+    print(f"{path}: {verdict or 'all is well'}")
+    return int(bool(verdict))
+
+
+# ---- one file ------------------------------------------------------------------------------------
+
+class Survey:
+    """What one file holds: a few numbers of each record, and the records that are shown.
+
+    look: counts tokens; None: characters alone are counted. examples: how many records to draw.
+    """
+
+    def __init__(self, path: pathlib.Path, stage: str, look: Look | None, examples: int):
+        self.path, self.stage, self.look, self.examples = path, stage, look, examples
+        self.bad: list[str] = []
+        self.forms: collections.Counter[str] = collections.Counter()
+        self.lines, self.keys, self.hashes = array("q"), array("Q"), array("Q")
+        self.characters: dict[str, array] = collections.defaultdict(lambda: array("q"))
+        self.tokens: dict[str, array] = collections.defaultdict(lambda: array("q"))
+        self.values: dict[str, array] = collections.defaultdict(lambda: array("d"))
+        self.kinds: collections.Counter[str] = collections.Counter()
+        self.empty = array("q")  # lines
+        self.heap: list[tuple[int, int, dict]] = []  # (-hash, line, record): the smallest hashes
+
+    def read(self, fields: dict[str, str]) -> None:
+        """Go through the file, line by line."""
+        for number, record in read_records(self.path, self.stage, self.bad, self.forms, fields):
+            self.add(number, record)
+
+    def add(self, number: int, record: dict) -> None:
+        """Take note of a record of this line."""
+        identity = text_hash(json.dumps(record, sort_keys=True))
+        self.lines.append(number)
+        self.keys.append(split_key(record, self.stage))
+        self.hashes.append(identity)
+        texts = texts_of(record, self.stage)
+        for name, text in texts.items():
+            self.characters[name].append(len(text))
+        if any(not text.strip() for name, text in texts.items() if name != "prompt"):
+            self.empty.append(number)
+        if self.look and len(self.lines) <= COUNTED:
+            for name, n in self.look.lengths(record, self.stage).items():
+                self.tokens[name].append(n)
+        if self.stage == "reward":
+            self._note_feedback(record)
+        if self.examples:
+            heapq.heappush(self.heap, (-identity, -number, record))
+            if len(self.heap) > self.examples:
+                heapq.heappop(self.heap)
+
+    def _note_feedback(self, record: dict) -> None:
+        """Take note of what people said."""
+        kind = "ties" if record.get("tie") else feedback_of(record)
+        self.kinds[kind] += 1
+        for name in ("label", "score", "margin"):
+            if name in record:
+                self.values[name].append(record[name])
+        if "scores" in record:
+            self.values["people"].append(len(record["scores"]))
+            self.values["disagreement"].append(np.std(record["scores"]))
+        if kind == "pairs":
+            self.values["longer"].append(np.sign(len(record["chosen"]) - len(record["rejected"])))
+
+    def drawn(self) -> list[tuple[int, dict]]:
+        """(line, record) of the examples, in the order of the file."""
+        return sorted(((-number, record) for _, number, record in self.heap), key=lambda x: x[0])
+
+    def report(self, skip_bad: bool) -> None:
+        """Print what was counted."""
+        print(f"{self.path}: {len(self.lines):,} records for the stage {self.stage}")
+        print(f"  forms: {', '.join(f'{name} ({n:,})' for name, n in self.forms.items()) or 'none'}")
+        if self.bad:
+            print(f"  bad lines: {len(self.bad):,}{', left out (--skip_bad)' * skip_bad}")
+            print("\n".join(f"    {line}" for line in self.bad[:SHOWN]))
+        for line in self.lines and [*self.balance(), *self.sameness()]:
+            print(f"  {line}")
+        for unit, lengths in (("characters", self.characters), ("tokens", self.tokens)):
+            if any(map(len, lengths.values())):
+                print(table([quantiles(name, n) for name, n in lengths.items()],
+                            LENGTHS | {"name": unit}))
+        if self.tokens and len(self.lines) > COUNTED:
+            print(f"  tokens are those of the first {COUNTED:,} records")
+
+    def balance(self) -> Iterator[str]:
+        """Lines about the feedback: how it is distributed, and whether length tells it."""
+        kinds = ", ".join(f"{kind} ({n:,})" for kind, n in self.kinds.items())
+        if len({kind for kind in self.kinds if kind != "ties"}) > 1:
+            yield f"feedback: {kinds}: a file has one kind: divide it"
+        elif self.kinds:
+            yield f"feedback: {kinds}"
+        if label := self.values["label"]:
+            yield f"labels: {np.mean(label):.1%} are liked"
+        if score := self.values["score"]:
+            low, quarter, half, high, most = np.quantile(score, (0, .25, .5, .75, 1))
+            yield (f"ratings: mean {np.mean(score):.3g}, spread {np.std(score):.3g}; lowest {low:g}, quarters at "
+                   f"{quarter:g}, {half:g} and {high:g}, highest {most:g}")
+        if people := self.values["people"]:
+            yield (f"people: {min(people):g} to {max(people):g} scores a text, {np.mean(people):.3g} on average; "
+                   f"within a text they spread by {np.mean(self.values['disagreement']):.3g}")
+        if self.values["longer"]:
+            longer = np.array(self.values["longer"])
+            yield (f"length: the longer reply is chosen in {np.mean(longer > 0):.1%} of the pairs, the shorter in "
+                   f"{np.mean(longer < 0):.1%}")
+        if margin := self.values["margin"]:
+            yield (f"margins: {len(margin):,}, from {min(margin):g} to {max(margin):g}, mean {np.mean(margin):.3g}")
+
+    def sameness(self) -> Iterator[str]:
+        """Lines about records that are there twice, and replies of nothing but white space."""
+        n, what = len(self.lines), "texts" if self.stage == "pretrain" else "first user messages"
+        yield f"different {what}: {len(np.unique(self.keys)):,}"
+        if repeats := n - len(np.unique(self.hashes)):
+            yield f"repeats: {repeats:,} records are equal to an earlier one"
+        if self.empty:
+            yield (f"empty: {len(self.empty):,} records have a text or reply of nothing but white space, such as "
+                   f"that of line {self.empty[0]}")
+
+
+def texts_of(record: dict, stage: str) -> dict[str, str]:
+    """The texts of a record whose lengths count, by name."""
+    if stage == "pretrain":
+        return {"text": record["text"]}
+    if stage == "sft":
+        *before, last = as_messages(record, "{prompt}")
+        return {"prompt": prompt_text(before), "reply": last["content"]}
+    names = ("chosen", "rejected", "response")
+    return {"prompt": prompt_text(record["prompt"])} | {name: record[name] for name in names if name in record}
+
+
+def quantiles(name: str, lengths: array) -> dict[str, object]:
+    """A row of the table of lengths."""
+    low, half, high = np.quantile(lengths, (.05, .5, .95)).round().astype(int)
+    return {"name": name, "low": f"{low:,}", "half": f"{half:,}", "high": f"{high:,}",
+            "most": f"{max(lengths):,}"}
+
+
+# ---- all files -----------------------------------------------------------------------------------
+
+def leaks(surveys: dict[tuple[str, str], Survey]) -> Iterator[str]:
+    """A line for each two files of different splits that share first user messages or texts."""
+    places = sorted(surveys, key=lambda place: SPLITS.index(place[1]), reverse=True)
+    for i, (stage, split) in enumerate(places):
+        for other in places[i + 1:]:
+            if other[1] == split:
+                continue
+            held, survey = surveys[stage, split], surveys[other]
+            shared = np.isin(held.keys, survey.keys)
+            if shared.any():
+                first = shared.argmax()
+                line = survey.lines[np.flatnonzero(np.array(survey.keys) == held.keys[first])[0]]
+                fate = ("training leaves them out" if other[1] == "train" else
+                        "what is chosen by validation is then measured on them")
+                yield (f"leak: {shared.sum():,} of {len(shared):,} records of {held.path.name} begin as records "
+                       f"of {survey.path.name} do (line {held.lines[first]} and line {line}): {fate}")
+
+
+def report_splits(files: Files, fields: dict[str, str]) -> str:
+    """Print how many records training would have in each split. Returns why it would refuse the
+    files, or ""."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # what it says stands above already
+            records, left_out = divide(files, True, fields)
+    except UserError as error:
+        return str(error)
+    rows = [{"stage": stage, "left": left_out[stage],
+             **{split: len(records.get((stage, split), ())) for split in SPLITS}}
+            for stage in dict.fromkeys(stage for stage, _ in records)]
+    print(table(rows, {"stage": "split into", **{split: split for split in SPLITS},
+                       "left": "left out of training"}))
+    return ""
