@@ -19,11 +19,12 @@ import numpy as np
 
 from data.dataset import SPLITS, feedback_of, text_hash
 from data.forms import parse_fields
-from data.own import Files, divide, find_files
+from data.own import KINDS, Files, OwnOptions, divide, find_files
 from data.records import SHOWN, as_messages, prompt_text, read_records
 from data.render import Look, byte_tokenizer, can_colour, tokenizer_at
+from data.road import dialogues_of, keep_for_judges
 from data.splits import split_key
-from runtime.options import Options, UserError, option
+from runtime.options import UserError, option
 from runtime.tables import table
 
 COUNTED = 100_000  # records of a file whose tokens are counted: some ten seconds
@@ -31,41 +32,35 @@ LENGTHS = {"name": "", "low": "5 %", "half": "half", "high": "95 %", "most": "lo
 
 
 @dataclasses.dataclass
-class CheckOptions(Options):
+class CheckOptions(OwnOptions):
     """`python -m data.prepare check FILE|FOLDER`"""
 
-    fields: str = option("", "your files' names for ours: prompt=question,chosen=good")
-    skip_bad: bool = option(False, "bad lines are no fault: training will leave them out, too")
     tokenizer: str = option("", "checkpoint or prepared folder whose tokenizer and template show the "
                                 "examples token by token, and count lengths in tokens", flag="from")
     examples: int = option(10, "records shown of each training file, drawn by a hash", low=0,
                            high=1000)
-    traceback: bool = option(False, "show where in the code an error arose")
 
 
 def check(path: pathlib.Path, o: CheckOptions) -> int:
     """Print all that there is to say about the user's file or folder; 0 if all is well, 1 if lines are
     bad or the files cannot be divided. UserError for what cannot be read."""
-    fields = parse_fields(o.fields)
-    files = find_files(path, fields)
-    known = tokenizer_at(pathlib.Path(o.tokenizer)) if o.tokenizer else None
-    look = Look(*(known or (byte_tokenizer(),)), colour=can_colour(), dots=bool(known))
-    print(f"examples: {look.legend()}" * bool(o.examples))
+    files = find_files(path, parse_fields(o.fields))
+    tokenizer, template = tokenizer_at(pathlib.Path(o.tokenizer)) if o.tokenizer else (byte_tokenizer(), "")
+    look = Look(tokenizer, o.template or template or "{prompt}", can_colour(), dots=bool(o.tokenizer))
+    if o.examples:
+        print(f"examples: {look.legend()}")
     surveys = {}
     for (stage, split), file in files.items():
-        survey = Survey(file, stage, known and look, o.examples if split == "train" else 0)
-        survey.read(fields)
+        surveys[stage, split] = survey = Survey(file, KINDS.get(stage, stage), look,
+                                                o.examples if split == "train" else 0)
+        survey.read(parse_fields(o.fields))
         survey.report(o.skip_bad)
-        for number, record in survey.drawn():
-            print(f"\n-- line {number}\n{look.show(record, stage)}")
-        surveys[stage, split] = survey
-        print()
     for line in leaks(surveys):
         print(line)
-    faults = sum(len(survey.bad) for survey in surveys.values()) * (not o.skip_bad)
-    verdict = report_splits(files, fields)
-    if faults:
-        verdict = f"{faults:,} bad lines: mend them, or leave them out with --skip_bad"
+    n_bad = sum(len(survey.bad) for survey in surveys.values()) * (not o.skip_bad)
+    verdict = report_splits(files, o)
+    if n_bad:
+        verdict = f"{n_bad:,} bad lines: mend them, or leave them out with --skip_bad"
     print(f"{path}: {verdict or 'all is well'}")
     return int(bool(verdict))
 
@@ -75,10 +70,10 @@ def check(path: pathlib.Path, o: CheckOptions) -> int:
 class Survey:
     """What one file holds: a few numbers of each record, and the records that are shown.
 
-    look: counts tokens; None: characters alone are counted. examples: how many records to draw.
+    look: shows records, and counts their tokens if it shows such. examples: how many records to draw.
     """
 
-    def __init__(self, path: pathlib.Path, stage: str, look: Look | None, examples: int):
+    def __init__(self, path: pathlib.Path, stage: str, look: Look, examples: int):
         self.path, self.stage, self.look, self.examples = path, stage, look, examples
         self.bad: list[str] = []
         self.forms: collections.Counter[str] = collections.Counter()
@@ -106,7 +101,7 @@ class Survey:
             self.characters[name].append(len(text))
         if any(not text.strip() for name, text in texts.items() if name != "prompt"):
             self.empty.append(number)
-        if self.look and len(self.lines) <= COUNTED:
+        if self.look.dots and len(self.lines) <= COUNTED:
             for name, n in self.look.lengths(record, self.stage).items():
                 self.tokens[name].append(n)
         if self.stage == "reward":
@@ -129,12 +124,8 @@ class Survey:
         if kind == "pairs":
             self.values["longer"].append(np.sign(len(record["chosen"]) - len(record["rejected"])))
 
-    def drawn(self) -> list[tuple[int, dict]]:
-        """(line, record) of the examples, in the order of the file."""
-        return sorted(((-number, record) for _, number, record in self.heap), key=lambda x: x[0])
-
     def report(self, skip_bad: bool) -> None:
-        """Print what was counted."""
+        """Print what was counted, and the examples in the order of the file."""
         print(f"{self.path}: {len(self.lines):,} records for the stage {self.stage}")
         print(f"  forms: {', '.join(f'{name} ({n:,})' for name, n in self.forms.items()) or 'none'}")
         if self.bad:
@@ -148,6 +139,10 @@ class Survey:
                             LENGTHS | {"name": unit}))
         if self.tokens and len(self.lines) > COUNTED:
             print(f"  tokens are those of the first {COUNTED:,} records")
+        for number, record in sorted(((-number, record) for _, number, record in self.heap),
+                                     key=lambda drawn: drawn[0]):
+            print(f"\n-- line {number}\n{self.look.show(record, self.stage)}")
+        print()
 
     def balance(self) -> Iterator[str]:
         """Lines about the feedback: how it is distributed, and whether length tells it."""
@@ -221,17 +216,22 @@ def leaks(surveys: dict[tuple[str, str], Survey]) -> Iterator[str]:
                        f"of {survey.path.name} do (line {held.lines[first]} and line {line}): {fate}")
 
 
-def report_splits(files: Files, fields: dict[str, str]) -> str:
+def report_splits(files: Files, o: CheckOptions) -> str:
     """Print how many records training would have in each split. Returns why it would refuse the
     files, or ""."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # what it says stands above already
-            records, left_out = divide(files, True, fields)
+            records, left_out = divide(files, True, parse_fields(o.fields))
+        if reason := keep_for_judges(records, o.judge_share):
+            print(f"judges: {reason}")
     except UserError as error:
         return str(error)
+    dialogues = {split: dialogues_of(records, split, "{prompt}") for split in SPLITS}
     rows = [{"stage": stage, "left": left_out[stage],
              **{split: len(records.get((stage, split), ())) for split in SPLITS}}
             for stage in dict.fromkeys(stage for stage, _ in records)]
+    rows.append({"stage": "dialogues that pretraining reads", "left": 0,
+                 **{split: len(dialogues[split]) for split in SPLITS}})
     print(table(rows, {"stage": "split into", **{split: split for split in SPLITS},
                        "left": "left out of training"}))
     return ""

@@ -20,54 +20,60 @@ import os
 import pathlib
 import shutil
 import sys
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from data.check import CheckOptions, check
-from data.dataset import DataSet, DataWriter, Part, refuse_zip
+from data.dataset import OPTIONS, DataSet, DataWriter, Part, refuse_zip
 from data.export import TOOLS, export
 from data.folders import clean, file_digest, list_folders, seal, sync, temporary_folder
-from data.own import own_data_set
+from data.own import OwnOptions, own_data_set
 from data.prepared import Prepared
 from data.sets import DATA_SETS
 from runtime.options import Options, UserError, option, parse, presets_of, run_main
+from runtime.tables import table
 from runtime.terminal import advice, memory_advice, reading
 
 T = TypeVar("T", bound=Options)
 VERSION = 4  # of the stored form; raise it to make folders prepared earlier unused
 CACHE = pathlib.Path(os.environ.get("MOSSLET_CACHE") or pathlib.Path(__file__).parent / "cache")
+SETTINGS = {"vocab_size": 4096, "limit": 0, "skip_bad": False, "fields": "", "template": "",
+            "judge_share": -1.0}  # with which data is prepared; see PrepareOptions
 NO_EFFECT = {  # why an option is refused
     "source": "it names the raw files of {names}", "limit": "it is for {names}",
     "vocab_size": "no vocabulary of tokens is trained on it",
-    "skip_bad": "it is for files of your own", "fields": "it is for files of your own"}
+    "judge_share": "it is for feedback of your own",
+    **dict.fromkeys(("skip_bad", "fields", "template"), "it is for files of your own")}
 
 
-def find_data_set(data: str, fields: str = "") -> DataSet:
-    """The data set with this name, or the user's files, with --fields, at this path; UserError if
-    neither is."""
+def find_data_set(data: str, fields: str = "", template: str = "") -> DataSet:
+    """The data set with this name, or the user's files at this path, with --fields and --template;
+    UserError if neither is."""
     if data in DATA_SETS:
         return DATA_SETS[data]
     if data and os.path.lexists(path := pathlib.Path(data)):
         require_readable(path, folder=True)
         with reading(path):
             refuse_zip(path)
-            return own_data_set(path, fields)
+            return own_data_set(path, fields, template)
     near = difflib.get_close_matches(data, DATA_SETS, 1)
     raise UserError(f"unknown data set {data!r}{f'; did you mean {near[0]}?' if near else ''}: use "
                     f"{' or '.join(DATA_SETS)}, or the path of a .jsonl file or a folder of them")
 
 
-def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, limit: int = 0,
-            skip_bad: bool = False, fields: str = "",
-            cache: str | os.PathLike | None = None) -> pathlib.Path:
+def prepare(data: str, *, source: str | None = None, cache: str | os.PathLike | None = None,
+            **settings: Any) -> pathlib.Path:
     """The prepared folder of a data set, given by name, or of the user's files, given by path.
 
     It is built if it is not in `cache` yet (None: data/cache/, or the folder that the variable
-    MOSSLET_CACHE names). Options that the data set does not read are ignored.
+    MOSSLET_CACHE names). settings: some of SETTINGS, which has the others' values; those that the
+    data set does not read are ignored.
     """
-    cache, data_set = pathlib.Path(cache or CACHE), find_data_set(data, fields)
-    given = {"vocab_size": vocab_size, "limit": limit, "skip_bad": skip_bad,
-             "fields": fields}
-    options = {name: value for name, value in given.items() if name in data_set.options}
+    if unknown := set(settings) - set(SETTINGS):
+        raise TypeError(f"prepare: unknown {', '.join(unknown)}")
+    settings = SETTINGS | settings
+    cache, data_set = pathlib.Path(cache or CACHE), find_data_set(data, settings["fields"], settings["template"])
+    options = {name: value for name, value in settings.items()
+               if name in data_set.options and name != "template"}  # that is in the data set's record
     path = pathlib.Path(source) if source and "source" in data_set.options else None
     if path is not None:
         if not path.exists():
@@ -138,7 +144,8 @@ def write_description(out: DataWriter, data_set: DataSet, meta: dict) -> None:
     defaults = {stage: out.defaults.get(stage, {}) | data_set.defaults.get(stage, {})
                 for stage in {**out.defaults, **data_set.defaults}}
     meta |= {"dtype": out.dtype, "stages": sorted({name.split("_")[0] for name in out.counts}),
-             "counts": out.counts, "template": data_set.template, "parts": parts, "defaults": defaults}
+             "counts": out.counts, "template": data_set.template, "parts": parts, "defaults": defaults,
+             "lengths": out.lengths}
     seal(out.folder, meta)
 
 
@@ -150,13 +157,12 @@ def open_data(data: str, **options) -> Prepared:
 def open_for(o: Options, data: str) -> Prepared:
     """`open_data` with a command's options for the data; one that has no effect on this data set
     must not be given."""
-    data_set = find_data_set(data, o.fields)
+    data_set = find_data_set(data, o.fields, o.template)
     for name, why in NO_EFFECT.items():
         if name not in data_set.options:
             names = [known.name for known in DATA_SETS.values() if name in known.options]
             o.refuse(name, why=f"on {data}: {why.format(names=' and '.join(names))}")
-    return open_data(data, source=o.source or None, vocab_size=o.vocab_size, limit=o.limit,
-                     skip_bad=o.skip_bad, fields=o.fields)
+    return open_data(data, source=o.source or None, **{name: getattr(o, name) for name in SETTINGS})
 
 
 def suited(o: T, stage: str, data: Prepared) -> T:
@@ -179,16 +185,13 @@ def open_stage(o: T, stage: str) -> tuple[Prepared, T]:
 # ---- command line --------------------------------------------------------------------------------
 
 @dataclasses.dataclass
-class ReadingOptions(Options):
+class ReadingOptions(OwnOptions):
     """What is read, and how."""
 
     source: str = option("", "folder or archive with the raw files; empty: download them")
     vocab_size: int = option(4096, "tokens of the vocabulary, six special ones included", low=262,
                              high=1_000_000)
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
-    skip_bad: bool = option(False, "leave out bad lines of your own files, and say how many")
-    fields: str = option("", "your files' names for ours: prompt=question,chosen=good")
-    traceback: bool = option(False, "show where in the code an error arose")
 
 
 @dataclasses.dataclass
@@ -217,7 +220,10 @@ def check_command(name: str, argv: list[str]) -> int:
     if name in DATA_SETS or (pathlib.Path(name) / "meta.json").exists():
         raise UserError(f"check is for files of your own, and {name} is made by Mosslet: `python -m "
                         "tools.show FILE.jsonl` shows the records of a prepared folder")
-    for file in find_data_set(name, o.fields).source(None, CACHE / "downloads"):
+    data_set = find_data_set(name, o.fields, o.template)
+    if "judge_share" not in data_set.options:
+        o.refuse("judge_share", why=f"on {name}: {NO_EFFECT['judge_share']}")
+    for file in data_set.source(None, CACHE / "downloads"):
         require_readable(file)
     return check(pathlib.Path(name), o)
 
@@ -229,7 +235,7 @@ def export_command(name: str, argv: list[str]) -> None:
         raise UserError(f"usage: python -m data.prepare export FOLDER|FILE.jsonl|{'|'.join(DATA_SETS)} --to "
                         f"{'|'.join(TOOLS)} --out FOLDER")
     if name not in DATA_SETS and (pathlib.Path(name) / "meta.json").exists():
-        o.refuse("source", "vocab_size", "limit", "skip_bad", "fields", why="on a prepared folder")
+        o.refuse(*OPTIONS, why="on a prepared folder")
         data = Prepared.load(pathlib.Path(name))
     else:
         data = open_for(o, name)
@@ -247,18 +253,22 @@ def main(argv: list[str]) -> int | None:
     o = parse(PrepareOptions, argv[bool(name):], "-m data.prepare NAME")
     if o.list or o.clean:
         command = "clean" if o.clean else "list"
-        o.refuse("source", "vocab_size", "limit", "skip_bad", "fields", why=f"with --{command}")
+        o.refuse(*OPTIONS, why=f"with --{command}")
         if name:
             raise UserError(f"--{command} is about all prepared folders: leave out {name}")
         return (clean if o.clean else list_folders)(CACHE)
     if not name:
         raise UserError(f"usage: python -m data.prepare {'|'.join(DATA_SETS)}|FILE.jsonl|FOLDER "
-                        "[--source …] [--vocab_size …] [--limit …] [--skip_bad] [--fields …], or check "
-                        "FILE.jsonl|FOLDER, or export NAME|FILE.jsonl|FOLDER, or --list, or --clean")
+                        "[--name=value …], or check FILE.jsonl|FOLDER, or export NAME|FILE.jsonl|FOLDER, or "
+                        "--list, or --clean; --help lists the options")
     data = open_for(o, name)
     print(data.folder)
     for name, count in data.meta["counts"].items():
         print(f"  {name}: {count}")
+    if lengths := data.meta["lengths"]:
+        rows = [{"name": name, **x, "fits": f"{x['fits']:.0%}"} for name, x in lengths.items()]
+        print(table(rows, {"name": "tokens of", "half": "half have", "95": "95 %", "most": "at most",
+                           "option": "option", "value": "is", "fits": "so many fit"}))
 
 
 if __name__ == "__main__":
