@@ -37,7 +37,7 @@ def export(data: Prepared, to: str, out: pathlib.Path) -> None:
         if os.path.lexists(path):
             raise UserError(f"{path} is there already, and nothing is overwritten: give another --out")
     lost: collections.Counter[str] = collections.Counter()
-    info = {}
+    name, info = pathlib.Path(data.meta["data"]).name.split(".")[0], {}
     for path, (stage, split) in places.items():
         records = converted(data.records(stage, split), stage, to, data.template, lost)
         if records:
@@ -46,7 +46,7 @@ def export(data: Prepared, to: str, out: pathlib.Path) -> None:
                 file.writelines((json.dumps(record, ensure_ascii=False) + "\n").encode()
                                 for record in records)
             print(f"{path}: {len(records):,} records")
-            info[f"{pathlib.Path(data.meta['data']).stem}_{path.stem}"] = entry(path.name, records[0])
+            info[f"{name}_{path.stem}"] = entry(path.name, records[0])
     for reason, n in lost.items():
         print(f"{n:,} {reason}")
     if data.tokenizer is not None:
