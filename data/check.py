@@ -13,14 +13,14 @@ import io
 import json
 import pathlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from data.dataset import SPLITS, feedback_of, text_hash
 from data.forms import parse_fields
 from data.own import KINDS, Files, OwnOptions, divide, find_files
-from data.records import SHOWN, as_messages, prompt_text, read_records
+from data.records import LEFT_OUT, SHOWN, as_messages, prompt_text, read_records
 from data.render import Look, byte_tokenizer, can_colour, tokenizer_at
 from data.road import dialogues_of, keep_for_judges
 from data.splits import split_key
@@ -75,6 +75,7 @@ class Survey:
 
     def __init__(self, path: pathlib.Path, stage: str, look: Look, examples: int):
         self.path, self.stage, self.look, self.examples = path, stage, look, examples
+        self.unit = "record" if path.name.removesuffix(".gz").endswith(".json") else "line"
         self.bad: list[str] = []
         self.forms: collections.Counter[str] = collections.Counter()
         self.lines, self.keys, self.hashes = array("q"), array("Q"), array("Q")
@@ -83,7 +84,7 @@ class Survey:
         self.values: dict[str, array] = collections.defaultdict(lambda: array("d"))
         self.kinds: collections.Counter[str] = collections.Counter()
         self.empty = array("q")  # lines
-        self.heap: list[tuple[int, int, dict]] = []  # (-hash, line, record): the smallest hashes
+        self.heap: list[tuple[int, int, dict]] = []  # (-hash, line, record): a max-heap of the smallest hashes
 
     def read(self, fields: dict[str, str]) -> None:
         """Go through the file, line by line."""
@@ -107,9 +108,15 @@ class Survey:
         if self.stage == "reward":
             self._note_feedback(record)
         if self.examples:
-            heapq.heappush(self.heap, (-identity, -number, record))
-            if len(self.heap) > self.examples:
-                heapq.heappop(self.heap)
+            self._draw(identity, number, record)
+
+    def _draw(self, identity: int, number: int, record: dict) -> None:
+        """Keep the record as an example if its hash is one of the smallest so far; of equal ones the
+        first."""
+        full = len(self.heap) == self.examples
+        if full and identity >= -self.heap[0][0] or any(-other == identity for other, *_ in self.heap):
+            return
+        (heapq.heappushpop if full else heapq.heappush)(self.heap, (-identity, number, record))
 
     def _note_feedback(self, record: dict) -> None:
         """Take note of what people said."""
@@ -127,7 +134,10 @@ class Survey:
     def report(self, skip_bad: bool) -> None:
         """Print what was counted, and the examples in the order of the file."""
         print(f"{self.path}: {len(self.lines):,} records for the stage {self.stage}")
-        print(f"  forms: {', '.join(f'{name} ({n:,})' for name, n in self.forms.items()) or 'none'}")
+        useless = {name: n for name, n in self.forms.items() if name.startswith(LEFT_OUT)}
+        print(f"  read as: {listed({k: n for k, n in self.forms.items() if k not in useless}) or 'nothing'}")
+        if useless:
+            print(f"  left out, because they teach nothing: {listed(useless).replace(LEFT_OUT, '')}")
         if self.bad:
             print(f"  bad lines: {len(self.bad):,}{', left out (--skip_bad)' * skip_bad}")
             print("\n".join(f"    {line}" for line in self.bad[:SHOWN]))
@@ -139,14 +149,13 @@ class Survey:
                             LENGTHS | {"name": unit}))
         if self.tokens and len(self.lines) > COUNTED:
             print(f"  tokens are those of the first {COUNTED:,} records")
-        for number, record in sorted(((-number, record) for _, number, record in self.heap),
-                                     key=lambda drawn: drawn[0]):
-            print(f"\n-- line {number}\n{self.look.show(record, self.stage)}")
+        for _, number, record in sorted(self.heap, key=lambda drawn: drawn[1]):
+            print(f"\n-- {self.unit} {number}\n{self.look.show(record, self.stage)}")
         print()
 
     def balance(self) -> Iterator[str]:
         """Lines about the feedback: how it is distributed, and whether length tells it."""
-        kinds = ", ".join(f"{kind} ({n:,})" for kind, n in self.kinds.items())
+        kinds = listed(self.kinds)
         if len({kind for kind in self.kinds if kind != "ties"}) > 1:
             yield f"feedback: {kinds}: a file has one kind: divide it"
         elif self.kinds:
@@ -175,7 +184,12 @@ class Survey:
             yield f"repeats: {repeats:,} records are equal to an earlier one"
         if self.empty:
             yield (f"empty: {len(self.empty):,} records have a text or reply of nothing but white space, such as "
-                   f"that of line {self.empty[0]}")
+                   f"that of {self.unit} {self.empty[0]}")
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """Names with their counts: pairs (3), labels (2)."""
+    return ", ".join(f"{name} ({n:,})" for name, n in counts.items())
 
 
 def texts_of(record: dict, stage: str) -> dict[str, str]:
@@ -213,7 +227,7 @@ def leaks(surveys: dict[tuple[str, str], Survey]) -> Iterator[str]:
                 fate = ("training leaves them out" if other[1] == "train" else
                         "what is chosen by validation is then measured on them")
                 yield (f"leak: {shared.sum():,} of {len(shared):,} records of {held.path.name} begin as records "
-                       f"of {survey.path.name} do (line {held.lines[first]} and line {line}): {fate}")
+                       f"of {survey.path.name} do ({held.unit} {held.lines[first]} and {survey.unit} {line}): {fate}")
 
 
 def report_splits(files: Files, o: CheckOptions) -> str:

@@ -31,6 +31,8 @@ INFO = "dataset_info.json"  # where LLaMA-Factory looks for a file's name and fi
 def export(data: Prepared, to: str, out: pathlib.Path) -> None:
     """Write the records of a prepared data set for a tool of TOOLS, and print what is written and what
     is left out. UserError if a file of that name is there already, or if the tool has a form for none."""
+    if os.path.lexists(out) and not out.is_dir():
+        raise UserError(f"--out {out}: is a file, and a folder is needed: give another")
     places = {out / file_name(stage, split): (stage, split) for stage in STAGES for split in SPLITS
               if (data.folder / f"{stage}_{split}.jsonl").exists()}
     for path in (*places, *[out / INFO] * (to == "llama-factory")):

@@ -124,11 +124,15 @@ def test_a_prepared_folder_is_not_a_file_of_ones_own(check, tmp_path):
      "ratings: mean 30, spread 17.6; lowest 0, quarters at 15, 30 and 45, highest 60"),
     ([{"prompt": f"q{i}", "chosen": "long" if i % 3 else "x", "rejected": "no"} for i in range(60)],
      "the longer reply is chosen in 66.7% of the pairs, the shorter in 33.3%"),
+    ([{"prompt": f"q{i}", "response": "a", "scores": [i, i + 2][:1 + i % 2]} for i in range(60)],
+     "people: 1 to 2 scores a text, 1.5 on average; within a text they spread by 0.5"),
+    ([PAIR | {"prompt": f"q{i}"} | ({} if i % 3 else {"tie": True}) for i in range(60)],
+     "feedback: ties (20), pairs (40)"),
     ([PAIR | {"prompt": f"q{i}", "margin": i} for i in range(60)], "margins: 60, from 0 to 59, mean 29.5"),
     ([*labels(), *labels(5)], "repeats: 5 records are equal to an earlier one"),
     (labels(), "different first user messages: 60"),
     ([*labels(), {"prompt": "x", "response": " \n", "label": 0}], "such as that of line 61"),
-    ([{"instruction": f"q{i}", "output": "a"} for i in range(60)], "forms: Alpaca (60)")])
+    ([{"instruction": f"q{i}", "output": "a"} for i in range(60)], "read as: Alpaca (60)")])
 def test_balance_sameness_and_forms(check, tmp_path, records, said):
     assert said in check(write(tmp_path / "d.jsonl", records))[1]
 
@@ -180,6 +184,12 @@ def test_a_question_on_both_sides_is_a_leak_whatever_its_case(check, tmp_path):
 
 
 # ---- the examples --------------------------------------------------------------------------------
+
+def test_equal_records_are_one_example(check, tmp_path):
+    printed = check(write(tmp_path / "d.jsonl", [*labels(1) * 30, *labels()]), "--examples=100")[1]
+    assert printed.count("Question 0?") == 1
+    assert printed.count("Question") == 60
+
 
 def test_examples_are_drawn_by_a_hash_and_not_by_their_place(check, tmp_path):
     def shown(records):
