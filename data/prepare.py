@@ -2,9 +2,9 @@
 
     python -m data.prepare reviews [--source FOLDER] [--vocab_size N] [--limit N]
     python -m data.prepare shakespeare
-    python -m data.prepare FILE.jsonl
-    python -m data.prepare check FILE.jsonl|FOLDER                what is in your files; writes nothing
-    python -m data.prepare export DIR --to trl --out FOLDER       for other tools
+    python -m data.prepare FILE          .jsonl, .json, .csv or .tsv, or a folder of them; - is standard input
+    python -m data.prepare check FILE    what is in your file or folder; nothing is written
+    python -m data.prepare export FILE --to trl --out FOLDER       your records for other tools
     python -m data.prepare --list        what is prepared, and whether it is whole
     python -m data.prepare --clean       remove what no run can use
 
@@ -22,17 +22,17 @@ import shutil
 import sys
 from typing import Any, TypeVar
 
-from data.check import CheckOptions, check
 from data.dataset import OPTIONS, DataSet, DataWriter, Part, refuse_zip
-from data.export import TOOLS, export
 from data.folders import clean, file_digest, list_folders, seal, sync, temporary_folder
 from data.own import OwnOptions, own_data_set
 from data.prepared import Prepared
 from data.sets import DATA_SETS
 from runtime.options import Options, UserError, option, parse, presets_of, run_main
 from runtime.tables import table
+from runtime.rows import keep_input
 from runtime.terminal import advice, memory_advice, reading
 
+TOOLS = ("trl", "kto", "llama-factory")  # that data/export.py writes for
 T = TypeVar("T", bound=Options)
 VERSION = 4  # of the stored form; raise it to make folders prepared earlier unused
 CACHE = pathlib.Path(os.environ.get("MOSSLET_CACHE") or pathlib.Path(__file__).parent / "cache")
@@ -57,7 +57,14 @@ def find_data_set(data: str, fields: str = "", template: str = "") -> DataSet:
             return own_data_set(path, fields, template)
     near = difflib.get_close_matches(data, DATA_SETS, 1)
     raise UserError(f"unknown data set {data!r}{f'; did you mean {near[0]}?' if near else ''}: use "
-                    f"{' or '.join(DATA_SETS)}, or the path of a .jsonl file or a folder of them")
+                    f"{' or '.join(DATA_SETS)}, the path of a .jsonl, .json, .csv or .tsv file or of a folder "
+                    "of them, or - for standard input")
+
+
+def kept_input(data: str) -> str:
+    """What --data names; of -, the file in the cache that standard input is kept as, so that later stages
+    and --resume can read it, too."""
+    return str(keep_input(sys.stdin.buffer, CACHE / "downloads")) if data == "-" else data
 
 
 def prepare(data: str, *, source: str | None = None, cache: str | os.PathLike | None = None,
@@ -205,7 +212,7 @@ class PrepareOptions(ReadingOptions):
 
 @dataclasses.dataclass
 class ExportOptions(ReadingOptions):
-    """`python -m data.prepare export DIR --to TOOL --out FOLDER`"""
+    """`python -m data.prepare export NAME|FILE|FOLDER --to TOOL --out FOLDER`"""
 
     to: str = option("", "the tool that is to read the files", choices=("", *TOOLS))
     out: str = option("", "folder to write to, one file a split; none of them may be there yet")
@@ -213,10 +220,12 @@ class ExportOptions(ReadingOptions):
 
 def check_command(name: str, argv: list[str]) -> int:
     """`check`: 0 if all is well with the user's files, 1 if not."""
+    from data.check import CheckOptions, check  # here: it needs torch, and to prepare data needs none
     o = parse(CheckOptions, argv, "-m data.prepare check FILE|FOLDER")
-    if not name:
+    if not name or name == "-":
         raise UserError("usage: python -m data.prepare check FILE|FOLDER [--fields …] [--skip_bad] "
-                        "[--from CHECKPOINT] [--examples N]")
+                        "[--from CHECKPOINT] [--examples N]; of standard input nothing is kept, so write it "
+                        "into a file")
     if name in DATA_SETS or (pathlib.Path(name) / "meta.json").exists():
         raise UserError(f"check is for files of your own, and {name} is made by Mosslet: `python -m "
                         "tools.show FILE.jsonl` shows the records of a prepared folder")
@@ -230,15 +239,16 @@ def check_command(name: str, argv: list[str]) -> int:
 
 def export_command(name: str, argv: list[str]) -> None:
     """`export`: a prepared folder, a data set by name or the user's files, for another tool."""
-    o = parse(ExportOptions, argv, "-m data.prepare export DIR")
+    from data.export import export  # here: it needs torch
+    o = parse(ExportOptions, argv, "-m data.prepare export NAME|FILE|FOLDER")
     if not (name and o.to and o.out):
-        raise UserError(f"usage: python -m data.prepare export FOLDER|FILE.jsonl|{'|'.join(DATA_SETS)} --to "
+        raise UserError(f"usage: python -m data.prepare export {'|'.join(DATA_SETS)}|FILE|FOLDER --to "
                         f"{'|'.join(TOOLS)} --out FOLDER")
     if name not in DATA_SETS and (pathlib.Path(name) / "meta.json").exists():
         o.refuse(*OPTIONS, why="on a prepared folder")
         data = Prepared.load(pathlib.Path(name))
     else:
-        data = open_for(o, name)
+        data = open_for(o, kept_input(name))
     export(data, o.to, pathlib.Path(o.out))
 
 
@@ -247,7 +257,7 @@ def main(argv: list[str]) -> int | None:
     command = {"check": check_command, "export": export_command}.get(argv[0] if argv else "")
     if command:
         argv = argv[1:]
-    name = argv[0] if argv and not argv[0].startswith("-") else ""
+    name = argv[0] if argv and (argv[0] == "-" or not argv[0].startswith("-")) else ""
     if command:
         return command(name, argv[bool(name):])
     o = parse(PrepareOptions, argv[bool(name):], "-m data.prepare NAME")
@@ -258,10 +268,10 @@ def main(argv: list[str]) -> int | None:
             raise UserError(f"--{command} is about all prepared folders: leave out {name}")
         return (clean if o.clean else list_folders)(CACHE)
     if not name:
-        raise UserError(f"usage: python -m data.prepare {'|'.join(DATA_SETS)}|FILE.jsonl|FOLDER "
-                        "[--name=value …], or check FILE.jsonl|FOLDER, or export NAME|FILE.jsonl|FOLDER, or "
-                        "--list, or --clean; --help lists the options")
-    data = open_for(o, name)
+        raise UserError(f"usage: python -m data.prepare {'|'.join(DATA_SETS)}|FILE|FOLDER|- "
+                        "[--name=value …], or check FILE|FOLDER, or export NAME|FILE|FOLDER, or --list, "
+                        "or --clean; --help lists the options")
+    data = open_for(o, kept_input(name))
     print(data.folder)
     for name, count in data.meta["counts"].items():
         print(f"  {name}: {count}")

@@ -73,7 +73,7 @@ def check_dialogue(messages: list, reply: bool) -> None:
         raise Useless(NO_TURNS, f"roles {str(roles)[:60]}: a dialogue is one optional system message, then "
                                 "user and assistant in turn")
     if (turns[-1] == "user") != reply:
-        raise (Useless("no question at the end", "to be continued, a dialogue must end with the user's message")
+        raise (Useless("no question before the answer", "to be continued, a dialogue must end with the user's message")
                if reply else Useless(NO_ANSWER, "a finished dialogue must end with the assistant's message"))
 
 

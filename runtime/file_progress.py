@@ -13,24 +13,21 @@ SECONDS = 30.0  # between two lines, where there is no terminal
 class FileProgress:
     """How much of an open file is read, in bytes as they are stored: a bar with rate and remaining
     time on a terminal, after a second; elsewhere a line of the same every 30 s.
-
-    show: False: none of this.
     """
 
-    def __init__(self, path: str | os.PathLike, file: BinaryIO, show: bool):
+    def __init__(self, path: str | os.PathLike, file: BinaryIO):
         self.name, self.file = pathlib.Path(path).name, file
         self.place, self.total = 0, os.fstat(file.fileno()).st_size
         self.began = self.printed = time.perf_counter()
         self.bar = tqdm(total=self.total, desc=f"reading {self.name}", unit="B", unit_scale=True,
-                        dynamic_ncols=True, delay=1, leave=False, disable=None if show else True)
-        self.lines = show and self.bar.disable  # no terminal
+                        dynamic_ncols=True, delay=1, leave=False, disable=None)
 
     def update(self) -> None:
         """More of the file is read."""
         before, self.place = self.place, self.file.tell()
         self.bar.update(self.place - before)
         now = time.perf_counter()
-        if self.lines and now - self.printed >= SECONDS:
+        if self.bar.disable and now - self.printed >= SECONDS:
             self.printed = now
             rate = self.place / (now - self.began)
             left = tqdm.format_interval((self.total - self.place) / rate)

@@ -32,7 +32,8 @@ def read_lines(path: str | os.PathLike, progress: bool = False) -> Iterator[tupl
     """(number from 1, line) of each line, its line feed included; gzip is unpacked on the way.
     progress: show how much of the file is read. UserError if it cannot be read."""
     try:
-        with open(path, "rb") as file, FileProgress(path, file, show=progress) as bar:
+        with (open(path, "rb") as file,
+              FileProgress(path, file) if progress else contextlib.nullcontext() as bar):
             gzipped = str(path).endswith(".gz") or file.peek(2)[:2] == GZIP
             size = os.fstat(file.fileno()).st_size
             lines, total, number = gzip.GzipFile(fileobj=file) if gzipped else file, 0, 0
@@ -40,7 +41,7 @@ def read_lines(path: str | os.PathLike, progress: bool = False) -> Iterator[tupl
             _refuse_others(path, lines.peek(512)[:512])
             while line := lines.readline(LONGEST + 1):
                 number, total = number + 1, total + len(line)
-                if total >= shown + STEP:
+                if bar and total >= shown + STEP:
                     shown = total
                     bar.update()
                 if len(line) > LONGEST:

@@ -156,9 +156,12 @@ def table_rows(path: str | os.PathLike, delimiter: str, progress: bool) -> Itera
             cells = next(reader, None)
             value = functools.partial(row, header, cells)
         except csv.Error as error:
-            cells, value = [str(error)], functools.partial(no_row, str(error))
             if not header:
                 raise UserError(f"{path}, line {line}: no header: {error}") from None
+            if "end of data" in str(error):  # all rows below are in that cell
+                raise UserError(f"{path}, line {line}: a quotation mark is opened in this row and never "
+                                "closed; one inside a quoted cell is written twice") from None
+            cells, value = ["bad"], functools.partial(no_row, str(error))
         if cells is None:
             return
         if not any(cells):  # a blank line, or what a spreadsheet program makes of an empty row
@@ -185,8 +188,8 @@ def header_of(path: str | os.PathLike, cells: list[str]) -> list[str]:
 def row(header: list[str], cells: list[str]) -> Cells:
     """A row by its header; ValueError if it has another number of cells."""
     if len(cells) != len(header):
-        raise ValueError(f"has {len(cells)} cells, and the header {len(header)}: put a cell that holds the "
-                         "separator or a line break into quotation marks")
+        raise ValueError(f"number of cells {len(cells)}, in the header {len(header)}: put a cell that holds "
+                         "the separator or a line break into quotation marks")
     require_utf8(cells)
     return Cells({name: cell for name, cell in zip(header, cells, strict=True) if name and cell})
 
