@@ -58,11 +58,11 @@ def check(path: pathlib.Path, o: CheckOptions) -> int:
     for line in leaks(surveys):
         print(line)
     n_bad = sum(len(survey.bad) for survey in surveys.values()) * (not o.skip_bad)
-    verdict = report_splits(files, o)
+    fault = report_splits(files, o)
     if n_bad:
-        verdict = f"{n_bad:,} bad lines: mend them, or leave them out with --skip_bad"
-    print(f"{path}: {verdict or 'all is well'}")
-    return int(bool(verdict))
+        fault = f"{path}: {n_bad:,} bad lines: mend them, or leave them out with --skip_bad"
+    print(fault or f"{path}: all is well")
+    return int(bool(fault))
 
 
 # ---- one file ------------------------------------------------------------------------------------

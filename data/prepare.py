@@ -20,6 +20,7 @@ import os
 import pathlib
 import shutil
 import sys
+import tempfile
 from typing import Any, TypeVar
 
 from data.dataset import OPTIONS, DataSet, DataWriter, Part, refuse_zip
@@ -220,26 +221,27 @@ class ExportOptions(ReadingOptions):
 
 def check_command(name: str, argv: list[str]) -> int:
     """`check`: 0 if all is well with the user's files, 1 if not."""
-    from data.check import CheckOptions, check  # here: it needs torch, and to prepare data needs none
+    from data.check import CheckOptions, check  # here: it imports torch, which preparing does without
     o = parse(CheckOptions, argv, "-m data.prepare check FILE|FOLDER")
-    if not name or name == "-":
-        raise UserError("usage: python -m data.prepare check FILE|FOLDER [--fields …] [--skip_bad] "
-                        "[--from CHECKPOINT] [--examples N]; of standard input nothing is kept, so write it "
-                        "into a file")
-    if name in DATA_SETS or (pathlib.Path(name) / "meta.json").exists():
-        raise UserError(f"check is for files of your own, and {name} is made by Mosslet: `python -m "
-                        "tools.show FILE.jsonl` shows the records of a prepared folder")
-    data_set = find_data_set(name, o.fields, o.template)
-    if "judge_share" not in data_set.options:
-        o.refuse("judge_share", why=f"on {name}: {NO_EFFECT['judge_share']}")
-    for file in data_set.source(None, CACHE / "downloads"):
-        require_readable(file)
-    return check(pathlib.Path(name), o)
+    if not name:
+        raise UserError("usage: python -m data.prepare check FILE|FOLDER|- [--fields …] [--skip_bad] "
+                        "[--from CHECKPOINT] [--examples N]")
+    with tempfile.TemporaryDirectory() as folder:
+        path = keep_input(sys.stdin.buffer, pathlib.Path(folder)) if name == "-" else pathlib.Path(name)
+        if name in DATA_SETS or (path / "meta.json").exists():
+            raise UserError(f"check is for files of your own, and {name} is made by Mosslet: `python -m "
+                            "tools.show FILE.jsonl` shows the records of a prepared folder")
+        data_set = find_data_set(str(path), o.fields, o.template)
+        if "judge_share" not in data_set.options:
+            o.refuse("judge_share", why=f"on {name}: {NO_EFFECT['judge_share']}")
+        for file in data_set.source(None, CACHE / "downloads"):
+            require_readable(file)
+        return check(path, o)
 
 
 def export_command(name: str, argv: list[str]) -> None:
     """`export`: a prepared folder, a data set by name or the user's files, for another tool."""
-    from data.export import export  # here: it needs torch
+    from data.export import export  # as above
     o = parse(ExportOptions, argv, "-m data.prepare export NAME|FILE|FOLDER")
     if not (name and o.to and o.out):
         raise UserError(f"usage: python -m data.prepare export {'|'.join(DATA_SETS)}|FILE|FOLDER --to "

@@ -217,3 +217,28 @@ def test_trl_reads_what_is_exported_for_it(tmp_path):
     by_trl = trl.unpair_preference_dataset(datasets.Dataset.from_list(lines(tmp_path / "pairs-trl" / "reward.jsonl")))
     by_us = lines(tmp_path / "pairs-kto" / "reward.jsonl")
     assert sorted(map(str, by_trl.to_list())) == sorted(map(str, by_us))
+
+
+def test_trls_reward_trainer_trains_on_pairs_with_margins(tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="training by TRL needs `pip install trl`")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+    import tokenizers
+    import transformers
+    import trl
+
+    export(prepared(tmp_path / "in", reward=FEEDBACK["margins"]), "trl", tmp_path / "out")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(["<end>", *alphabet])}, []))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}"
+    model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(
+        vocab_size=257, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_labels=1, pad_token_id=0))
+    read = datasets.load_dataset("json", data_files=str(tmp_path / "out" / "reward.jsonl"), split="train",
+                                 cache_dir=str(tmp_path / "hub"))
+    trainer = trl.RewardTrainer(model, train_dataset=read, processing_class=tokenizer, args=trl.RewardConfig(
+        output_dir=str(tmp_path / "run"), max_steps=1, report_to=[], use_cpu=True, save_strategy="no", bf16=False))
+    assert len(trainer.train_dataset) == len(PROMPTS)
+    assert trainer.train().training_loss > .8  # margins of 2 in half of the pairs; without any it is log 2
