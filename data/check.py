@@ -55,6 +55,8 @@ def check(path: pathlib.Path, o: CheckOptions) -> int:
                                                 o.examples if split == "train" else 0)
         survey.read(parse_fields(o.fields))
         survey.report(o.skip_bad)
+    if o.template and not any(survey.templates for survey in surveys.values()):
+        raise UserError(f"--template has no effect on {path}: every prompt is a list of messages")
     for line in leaks(surveys):
         print(line)
     n_bad = sum(len(survey.bad) for survey in surveys.values()) * (not o.skip_bad)
@@ -83,6 +85,7 @@ class Survey:
         self.tokens: dict[str, array] = collections.defaultdict(lambda: array("q"))
         self.values: dict[str, array] = collections.defaultdict(lambda: array("d"))
         self.kinds: collections.Counter[str] = collections.Counter()
+        self.templates = 0  # prompts that are texts, which stand in a template
         self.empty = array("q")  # lines
         self.heap: list[tuple[int, int, dict]] = []  # (-hash, line, record): a max-heap of the smallest hashes
 
@@ -97,6 +100,7 @@ class Survey:
         self.lines.append(number)
         self.keys.append(split_key(record, self.stage))
         self.hashes.append(identity)
+        self.templates += isinstance(record.get("prompt"), str)
         texts = texts_of(record, self.stage)
         for name, text in texts.items():
             self.characters[name].append(len(text))
@@ -236,16 +240,17 @@ def report_splits(files: Files, o: CheckOptions) -> str:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # what it says stands above already
             records, left_out = divide(files, True, parse_fields(o.fields))
-        if reason := keep_for_judges(records, o.judge_share):
-            print(f"judges: {reason}")
     except UserError as error:
         return str(error)
     dialogues = {split: dialogues_of(records, split, "{prompt}") for split in SPLITS}
+    if reason := keep_for_judges(records, o.judge_share):
+        print(f"judges: {reason}")
     rows = [{"stage": stage, "left": left_out[stage],
              **{split: len(records.get((stage, split), ())) for split in SPLITS}}
             for stage in dict.fromkeys(stage for stage, _ in records)]
-    rows.append({"stage": "dialogues that pretraining reads", "left": 0,
-                 **{split: len(dialogues[split]) for split in SPLITS}})
+    if any(dialogues.values()):
+        rows.append({"stage": "dialogues that pretraining reads",
+                     **{split: len(dialogues[split]) for split in SPLITS}})
     print(table(rows, {"stage": "split into", **{split: split for split in SPLITS},
                        "left": "left out of training"}))
     return ""

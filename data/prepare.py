@@ -215,7 +215,7 @@ class PrepareOptions(ReadingOptions):
 class ExportOptions(ReadingOptions):
     """`python -m data.prepare export NAME|FILE|FOLDER --to TOOL --out FOLDER`"""
 
-    to: str = option("", "the tool that is to read the files", choices=("", *TOOLS))
+    to: str = option("trl", "the tool that is to read the files", choices=TOOLS)
     out: str = option("", "folder to write to, one file a split; none of them may be there yet")
 
 
@@ -243,9 +243,9 @@ def export_command(name: str, argv: list[str]) -> None:
     """`export`: a prepared folder, a data set by name or the user's files, for another tool."""
     from data.export import export  # as above
     o = parse(ExportOptions, argv, "-m data.prepare export NAME|FILE|FOLDER")
-    if not (name and o.to and o.out):
-        raise UserError(f"usage: python -m data.prepare export {'|'.join(DATA_SETS)}|FILE|FOLDER --to "
-                        f"{'|'.join(TOOLS)} --out FOLDER")
+    if not (name and o.out):
+        raise UserError(f"usage: python -m data.prepare export {'|'.join(DATA_SETS)}|FILE|FOLDER --out "
+                        f"FOLDER [--to {'|'.join(TOOLS)}]")
     if name not in DATA_SETS and (pathlib.Path(name) / "meta.json").exists():
         o.refuse(*OPTIONS, why="on a prepared folder")
         data = Prepared.load(pathlib.Path(name))

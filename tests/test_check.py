@@ -1,4 +1,5 @@
 """`python -m data.prepare check`: what it says of a user's files is true, and nothing is written."""
+import io
 import itertools
 import json
 import re
@@ -12,7 +13,7 @@ from data.prepare import main, open_data
 from data.render import Look, byte_tokenizer
 from data.tokenizer import train_bpe
 from model import ModelConfig, Transformer, save_checkpoint
-from runtime.options import UserError
+from runtime.options import UserError, run_main
 
 PAIR = {"prompt": "Where is it?", "chosen": "In 北京, on the left", "rejected": "In 南京"}
 RECORDS = {  # (stage, record) of each kind
@@ -59,6 +60,7 @@ def test_a_good_file_ends_with_0_and_a_bad_line_with_1(check, tmp_path):
     assert code == 1
     assert "bad lines: 1\n    line 61: " in printed
     assert check(bad, "--skip_bad")[0] == 0
+    assert [run_main(main, ["check", str(path)]) for path in (good, bad, tmp_path / "none")] == [0, 1, 2]
 
 
 def test_of_many_bad_lines_the_first_ten_are_shown_and_all_are_counted(check, tmp_path):
@@ -93,11 +95,13 @@ def test_nothing_is_written(check, tmp_path):
     (["d.jsonl", "--from=none"], "neither a prepared folder nor a checkpoint"),
     (["d.jsonl", "--template=x"], "must have {prompt} once"),
     (["d.jsonl", "--fields=x"], "not OUR_NAME=YOUR_NAME"),
+    (["m.jsonl", "--template=x{prompt}"], "--template has no effect on m.jsonl"),
     (["p.jsonl", "--judge_share=.5"], "--judge_share has no effect on p.jsonl")])
 def test_what_cannot_be_is_said(check, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "d.jsonl", labels())
     write(tmp_path / "p.jsonl", [{"prompt": f"{i}"} for i in range(60)])
+    write(tmp_path / "m.jsonl", [{"prompt": [{"role": "user", "content": f"{i}"}]} for i in range(60)])
     with pytest.raises(UserError, match=re.escape(message)):
         check(*words)
 
@@ -114,6 +118,34 @@ def test_a_prepared_folder_is_not_a_file_of_ones_own(check, tmp_path):
     folder = open_data(str(write(tmp_path / "d.jsonl", labels())), cache=tmp_path / "c").folder
     with pytest.raises(UserError, match="is made by Mosslet"):
         check(folder)
+
+
+def test_a_template_stands_around_the_prompts_of_the_examples(check, tmp_path):
+    printed = check(write(tmp_path / "d.jsonl", labels()), "--template=Say: {prompt}!")[1]
+    assert printed.count("<|Human|>: Say: Question") == 10
+
+
+def test_standard_input_is_checked_and_not_kept(check, tmp_path, monkeypatch):
+    data = write(tmp_path / "d.jsonl", labels()).read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    code, printed = check("-", "--examples=0")
+    assert code == 0
+    assert "60 records for the stage reward" in printed
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("name,text", [
+    ("d.json", json.dumps(labels())), ("d.csv", "prompt,response,label\n" + "".join(
+        f"Question {i}?,answer {i},{int(i % 4 == 0)}\n" for i in range(60)))])
+def test_every_kind_of_file_is_checked(check, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    code, printed = check(tmp_path / name)
+    assert code == 0
+    assert "labels: 25.0% are liked" in printed
+    unit = "record" if name == "d.json" else "line"
+    first = min(int(i) for i in re.findall(rf"-- {unit} (\d+)\n", printed))
+    asked = min(int(i) for i in re.findall(r"Question (\d+)", printed))
+    assert first == asked + {"d.json": 1, "d.csv": 2}[name]
 
 
 # ---- what it says --------------------------------------------------------------------------------
@@ -153,7 +185,7 @@ def test_lengths_are_of_characters_and_with_a_tokenizer_of_the_rows_that_trainin
     assert re.search(r"\| reply +\| 10 ", printed)
 
 
-@pytest.mark.parametrize("records", [labels(), [{"text": f"text {i % 50}"} for i in range(70)],
+@pytest.mark.parametrize("records", [labels(), labels(300), [{"text": f"text {i % 50}"} for i in range(70)],
                                      [{"prompt": f"q{i}", "response": "a"} for i in range(60)],
                                      [PAIR | {"prompt": f"q{i}"} for i in range(300)]])
 def test_the_splits_are_those_of_training(check, tmp_path, records):

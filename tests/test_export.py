@@ -26,7 +26,10 @@ FEEDBACK = {
     "pairs": [{"prompt": r["prompt"], "chosen": r["response"], "rejected": r["response"] + "!"}
               for r in DIALOGUES[:-1]],
     "margins": [{"prompt": p, "chosen": "a", "rejected": "b"} | ({"margin": 2} if i % 2 else {})
-                for i, p in enumerate(PROMPTS)]}
+                for i, p in enumerate(PROMPTS)],
+    "parts": [{"prompt": "q", "chosen": "a", "rejected": "b", "part": "relevance"},
+              {"prompt": "q", "chosen": "a", "rejected": " a"}],
+    "labels of parts": [{"prompt": "q", "response": "a", "label": 1, "part": "<eom>"}]}
 STAGES = {"sft": DIALOGUES, "ppo": [{"prompt": p} for p in PROMPTS]}
 TOOLS = ("trl", "kto", "llama-factory")
 
@@ -50,8 +53,9 @@ def in_messages(record, stage):
 
 def unpaired(records):
     """Pairs as labels."""
-    return [{"prompt": r["prompt"], "response": r[name], "label": label} for r in records
-            for name, label in (("chosen", 1), ("rejected", 0))]
+    return [{"prompt": r["prompt"], "response": r[name], "label": label}
+            | ({"part": r["part"]} if "part" in r else {})
+            for r in records for name, label in (("chosen", 1), ("rejected", 0))]
 
 
 def without_margins(records):
@@ -75,7 +79,7 @@ def test_our_own_loader_reads_back_what_was_exported(tmp_path, to, kind):
     for (stage, _), path in files.items():
         of_stage = stages[stage]
         if stage in ("reward", "judge"):
-            of_stage = unpaired(of_stage) if to == "kto" and kind != "labels" else of_stage
+            of_stage = unpaired(of_stage) if to == "kto" and "chosen" in of_stage[0] else of_stage
             of_stage = without_margins(of_stage) if to != "trl" else [
                 r | {"margin": r.get("margin", 0)} if kind == "margins" else r for r in of_stage]
         read = load_records(path, "reward" if stage == "judge" else stage)
@@ -188,7 +192,7 @@ def test_a_data_set_is_exported_by_its_name(reviews_source, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("words,message", [
     ([], "usage: python -m data.prepare export"), (["d.jsonl", "--to=trl"], "usage"),
-    (["d.jsonl", "--out=x"], "usage"), (["d.jsonl", "--to=axolotl", "--out=x"], "is not one of"),
+    (["--out=x"], "usage"), (["d.jsonl", "--to=axolotl", "--out=x"], "is not one of"),
     (["none", "--to=trl", "--out=x"], "unknown data set"),
     (["FOLDER", "--to=trl", "--out=x", "--fields=prompt=q"], "--fields has no effect on a prepared folder"),
     (["FOLDER", "--to=trl", "--out=d.jsonl"], "is a file, and a folder is needed")])
