@@ -27,7 +27,7 @@ from data.splits import split_key
 from runtime.options import UserError, option
 from runtime.tables import table
 
-COUNTED = 100_000  # records of a file whose tokens are counted: some ten seconds
+COUNTED = 100_000  # records of a file whose tokens are counted
 LENGTHS = {"name": "", "low": "5 %", "half": "half", "high": "95 %", "most": "longest"}
 
 
@@ -149,8 +149,8 @@ class Survey:
             print(f"  {line}")
         for unit, lengths in (("characters", self.characters), ("tokens", self.tokens)):
             if any(map(len, lengths.values())):
-                print(table([quantiles(name, n) for name, n in lengths.items()],
-                            LENGTHS | {"name": unit}))
+                print("\n" + table([quantiles(name, n) for name, n in lengths.items()],
+                                   LENGTHS | {"name": unit}))
         if self.tokens and len(self.lines) > COUNTED:
             print(f"  tokens are those of the first {COUNTED:,} records")
         for _, number, record in sorted(self.heap, key=lambda drawn: drawn[1]):

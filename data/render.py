@@ -115,7 +115,7 @@ class Look:
         lines = [self._tokens(prompt, [READ] * len(prompt))]
         for name, reply in zip(names, replies, strict=False):
             kinds = [SHARED] * same + [LEARNED] * (len(reply) - same)
-            size = self._size(prompt + reply, len(reply))
+            size = self._size(prompt + reply, len(reply), "judged")
             lines.append(f"{name}: {self._tokens(reply, kinds)}{size}")
         return "\n".join(lines)
 
@@ -127,9 +127,9 @@ class Look:
             same -= 1
         return same
 
-    def _size(self, ids: Sequence[int], learned: int) -> str:
-        """The row's length, where tokens are real ones."""
-        return f"   {len(ids)} tokens, {learned} learned" if self.dots else ""
+    def _size(self, ids: Sequence[int], n: int, what: str = "learned") -> str:
+        """The row's length, and how many tokens of it are learned, where tokens are real ones."""
+        return f"   {len(ids)} tokens, {n} {what}" if self.dots else ""
 
     def _tokens(self, ids: Sequence[int], kinds: Sequence[str]) -> str:
         """Tokens as text, stretch by stretch of one kind."""
