@@ -62,4 +62,4 @@ def build(folder: pathlib.Path, files: list[pathlib.Path]) -> DataWriter:
 
 
 DATA_SET = DataSet("shakespeare", source=raw_files, build=build, options=("source",),
-                   summary="Shakespeare's plays by characters; pretraining only")
+                   summary="Shakespeare's plays, character by character: pretraining only")
