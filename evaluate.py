@@ -116,9 +116,12 @@ def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Token
 def raw_scores(reward_model: Any, ids: Sequence[list[int]],
                rows: Sequence[list[int]]) -> dict[str, torch.Tensor]:
     """(B,) of each reply: `raw_score`, and by a scorer with parts `part_<name>`."""
-    parts = getattr(reward_model, "part_scores", lambda *_: {})(ids, rows)
+    config, parts = getattr(reward_model, "config", None), {}
+    if hasattr(reward_model, "part_scores") and (  # of a model with one head they would say nothing more
+            config is None or getattr(config, "parts", ()) or getattr(config, "members", 1) > 1):
+        parts = reward_model.part_scores(ids, rows)
     return {"raw_score": reward_model.scores(ids, rows)} | {
-        f"part_{name}": scores for name, scores in parts.items() if name}
+        f"part_{name}": scores for name, scores in parts.items()}
 
 
 class HeldOutPrompts:
