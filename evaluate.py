@@ -4,11 +4,11 @@ loophole?
     python evaluate.py out/reviews --split test               a finished run on test texts: once
     python evaluate.py out/reviews/sft out/reviews/ppo        any checkpoints, on validation texts
 
-From small to large: a policy on held-out prompts; the reward model on held-out labels; the report.
-The n-gram classifier of data/judge.py serves twice: fitted on one half of the labels it is the
-reward model's baseline, on the other half an independent judge; `train.py judge` trains a second
-one. PPO and the reward model are never trained against a judge; their opinions reach metrics and
-reports only.
+From small to large: a policy on held-out prompts; the reward model on held-out feedback, be it
+pairs, ratings or labels; the report. The n-gram regression of data/judge.py serves twice: fitted on
+one share of the feedback it is the reward model's baseline, on the other an independent judge;
+`train.py judge` trains a second one. PPO and the reward model are never trained against a judge;
+their opinions reach metrics and reports only.
 """
 import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import contextlib

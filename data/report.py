@@ -35,8 +35,8 @@ def by_judge(metric: str, name: str) -> str:
 
 def judged_by(judges: dict[str, Any], prompts: Sequence,
               texts: Sequence[str]) -> tuple[dict[str, float], dict[str, Sequence[float]]]:
-    """(mean P(liked) by every judge and the share above one half; P(liked) of each prompt with its
-    reply)."""
+    """(every judge's mean and its share above one half; what it says of each prompt with its reply).
+    """
     metrics, probs = {}, {}
     for name, judge in judges.items():
         probs[by_judge("judge", name)] = p = np.asarray(judge.probs(prompts, texts)).tolist()
