@@ -98,9 +98,9 @@ def build(places: Sequence[tuple[str, str]], template: str, folder: pathlib.Path
     if template != "{prompt}" and not any(isinstance(r.get("prompt"), str) for of_stage in records.values()
                                           if not isinstance(of_stage, Texts) for r in of_stage):
         raise UserError(f"--template has no effect on {files[0]}: every prompt is a list of messages")
+    dialogues = {split: dialogues_of(records, split, template) for split in SPLITS}
     if reason := keep_for_judges(records, judge_share):
         print(f"judges: {reason}", flush=True)
-    dialogues = {split: dialogues_of(records, split, template) for split in SPLITS}
     texts = {split: records.pop(("pretrain", split), []) for split in SPLITS}
     out = DataWriter(folder, None)
     if all(len(texts[split]) or dialogues[split] for split in SPLITS):

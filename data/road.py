@@ -1,7 +1,8 @@
 """One kind of record serves the other stages, too, so that one file walks the whole road.
 
     feedback   its preferred replies are dialogues, and a share of it is for judges
-    dialogues  they are read in pretraining, in the form that fine-tuning will have
+    dialogues  they are read in pretraining, in the form that fine-tuning will have, and so are
+               replies with low ratings or labels: they are language, too
     both       their prompts are those of PPO
 
 Records are by (stage, split), as data/own.py divides them. What a stage has of its own stays.
@@ -28,11 +29,14 @@ Records = dict[tuple[str, str], list[dict] | Texts]  # (stage, split) -> records
 
 # ---- from stage to stage -------------------------------------------------------------------------
 
-def preferred(feedback: Sequence[dict], mean: float) -> list[dict]:
-    """sft records of the replies that people preferred: chosen, liked, or rated above `mean`; each
-    once."""
-    found = [{"prompt": r["prompt"], "response": r.get("chosen", r.get("response"))} for r in feedback
-             if "chosen" in r or r.get("label") == 1 or r.get("score", mean) > mean]
+def preferred(feedback: Sequence[dict], mean: float | None) -> list[dict]:
+    """sft records of the replies that people chose, liked, or rated above the mean; None: of labels and
+    ratings all of them. Each stands once."""
+    def is_meant(r: dict) -> bool:
+        return "chosen" in r or mean is None or (r["label"] == 1 if "label" in r else r["score"] > mean)
+
+    found = [{"prompt": r["prompt"], "response": r.get("chosen", r.get("response"))}
+             for r in feedback if is_meant(r)]
     return list({json.dumps(record): record for record in found}.values())
 
 
@@ -85,10 +89,10 @@ def varied(feedback: Sequence[dict]) -> bool:
 # ---- what pretraining reads ----------------------------------------------------------------------
 
 def dialogues_of(records: Records, split: str, template: str) -> list[list[dict[str, str]]]:
-    """The dialogues of a split as messages, each once: those of sft, and the preferred replies."""
-    feedback = [r for stage in ("reward", "judge") for r in records.get((stage, split), [])]
-    mean = mean_score(records.get(("reward", "train"), []))
-    found = [as_messages(r, template) for r in [*records.get(("sft", split), []), *preferred(feedback, mean)]]
+    """The dialogues of a split as messages, each once: those of sft, and those of feedback, but for
+    rejected replies."""
+    replies = preferred(records.get(("reward", split), []), None)
+    found = [as_messages(record, template) for record in [*records.get(("sft", split), []), *replies]]
     return list({json.dumps(messages): messages for messages in found}.values())
 
 
