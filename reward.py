@@ -152,8 +152,8 @@ class RewardModel(nn.Module):
         if not number:
             return scores[0]
         scores = torch.cat((scores, scores.mean(0, keepdim=True))).movedim(-1, 1)
-        rows = [number.get(part, len(number)) for part in parts]
-        return scores[rows, range(len(rows))].movedim(0, -1)
+        rows = torch.tensor([number.get(part, len(number)) for part in parts], device=scores.device)
+        return scores[rows, torch.arange(len(rows), device=scores.device)].movedim(0, -1)
 
     def scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
         """Raw score (B,) float32 of each reply, prompts and replies as lists of the very ids
@@ -572,7 +572,7 @@ class RewardTask:
             index = [i for i, record in enumerate(records) if record.get("part") == part]
             own = self.agreement([records[i] for i in index], {k: x[index] for k, x in scores.items()})
             measured |= {f"{name}_{part}": value for name, value in own.items()}
-        self.extra["warnings"] = chance_warnings(records, measured)
+        self.extra["warnings"] = chance_warnings(self.kind, records, measured)
         return measured
 
     def raw_scores(self, records: list[dict], field: str, model: RewardModel | None = None) -> np.ndarray:

@@ -90,12 +90,10 @@ def denoised(pairs: Sequence[dict], strength: np.ndarray, flip_share: float = 0.
 
 # ---- chance --------------------------------------------------------------------------------------
 
-def chance_warnings(records: Sequence[dict], measured: dict[str, float]) -> list[str]:
+def chance_warnings(kind: str, records: Sequence[dict], measured: dict[str, float]) -> list[str]:
     """A warning if the agreement is what a model that learned nothing reaches once in twenty
     runs: 1.645 standard errors above chance."""
-    kind, n = feedback_kind(records[0]), sum(not record.get("tie") for record in records)
-    if not n:
-        return []
+    n = max(1, sum(not record.get("tie") for record in records))
     name, chance, error = {"pairwise": ("val_accuracy", 0.5, 0.5 / math.sqrt(n)),
                            "regression": ("val_correlation", 0.0, 1 / math.sqrt(max(1, n - 1))),
                            "label": ("val_auc", 0.5, 0.0)}[kind]
