@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from data.feedback import tie_odds_of
 from model import load_checkpoint, open_run
 from reward import RewardModel, RewardTask, reward_model_from, train_reward
@@ -138,3 +139,35 @@ def test_strength_is_for_pairs_without_margins(command, world, monkeypatch):
     with_records(monkeypatch, world, own, own)
     with pytest.raises(UserError, match="would replace the margins"):
         train_reward(command("reward", strong, "--adaptive_margin"))
+
+
+# ---- train.py reward --evaluate FILE -------------------------------------------------------------
+
+def on_file(world, tmp_path, records, *words):
+    """`train.py reward --evaluate FILE` on a file with these records; its exit code."""
+    file = tmp_path / "feedback.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return train.main(["reward", f"--evaluate={file}", f"--init_from={world.root / 'reward'}", *words])
+
+
+@pytest.mark.parametrize("kind,figures", [("pairs", "accuracy"), ("labels", "AUC"), ("scores", "correlation")])
+def test_a_finished_reward_model_is_measured_on_any_file(world, tmp_path, capsys, kind, figures):
+    records = {"pairs": made_up(20, tied=4), "labels": [
+        {"prompt": f"书{i}", "response": f"{'好差'[i % 2]}{i}", "label": i % 2} for i in range(20)], "scores": [
+        {"prompt": f"书{i}", "response": f"{'好差'[i % 2]}{i}", "score": i / 3} for i in range(20)]}[kind]
+    before = (world.root / "reward" / "checkpoint.pt").read_bytes()
+    assert on_file(world, tmp_path, records) == 0
+    said = capsys.readouterr().out
+    assert figures in said
+    for line in ("reward model", "the longer", "the shorter", "constant"):
+        assert line in said
+    assert ("4 ties" in said) == (kind == "pairs")
+    assert (world.root / "reward" / "checkpoint.pt").read_bytes() == before
+
+
+def test_an_evaluation_refuses_options_of_training(command, world, tmp_path):
+    o = command("reward", f"--evaluate={tmp_path / 'x.jsonl'}", "--epochs=3")
+    with pytest.raises(UserError, match="has no effect with --evaluate"):
+        train.reward(o)
+    with pytest.raises(UserError, match="evaluate has no effect in a run of all stages"):
+        train.main(["all", "--reward.evaluate=x.jsonl"])
