@@ -33,7 +33,7 @@ from data.batches import dialogue_rows, eval_windows, held_out_prompts, pack_row
 from data.dataset import SPLITS, feedback_of, require_one_feedback
 from data.feedback import require_varied
 from data.forms import parse_fields
-from data.prepare import open_for, open_stage, suited
+from data.prepare import kept_input, open_for, open_stage, suited
 from data.prepared import Prepared
 from data.records import load_records
 from model import (ModelConfig, Transformer, checkpoint_path, cross_entropy_sum, limit_length,
@@ -261,7 +261,7 @@ def measure_on_file(o: RewardOptions, stage: str) -> None:
     o.refuse(*sorted(o.explicit - used), why="with --evaluate, which trains nothing")
     model, tokenizer, state = load_checkpoint(o.init_from or run_folder(o, stage), pick_device(o.device),
                                               RewardModel)
-    records = load_records(o.evaluate, "reward", o.skip_bad, parse_fields(o.fields), say=True)
+    records = load_records(kept_input(o.evaluate), "reward", o.skip_bad, parse_fields(o.fields), say=True)
     scale = state.get("ratings") if feedback_of(records[0]) == "scores" else None
     rows, scored = evaluate.feedback_table(
         model, records, tokenizer, o.template or state.get("template", "{prompt}"),
@@ -385,9 +385,12 @@ def main(argv: list[str]) -> int:
                                 "train.py")
             for name in ("reward", "judge"):
                 options[name].refuse("evaluate", why="in a run of all stages: give it to this stage alone")
+            data = kept_input(options["ppo"].data)
+            options = {name: of_stage.replace(data=data) for name, of_stage in options.items()}
             o = options["ppo"]
         else:
             o = parse(STAGES[stage][0], rest, f"train.py {stage}")
+            o = o.replace(data=kept_input(o.data))
             o.refuse("report_prompts", why=f"on {stage} alone: it is for the report of `train.py "
                                            "all`")
         pick_device(o.device)  # fail early on a missing device
