@@ -40,11 +40,13 @@ from data.batches import (Rows, drop_long_prompts, held_out_prompts, make_rows, 
                           scatter_tokens, text_batches)
 from data.prepare import open_stage
 from data.prepared import Prepared
+from data.rewards import Part, RewardError, RewardSum, digests, make_scorers, read_reward
 from model import Transformer, load_parent, next_token_loss, open_run, token_logprobs
-from reward import RewardModel, Scorer, ScoreScale, chosen_reward_norm, critic_from
+from reward import RewardConfig, RewardModel, Scorer, ScoreScale, chosen_reward_norm, critic_from
 from runtime.alarms import Alarm, Alarms
 from runtime.device import compile_trunks, precision
 from runtime.draws import batch_indices, key
+from runtime.machine import resume_command
 from runtime.optim import clip_gradients, learning_rate, restore, stop_unless_finite
 from runtime.options import Common, UserError, option
 from runtime.products import use_products
@@ -80,11 +82,12 @@ class PPOOptions(Common):
     rollout_dtype: str = option("auto", "precision of writing; auto: as --dtype; int8: CPU only",
                                 choices=("auto", "float32", "bfloat16", "int8"))
     # Rewards.
+    reward: str = option("", "what is paid: parts NAME or NAME:WEIGHT, separated by commas; names: model, "
+                             "model.HEAD, length (tokens of a reply), FILE.py:FUNCTION; empty: the model")
     reward_norm: str = option("auto", "fixed: (raw − mean) / spread of the starting policy's "
-                                      "scores; running: also divided by the running spread; for "
-                                      "reward models trained on labels, whose raw scores are "
-                                      "log-odds, also logsigmoid: log P(liked), and sigmoid: 2 "
-                                      "P(liked) − 1; auto: logsigmoid for these, else fixed",
+                                      "scores; running: also divided by the running spread; for models of labels also "
+                                      "logsigmoid: log P(liked), and sigmoid: 2 P(liked) − 1; auto: logsigmoid "
+                                      "for these, else fixed",
                               choices=("auto", "fixed", "running", "sigmoid", "logsigmoid"),
                               source="MOSS: running")
     norm_replies: int = option(512, "replies that give raw scores their mean and spread", low=2,
@@ -96,16 +99,23 @@ class PPOOptions(Common):
                             source="validation; MOSS 0.05, swept .05 to .2; N+ 0.05", low=0)
     kl_in: str = option("reward", "k1 of each token in its reward, or k2 of each reply in the loss",
                         choices=("reward", "loss"), source="reward in MOSS, N+")
-    kl_control: str = option("fixed", "adaptive steers the coefficient towards --kl_target",
-                             choices=("fixed", "adaptive"), source="Ziegler 2019")
+    kl_control: str = option("auto", "adaptive steers the coefficient towards --kl_target; auto: fixed for models "
+                                     "of labels, for functions alone and if --kl_coef is given, else adaptive",
+                             choices=("auto", "fixed", "adaptive"), source="Ziegler 2019")
     kl_target: float = option(6.0, "nats per reply to aim at", source="Ziegler 2019", low=0.01)
-    kl_horizon: float = option(10_000.0, "replies over which it acts", source="Ziegler 2019", low=1)
+    kl_horizon: float = option(300.0, "replies over which it acts", source="measured; Ziegler 10,000", low=1)
     # Advantages and loss.
+    advantage: str = option("gae", "gae needs a critic, the others have none: a reply's reward less the mean of the "
+                                   "others to its prompt (rloo), less its group's mean, by their spread (grpo), less "
+                                   "the rollout's mean (reinforce)", choices=("gae", "rloo", "grpo", "reinforce"),
+                            source="Schulman 2016; Ahmadian 2024; Shao 2024; Williams 1992")
     gamma: float = option(1.0, "discount per token", source="N+, MOSS", low=0, high=1)
     lam: float = option(0.95, "GAE's trade of bias for variance",
                         source="Schulman 2016; N+ and MOSS's code 0.95, its paper 0.9", low=0, high=1)
     whiten: bool = option(True, "advantages to mean 0, spread 1 over the rollout", source="N+")
     clip_range: float = option(0.2, "policy ratio clip", source="Schulman 2017, N+, MOSS", low=0)
+    dual_clip: float = option(0.0, "where A < 0, no gradient above this ratio; above 1, 0 disables",
+                              source="Ye 2020: 3", low=0)
     value_clip: float = option(0.2, "value clip around the rollout's values; 0 disables",
                                source="N+, MOSS", low=0)
     value_coef: float = option(0.1, "weight of the value loss beside the policy's on a shared "
@@ -143,6 +153,8 @@ class PPOOptions(Common):
     save_every: int = option(10, "updates between checkpoints", low=1)
     eval_every: int = option(10, "updates between measurements on held-out prompts", low=1)
     eval_prompts: int = option(128, "held-out prompts measured then", low=1)
+    keep: str = option("last", "best: end with the policy of the measurement that held-out opinion, not the "
+                               "reward, finds best", choices=("last", "best"))
     report_prompts: int = option(500, "held-out prompts of the report of `all`", low=1, compared=False)
 
     def __post_init__(self) -> None:
@@ -155,8 +167,17 @@ class PPOOptions(Common):
         super().check()
         if self.kl_control == "fixed":
             self.refuse("kl_target", "kl_horizon", why="with --kl_control fixed")
-        elif self.kl_coef == 0:
+        elif self.kl_coef == 0 and (self.kl_control == "adaptive" or {"kl_target", "kl_horizon"} & self.explicit):
             raise UserError("ppo: adaptive control multiplies --kl_coef: from 0 it would never move")
+        if 0 < self.dual_clip <= 1:
+            raise UserError(f"ppo: --dual_clip {self.dual_clip:g} must be above 1, or 0 for none")
+        if self.advantage != "gae":
+            self.refuse("gamma", "lam", "critic", "critic_warmup", "critic_epochs", "critic_lr", "value_clip",
+                        "value_coef", why=f"with --advantage {self.advantage}, which has no critic")
+            if self.advantage != "reinforce" and self.samples_per_prompt < 2:
+                raise UserError(f"ppo: --advantage {self.advantage} compares replies to one prompt: give "
+                                "--samples_per_prompt 4, for example")
+            return
         if self.critic_warmup == 0:
             self.refuse("critic_epochs", why="with --critic_warmup 0")
         if self.critic_warmup >= self.updates:
@@ -246,6 +267,27 @@ def gae_estimator(scored: "ScoredReplies", o: PPOOptions) -> tuple[Tensor, Tenso
     return gae(scored.rewards, scored.values, scored.response_mask, o.gamma, o.lam)
 
 
+def group_estimator(scored: "ScoredReplies", o: PPOOptions) -> tuple[Tensor, Tensor]:
+    """Advantages without a critic, equal for all tokens of a reply; and returns, which nothing learns.
+
+    R: a reply's rewards summed, with --kl_in reward the KL in them; k: --samples_per_prompt.
+    rloo: R − mean of the k − 1 others of its group. grpo: (R − group's mean) / group's spread (by k);
+    every token counts alike, whatever its reply's length. reinforce: R − mean of all replies.
+    """
+    k, total = o.samples_per_prompt, scored.rewards.sum(1)
+    if o.advantage == "reinforce":
+        advantages = total - total.mean()
+    else:
+        groups = total.view(-1, k)  # a prompt's replies stand side by side
+        advantages = groups - groups.mean(1, keepdim=True)
+        if o.advantage == "rloo":
+            advantages = advantages * k / (k - 1)
+        else:
+            advantages = advantages / (groups.std(1, correction=0, keepdim=True) + 1e-4)
+    mask = scored.response_mask
+    return advantages.flatten()[:, None] * mask, torch.where(mask, total[:, None], 0)
+
+
 # ---- the networks --------------------------------------------------------------------------------
 
 class Prediction(NamedTuple):
@@ -312,6 +354,19 @@ class Networks:
     decoder: Decoder | None = None  # the policy ready to write; None: made for each rollout
 
 
+def critic_of(policy: Transformer, reward_model: RewardModel | None, from_raw: tuple[float, float],
+              paid: float) -> RewardModel:
+    """The critic: the reward model on the scale `from_raw` (`critic_from`); without one the policy's trunk
+    with a head that says `paid` everywhere."""
+    if reward_model is not None:
+        return critic_from(reward_model, *from_raw)
+    critic = RewardModel(RewardConfig(**dataclasses.asdict(policy.config)))
+    critic.backbone.load_state_dict(policy.state_dict())
+    nn.init.zeros_(critic.score_head.weight)
+    nn.init.constant_(critic.score_head.bias, paid)
+    return critic
+
+
 # ---- the rollout ---------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
@@ -357,6 +412,7 @@ class ScoredReplies(Replies):
     scores: Tensor  # (B,): normalised, clipped, less the penalty for a missing end
     rewards: Tensor  # (B, R)
     kl_coef: float  # the price of KL, in the rewards or in the loss
+    parts: dict[str, float]  # mean of each part of the reward, by the names of metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,7 +483,8 @@ def collect_rollout(networks: Networks, prompts: Sequence[list[int]], o: PPOOpti
     rewards = token_rewards(scores, prediction.logprobs, ref_logprobs, replies.response_mask,
                             kl_coef if o.kl_in == "reward" else 0.0)
     scored = ScoredReplies(**vars(replies), **prediction._asdict(), ref_logprobs=ref_logprobs,
-                           raw_scores=raw_scores, scores=scores, rewards=rewards, kl_coef=kl_coef)
+                           raw_scores=raw_scores, scores=scores, rewards=rewards, kl_coef=kl_coef,
+                           parts=scorer.means() if isinstance(scorer, RewardSum) else {})
     advantages, returns = estimator(scored, o)
     spread = 1.0
     if o.whiten:
@@ -455,8 +512,8 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "ref_perplexity": torch.exp(-masked_mean(rollout.ref_logprobs, mask)),
         "sampler_gap": masked_mean(gap, mask), "sampler_gap_max": gap.max(),
         "explained_variance": 1 - masked_variance(error, mask) / spread, "value_bias": masked_mean(error, mask)}
-    return {**{name: float(x) for name, x in metrics.items()}, "kl_coef": rollout.kl_coef,
-            "reply_tokens": int(mask.sum())}
+    return {**{name: float(x) for name, x in metrics.items()}, **rollout.parts,
+            "kl_coef": rollout.kl_coef, "reply_tokens": int(mask.sum())}
 
 
 # ---- learning ------------------------------------------------------------------------------------
@@ -523,7 +580,8 @@ def ppo_loss(batch: Minibatch, new: Prediction, o: PPOOptions) -> tuple[Tensor, 
     entropy_coef. The policy gradient is ∇J = E[Σ A_t ∇ log π(token_t)]; at ratio 1 the gradient of
     −A · ratio is −A ∇ log π, its negative. The ratio lets the same replies serve for several steps:
     once a step has moved a token's ratio beyond 1 ± ε in the direction that A asks for, the
-    maximum's gradient is 0 and nothing pulls it further. The last term is k2 of the whole reply:
+    maximum's gradient is 0 and nothing pulls it further. With --dual_clip c the maximum is at most −A · c
+    where A < 0 (Ye 2020, eq. 5): a ratio far above 1 has no gradient there either. The last term is k2 of the whole reply:
     its expected gradient E[Σ log π/π_ref · ∇ log π(reply)] is that of the KL.
 
     new: predictions (M, R) of the networks as they are now. Returns (loss, metrics), each metric as
@@ -534,7 +592,10 @@ def ppo_loss(batch: Minibatch, new: Prediction, o: PPOOptions) -> tuple[Tensor, 
     # Policy loss.
     surrogate = -batch.advantages * ratio
     clipped = -batch.advantages * ratio.clamp(1 - o.clip_range, 1 + o.clip_range)
-    policy_loss = batch.mean(torch.maximum(surrogate, clipped))
+    worse = torch.maximum(surrogate, clipped)
+    if o.dual_clip:
+        worse = torch.where(batch.advantages < 0, worse.minimum(-batch.advantages * o.dual_clip), worse)
+    policy_loss = batch.mean(worse)
     # Value loss.
     error = error_clipped = (values - batch.returns) ** 2
     if o.value_clip > 0:
@@ -664,35 +725,45 @@ class PPOTrainer:
     TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2}  # of ratio_start and sampler_gap
     ALARMS = (
         Alarm("end_rate", lambda x, _: x == 0, "every reply is truncated: raise --reply_len or --end_penalty"),
+        Alarm("eval_end_rate", lambda x, first: x < first - .1, "fewer replies end: raise --end_penalty"),
         Alarm("kl", lambda x, _: x > 20, "far from the reference: raise --kl_coef, or lower --policy_lr"),
+        Alarm("kl_of_target", lambda x, _: not .5 < x < 1.5,
+              "the target is not held: lower --kl_horizon, give a --kl_coef to start from, or more --updates"),
         Alarm("entropy", lambda x, _: x < .1, "nothing is explored: raise --kl_coef or --entropy_coef"),
-        Alarm("eval_distinct2", lambda x, first: x < first / 2, "replies repeat: raise --kl_coef, lower --updates"),
+        Alarm("eval_distinct2", lambda x, first: x < .85 * first, "replies repeat: raise --kl_coef, lower --updates"),
         Alarm("value_loss", lambda x, first: x > 10 * first + 1, "the critic diverges: lower --critic_lr"))
 
-    def __init__(self, run: Run, reference: Transformer, reward_model: RewardModel, data: Prepared,
-                 *, scorer: Scorer | None = None, estimator: Callable = gae_estimator,
-                 loss: Callable = ppo_loss):
+    def __init__(self, run: Run, reference: Transformer, reward_model: RewardModel | None, data: Prepared,
+                 *, terms: Sequence[Part] = (), scorer: Scorer | None = None,
+                 estimator: Callable | None = None, loss: Callable = ppo_loss):
         self.run, self.o, self.template = run, run.o, data.template
         o, state = run.o, run.state
         if o.reward_norm == "auto":
             raise ValueError("PPOTrainer: resolve reward_norm first, by chosen_reward_norm")
-        self.estimator, self.loss = estimator, loss
+        self.estimator, self.loss = estimator or (gae_estimator if o.advantage == "gae" else group_estimator), loss
         reference = copy.deepcopy(reference).requires_grad_(False).to(run.device)
-        self.reward_model = reward_model.requires_grad_(False).to(run.device)
-        self.reward_model.rows_at_once = o.micro_batch
-        for network in (reference, self.reward_model):
-            use_products(network, run.compute.products)
-        self.scorer = scorer or self.reward_model
+        self.reward_model = reward_model
+        if reward_model is not None:
+            reward_model.requires_grad_(False).to(run.device).rows_at_once = o.micro_batch
+        for network in (reference, reward_model):
+            if network is not None:
+                use_products(network, run.compute.products)
         # Prompts that leave room for a reply in every network.
-        room = min(run.model.config.max_len, reward_model.config.max_len) - o.reply_len
-        self.prompts = [record["prompt"] for record in drop_long_prompts(
-            data.records("ppo", "train"), run.tokenizer, data.template, room)]
+        room = min(x.config.max_len for x in (run.model, reward_model) if x is not None) - o.reply_len
+        records = drop_long_prompts(data.records("ppo", "train"), run.tokenizer, data.template, room)
+        self.prompts = [record["prompt"] for record in records]
         held_out = held_out_prompts(data, "val", run.tokenizer, room, o.eval_prompts)
+        # The reward. A sum is paid as it is: what is normalised in it are parts of the reward model.
+        self.scales = {name: ScoreScale(**x) for name, x in state.get("scales", {}).items()}
+        self.scorer = scorer or reward_model
+        if terms:
+            known = self.records_by_ids([*data.records("ppo", "val"), *reversed(records)])
+            self.scorer = RewardSum(terms, make_scorers(terms, reward_model, run.tokenizer, known), self.worth)
         # The scale of scores and the critic's first values; a checkpoint has both.
-        self.scale, from_raw, paid = ScoreScale(**state.get("scale", {})), (0.0, 1.0), 0.0
+        self.scale, from_raw, paid, spread = ScoreScale(**state.get("scale", {})), (0.0, 1.0), 0.0, 1.0
         if not state:
-            self.scale, from_raw, paid = self.measure_start()
-        critic = critic_from(self.reward_model, *from_raw) if o.critic == "separate" else None
+            self.scale, from_raw, paid, spread = self.measure_start()
+        critic = critic_of(run.model, reward_model, from_raw, paid) if o.critic == "separate" else None
         actor_critic = ActorCritic(run.model, critic, run.dtype)
         if critic is None:
             nn.init.constant_(actor_critic.value_head.bias, paid)
@@ -702,8 +773,7 @@ class PPOTrainer:
         groups = [{"params": list(run.model.parameters()), "lr": o.policy_lr},
                   {"params": list(actor_critic.value_module.parameters()), "lr": o.critic_lr}]
         self.optimizer = torch.optim.Adam(groups, eps=o.adam_eps, fused=True)
-        target = o.kl_target if o.kl_control == "adaptive" else None
-        self.control = KLController(state.get("kl_coef", o.kl_coef), target, o.kl_horizon)
+        self.control = self.start_control(state, spread)
         if state:
             actor_critic.value_module.load_state_dict(state["critic"])
             restore([self.optimizer], {"optimizers": [state["optimizer"]]})
@@ -719,32 +789,69 @@ class PPOTrainer:
             self.text = text_batches(data, window, rows, tokens, o.seed)
         self.held_out = evaluate.HeldOutPrompts(data, run.tokenizer, held_out, reference,
                                                 self.scorer, settings)
+        self.best: dict[str, Any] = state.get("best", {})
+        if o.keep == "best":
+            self.held_out.require_opinion()
 
-    def measure_start(self) -> tuple[ScoreScale, tuple[float, float], float]:
-        """(the scale of scores, (mean, std) for `critic_from`, the mean score paid), on replies that
-        the starting policy writes as PPO will.
+    def records_by_ids(self, records: Sequence[dict]) -> dict[tuple[int, ...], dict]:
+        """Prompts' records by their ids, other fields beside the prompt; of equal prompts the last one."""
+        return {tuple(prompt_ids(self.run.tokenizer, r["prompt"], self.template)):
+                {**r.get("extra", {}), "prompt": r["prompt"]} for r in records}
+
+    def worth(self, name: str, raw: Tensor) -> Tensor:
+        """What a raw score of a part of the reward model counts in a sum, as --reward_norm says."""
+        return self.scales[name].paid(raw, raw == raw, self.o.replace(reward_clip=0.0))
+
+    @property
+    def paying(self) -> PPOOptions:
+        """The options as they are for what the scorer gives: the sum of --reward is on its scale."""
+        return self.o.replace(reward_norm="fixed") if isinstance(self.scorer, RewardSum) else self.o
+
+    def measure_start(self) -> tuple[ScoreScale, tuple[float, float], float, float]:
+        """(the scale of scores, (mean, std) for `critic_from`, mean and spread of what is paid), on
+        replies that the starting policy writes as PPO will.
 
         With that mean and std, the critic starts at the mean and the spread of what is paid,
         penalties included. The replies are drawn from the streams of the reward stage, which
         measured this in earlier versions.
         """
-        o, run = self.o, self.run
+        o, run, model = self.o, self.run, self.reward_model
         index = batch_indices(len(self.prompts), o.norm_replies, 0, o.seed, "reward")
         ids = [prompt_ids(run.tokenizer, self.prompts[i], self.template) for i in index]
         replies = reply_ids(reply_to(run.model, run.tokenizer, ids, o.reply_len,
                                      temperature=o.temperature, batch_size=128,
                                      seed=key(o.seed, "reward", "reply")))
         with torch.no_grad(), precision(run.dtype, run.device):
-            own = ScoreScale.of(raw := self.reward_model.scores(ids, replies))
-            scale = own
-            if self.scorer is not self.reward_model:
+            own = scale = ScoreScale.of(raw := model.scores(ids, replies)) if model is not None else ScoreScale()
+            if isinstance(self.scorer, RewardSum):
+                self.scales = {name: ScoreScale.of(x, f"the reward model ({name})")
+                               for name, x in self.scorer.model_scores(ids, replies).items()}
+            if self.scorer is not model:
                 raw, scale = self.scorer.scores(ids, replies), ScoreScale()
-                if "sigmoid" not in o.reward_norm:
+                if "sigmoid" not in o.reward_norm and not isinstance(self.scorer, RewardSum):
                     scale = ScoreScale.of(raw, "the scorer")
         ended = torch.tensor([reply[-1] == run.tokenizer.eom_id for reply in replies])
-        paid = ScoreScale(scale.mean, scale.std).paid(raw.cpu(), ended, o)
-        mean, std = float(paid.mean()), own.std / max(1e-6, float(paid.std(correction=0)))
-        return scale, (own.mean - mean * std, std), mean
+        paid = ScoreScale(scale.mean, scale.std).paid(raw.cpu(), ended, self.paying)
+        mean, spread = float(paid.mean()), float(paid.std(correction=0))
+        std = own.std / max(1e-6, spread)
+        return scale, (own.mean - mean * std, std), mean, spread
+
+    def start_control(self, state: dict[str, Any], spread: float) -> KLController:
+        """The price of KL; spread: of what the starting policy is paid.
+
+        Scores of that spread, were they normal, have their optimum π_ref · exp(score / β) at spread² / 2β²
+        nats: without a --kl_coef, adaptive control starts where that is the target.
+        """
+        o, coef = self.o, self.o.kl_coef
+        if o.kl_control != "adaptive":
+            if spread > 10 * coef > 0 and isinstance(self.scorer, RewardSum):
+                tqdm.write(f"ppo: warning: the reward's spread over the starting policy's replies is {spread:.3g}, "
+                           f"{spread / coef:.0f} times --kl_coef {coef:g}: the policy will go far; {spread / 3:.2g} "
+                           "would be a usual price", file=sys.stderr)
+            return KLController(coef)
+        if "kl_coef" not in o.explicit and coef == PPOOptions.kl_coef and spread > 0:
+            coef = spread / math.sqrt(2 * o.kl_target)
+        return KLController(state.get("kl_coef", coef), o.kl_target, o.kl_horizon)
 
     def rates(self, step: int) -> tuple[float, float]:
         """Rates of (policy, critic) in this update: each rises from its own first update on, and
@@ -771,8 +878,8 @@ class PPOTrainer:
         """
         compiles = self.run.compute.compile == "on"
         if compiles:
-            scoring = (self.networks.reference, self.reward_model.backbone)
-            compile_trunks(*scoring, *self.trained_trunks())
+            scoring = [self.reward_model.backbone] if self.reward_model is not None else []
+            compile_trunks(self.networks.reference, *scoring, *self.trained_trunks())
         self.networks.decoder = Decoder(self.run.model, self.decoder_dtype, compile=compiles)
 
     def update(self, step: int) -> dict[str, float]:
@@ -786,7 +893,7 @@ class PPOTrainer:
         index = batch_indices(len(self.prompts), n_prompts, step, o.seed, "ppo")
         prompts = [self.prompts[i] for i in index]
         ids = [prompt_ids(self.run.tokenizer, prompt, self.template) for prompt in prompts]
-        rollout = collect_rollout(self.networks, ids, o, step=step, scorer=self.scorer,
+        rollout = collect_rollout(self.networks, ids, self.paying, step=step, scorer=self.scorer,
                                   scale=self.scale, kl_coef=self.control.coef,
                                   estimator=self.estimator)
         # Learn. The critic's first values may be far off: alone, it learns them without clip.
@@ -798,6 +905,10 @@ class PPOTrainer:
         metrics = rollout_metrics(rollout) | learned | self.independent_opinion(prompts, rollout)
         if train_policy:
             self.control.update(metrics["kl"], o.batch)
+        if o.kl_control == "adaptive" and step + 1 > .6 * o.updates:  # before, it may still be on its way
+            metrics["kl_of_target"] = metrics["kl"] / o.kl_target
+        if o.advantage != "gae":  # the head that stands for a critic learns nothing
+            metrics = {name: x for name, x in metrics.items() if "value" not in name and "explained" not in name}
         self.check_gaps(metrics, step)
         self.alarms.check(step + 1, metrics)
         seconds = {f"seconds_{name}": x for name, x in rollout.seconds.items()}
@@ -828,18 +939,58 @@ class PPOTrainer:
         """Figures on the held-out prompts, whose first replies go into samples.jsonl. measured: what
         `held_out.measure` gave before; None: measure now."""
         metrics, records = measured or self.held_out.measure(self.run.model)
+        if isinstance(self.scorer, RewardSum):
+            metrics |= self.scorer.means("eval_part_")
         self.run.samples(step, records[:12])
         self.alarms.check(step, metrics)
+        if self.o.keep == "best":
+            self.keep_best(step, metrics)
         return metrics
+
+    def keep_best(self, step: int, metrics: dict[str, float]) -> None:
+        """Keep the policy if held-out opinion finds it better than before; at the end the best takes the
+        last one's place."""
+        quality = self.held_out.quality(metrics, self.alarms.first)
+        if not self.best or quality > self.best["quality"]:
+            weights = {name: x.detach().cpu().clone() for name, x in self.run.model.state_dict().items()}
+            self.best = {"step": step, "quality": quality, "weights": weights}
+        if step == self.o.updates:
+            tqdm.write(f"ppo: kept the policy after update {self.best['step']} of {step}, whose replies held-out "
+                       f"opinion finds best ({self.best['quality']:.3f})", file=sys.stdout)
+            self.run.model.load_state_dict(self.best["weights"])
 
     def save(self, step: int) -> None:
         self.run.save(step, critic=self.networks.actor_critic.value_module.state_dict(),
                       optimizer=self.optimizer.state_dict(), scale=self.scale.state(),
+                      scales={name: scale.state() for name, scale in self.scales.items()},
                       kl_coef=self.control.coef, decoder_dtype=self.decoder_dtype,
-                      alarms=self.alarms.state(), example_prompts=self.held_out.prompts[:8])
+                      alarms=self.alarms.state(), example_prompts=self.held_out.prompts[:8],
+                      **({"best": self.best} if self.best else {}))
 
 
 # ---- the stage -----------------------------------------------------------------------------------
+
+def needs_model(o: PPOOptions, terms: Sequence[Part]) -> bool:
+    """Whether the reward has a part of the reward model; UserError for options that then say nothing."""
+    if not terms or any(term.head is not None for term in terms):
+        return True
+    o.refuse("reward_from", "reward_norm", why=f"with --reward {o.reward}, which has no part of a reward model")
+    return False
+
+
+def resolved(o: PPOOptions, terms: Sequence[Part], feedback: str) -> PPOOptions:
+    """The options with what `auto` means for this reward, and without a critic where none is used."""
+    reward_norm = chosen_reward_norm(o.reward_norm, feedback)
+    if terms and reward_norm == "running":
+        raise UserError("--reward_norm running is for a reward model alone, not for the parts of --reward: use fixed")
+    control, steered = o.kl_control, {"kl_target", "kl_horizon"} & o.explicit
+    if control == "auto":
+        several = len(terms) > 1 and needs_model(o, terms)
+        kind_steers = several or feedback not in ("label", "scores of any kind")
+        control = "adaptive" if steered or (kind_steers and "kl_coef" not in o.explicit) else "fixed"
+    without = {} if o.advantage == "gae" else {"critic": "shared", "critic_warmup": 0, "value_coef": 0.0}
+    return o.replace(reward_norm=reward_norm, kl_control=control, **without)
+
 
 def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     """J(π) = E[Σ γᵗ r]: reply, score, find out which tokens were better than expected, make those
@@ -849,25 +1000,33 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     fixed for a scorer. Returns the finished run, or None if it was finished before.
     """
     data, o = open_stage(o, "ppo")
+    terms = read_reward(o.reward)
     policy, tokenizer, state = load_parent(o, data, "sft", o.init_from)
-    reward_model, reward_tokenizer, reward_state = load_parent(o, data, "reward", o.reward_from, RewardModel)
-    tokenizer.require_same(reward_tokenizer, "the policy and the reward model")
-    feedback = "scores of any kind" if "scorer" in seams else reward_state.get("feedback", "unknown scores")
-    o = o.replace(reward_norm=chosen_reward_norm(o.reward_norm, feedback))
-    run = open_run("ppo", o, data, {"init": state["hash"], "reward": reward_state["hash"]}, policy,
-                   tokenizer)
+    parents, reward_model, feedback = {"init": state["hash"], **digests(terms)}, None, "scores of any kind"
+    if needs_model(o, terms):
+        reward_model, reward_tokenizer, reward_state = load_parent(o, data, "reward", o.reward_from, RewardModel)
+        tokenizer.require_same(reward_tokenizer, "the policy and the reward model")
+        parents["reward"] = reward_state["hash"]
+        if "scorer" not in seams:
+            feedback = reward_state.get("feedback", "unknown scores")
+    run = open_run("ppo", resolved(o, terms, feedback), data, parents, policy, tokenizer)
     if run is None:
         return None
+    o = run.o
     if o.rollout_dtype == "int8" and run.device != "cpu":
         raise UserError(f"--rollout_dtype int8 is for a CPU: on {run.device} use bfloat16")
-    trainer, metrics = PPOTrainer(run, policy, reward_model, data, **seams), {}
+    trainer, metrics = PPOTrainer(run, policy, reward_model, data, terms=terms, **seams), {}
     # Measured before training begins, which makes the folder this run's: until then nothing changes.
     start = trainer.held_out.measure(run.model) if run.step == 0 else None
     with run.progress(o.updates) as bar:
         if start:
             run.log(0, **trainer.measure(0, start))
         for step in range(run.step, o.updates):
-            metrics = trainer.update(step)
+            try:
+                metrics = trainer.update(step)
+            except RewardError as error:  # nothing has changed in this update: no earlier one is lost
+                trainer.save(step)
+                raise UserError(f"{error}; saved after update {step}, go on with `{resume_command(o)}`") from error
             done, last = step + 1, step + 1 == o.updates
             if run.compute.starts_compiling(done, o.updates, o.critic_warmup + 3, o.critic_warmup):
                 trainer.prepare_decoder()

@@ -25,6 +25,7 @@ from data.batches import (drop_equal_pairs, drop_long_prompts, pack_rows, reward
                           reward_rows)
 from data.prepare import open_stage
 from data.prepared import Prepared
+from data.rewards import PythonReward as PythonReward  # a scorer, for who imports it from here
 from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, load_parent, open_run)
 from runtime.device import precision
 from runtime.draws import batch_indices, key, torch_seed
@@ -134,33 +135,6 @@ class Scorer(Protocol):
 
     def scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
         """One score (B,) for each reply, from prompts and replies as lists of token ids."""
-
-
-class PythonReward:
-    """A Python function as a scorer: function(prompts, replies), both lists of texts -> a number
-    each.
-
-    >>> class Letters:  # stands in for a tokenizer; -1 is its end token
-    ...     eom_id, decode = -1, staticmethod(lambda ids: "".join(map(chr, ids)))
-    ...     reply_text = staticmethod(lambda ids: "".join(chr(i) for i in ids if i >= 0))
-    >>> short = PythonReward(lambda prompts, replies: [-len(reply) for reply in replies], Letters)
-    >>> short.scores([[72, 105]], [[104, 101, -1]])
-    tensor([-2.])
-    """
-
-    def __init__(self, function: Any, tokenizer: Any, device: str = "cpu"):
-        self.function, self.tokenizer, self.device = function, tokenizer, device
-
-    def scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
-        """Score (B,) float32 of each reply; control tokens are no part of its text."""
-        prompts = [self.tokenizer.decode([i for i in ids if i != self.tokenizer.eom_id])
-                   for ids in prompts]
-        replies = [self.tokenizer.reply_text(ids) for ids in replies]
-        scores = torch.tensor(self.function(prompts, replies), dtype=torch.float32)
-        if not scores.isfinite().all():
-            raise UserError(f"the reward function gives scores that are not finite numbers: "
-                            f"{scores.tolist()[:4]} …; mend it")
-        return scores.to(self.device)
 
 
 def longest_row(model: RewardModel, state: dict[str, Any]) -> int:
