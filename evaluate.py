@@ -115,6 +115,9 @@ def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Token
     return metrics, records, rows
 
 
+OPINION = ("eval_judged_positive", 1)  # what PPO's --keep best goes by, and that higher is better
+
+
 class HeldOutPrompts:
     """The same held-out prompts and random numbers each time a policy is measured while it trains.
     """
@@ -134,18 +137,6 @@ class HeldOutPrompts:
             policy, self.reference, self.tokenizer, self.prompts, self.template,
             reward_model=self.reward_model, judges=self.judges, settings=self.settings)
         return {f"eval_{name}": metrics[name] for name in self.NAMES if name in metrics}, records
-
-    def require_opinion(self) -> None:
-        """UserError without a judge, by whom --keep best goes."""
-        if not self.judges:
-            raise UserError("--keep best goes by a judge, and this data set has none: leave --keep out, or bring "
-                            "more feedback, of which judges get a share")
-
-    def quality(self, metrics: dict[str, float], first: dict[str, float]) -> float:
-        """The share that a judge, not the reward, finds good; −1 if distinct-2 fell below 85 % of the
-        first."""
-        repeats = metrics["eval_distinct2"] < 0.85 * first.get("eval_distinct2", 0.0)
-        return -1.0 if repeats else metrics["eval_judged_positive"]
 
     def opinion(self, prompts: Sequence, texts: Sequence[str]) -> dict[str, float]:
         """What the independent judge says of other replies; {} without a judge."""

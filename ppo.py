@@ -40,11 +40,15 @@ from data.batches import (Rows, drop_long_prompts, held_out_prompts, make_rows, 
                           scatter_tokens, text_batches)
 from data.prepare import open_stage
 from data.prepared import Prepared
-from data.rewards import Part, RewardError, RewardSum, digests, make_scorers, read_reward
+from data.functions import RewardError
+from data.rewards import (Part, RewardSum, ScoreScale, chosen_reward_norm as chosen_reward_norm, digests,
+                          needs_model, part_means, read_reward, resolved)
 from model import Transformer, load_parent, next_token_loss, open_run, token_logprobs
-from reward import RewardConfig, RewardModel, Scorer, ScoreScale, chosen_reward_norm, critic_from
+from reward import RewardModel, Scorer, critic_from, critic_of_policy
+from runtime.control import KLController
 from runtime.alarms import Alarm, Alarms
 from runtime.device import compile_trunks, precision
+from runtime.fit import Best
 from runtime.draws import batch_indices, key
 from runtime.machine import resume_command
 from runtime.optim import clip_gradients, learning_rate, restore, stop_unless_finite
@@ -61,37 +65,30 @@ class PPOOptions(Common):
     """`python train.py ppo`"""
 
     PRESETS: ClassVar = {
-        "smoke": dict(updates=6, batch=8, rollout_rows=4, reply_len=16, norm_replies=64,
-                      critic_warmup=1, save_every=1, eval_every=2, eval_prompts=8,
-                      report_prompts=20),
-        "base": dict(dtype="auto", updates=200, batch=256, rollout_rows=128, reply_len=128,
-                     micro_batch=32, policy_lr=1e-5, critic_lr=2e-5, eval_every=20,
-                     eval_prompts=256),
+        "smoke": dict(updates=6, batch=8, rollout_rows=4, reply_len=16, norm_replies=64, critic_warmup=1,
+                      save_every=1, eval_every=2, eval_prompts=8, report_prompts=20),
+        "base": dict(dtype="auto", updates=200, batch=256, rollout_rows=128, reply_len=128, micro_batch=32,
+                     policy_lr=1e-5, critic_lr=2e-5, eval_every=20, eval_prompts=256),
     }
 
     # The rollout.
     updates: int = option(40, "rollouts, each followed by --epochs passes", low=1)
     batch: int = option(144, "replies per rollout", low=1, high=1_000_000)
     samples_per_prompt: int = option(1, "replies to each prompt, a group (for RLOO)", low=1)
-    reply_len: int = option(64, "longest reply in tokens; a truncated reply counts as terminal (no "
-                                "bootstrap value)", low=1)
-    temperature: float = option(1.0, "of sampling and of every log-probability alike; top-k and the "
-                                     "like are for chatting only",
-                                source="N+: else the ratio does not start at 1", low=0.001)
+    reply_len: int = option(64, "longest reply in tokens; a truncated one is terminal: no bootstrap value", low=1)
+    temperature: float = option(1.0, "of sampling and of every log-probability alike; top-k and the like are for "
+                                     "chatting only", source="N+: else the ratio does not start at 1", low=0.001)
     rollout_rows: int = option(64, "replies written at a time; ended ones make room", low=1)
     rollout_dtype: str = option("auto", "precision of writing; auto: as --dtype; int8: CPU only",
                                 choices=("auto", "float32", "bfloat16", "int8"))
     # Rewards.
     reward: str = option("", "what is paid: parts NAME or NAME:WEIGHT, separated by commas; names: model, "
                              "model.HEAD, length (tokens of a reply), FILE.py:FUNCTION; empty: the model")
-    reward_norm: str = option("auto", "fixed: (raw − mean) / spread of the starting policy's "
-                                      "scores; running: also divided by the running spread; for models of labels also "
-                                      "logsigmoid: log P(liked), and sigmoid: 2 P(liked) − 1; auto: logsigmoid "
-                                      "for these, else fixed",
-                              choices=("auto", "fixed", "running", "sigmoid", "logsigmoid"),
-                              source="MOSS: running")
-    norm_replies: int = option(512, "replies that give raw scores their mean and spread", low=2,
-                               high=100_000)
+    reward_norm: str = option("auto", "fixed: (raw − mean) / spread of the starting policy's scores; running: also "
+                                      "over the running spread; for models of labels also logsigmoid: log P(liked) "
+                                      "(their auto; else fixed), and sigmoid: 2 P(liked) − 1",
+                              choices=("auto", "fixed", "running", "sigmoid", "logsigmoid"), source="MOSS: running")
+    norm_replies: int = option(512, "replies that give raw scores their mean and spread", low=2, high=100_000)
     reward_clip: float = option(10.0, "clip scores to ± this; 0 disables", source="MOSS 10", low=0)
     end_penalty: float = option(3.0, "subtract this, after the clip, from a reply without end token",
                                 source="validation; TRL: 1", low=0)
@@ -114,13 +111,10 @@ class PPOOptions(Common):
                         source="Schulman 2016; N+ and MOSS's code 0.95, its paper 0.9", low=0, high=1)
     whiten: bool = option(True, "advantages to mean 0, spread 1 over the rollout", source="N+")
     clip_range: float = option(0.2, "policy ratio clip", source="Schulman 2017, N+, MOSS", low=0)
-    dual_clip: float = option(0.0, "where A < 0, no gradient above this ratio; above 1, 0 disables",
-                              source="Ye 2020: 3", low=0)
-    value_clip: float = option(0.2, "value clip around the rollout's values; 0 disables",
-                               source="N+, MOSS", low=0)
-    value_coef: float = option(0.1, "weight of the value loss beside the policy's on a shared "
-                                    "trunk; with a separate critic it only matters through "
-                                    "--max_grad_norm and --adam_eps", source="N+", low=0)
+    dual_clip: float = option(0.0, "where A < 0 no gradient above this ratio; 0 disables", source="Ye 2020: 3", low=0)
+    value_clip: float = option(0.2, "value clip around the rollout's values; 0 disables", source="N+, MOSS", low=0)
+    value_coef: float = option(0.1, "weight of the value loss beside the policy's on a shared trunk; a separate critic "
+                                    "feels it only by --max_grad_norm and --adam_eps", source="N+", low=0)
     entropy_coef: float = option(0.0, "entropy bonus", source="MOSS: not recommended")
     ptx_coef: float = option(0.0, "weight, in each step of the policy, of the loss on pretraining text",
                              source="InstructGPT's PPO-ptx: 27.8; MOSS-RLHF part I", low=0)
@@ -137,18 +131,14 @@ class PPOOptions(Common):
     critic_epochs: int = option(4, "passes over each of these rollouts", low=1)
     policy_lr: float = option(5e-4, "Adam's rate for the policy; small models need higher ones", low=0,
                               source="measured here; MOSS 5e-7 at 7B, Ziegler's code 1e-5 at 124M")
-    critic_lr: float = option(5e-4, "Adam's rate for the critic",
-                              source="measured here; MOSS 1.65e-6 at 7B", low=0)
-    adam_eps: float = option(1e-8, "Adam's epsilon; keep it below gradients, 1e-6 to 1e-5 in the "
-                                   "demo's critic", source="N+: 1e-5", low=0)
-    warmup: float = option(0.3, "share of its updates over which the policy's rate rises; the "
-                                "critic's rises while it learns alone",
-                           source="validation; MOSS 0.1", low=0, high=1)
-    final_lr: float = option(0.1, "then rates fall linearly to this share of themselves",
-                             source="N+: to 0", low=0, high=1)
+    critic_lr: float = option(5e-4, "Adam's rate for the critic", source="measured here; MOSS 1.65e-6 at 7B", low=0)
+    adam_eps: float = option(1e-8, "Adam's; keep it below gradients, 1e-6 to 1e-5 here", source="N+: 1e-5", low=0)
+    warmup: float = option(0.3, "share of its updates over which the policy's rate rises; the critic's rises while it "
+                                "learns alone", source="validation; MOSS 0.1", low=0, high=1)
+    final_lr: float = option(0.1, "then rates fall to this share of themselves", source="N+: 0", low=0, high=1)
     max_grad_norm: float = option(1.0, "clip each network's gradients to this norm; 0 disables", low=0)
-    max_approx_kl: float = option(0.0, "skip the policy's remaining minibatches of an update above "
-                                       "this; 0 disables", source="Spinning Up: 0.015", low=0)
+    max_approx_kl: float = option(0.0, "above it the policy skips the rest of an update; 0 disables", low=0,
+                                  source="Spinning Up: 0.015")
     # Saving and measuring.
     save_every: int = option(10, "updates between checkpoints", low=1)
     eval_every: int = option(10, "updates between measurements on held-out prompts", low=1)
@@ -160,8 +150,7 @@ class PPOOptions(Common):
     def __post_init__(self) -> None:
         for name in ("minibatches", "samples_per_prompt"):
             if self.batch % getattr(self, name):
-                raise UserError(f"ppo: --batch {self.batch} does not divide into --{name} "
-                                f"{getattr(self, name)}")
+                raise UserError(f"ppo: --batch {self.batch} does not divide into --{name} {getattr(self, name)}")
 
     def check(self) -> None:
         super().check()
@@ -175,15 +164,13 @@ class PPOOptions(Common):
             self.refuse("gamma", "lam", "critic", "critic_warmup", "critic_epochs", "critic_lr", "value_clip",
                         "value_coef", why=f"with --advantage {self.advantage}, which has no critic")
             if self.advantage != "reinforce" and self.samples_per_prompt < 2:
-                raise UserError(f"ppo: --advantage {self.advantage} compares replies to one prompt: give "
-                                "--samples_per_prompt 4, for example")
+                raise UserError(f"ppo: --advantage {self.advantage} needs --samples_per_prompt 2 or more")
             return
         if self.critic_warmup == 0:
             self.refuse("critic_epochs", why="with --critic_warmup 0")
         if self.critic_warmup >= self.updates:
-            raise UserError(f"ppo: the first {self.critic_warmup} updates train the critic alone "
-                            f"(--critic_warmup), so with --updates {self.updates} the policy would "
-                            "never learn: change one of them")
+            raise UserError(f"ppo: the first {self.critic_warmup} updates train the critic alone (--critic_warmup), so "
+                            f"with --updates {self.updates} the policy would never learn: change one of them")
 
 
 # ---- rewards -------------------------------------------------------------------------------------
@@ -216,26 +203,6 @@ def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: 
     last = torch.where(mask, column, -1).amax(1, keepdim=True)  # −1 if the row is empty
     rewards = torch.where(mask, rewards, 0)
     return torch.where(column == last, rewards + scores.detach().float()[:, None], rewards)
-
-
-class KLController:
-    """The price of KL, fixed or steered so that a reply's KL comes near a target (Ziegler 2019)."""
-
-    def __init__(self, coef: float, target: float | None = None, horizon: float = 10_000):
-        self.coef, self.target, self.horizon = coef, target, horizon
-
-    def update(self, kl_per_reply: float, n_replies: int) -> None:
-        """coefficient *= max(0.1, 1 + clip(KL / target − 1, ± 0.2) · replies / horizon): it stays above
-        0, from where it would never move.
-
-        >>> control = KLController(0.2, target=6)
-        >>> control.update(9.0, 256)
-        >>> round(control.coef, 6)
-        0.201024
-        """
-        if self.target is not None:
-            error = min(max(kl_per_reply / self.target - 1, -0.2), 0.2)
-            self.coef *= max(0.1, 1 + error * n_replies / self.horizon)
 
 
 # ---- advantages ----------------------------------------------------------------------------------
@@ -306,8 +273,7 @@ class ActorCritic(nn.Module):
     """Policy and critic. The critic is a network of its own, or (critic=None) a scalar head on the
     policy's trunk. dtype: of both networks' matrix products."""
 
-    def __init__(self, policy: Transformer, critic: RewardModel | None = None,
-                 dtype: str = "float32"):
+    def __init__(self, policy: Transformer, critic: RewardModel | None = None, dtype: str = "float32"):
         super().__init__()
         self.policy, self.critic, self.dtype = policy, critic, dtype
         self.value_head = None
@@ -333,8 +299,7 @@ class ActorCritic(nn.Module):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_policy):
             hidden = self.policy.hidden(rows.tokens, where=rows.before)
-            logprobs, entropy = token_logprobs(self.policy, hidden, rows.targets, temperature,
-                                               train_entropy)
+            logprobs, entropy = token_logprobs(self.policy, hidden, rows.targets, temperature, train_entropy)
         if self.critic is not None:
             hidden = self.critic.backbone.hidden(rows.tokens, where=rows.before)
             values = self.critic.head_values(hidden)
@@ -352,19 +317,6 @@ class Networks:
     reference: Transformer
     end_id: int  # the token that ends a reply
     decoder: Decoder | None = None  # the policy ready to write; None: made for each rollout
-
-
-def critic_of(policy: Transformer, reward_model: RewardModel | None, from_raw: tuple[float, float],
-              paid: float) -> RewardModel:
-    """The critic: the reward model on the scale `from_raw` (`critic_from`); without one the policy's trunk
-    with a head that says `paid` everywhere."""
-    if reward_model is not None:
-        return critic_from(reward_model, *from_raw)
-    critic = RewardModel(RewardConfig(**dataclasses.asdict(policy.config)))
-    critic.backbone.load_state_dict(policy.state_dict())
-    nn.init.zeros_(critic.score_head.weight)
-    nn.init.constant_(critic.score_head.bias, paid)
-    return critic
 
 
 # ---- the rollout ---------------------------------------------------------------------------------
@@ -425,8 +377,7 @@ class Rollout(ScoredReplies):
     seconds: dict[str, float]  # of writing and of scoring
 
 
-def sample_replies(networks: Networks, prompts: Sequence[list[int]], o: PPOOptions,
-                   step: int) -> Replies:
+def sample_replies(networks: Networks, prompts: Sequence[list[int]], o: PPOOptions, step: int) -> Replies:
     """A reply to each prompt, drawn from the whole softmax at PPO's temperature; each prompt stands
     samples_per_prompt times. All draws follow from (seed, stage, step, row).
     """
@@ -484,15 +435,14 @@ def collect_rollout(networks: Networks, prompts: Sequence[list[int]], o: PPOOpti
                             kl_coef if o.kl_in == "reward" else 0.0)
     scored = ScoredReplies(**vars(replies), **prediction._asdict(), ref_logprobs=ref_logprobs,
                            raw_scores=raw_scores, scores=scores, rewards=rewards, kl_coef=kl_coef,
-                           parts=scorer.means() if isinstance(scorer, RewardSum) else {})
+                           parts=part_means(scorer, repeated, reply_ids(replies.generation)))
     advantages, returns = estimator(scored, o)
     spread = 1.0
     if o.whiten:
         spread = math.sqrt(float(masked_variance(advantages, scored.response_mask)) + 1e-8)
         advantages = whiten(advantages, scored.response_mask)
     seconds = {"generate": written - start, "score": time.perf_counter() - written}
-    return Rollout(**vars(scored), advantages=advantages, returns=returns, spread=spread,
-                   seconds=seconds)
+    return Rollout(**vars(scored), advantages=advantages, returns=returns, spread=spread, seconds=seconds)
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
@@ -541,12 +491,10 @@ class Minibatch:
     train_policy: bool = True
 
     @classmethod
-    def of(cls, rollout: Rollout, index: Tensor, n_tokens: Tensor,
-           train_policy: bool = True) -> "Minibatch":
+    def of(cls, rollout: Rollout, index: Tensor, n_tokens: Tensor, train_policy: bool = True) -> "Minibatch":
         """These rows of a rollout. Padding becomes 0: a NaN in it must not reach a gradient."""
         mask = rollout.response_mask[index]
-        arrays = (rollout.logprobs, rollout.ref_logprobs, rollout.values, rollout.advantages,
-                  rollout.returns)
+        arrays = (rollout.logprobs, rollout.ref_logprobs, rollout.values, rollout.advantages, rollout.returns)
         return cls(mask, *(torch.where(mask, x[index], 0) for x in arrays), n_tokens,
                    rollout.kl_coef / rollout.spread, train_policy)
 
@@ -581,8 +529,8 @@ def ppo_loss(batch: Minibatch, new: Prediction, o: PPOOptions) -> tuple[Tensor, 
     −A · ratio is −A ∇ log π, its negative. The ratio lets the same replies serve for several steps:
     once a step has moved a token's ratio beyond 1 ± ε in the direction that A asks for, the
     maximum's gradient is 0 and nothing pulls it further. With --dual_clip c the maximum is at most −A · c
-    where A < 0 (Ye 2020, eq. 5): a ratio far above 1 has no gradient there either. The last term is k2 of the whole reply:
-    its expected gradient E[Σ log π/π_ref · ∇ log π(reply)] is that of the KL.
+    where A < 0 (Ye 2020, eq. 5): a ratio far above 1 has no gradient there either. The last term is k2 of the
+    whole reply: its expected gradient E[Σ log π/π_ref · ∇ log π(reply)] is that of the KL.
 
     new: predictions (M, R) of the networks as they are now. Returns (loss, metrics), each metric as
     (this part's share of the mean, its weight in tokens).
@@ -672,12 +620,10 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             # Has the policy moved too far already?
             if policy_active and o.max_approx_kl > 0:
                 with torch.no_grad():
-                    ratios = [batch.log_ratio(predict(actor_critic, rollout, index, o))
-                              for index, batch in parts]
+                    ratios = [batch.log_ratio(predict(actor_critic, rollout, index, o)) for index, batch in parts]
                 if float(sum((torch.expm1(x) - x).sum() for x in ratios)) > o.max_approx_kl * n_tokens:
                     policy_active, start = False, start or ratio_start(ratios, n_tokens)
-                    parts = [(index, dataclasses.replace(batch, train_policy=False))
-                             for index, batch in parts]
+                    parts = [(index, dataclasses.replace(batch, train_policy=False)) for index, batch in parts]
             skipped += train_policy and not policy_active
             # One optimizer step.
             optimizer.zero_grad(set_to_none=True)
@@ -691,8 +637,7 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             clipped = clip_gradients(modules, o.max_grad_norm)
             shares |= {name: (norm, torch.ones_like(norm)) for name, norm in clipped.items()}
             numbers = {name: x for name, (x, _) in shares.items() if name.endswith(("loss", "norm"))}
-            stop_unless_finite(numbers, f"update {step + 1}, epoch {epoch + 1}",
-                               "lower --policy_lr or --critic_lr")
+            stop_unless_finite(numbers, f"update {step + 1}, epoch {epoch + 1}", "lower --policy_lr or --critic_lr")
             optimizer.step()
             # Keep what is logged.
             if policy_active:
@@ -740,30 +685,28 @@ class PPOTrainer:
         o, state = run.o, run.state
         if o.reward_norm == "auto":
             raise ValueError("PPOTrainer: resolve reward_norm first, by chosen_reward_norm")
-        self.estimator, self.loss = estimator or (gae_estimator if o.advantage == "gae" else group_estimator), loss
-        reference = copy.deepcopy(reference).requires_grad_(False).to(run.device)
+        self.loss = loss
+        self.estimator = estimator or (gae_estimator if o.advantage == "gae" else group_estimator)
+        reference = copy.deepcopy(reference)
         self.reward_model = reward_model
-        if reward_model is not None:
-            reward_model.requires_grad_(False).to(run.device).rows_at_once = o.micro_batch
-        for network in (reference, reward_model):
-            if network is not None:
-                use_products(network, run.compute.products)
+        for network in (reference, reward_model) if reward_model is not None else (reference,):
+            use_products(network.requires_grad_(False).to(run.device), run.compute.products)
+            network.rows_at_once = o.micro_batch
         # Prompts that leave room for a reply in every network.
         room = min(x.config.max_len for x in (run.model, reward_model) if x is not None) - o.reply_len
         records = drop_long_prompts(data.records("ppo", "train"), run.tokenizer, data.template, room)
         self.prompts = [record["prompt"] for record in records]
         held_out = held_out_prompts(data, "val", run.tokenizer, room, o.eval_prompts)
-        # The reward. A sum is paid as it is: what is normalised in it are parts of the reward model.
-        self.scales = {name: ScoreScale(**x) for name, x in state.get("scales", {}).items()}
         self.scorer = scorer or reward_model
         if terms:
-            known = self.records_by_ids([*data.records("ppo", "val"), *reversed(records)])
-            self.scorer = RewardSum(terms, make_scorers(terms, reward_model, run.tokenizer, known), self.worth)
+            self.scorer = RewardSum(terms, reward_model, run.tokenizer, o, template=data.template,
+                                    records=[*records, *data.records("ppo", "val")], scales=state.get("scales"))
         # The scale of scores and the critic's first values; a checkpoint has both.
         self.scale, from_raw, paid, spread = ScoreScale(**state.get("scale", {})), (0.0, 1.0), 0.0, 1.0
         if not state:
             self.scale, from_raw, paid, spread = self.measure_start()
-        critic = critic_of(run.model, reward_model, from_raw, paid) if o.critic == "separate" else None
+        critic = None if o.critic == "shared" else (
+            critic_from(reward_model, *from_raw) if reward_model is not None else critic_of_policy(run.model, paid))
         actor_critic = ActorCritic(run.model, critic, run.dtype)
         if critic is None:
             nn.init.constant_(actor_critic.value_head.bias, paid)
@@ -773,7 +716,7 @@ class PPOTrainer:
         groups = [{"params": list(run.model.parameters()), "lr": o.policy_lr},
                   {"params": list(actor_critic.value_module.parameters()), "lr": o.critic_lr}]
         self.optimizer = torch.optim.Adam(groups, eps=o.adam_eps, fused=True)
-        self.control = self.start_control(state, spread)
+        self.control = KLController.starting(o, spread, state.get("kl_coef"))
         if state:
             actor_critic.value_module.load_state_dict(state["critic"])
             restore([self.optimizer], {"optimizers": [state["optimizer"]]})
@@ -787,24 +730,12 @@ class PPOTrainer:
             rows, window = self.TEXT_ROWS, min(128, run.model.config.max_len)
             tokens = o.updates * o.epochs * o.minibatches * rows * window
             self.text = text_batches(data, window, rows, tokens, o.seed)
-        self.held_out = evaluate.HeldOutPrompts(data, run.tokenizer, held_out, reference,
-                                                self.scorer, settings)
-        self.best: dict[str, Any] = state.get("best", {})
-        if o.keep == "best":
-            self.held_out.require_opinion()
-
-    def records_by_ids(self, records: Sequence[dict]) -> dict[tuple[int, ...], dict]:
-        """Prompts' records by their ids, other fields beside the prompt; of equal prompts the last one."""
-        return {tuple(prompt_ids(self.run.tokenizer, r["prompt"], self.template)):
-                {**r.get("extra", {}), "prompt": r["prompt"]} for r in records}
-
-    def worth(self, name: str, raw: Tensor) -> Tensor:
-        """What a raw score of a part of the reward model counts in a sum, as --reward_norm says."""
-        return self.scales[name].paid(raw, raw == raw, self.o.replace(reward_clip=0.0))
+        self.held_out = evaluate.HeldOutPrompts(data, run.tokenizer, held_out, reference, self.scorer, settings)
+        self.best = Best(*evaluate.OPINION, state.get("best")) if o.keep == "best" else None
 
     @property
     def paying(self) -> PPOOptions:
-        """The options as they are for what the scorer gives: the sum of --reward is on its scale."""
+        """The options as `ScoreScale.paid` reads them: the sum of --reward has its scale, and keeps it."""
         return self.o.replace(reward_norm="fixed") if isinstance(self.scorer, RewardSum) else self.o
 
     def measure_start(self) -> tuple[ScoreScale, tuple[float, float], float, float]:
@@ -824,8 +755,7 @@ class PPOTrainer:
         with torch.no_grad(), precision(run.dtype, run.device):
             own = scale = ScoreScale.of(raw := model.scores(ids, replies)) if model is not None else ScoreScale()
             if isinstance(self.scorer, RewardSum):
-                self.scales = {name: ScoreScale.of(x, f"the reward model ({name})")
-                               for name, x in self.scorer.model_scores(ids, replies).items()}
+                self.scorer.measure(ids, replies)
             if self.scorer is not model:
                 raw, scale = self.scorer.scores(ids, replies), ScoreScale()
                 if "sigmoid" not in o.reward_norm and not isinstance(self.scorer, RewardSum):
@@ -835,23 +765,6 @@ class PPOTrainer:
         mean, spread = float(paid.mean()), float(paid.std(correction=0))
         std = own.std / max(1e-6, spread)
         return scale, (own.mean - mean * std, std), mean, spread
-
-    def start_control(self, state: dict[str, Any], spread: float) -> KLController:
-        """The price of KL; spread: of what the starting policy is paid.
-
-        Scores of that spread, were they normal, have their optimum π_ref · exp(score / β) at spread² / 2β²
-        nats: without a --kl_coef, adaptive control starts where that is the target.
-        """
-        o, coef = self.o, self.o.kl_coef
-        if o.kl_control != "adaptive":
-            if spread > 10 * coef > 0 and isinstance(self.scorer, RewardSum):
-                tqdm.write(f"ppo: warning: the reward's spread over the starting policy's replies is {spread:.3g}, "
-                           f"{spread / coef:.0f} times --kl_coef {coef:g}: the policy will go far; {spread / 3:.2g} "
-                           "would be a usual price", file=sys.stderr)
-            return KLController(coef)
-        if "kl_coef" not in o.explicit and coef == PPOOptions.kl_coef and spread > 0:
-            coef = spread / math.sqrt(2 * o.kl_target)
-        return KLController(state.get("kl_coef", coef), o.kl_target, o.kl_horizon)
 
     def rates(self, step: int) -> tuple[float, float]:
         """Rates of (policy, critic) in this update: each rises from its own first update on, and
@@ -939,58 +852,23 @@ class PPOTrainer:
         """Figures on the held-out prompts, whose first replies go into samples.jsonl. measured: what
         `held_out.measure` gave before; None: measure now."""
         metrics, records = measured or self.held_out.measure(self.run.model)
-        if isinstance(self.scorer, RewardSum):
-            metrics |= self.scorer.means("eval_part_")
         self.run.samples(step, records[:12])
         self.alarms.check(step, metrics)
-        if self.o.keep == "best":
-            self.keep_best(step, metrics)
+        repeats = metrics["eval_distinct2"] < .85 * self.alarms.first["eval_distinct2"]
+        if self.best is not None and not repeats:
+            self.best.see(step, self.run.model, metrics)
         return metrics
-
-    def keep_best(self, step: int, metrics: dict[str, float]) -> None:
-        """Keep the policy if held-out opinion finds it better than before; at the end the best takes the
-        last one's place."""
-        quality = self.held_out.quality(metrics, self.alarms.first)
-        if not self.best or quality > self.best["quality"]:
-            weights = {name: x.detach().cpu().clone() for name, x in self.run.model.state_dict().items()}
-            self.best = {"step": step, "quality": quality, "weights": weights}
-        if step == self.o.updates:
-            tqdm.write(f"ppo: kept the policy after update {self.best['step']} of {step}, whose replies held-out "
-                       f"opinion finds best ({self.best['quality']:.3f})", file=sys.stdout)
-            self.run.model.load_state_dict(self.best["weights"])
 
     def save(self, step: int) -> None:
         self.run.save(step, critic=self.networks.actor_critic.value_module.state_dict(),
                       optimizer=self.optimizer.state_dict(), scale=self.scale.state(),
-                      scales={name: scale.state() for name, scale in self.scales.items()},
                       kl_coef=self.control.coef, decoder_dtype=self.decoder_dtype,
                       alarms=self.alarms.state(), example_prompts=self.held_out.prompts[:8],
-                      **({"best": self.best} if self.best else {}))
+                      scales=self.scorer.state() if isinstance(self.scorer, RewardSum) else {},
+                      **({"best": self.best.state} if self.best and step < self.o.updates else {}))
 
 
 # ---- the stage -----------------------------------------------------------------------------------
-
-def needs_model(o: PPOOptions, terms: Sequence[Part]) -> bool:
-    """Whether the reward has a part of the reward model; UserError for options that then say nothing."""
-    if not terms or any(term.head is not None for term in terms):
-        return True
-    o.refuse("reward_from", "reward_norm", why=f"with --reward {o.reward}, which has no part of a reward model")
-    return False
-
-
-def resolved(o: PPOOptions, terms: Sequence[Part], feedback: str) -> PPOOptions:
-    """The options with what `auto` means for this reward, and without a critic where none is used."""
-    reward_norm = chosen_reward_norm(o.reward_norm, feedback)
-    if terms and reward_norm == "running":
-        raise UserError("--reward_norm running is for a reward model alone, not for the parts of --reward: use fixed")
-    control, steered = o.kl_control, {"kl_target", "kl_horizon"} & o.explicit
-    if control == "auto":
-        several = len(terms) > 1 and needs_model(o, terms)
-        kind_steers = several or feedback not in ("label", "scores of any kind")
-        control = "adaptive" if steered or (kind_steers and "kl_coef" not in o.explicit) else "fixed"
-    without = {} if o.advantage == "gae" else {"critic": "shared", "critic_warmup": 0, "value_coef": 0.0}
-    return o.replace(reward_norm=reward_norm, kl_control=control, **without)
-
 
 def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     """J(π) = E[Σ γᵗ r]: reply, score, find out which tokens were better than expected, make those
@@ -1018,21 +896,25 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     trainer, metrics = PPOTrainer(run, policy, reward_model, data, terms=terms, **seams), {}
     # Measured before training begins, which makes the folder this run's: until then nothing changes.
     start = trainer.held_out.measure(run.model) if run.step == 0 else None
+    if start and trainer.best and trainer.best.name not in start[0]:
+        raise UserError(f"ppo: --keep best goes by {trainer.best.name}, which these data do not give: leave it out")
     with run.progress(o.updates) as bar:
         if start:
             run.log(0, **trainer.measure(0, start))
         for step in range(run.step, o.updates):
             try:
                 metrics = trainer.update(step)
-            except RewardError as error:  # nothing has changed in this update: no earlier one is lost
+            except RewardError as error:  # this update has changed nothing yet, and no earlier one is lost
                 trainer.save(step)
-                raise UserError(f"{error}; saved after update {step}, go on with `{resume_command(o)}`") from error
+                raise UserError(f"{error}; saved after update {step}; then `{resume_command(o)}`") from error
             done, last = step + 1, step + 1 == o.updates
             if run.compute.starts_compiling(done, o.updates, o.critic_warmup + 3, o.critic_warmup):
                 trainer.prepare_decoder()
             if last or done % o.eval_every == 0:
                 metrics |= trainer.measure(done)
             run.log(done, **metrics, seconds=run.seconds())
+            if last and trainer.best:
+                metrics |= trainer.best.restore(run, {name: x for name, x in metrics.items() if name[:5] == "eval_"})
             bar.update(**{name: metrics[name] for name in ("score", "kl", "length", "end_rate")})
             if last or done % o.save_every == 0:
                 trainer.save(done)

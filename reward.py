@@ -4,8 +4,8 @@
 
 A reward model is the language model's trunk with one output, a scalar. Three kinds of human
 feedback, three losses: which of two replies is better (`pairwise_loss`, Bradley–Terry), how good
-one is (`regression_loss`), liked or not (`label_loss`). `ScoreScale` makes of a score what PPO pays
-for it. The chapter ends in the stage itself, `train_reward`.
+one is (`regression_loss`), liked or not (`label_loss`). What PPO pays for a score, data/rewards.py says
+(`ScoreScale`). The chapter ends in the stage itself, `train_reward`.
 
 Letters for shapes: B rows, T positions, D width, N selected tokens.
 """
@@ -25,7 +25,7 @@ from data.batches import (drop_equal_pairs, drop_long_prompts, pack_rows, reward
                           reward_rows)
 from data.prepare import open_stage
 from data.prepared import Prepared
-from data.rewards import PythonReward as PythonReward  # a scorer, for who imports it from here
+from data.rewards import PythonReward as PythonReward, ScoreScale as ScoreScale  # for who imports them from here
 from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, load_parent, open_run)
 from runtime.device import precision
 from runtime.draws import batch_indices, key, torch_seed
@@ -33,7 +33,7 @@ from runtime.fit import fit
 from runtime.machine import require_finite
 from runtime.options import MaximumLikelihoodOptions, UserError, option
 from runtime.run import Run
-from runtime.statistics import RunningMoments, accuracy, auc, correlation, share_above
+from runtime.statistics import accuracy, auc, correlation, share_above
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -155,63 +155,13 @@ def critic_from(reward_model: RewardModel, mean: float = 0.0, std: float = 1.0) 
     return critic
 
 
-# ---- what a policy is paid -------------------------------------------------------------------------
-
-def chosen_reward_norm(asked: str, feedback: str) -> str:
-    """`auto` resolved by the feedback that the reward model learned from; UserError if they do not
-    fit."""
-    if asked == "auto":
-        return "logsigmoid" if feedback == "label" else "fixed"
-    if "sigmoid" in asked and feedback != "label":
-        raise UserError(f"--reward_norm {asked} reads raw scores as log-odds, but this reward "
-                        f"model learned from feedback for {feedback}: use fixed or running")
-    return asked
-
-
-class ScoreScale:
-    """From raw scores to what PPO is paid.
-
-    `mean` and `std` are those of raw scores on replies of the starting policy; `moments` follow the
-    scores paid so far, for --reward_norm running.
-    """
-
-    def __init__(self, mean: float = 0.0, std: float = 1.0,
-                 moments: dict[str, float] | None = None):
-        self.mean, self.std, self.moments = mean, std, RunningMoments(**(moments or {}))
-
-    @classmethod
-    def of(cls, raw: Tensor, whose: str = "the reward model") -> "ScoreScale":
-        """The scale of these raw scores (n,); UserError if they are all the same."""
-        std = float(raw.float().std(correction=0))
-        if not std > 1e-6:  # NaN, too
-            raise UserError(f"{whose} gives every reply the same score (spread {std:.1e} over "
-                            f"{len(raw)} replies): it has learned nothing to optimise; train it "
-                            "longer or check its labels")
-        return cls(float(raw.float().mean()), std)
-
-    def paid(self, raw: Tensor, ended: Tensor, o: Any) -> Tensor:
-        """Raw scores (B,) -> scores (B,): normalised, clipped, and then less the penalty for a
-        reply without end token (`ended` (B,) False), so that the penalty always counts. o: PPO's
-        options, with reward_norm resolved.
-
-        `moments` are updated before use, and only their spread is used (MOSS). Paid log P(liked),
-        with γ = 1 and apart from penalties, the best policy is proportional to π_ref ·
-        P(liked)^(1/β), β the price of KL: Bayes' rule at β = 1, and more demanding the smaller β
-        is.
-        """
-        if o.reward_norm == "sigmoid":
-            scores = 2 * torch.sigmoid(raw) - 1
-        elif o.reward_norm == "logsigmoid":
-            scores = F.logsigmoid(raw)
-        else:
-            scores = (raw - self.mean) / self.std
-            if o.reward_norm == "running":
-                self.moments.update(scores)
-                scores = scores / self.moments.std
-        return scores.clamp(-(o.reward_clip or math.inf), o.reward_clip or math.inf) - o.end_penalty * (~ended).float()
-
-    def state(self) -> dict[str, Any]:
-        return {"mean": self.mean, "std": self.std, "moments": self.moments.state()}
+def critic_of_policy(policy: Transformer, value: float) -> RewardModel:
+    """A critic where there is no reward model: the policy's trunk, and a head that says `value` everywhere."""
+    critic = RewardModel(RewardConfig(**dataclasses.asdict(policy.config)))
+    critic.backbone.load_state_dict(policy.state_dict())
+    nn.init.zeros_(critic.score_head.weight)
+    nn.init.constant_(critic.score_head.bias, value)
+    return critic
 
 
 # ---- losses: scores here are raw -----------------------------------------------------------------

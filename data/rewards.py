@@ -7,31 +7,78 @@ A part is NAME or NAME:WEIGHT, parts are separated by commas. Names: `model`, th
 `model.HEAD`, one head of it; `length`, the tokens of a reply; FILE.py:FUNCTION, a function of yours.
 `read_reward` makes parts of such a text, and loads the functions; `RewardSum` scores replies by them.
 """
-import contextlib
 import hashlib
-import inspect
 import math
 import pathlib
-import re
-import sys
-import time
-import traceback
-import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from data.records import prompt_text
+from data.batches import prompt_ids
+from data.functions import PythonReward, load_function
 from runtime.options import UserError
+from runtime.statistics import RunningMoments
 
-LARGEST = 3e38  # of float32
-SLOW = 10.0  # seconds of a function's first call, above which they are said
+# ---- what a policy is paid -------------------------------------------------------------------------
+
+def chosen_reward_norm(asked: str, feedback: str) -> str:
+    """`auto` resolved by the feedback that the reward model learned from; UserError if they do not
+    fit."""
+    if asked == "auto":
+        return "logsigmoid" if feedback == "label" else "fixed"
+    if "sigmoid" in asked and feedback != "label":
+        raise UserError(f"--reward_norm {asked} reads raw scores as log-odds, but this reward "
+                        f"model learned from feedback for {feedback}: use fixed or running")
+    return asked
 
 
-class RewardError(UserError):
-    """A reward function failed. The networks are as they were: the run can be saved."""
+class ScoreScale:
+    """From raw scores to what PPO is paid.
+
+    `mean` and `std` are those of raw scores on replies of the starting policy; `moments` follow the
+    scores paid so far, for --reward_norm running.
+    """
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0,
+                 moments: dict[str, float] | None = None):
+        self.mean, self.std, self.moments = mean, std, RunningMoments(**(moments or {}))
+
+    @classmethod
+    def of(cls, raw: Tensor, whose: str = "the reward model") -> "ScoreScale":
+        """The scale of these raw scores (n,); UserError if they are all the same."""
+        std = float(raw.float().std(correction=0))
+        if not std > 1e-6:  # NaN, too
+            raise UserError(f"{whose} gives every reply the same score (spread {std:.1e} over "
+                            f"{len(raw)} replies): it has learned nothing to optimise; train it "
+                            "longer or check its labels")
+        return cls(float(raw.float().mean()), std)
+
+    def paid(self, raw: Tensor, ended: Tensor, o: Any) -> Tensor:
+        """Raw scores (B,) -> scores (B,): normalised, clipped, and then less the penalty for a
+        reply without end token (`ended` (B,) False), so that the penalty always counts. o: PPO's
+        options, with reward_norm resolved.
+
+        `moments` are updated before use, and only their spread is used (MOSS). Paid log P(liked),
+        with γ = 1 and apart from penalties, the best policy is proportional to π_ref ·
+        P(liked)^(1/β), β the price of KL: Bayes' rule at β = 1, and more demanding the smaller β
+        is.
+        """
+        if o.reward_norm == "sigmoid":
+            scores = 2 * torch.sigmoid(raw) - 1
+        elif o.reward_norm == "logsigmoid":
+            scores = F.logsigmoid(raw)
+        else:
+            scores = (raw - self.mean) / self.std
+            if o.reward_norm == "running":
+                self.moments.update(scores)
+                scores = scores / self.moments.std
+        return scores.clamp(-(o.reward_clip or math.inf), o.reward_clip or math.inf) - o.end_penalty * (~ended).float()
+
+    def state(self) -> dict[str, Any]:
+        return {"mean": self.mean, "std": self.std, "moments": self.moments.state()}
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -94,156 +141,6 @@ def digests(parts: Sequence[Part]) -> dict[str, str]:
     return {f"file {path}": hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths}
 
 
-# ---- functions -----------------------------------------------------------------------------------
-
-def load_function(path: pathlib.Path, name: str) -> Callable:
-    """A function of a Python file; UserError if there is none, or if the file does not run.
-
-    The file's folder is importable from then on, after all others. No __pycache__ is written.
-    """
-    if not path.is_file():
-        raise UserError(f"--reward {path}: no such file")
-    module = types.ModuleType("_reward_" + re.sub(r"\W", "_", str(path.resolve())))
-    module.__file__ = str(path)
-    sys.dont_write_bytecode = True
-    if (folder := str(path.resolve().parent)) not in sys.path:
-        sys.path.append(folder)
-    sys.modules[module.__name__] = module
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
-    except SyntaxError as error:
-        raise UserError(f"--reward {error.filename}, line {error.lineno}: {error.msg}") from error
-    except (Exception, SystemExit) as error:
-        raise UserError(f"--reward {path}{line_of(error, path)}: {told(error)}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        own = [x for x, value in vars(module).items() if inspect.isfunction(value)]
-        raise UserError(f"--reward {path}: has no function {name!r}; it has {', '.join(own) or 'none'}")
-    if not 2 <= arguments_of(function) <= 3:
-        raise UserError(f"--reward {path}: {name} must take (prompts, replies) or (prompts, replies, "
-                        f"records), and takes {arguments_of(function)} arguments")
-    return function
-
-
-def arguments_of(function: Callable) -> int:
-    """How many of (prompts, replies, records) a function takes; a number above 3: it needs more."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # of some built-in functions
-        return 2
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    needed = sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-                 for p in parameters)
-    if needed > 3 or any(p.kind == p.VAR_POSITIONAL for p in parameters):
-        return max(3, needed)
-    return min(3, len(places))
-
-
-def line_of(error: BaseException, path: pathlib.Path | None) -> str:
-    """", line N" of the user's file, or "" if the error arose elsewhere."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-             if path is not None and frame.filename == str(path)]
-    return f", line {lines[-1]}" if lines else ""
-
-
-def told(error: BaseException) -> str:
-    """An error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-class PythonReward:
-    """A Python function as a scorer: function(prompts, replies) or function(prompts, replies,
-    records) -> a number for each reply.
-
-    prompts: texts; messages are joined by line breaks. replies: texts without control tokens.
-    records: dicts, the prompt's record with its other fields; records[i]["prompt"] is as the record
-    has it. Numbers may be Python's, numpy's or torch's; a generator will do.
-
-    >>> class Letters:  # stands in for a tokenizer; -1 is its end token
-    ...     eom_id, decode = -1, staticmethod(lambda ids: "".join(map(chr, ids)))
-    ...     reply_text = staticmethod(lambda ids: "".join(chr(i) for i in ids if i >= 0))
-    >>> short = PythonReward(lambda prompts, replies: [-len(reply) for reply in replies], Letters)
-    >>> short.scores([[72, 105]], [[104, 101, -1]])
-    tensor([-2.])
-    """
-
-    def __init__(self, function: Callable, tokenizer: Any, device: str = "cpu", *,
-                 records: dict[tuple[int, ...], dict] | None = None, path: pathlib.Path | None = None):
-        """records: of each prompt, by its ids; without them prompts are decoded, and records hold
-        nothing else. path: the function's file, for errors."""
-        self.function, self.tokenizer, self.device = function, tokenizer, device
-        self.records, self.path = records or {}, path
-        self.name = f"{path}:{function.__name__}" if path else getattr(function, "__name__", "the reward function")
-        self.with_records, self.timed = arguments_of(function) > 2, False
-
-    def record(self, ids: list[int]) -> dict:
-        """A prompt's record."""
-        decoded = self.tokenizer.decode([i for i in ids if i != self.tokenizer.eom_id])
-        return self.records.get(tuple(ids)) or {"prompt": decoded}
-
-    def scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
-        """Score (B,) float32 of each reply; RewardError names what the function did wrong."""
-        records = [self.record(ids) for ids in prompts]
-        texts = [self.tokenizer.reply_text(ids) for ids in replies]
-        begin = time.perf_counter()
-        values = self.called(records, texts)
-        seconds, first = time.perf_counter() - begin, not self.timed
-        self.timed = True
-        if first and seconds > SLOW:
-            print(f"{self.name}: {seconds:.0f} s for {len(texts)} replies", file=sys.stderr)
-        return torch.tensor(self.checked(values, texts), dtype=torch.float32).to(self.device)
-
-    def call(self, records: list[dict], texts: list[str]) -> Any:
-        """What the function returns. What it prints goes to stderr."""
-        arguments = [[prompt_text(record["prompt"]) for record in records], texts]
-        with contextlib.redirect_stdout(sys.stderr):
-            values = self.function(*arguments, *[records] * self.with_records)
-            return values if isinstance(values, str | bytes | dict | set) or not hasattr(
-                values, "__iter__") else list(values)
-
-    def called(self, records: list[dict], texts: list[str]) -> Any:
-        """`call`; if it raises, the replies are tried one by one, to name the first that it fails
-        on."""
-        try:
-            return self.call(records, list(texts))
-        except (Exception, SystemExit) as error:
-            cause, failed = error, f"{len(texts)} replies together"
-            for record, text in zip(records, texts, strict=True):
-                try:
-                    self.call([record], [text])
-                except (Exception, SystemExit) as one:
-                    cause, failed = one, f"the reply {shown(text)}"
-                    break
-            raise RewardError(f"reward function {self.name}{line_of(cause, self.path)}: {told(cause)}, on "
-                              f"{failed}: mend it") from cause
-
-    def checked(self, values: Any, texts: list[str]) -> list[float]:
-        """The values as numbers, one for each reply; RewardError if they are none."""
-        if not isinstance(values, list):
-            raise RewardError(f"reward function {self.name}: must return a list of numbers, one for each "
-                              f"reply; it returned {type(values).__name__}")
-        if len(values) != len(texts):
-            raise RewardError(f"reward function {self.name}: returned {len(values)} numbers for "
-                              f"{len(texts)} replies: it must return one for each")
-        numbers = []
-        for value, text in zip(values, texts, strict=True):
-            try:
-                number = math.nan if isinstance(value, str | bytes) else float(value)
-            except (TypeError, ValueError, OverflowError, RuntimeError):
-                number = math.nan
-            if not abs(number) < LARGEST:
-                raise RewardError(f"reward function {self.name}: {' '.join(repr(value).split())[:60]} is no "
-                                  f"finite number, for the reply {shown(text)}: mend it")
-            numbers.append(number)
-        return numbers
-
-
-def shown(text: str) -> str:
-    """A reply's beginning, in quotes."""
-    return repr(text[:60]) + "…" * (len(text) > 60)
-
-
 # ---- sums ----------------------------------------------------------------------------------------
 
 class Length:
@@ -254,48 +151,93 @@ class Length:
 
 
 class RewardSum:
-    """Σ weight · part, a scorer. `parts` holds each part's (B,) of the replies that were scored last.
+    """Σ weight · part, a scorer: functions and `length` as they are, so that the price of KL has their
+    units; parts of the reward model as --reward_norm makes them of raw scores."""
 
-    functions, `length`: as they are, so that the price of KL has their units. Parts of the reward
-    model: what normalise(name, raw) makes of raw scores.
-    """
+    def __init__(self, terms: Sequence[Part], model: Any, tokenizer: Any, o: Any, *, template: str = "{prompt}",
+                 records: Sequence[dict] = (), scales: dict[str, dict] | None = None):
+        """model: the reward model, or None. o: PPO's options, with reward_norm resolved. records: of
+        prompts, for functions; of equal prompts the first counts. scales: `state()` of a checkpoint;
+        without one, `measure` comes before `scores`."""
+        self.terms, self.model = terms, model
+        self.o = o.replace(reward_clip=0.0)  # the sum is clipped, not its parts
+        known = {tuple(prompt_ids(tokenizer, r["prompt"], template)): {**r.get("extra", {}), "prompt": r["prompt"]}
+                 for r in reversed(records)}
+        self.own = {term.name: PythonReward(term.function, tokenizer, records=known, path=term.path)
+                    if term.function else Length() for term in terms if term.head is None}
+        self.scales = {name: ScoreScale(**scale) for name, scale in (scales or {}).items()}
+        self.last: tuple = ((), {})  # the replies that were scored last, and their parts
 
-    def __init__(self, terms: Sequence[Part], scorers: dict[str, Any],
-                 normalise: Callable[[str, Tensor], Tensor] = lambda name, raw: raw):
-        """scorers: by the names of parts; those of the reward model need only `model`."""
-        self.terms, self.scorers, self.normalise = terms, scorers, normalise
-        self.parts: dict[str, Tensor] = {}
+    def measure(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> None:
+        """Take mean and spread of the reward model's parts from these replies of the starting policy."""
+        self.scales = {name: ScoreScale.of(raw, f"the reward model ({name})")
+                       for name, raw in self.model_scores(prompts, replies).items()}
+
+    def state(self) -> dict[str, dict]:
+        """The scales, for a checkpoint."""
+        return {name: scale.state() for name, scale in self.scales.items()}
 
     def model_scores(self, prompts: Sequence[list[int]],
                      replies: Sequence[list[int]]) -> dict[str, Tensor]:
-        """Raw scores (B,) of the parts of the reward model, by name."""
-        terms, model = [term for term in self.terms if term.head is not None], self.scorers.get("model")
+        """Raw score (B,) of each part of the reward model, by its name."""
+        terms = [term for term in self.terms if term.head is not None]
         if not any(term.head for term in terms):
-            return {term.name: model.scores(prompts, replies) for term in terms}
-        heads = getattr(model, "part_scores", lambda *_: {})(prompts, replies)
+            return {term.name: self.model.scores(prompts, replies) for term in terms}
+        heads = getattr(self.model, "part_scores", lambda *_: {})(prompts, replies)
         if missing := [term.head for term in terms if term.head not in heads]:
             raise UserError(f"--reward model.{missing[0]}: the reward model has no such head; it has "
-                            f"{', '.join(heads) or 'none: write model'}")
+                            f"{', '.join(heads) or 'only one: write model'}")
         return {term.name: heads[term.head] for term in terms}
+
+    def part_scores(self, prompts: Sequence[list[int]],
+                    replies: Sequence[list[int]]) -> dict[str, Tensor]:
+        """Each part (B,) float32, before its weight. A function is not asked twice in turn about the
+        same replies."""
+        if self.last[0] != (prompts, replies):
+            parts = {name: self.scales[name].paid(raw, torch.ones_like(raw, dtype=torch.bool), self.o)
+                     for name, raw in self.model_scores(prompts, replies).items()}
+            parts |= {name: scorer.scores(prompts, replies) for name, scorer in self.own.items()}
+            self.last = ((prompts, replies), {name: x.float().cpu() for name, x in parts.items()})
+        return self.last[1]
 
     def scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
         """The sum (B,) float32."""
-        parts = {name: self.normalise(name, raw)
-                 for name, raw in self.model_scores(prompts, replies).items()}
-        for term in self.terms:
-            if term.head is None:
-                parts[term.name] = self.scorers[term.name].scores(prompts, replies)
-        self.parts = {term.name: parts[term.name].float().cpu() for term in self.terms}
-        return sum(term.weight * self.parts[term.name] for term in self.terms)
-
-    def means(self, prefix: str = "part_") -> dict[str, float]:
-        """Each part's mean, before its weight, over the replies that were scored last."""
-        return {prefix + name: float(x.mean()) for name, x in self.parts.items()}
+        parts = self.part_scores(prompts, replies)
+        return sum(term.weight * parts[term.name] for term in self.terms)
 
 
-def make_scorers(terms: Sequence[Part], model: Any, tokenizer: Any,
-                 records: dict[tuple[int, ...], dict]) -> dict[str, Any]:
-    """What scores each part, by its name. records: of each prompt, by its ids."""
-    scorers = {"length": Length(), "model": model}
-    return scorers | {term.name: PythonReward(term.function, tokenizer, records=records, path=term.path)
-                      for term in terms if term.function}
+def part_means(scorer: Any, prompts: Sequence[list[int]], replies: Sequence[list[int]],
+               prefix: str = "part_") -> dict[str, float]:
+    """Mean of each part of a scorer that has parts; {} for one that has none."""
+    config = getattr(scorer, "config", None)
+    if not hasattr(scorer, "part_scores") or (config is not None and not getattr(config, "parts", ())
+                                              and getattr(config, "members", 1) == 1):
+        return {}
+    return {prefix + name: float(x.float().mean()) for name, x in scorer.part_scores(prompts, replies).items()}
+
+
+# ---- what options mean for a reward --------------------------------------------------------------
+
+def needs_model(o: Any, terms: Sequence[Part]) -> bool:
+    """Whether a reward has a part of the reward model; UserError for options that then say nothing."""
+    if not terms or any(term.head is not None for term in terms):
+        return True
+    o.refuse("reward_from", "reward_norm", why=f"with --reward {o.reward}, which has no part of a reward model")
+    return False
+
+
+def resolved(o: Any, terms: Sequence[Part], feedback: str) -> Any:
+    """PPO's options with what `auto` means for this reward, and without a critic where none is used.
+
+    feedback: the kind that the reward model learned from.
+    """
+    reward_norm = chosen_reward_norm(o.reward_norm, feedback)
+    if terms and reward_norm == "running":
+        raise UserError("--reward_norm running is for a reward model alone, not for the parts of --reward: use fixed")
+    control = o.kl_control
+    if control == "auto":
+        several = len(terms) > 1 and needs_model(o, terms)
+        steers = (several or feedback not in ("label", "scores of any kind")) and "kl_coef" not in o.explicit
+        control = "adaptive" if steers or {"kl_target", "kl_horizon"} & o.explicit else "fixed"
+    without = {} if o.advantage == "gae" else {"critic": "shared", "critic_warmup": 0, "value_coef": 0.0}
+    return o.replace(reward_norm=reward_norm, kl_control=control, **without)
