@@ -672,8 +672,7 @@ class PPOTrainer:
         Alarm("end_rate", lambda x, _: x == 0, "every reply is truncated: raise --reply_len or --end_penalty"),
         Alarm("eval_end_rate", lambda x, first: x < first - .1, "fewer replies end: raise --end_penalty"),
         Alarm("kl", lambda x, _: x > 20, "far from the reference: raise --kl_coef, or lower --policy_lr"),
-        Alarm("kl_of_target", lambda x, _: not .5 < x < 1.5,
-              "the target is not held: lower --kl_horizon, give a --kl_coef to start from, or more --updates"),
+        Alarm("kl_of_target", lambda x, _: not .5 < x < 1.5, "--kl_target is not held: change --kl_horizon, --kl_coef"),
         Alarm("entropy", lambda x, _: x < .1, "nothing is explored: raise --kl_coef or --entropy_coef"),
         Alarm("eval_distinct2", lambda x, first: x < .85 * first, "replies repeat: raise --kl_coef, lower --updates"),
         Alarm("value_loss", lambda x, first: x > 10 * first + 1, "the critic diverges: lower --critic_lr"))
@@ -689,9 +688,10 @@ class PPOTrainer:
         self.estimator = estimator or (gae_estimator if o.advantage == "gae" else group_estimator)
         reference = copy.deepcopy(reference)
         self.reward_model = reward_model
+        if reward_model is not None:
+            reward_model.rows_at_once = o.micro_batch
         for network in (reference, reward_model) if reward_model is not None else (reference,):
             use_products(network.requires_grad_(False).to(run.device), run.compute.products)
-            network.rows_at_once = o.micro_batch
         # Prompts that leave room for a reply in every network.
         room = min(x.config.max_len for x in (run.model, reward_model) if x is not None) - o.reply_len
         records = drop_long_prompts(data.records("ppo", "train"), run.tokenizer, data.template, room)
@@ -840,9 +840,8 @@ class PPOTrainer:
         for name, dtype in (("ratio_start", self.run.dtype), ("sampler_gap", self.decoder_dtype)):
             limit = max(self.TOLERANCE[self.run.dtype], self.TOLERANCE[dtype])
             if metrics.get(name, 0) > limit:
-                tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {limit:g}, at "
-                           f"update {step + 1}: what is scored is not what was sampled",
-                           file=sys.stderr)
+                tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {limit:g}, at update {step + 1}: what "
+                           "is scored is not what was sampled", file=sys.stderr)
         if metrics["sampler_gap"] > 5e-2 and self.decoder_dtype != "float32":
             tqdm.write("ppo: from now on replies are written in float32", file=sys.stderr)
             self.decoder_dtype = "float32"
@@ -854,8 +853,7 @@ class PPOTrainer:
         metrics, records = measured or self.held_out.measure(self.run.model)
         self.run.samples(step, records[:12])
         self.alarms.check(step, metrics)
-        repeats = metrics["eval_distinct2"] < .85 * self.alarms.first["eval_distinct2"]
-        if self.best is not None and not repeats:
+        if self.best is not None and metrics["eval_distinct2"] >= .85 * self.alarms.first["eval_distinct2"]:
             self.best.see(step, self.run.model, metrics)
         return metrics
 
