@@ -64,6 +64,7 @@ from sample import Decoder, Generation, generate, reply_ids, reply_texts, reply_
 class PPOOptions(Common):
     """`python train.py ppo`"""
 
+    TOTAL: ClassVar = "updates"  # may grow at --resume
     PRESETS: ClassVar = {
         "smoke": dict(updates=6, batch=8, rollout_rows=4, reply_len=16, norm_replies=64, critic_warmup=1,
                       save_every=1, eval_every=2, eval_prompts=8, report_prompts=20),
@@ -79,7 +80,7 @@ class PPOOptions(Common):
     temperature: float = option(1.0, "of sampling and of every log-probability alike; top-k and the like are for "
                                      "chatting only", source="N+: else the ratio does not start at 1", low=0.001)
     rollout_rows: int = option(64, "replies written at a time; ended ones make room", low=1)
-    rollout_dtype: str = option("auto", "precision of writing; auto: as --dtype; int8: CPU only",
+    rollout_dtype: str = option("auto", "of writing; auto: as --dtype; int8: CPU only",
                                 choices=("auto", "float32", "bfloat16", "int8"))
     # Rewards.
     reward: str = option("", "what is paid: parts NAME or NAME:WEIGHT, separated by commas; names: model, "
@@ -143,8 +144,7 @@ class PPOOptions(Common):
     save_every: int = option(10, "updates between checkpoints", low=1)
     eval_every: int = option(10, "updates between measurements on held-out prompts", low=1)
     eval_prompts: int = option(128, "held-out prompts measured then", low=1)
-    keep: str = option("last", "best: end with the policy of the measurement that held-out opinion, not the "
-                               "reward, finds best", choices=("last", "best"))
+    keep: str = option("last", "best: end with the policy that held-out opinion found best", choices=("last", "best"))
     report_prompts: int = option(500, "held-out prompts of the report of `all`", low=1, compared=False)
 
     def __post_init__(self) -> None:
@@ -364,7 +364,8 @@ class ScoredReplies(Replies):
     scores: Tensor  # (B,): normalised, clipped, less the penalty for a missing end
     rewards: Tensor  # (B, R)
     kl_coef: float  # the price of KL, in the rewards or in the loss
-    parts: dict[str, float]  # mean of each part of the reward, by the names of metrics
+    # mean of each part of the reward, by the names of metrics
+    parts: dict[str, float] = dataclasses.field(default_factory=dict, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -680,11 +681,10 @@ class PPOTrainer:
     def __init__(self, run: Run, reference: Transformer, reward_model: RewardModel | None, data: Prepared,
                  *, terms: Sequence[Part] = (), scorer: Scorer | None = None,
                  estimator: Callable | None = None, loss: Callable = ppo_loss):
-        self.run, self.o, self.template = run, run.o, data.template
+        self.run, self.o, self.template, self.loss = run, run.o, data.template, loss
         o, state = run.o, run.state
         if o.reward_norm == "auto":
-            raise ValueError("PPOTrainer: resolve reward_norm first, by chosen_reward_norm")
-        self.loss = loss
+            raise ValueError("PPOTrainer: resolve reward_norm first, by chosen_reward_norm or resolved")
         self.estimator = estimator or (gae_estimator if o.advantage == "gae" else group_estimator)
         reference = copy.deepcopy(reference)
         self.reward_model = reward_model

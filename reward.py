@@ -228,6 +228,7 @@ def feedback_loss(kind: str, scores: Tensor, records: list[dict],
 class RewardOptions(MaximumLikelihoodOptions):
     """`python train.py reward`"""
 
+    TOTAL: ClassVar = "epochs"
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(epochs=1.0, batch=16, max_len=64, eval_every=10),
         "base": dict(epochs=1.0, max_len=512, lr=0.003, adam_lr=1e-4),
