@@ -30,7 +30,7 @@ from torch import Tensor
 import evaluate
 from data.batches import dialogue_rows, eval_windows, held_out_prompts, pack_rows, prompt_ids, text_batches
 from data.dataset import SPLITS, feedback_of, require_one_feedback
-from data.prepare import open_for, open_stage, suited
+from data.prepare import kept_input, open_for, open_stage, suited
 from data.prepared import Prepared
 from model import (ModelConfig, Transformer, checkpoint_path, cross_entropy_sum, limit_length,
                    load_checkpoint, load_parent, next_token_loss, open_run)
@@ -362,9 +362,12 @@ def main(argv: list[str]) -> int:
         if stage == "all":
             options = parse_all(Common, {name: cls for name, (cls, _) in STAGES.items()}, rest,
                                 "train.py")
+            data = kept_input(options["ppo"].data)
+            options = {name: of_stage.replace(data=data) for name, of_stage in options.items()}
             o = options["ppo"]
         else:
             o = parse(STAGES[stage][0], rest, f"train.py {stage}")
+            o = o.replace(data=kept_input(o.data))
             o.refuse("report_prompts", why=f"on {stage} alone: it is for the report of `train.py "
                                            "all`")
         pick_device(o.device)  # fail early on a missing device

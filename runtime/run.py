@@ -97,10 +97,10 @@ class Compute:
 def data_name(data: str) -> str:
     """What a data set's folder is called: its name, or the whole last name of the path that it is.
 
-    >>> data_name("reviews"), data_name("texts/v1.0/"), data_name("v1.1.jsonl"), data_name("/")
+    >>> data_name("reviews"), data_name("texts/v1.0/"), data_name("v1.1.csv.gz"), data_name("/")
     ('reviews', 'v1.0', 'v1.1', 'root')
     """
-    return re.sub(r"(?<=.)\.jsonl(\.gz)?$", "", pathlib.Path(data).resolve().name) or "root"
+    return re.sub(r"(?<=.)\.(jsonl?|csv|tsv)(\.gz)?$", "", pathlib.Path(data).resolve().name) or "root"
 
 
 def run_folder(o: Common, stage: str) -> pathlib.Path:
