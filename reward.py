@@ -5,8 +5,8 @@
 A reward model is the language model's trunk with one output, a scalar. Three kinds of human
 feedback, three losses: which of two replies is better (`pairwise_loss`, Bradley–Terry, and Davidson's
 where people also said that neither is), how good one is (`regression_loss`), liked or not
-(`label_loss`). A reward of several parts has a head for each, an ensemble several for the same.
-`ScoreScale` makes of a score what PPO pays for it. The chapter ends in the stage, `train_reward`.
+(`label_loss`). A reward of several parts has a head for each, an ensemble several for the same. What
+PPO pays for a score, data/rewards.py says (`ScoreScale`). The chapter ends in the stage, `train_reward`.
 
 Letters for shapes: B rows, T positions, D width, N selected tokens, H heads.
 """
@@ -28,6 +28,7 @@ from data.feedback import (chance_warnings, denoised, feedback_kind, parts_of, r
                            tie_odds_of)
 from data.prepare import open_stage
 from data.prepared import Prepared
+from data.rewards import PythonReward as PythonReward, ScoreScale as ScoreScale  # for who imports them from here
 from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, load_checkpoint,
                    load_parent, open_run)
 from runtime.device import precision
@@ -36,7 +37,7 @@ from runtime.fit import fit
 from runtime.machine import require_finite
 from runtime.options import MaximumLikelihoodOptions, UserError, option
 from runtime.run import Run
-from runtime.statistics import RunningMoments, accuracy, auc, correlation, share_above
+from runtime.statistics import accuracy, auc, correlation, share_above
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -200,33 +201,6 @@ class Scorer(Protocol):
         """One score (B,) for each reply, from prompts and replies as lists of token ids."""
 
 
-class PythonReward:
-    """A Python function as a scorer: function(prompts, replies), both lists of texts -> a number
-    each.
-
-    >>> class Letters:  # stands in for a tokenizer; -1 is its end token
-    ...     eom_id, decode = -1, staticmethod(lambda ids: "".join(map(chr, ids)))
-    ...     reply_text = staticmethod(lambda ids: "".join(chr(i) for i in ids if i >= 0))
-    >>> short = PythonReward(lambda prompts, replies: [-len(reply) for reply in replies], Letters)
-    >>> short.scores([[72, 105]], [[104, 101, -1]])
-    tensor([-2.])
-    """
-
-    def __init__(self, function: Any, tokenizer: Any, device: str = "cpu"):
-        self.function, self.tokenizer, self.device = function, tokenizer, device
-
-    def scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
-        """Score (B,) float32 of each reply; control tokens are no part of its text."""
-        prompts = [self.tokenizer.decode([i for i in ids if i != self.tokenizer.eom_id])
-                   for ids in prompts]
-        replies = [self.tokenizer.reply_text(ids) for ids in replies]
-        scores = torch.tensor(self.function(prompts, replies), dtype=torch.float32)
-        if not scores.isfinite().all():
-            raise UserError(f"the reward function gives scores that are not finite numbers: "
-                            f"{scores.tolist()[:4]} …; mend it")
-        return scores.to(self.device)
-
-
 def longest_row(model: RewardModel, state: dict[str, Any]) -> int:
     """The longest row, in tokens, that this model was trained on."""
     return min(state.get("options", {}).get("max_len", math.inf), model.config.max_len)
@@ -248,63 +222,13 @@ def critic_from(reward_model: RewardModel, mean: float = 0.0, std: float = 1.0) 
     return critic
 
 
-# ---- what a policy is paid -------------------------------------------------------------------------
-
-def chosen_reward_norm(asked: str, feedback: str) -> str:
-    """`auto` resolved by the feedback that the reward model learned from; UserError if they do not
-    fit."""
-    if asked == "auto":
-        return "logsigmoid" if feedback == "label" else "fixed"
-    if "sigmoid" in asked and feedback != "label":
-        raise UserError(f"--reward_norm {asked} reads raw scores as log-odds, but this reward "
-                        f"model learned from feedback for {feedback}: use fixed or running")
-    return asked
-
-
-class ScoreScale:
-    """From raw scores to what PPO is paid.
-
-    `mean` and `std` are those of raw scores on replies of the starting policy; `moments` follow the
-    scores paid so far, for --reward_norm running.
-    """
-
-    def __init__(self, mean: float = 0.0, std: float = 1.0,
-                 moments: dict[str, float] | None = None):
-        self.mean, self.std, self.moments = mean, std, RunningMoments(**(moments or {}))
-
-    @classmethod
-    def of(cls, raw: Tensor, whose: str = "the reward model") -> "ScoreScale":
-        """The scale of these raw scores (n,); UserError if they are all the same."""
-        std = float(raw.float().std(correction=0))
-        if not std > 1e-6:  # NaN, too
-            raise UserError(f"{whose} gives every reply the same score (spread {std:.1e} over "
-                            f"{len(raw)} replies): it has learned nothing to optimise; train it "
-                            "longer or check its labels")
-        return cls(float(raw.float().mean()), std)
-
-    def paid(self, raw: Tensor, ended: Tensor, o: Any) -> Tensor:
-        """Raw scores (B,) -> scores (B,): normalised, clipped, and then less the penalty for a
-        reply without end token (`ended` (B,) False), so that the penalty always counts. o: PPO's
-        options, with reward_norm resolved.
-
-        `moments` are updated before use, and only their spread is used (MOSS). Paid log P(liked),
-        with γ = 1 and apart from penalties, the best policy is proportional to π_ref ·
-        P(liked)^(1/β), β the price of KL: Bayes' rule at β = 1, and more demanding the smaller β
-        is.
-        """
-        if o.reward_norm == "sigmoid":
-            scores = 2 * torch.sigmoid(raw) - 1
-        elif o.reward_norm == "logsigmoid":
-            scores = F.logsigmoid(raw)
-        else:
-            scores = (raw - self.mean) / self.std
-            if o.reward_norm == "running":
-                self.moments.update(scores)
-                scores = scores / self.moments.std
-        return scores.clamp(-(o.reward_clip or math.inf), o.reward_clip or math.inf) - o.end_penalty * (~ended).float()
-
-    def state(self) -> dict[str, Any]:
-        return {"mean": self.mean, "std": self.std, "moments": self.moments.state()}
+def critic_of_policy(policy: Transformer, value: float) -> RewardModel:
+    """A critic where there is no reward model: the policy's trunk, and a head that says `value` everywhere."""
+    critic = RewardModel(RewardConfig(**dataclasses.asdict(policy.config)))
+    critic.backbone.load_state_dict(policy.state_dict())
+    nn.init.zeros_(critic.score_head.weight)
+    nn.init.constant_(critic.score_head.bias, value)
+    return critic
 
 
 # ---- losses: scores here are raw -----------------------------------------------------------------
@@ -374,6 +298,7 @@ def feedback_loss(kind: str, scores: Tensor, records: list[dict], label_smoothin
 class RewardOptions(MaximumLikelihoodOptions):
     """`python train.py reward`"""
 
+    TOTAL: ClassVar = "epochs"
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(epochs=1.0, batch=16, max_len=64, eval_every=10),
         "base": dict(epochs=1.0, max_len=512, lr=0.003, adam_lr=1e-4),

@@ -56,6 +56,7 @@ from sample import reply_texts, reply_to
 class PretrainOptions(MaximumLikelihoodOptions):
     """`python train.py pretrain`"""
 
+    TOTAL: ClassVar = "tokens"
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(n_layer=2, n_head=2, n_kv_head=1, d_model=32, d_ff=64, max_len=128,
                       tokens=20_000, window=64, batch=8, eval_every=30),
@@ -168,6 +169,7 @@ def pretrain(o: PretrainOptions) -> Run | None:
 class SFTOptions(MaximumLikelihoodOptions):
     """`python train.py sft`"""
 
+    TOTAL: ClassVar = "epochs"
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(batch=16, max_len=64, eval_every=20),
         "base": dict(max_len=512, lr=0.001, adam_lr=3e-5),
