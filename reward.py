@@ -165,10 +165,12 @@ class RewardModel(nn.Module):
                     replies: Sequence[list[int]]) -> dict[str, Tensor]:
         """Raw score (B,) of each reply by each part of the reward, and, of an ensemble, its members'
         `spread` (B,): how far they disagree, the mean over parts."""
+        if not self.config.parts and self.config.members == 1:
+            return {}
         scores = self.score_heads(flagged_rows(prompts, replies))
         spread = {"spread": self.by_member(scores).std(1, correction=0).mean(0)}
-        parts = dict(zip(self.config.parts, self.of_parts(scores), strict=bool(self.config.parts)))
-        return parts if self.config.members == 1 else spread | parts
+        return (spread if self.config.members > 1 else {}) | dict(
+            zip(self.config.parts, self.of_parts(scores), strict=bool(self.config.parts)))
 
     def score_rows(self, rows: Sequence[Row], parts: Sequence[str] = ()) -> Tensor:
         """Raw score (n,) float32 of each (ids, reply flags). parts: whose score is wanted of each
