@@ -124,6 +124,9 @@ def raw_scores(reward_model: Any, ids: Sequence[list[int]],
         f"part_{name}": scores for name, scores in parts.items()}
 
 
+OPINION = ("eval_judged_positive", 1)  # what PPO's --keep best goes by, and that higher is better
+
+
 class HeldOutPrompts:
     """The same held-out prompts and random numbers each time a policy is measured while it trains.
     """

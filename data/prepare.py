@@ -2,7 +2,7 @@
 
     python -m data.prepare reviews [--source FOLDER] [--vocab_size N] [--limit N]
     python -m data.prepare shakespeare
-    python -m data.prepare FILE.jsonl
+    python -m data.prepare FILE          .jsonl, .json, .csv or .tsv, or a folder of them; - is standard input
     python -m data.prepare --list        what is prepared, and whether it is whole
     python -m data.prepare --clean       remove what no run can use
 
@@ -27,6 +27,7 @@ from data.prepared import Prepared
 from data.sets import DATA_SETS
 from runtime.options import Options, UserError, option, parse, presets_of, run_main
 from runtime.tables import table
+from runtime.rows import keep_input
 from runtime.terminal import advice, memory_advice, reading
 
 T = TypeVar("T", bound=Options)
@@ -53,7 +54,14 @@ def find_data_set(data: str, fields: str = "", template: str = "") -> DataSet:
             return own_data_set(path, fields, template)
     near = difflib.get_close_matches(data, DATA_SETS, 1)
     raise UserError(f"unknown data set {data!r}{f'; did you mean {near[0]}?' if near else ''}: use "
-                    f"{' or '.join(DATA_SETS)}, or the path of a .jsonl file or a folder of them")
+                    f"{' or '.join(DATA_SETS)}, the path of a .jsonl, .json, .csv or .tsv file or of a folder "
+                    "of them, or - for standard input")
+
+
+def kept_input(data: str) -> str:
+    """What --data names; of -, the file in the cache that standard input is kept as, so that later stages
+    and --resume can read it, too."""
+    return str(keep_input(sys.stdin.buffer, CACHE / "downloads")) if data == "-" else data
 
 
 def prepare(data: str, *, source: str | None = None, cache: str | os.PathLike | None = None,
@@ -201,7 +209,7 @@ class PrepareOptions(Options):
 
 @memory_advice("lower --limit, or prepare fewer texts")
 def main(argv: list[str]) -> None:
-    name = argv[0] if argv and not argv[0].startswith("-") else ""
+    name = argv[0] if argv and (argv[0] == "-" or not argv[0].startswith("-")) else ""
     o = parse(PrepareOptions, argv[bool(name):], "-m data.prepare NAME")
     if o.list or o.clean:
         command = "clean" if o.clean else "list"
@@ -210,9 +218,9 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{command} is about all prepared folders: leave out {name}")
         return (clean if o.clean else list_folders)(CACHE)
     if not name:
-        raise UserError(f"usage: python -m data.prepare {'|'.join(DATA_SETS)}|FILE.jsonl|FOLDER "
+        raise UserError(f"usage: python -m data.prepare {'|'.join(DATA_SETS)}|FILE|FOLDER|- "
                         "[--name=value …], or --list, or --clean; --help lists the options")
-    data = open_for(o, name)
+    data = open_for(o, kept_input(name))
     print(data.folder)
     for name, count in data.meta["counts"].items():
         print(f"  {name}: {count}")
