@@ -276,6 +276,7 @@ def reward(o: RewardOptions) -> Run | None:
     """`train_reward`, and the model's table beside plain baselines, on validation."""
     if o.evaluate:
         return measure_on_file(o, "reward")
+    refuse_judge(o.strength_from)
     run = train_reward(o)
     data = open_for(o, o.data)
     if run is not None and data.feedback("val"):
@@ -291,8 +292,8 @@ def refuse_judge(path: str) -> None:
         return
     record = read_config(checkpoint_path(path).parent) or load_checkpoint(path, "cpu", RewardModel)[2]
     if record.get("stage") == "judge":
-        raise UserError(f"{path}: this is the judge, which no policy is trained against: give "
-                        "--reward_from a reward model")
+        raise UserError(f"{path}: this is the judge, which no policy is trained against: name "
+                        "a reward model instead")
 
 
 @memory_advice("lower --micro_batch, --rollout_rows or --reply_len, or add --recompute")
@@ -316,6 +317,7 @@ def judge(o: JudgeOptions) -> Run | None:
     pretrained trunk (not the policy's) learns the judge's half of the labels."""
     if o.evaluate:
         return measure_on_file(o, "judge")
+    o.refuse("strength_from", why="on a judge, which owes nothing to a reward model")
     return train_reward(o, stage="judge", parent="pretrain")
 
 

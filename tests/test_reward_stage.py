@@ -7,7 +7,7 @@ import torch
 
 import train
 from data.feedback import tie_odds_of
-from model import load_checkpoint, open_run
+from model import load_checkpoint, open_run, save_checkpoint
 from reward import RewardModel, RewardTask, reward_model_from, train_reward
 from runtime.machine import Interrupt, Interrupted
 from runtime.options import UserError
@@ -139,6 +139,16 @@ def test_strength_is_for_pairs_without_margins(command, world, monkeypatch):
     with_records(monkeypatch, world, own, own)
     with pytest.raises(UserError, match="would replace the margins"):
         train_reward(command("reward", strong, "--adaptive_margin"))
+
+
+def test_the_judge_neither_gives_strength_nor_takes_it(command, world, tmp_path):
+    """A policy would be trained against the judge by way of the pairs that it turned round."""
+    model, tokenizer, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
+    save_checkpoint(tmp_path / "x", model, tokenizer, stage="judge", step=1, feedback="label")
+    with pytest.raises(UserError, match="this is the judge"):
+        train.reward(command("reward", f"--strength_from={tmp_path / 'x'}", "--flip_share=.1"))
+    with pytest.raises(UserError, match="owes nothing to a reward model"):
+        train.judge(command("judge", f"--strength_from={world.root / 'reward'}", "--flip_share=.1"))
 
 
 # ---- train.py reward --evaluate FILE -------------------------------------------------------------
