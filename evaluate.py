@@ -4,11 +4,11 @@ loophole?
     python evaluate.py out/reviews --split test               a finished run on test texts: once
     python evaluate.py out/reviews/sft out/reviews/ppo        any checkpoints, on validation texts
 
-From small to large: a policy on held-out prompts; the reward model on held-out labels; the report.
-The n-gram classifier of data/judge.py serves twice: fitted on one half of the labels it is the
-reward model's baseline, on the other half an independent judge; `train.py judge` trains a second
-one. PPO and the reward model are never trained against a judge; their opinions reach metrics and
-reports only.
+From small to large: a policy on held-out prompts; the reward model on held-out feedback, be it
+pairs, ratings or labels; the report. The n-gram regression of data/judge.py serves twice: fitted on
+one share of the feedback it is the reward model's baseline, on the other an independent judge;
+`train.py judge` trains a second one. PPO and the reward model are never trained against a judge;
+their opinions reach metrics and reports only.
 """
 import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import contextlib
@@ -116,9 +116,12 @@ def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Token
 def raw_scores(reward_model: Any, ids: Sequence[list[int]],
                rows: Sequence[list[int]]) -> dict[str, torch.Tensor]:
     """(B,) of each reply: `raw_score`, and by a scorer with parts `part_<name>`."""
-    parts = getattr(reward_model, "part_scores", lambda *_: {})(ids, rows)
+    config, parts = getattr(reward_model, "config", None), {}
+    if hasattr(reward_model, "part_scores") and (  # of a model with one head they would say nothing more
+            config is None or getattr(config, "parts", ()) or getattr(config, "members", 1) > 1):
+        parts = reward_model.part_scores(ids, rows)
     return {"raw_score": reward_model.scores(ids, rows)} | {
-        f"part_{name}": scores for name, scores in parts.items() if name}
+        f"part_{name}": scores for name, scores in parts.items()}
 
 
 OPINION = ("eval_judged_positive", 1)  # what PPO's --keep best goes by, and that higher is better
@@ -200,7 +203,8 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
     limits = [m.config.max_len for m in (*c.policies.values(), c.reference, c.reward_model)
               if m is not None]
     limits += [judge.max_len for judge in c.judges.values() if hasattr(judge, "max_len")]
-    prompts = held_out_prompts(data, split, tokenizer, min(limits) - settings.reply_len, n_prompts)
+    limit = min(limits) - settings.reply_len
+    prompts = held_out_prompts(data, split, tokenizer, limit, n_prompts)
     lines, replies, answers, others = [], {}, [], []  # the last two: ids, for distinct-2
     measures = Measures(data, split)
     for name, policy in c.policies.items():
@@ -221,7 +225,7 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
         metrics["kl_bound"] = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
         lines.append(table_row(name, metrics, replies[name]))
         others.append(rows)
-    for name, records, rows in people_wrote(data, tokenizer, settings.reply_len, split):
+    for name, records, rows in people_wrote(data, tokenizer, settings.reply_len, split, limit):
         texts = [[r[key] for r in records] for key in ("prompt", "response")]
         metrics, records = describe(*texts, rows, tokenizer, c.judges, {})
         measures.add(metrics, records)

@@ -54,6 +54,13 @@ def main_measure(kind: str) -> str:
     return next(iter(MEASURES[kind]))
 
 
+def measured(scored: dict[str, Any]) -> dict[str, Measure]:
+    """The measures of a kind of feedback; of scores that are no ratings those that need no unit."""
+    measures = MEASURES[scored["kind"]]
+    unit = scored["kind"] != "scores" or scored["scaled"]
+    return measures if unit else {key: measures[key] for key in ("correlation", "rank_correlation")}
+
+
 def columns(kind: str) -> dict[str, str]:
     """Keys and titles of a table of this kind."""
     main = TITLES[main_measure(kind)]
@@ -182,12 +189,11 @@ def part_rows(scored: dict[str, Any], name: str) -> list[dict[str, str]]:
     kind, truth, groups = scored["kind"], scored["truth"], scored.get("groups")
     ties = sum(x == 0.5 for x in truth) if kind == "pairs" else 0
     base = {"texts": f"{name} {len(truth) - ties}".strip() + (f", {ties} ties" if ties else "")}
-    main, measures = main_measure(kind), MEASURES[kind]
+    main, measures = main_measure(kind), measured(scored)
 
     def system(title: str, key: str) -> dict[str, str]:
-        unit = measures if kind != "scores" or scored["scaled"] else list(measures)[:2]
-        row = {column: interval(measures[column], scored[key], truth, groups=groups,
-                                basic=column == "calibration") for column in unit}
+        row = {column: interval(measure, scored[key], truth, groups=groups, basic=column == "calibration")
+               for column, measure in measures.items()}
         return {"name": title, **base, **row,
                 "half": interval(measures[main], scored[f"half_{key}"], truth, groups=groups),
                 "length": interval(correlation, scored[key], scored["lengths"], groups=groups)}

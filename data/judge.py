@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from data.batches import prompt_ids, reward_rows
 from data.dataset import feedback_of, tells
@@ -70,13 +69,13 @@ class Judge:
 
     centre = 0.0
 
-    def scores(self, prompts: Sequence, texts: Sequence[str]) -> torch.Tensor:
+    def scores(self, prompts: Sequence, texts: Sequence[str]) -> np.ndarray:
         """(n,) float32: the score of each prompt's reply."""
         raise NotImplementedError
 
     def probs(self, prompts: Sequence, texts: Sequence[str]) -> np.ndarray:
         """(n,), from 0 to 1: how good each prompt's reply is."""
-        return torch.sigmoid(self.scores(prompts, texts) - self.centre).cpu().numpy()
+        return 1 / (1 + np.exp(self.centre - self.scores(prompts, texts)))
 
     def reads(self, prompt: Any) -> bool:
         """Whether it can read a prompt with a reply to it."""
@@ -85,7 +84,7 @@ class Judge:
     def centre_on(self, people: Sequence[tuple[Any, str]]) -> None:
         """Let the mean score of these (prompt, reply) be neutral; without any a score of 0 is."""
         if read := [pair for pair in people if self.reads(pair[0])]:
-            self.centre = float(self.scores(*zip(*read, strict=True)).double().mean())
+            self.centre = float(np.mean(self.scores(*zip(*read, strict=True)), dtype=np.float64))
 
 
 class NgramJudge(Judge):
@@ -97,14 +96,14 @@ class NgramJudge(Judge):
         self.regressions = regressions
         self.centre_on(people)
 
-    def scores(self, prompts: Sequence, texts: Sequence[str]) -> torch.Tensor:
+    def scores(self, prompts: Sequence, texts: Sequence[str]) -> np.ndarray:
         found = []
         for regression in self.regressions.values():
             read = texts if regression.kind == "pairs" else [
                 plain_text({"prompt": prompt, "response": text})
                 for prompt, text in zip(prompts, texts, strict=True)]
-            found.append(torch.from_numpy(regression.scores(read)))
-        return torch.stack(found).mean(0)
+            found.append(regression.scores(read))
+        return np.mean(found, axis=0)
 
 
 class ModelJudge(Judge):
@@ -118,11 +117,12 @@ class ModelJudge(Judge):
         self.tokenizer, self.template = tokenizer, template
         self.centre_on(people)
 
-    def scores(self, prompts: Sequence, texts: Sequence[str]) -> torch.Tensor:
+    def scores(self, prompts: Sequence, texts: Sequence[str]) -> np.ndarray:
         """Each reply is read as a finished text, cut to max_len with its prompt."""
         records = [{"prompt": prompt, "response": text}
                    for prompt, text in zip(prompts, texts, strict=True)]
-        return self.model.score_rows(reward_rows(records, self.tokenizer, self.template, self.max_len))
+        rows = reward_rows(records, self.tokenizer, self.template, self.max_len)
+        return self.model.score_rows(rows).cpu().numpy()
 
     def reads(self, prompt: Any) -> bool:
         """Whether the prompt leaves room for a reply in a row of its length."""

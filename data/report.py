@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.agreement import MEASURES, TITLES, main_measure, show_agreement, truth_of
+from data.batches import prompt_ids
 from data.dataset import SPLITS, feedback_of
 from data.prepared import Prepared
 from data.records import as_messages, prompt_text
@@ -34,8 +35,8 @@ def by_judge(metric: str, name: str) -> str:
 
 def judged_by(judges: dict[str, Any], prompts: Sequence,
               texts: Sequence[str]) -> tuple[dict[str, float], dict[str, Sequence[float]]]:
-    """(mean P(liked) by every judge and the share above one half; P(liked) of each prompt with its
-    reply)."""
+    """(every judge's mean and its share above one half; what it says of each prompt with its reply).
+    """
     metrics, probs = {}, {}
     for name, judge in judges.items():
         probs[by_judge("judge", name)] = p = np.asarray(judge.probs(prompts, texts)).tolist()
@@ -62,17 +63,19 @@ def describe(prompts: Sequence, texts: Sequence[str], rows: list[list[int]], tok
     return metrics, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def people_wrote(data: Prepared, tokenizer: Tokenizer, reply_len: int,
-                 split: str = "val") -> list[tuple[str, list[dict], list[list[int]]]]:
+def people_wrote(data: Prepared, tokenizer: Tokenizer, reply_len: int, split: str = "val",
+                 limit: float = math.inf) -> list[tuple[str, list[dict], list[list[int]]]]:
     """What people wrote and others preferred or did not, as (name, records {"prompt", "response"},
     rows): replies that fit the reply length and whose openings are among the policies' held-out
-    ones, each once. Of ratings those above and below their mean; without feedback all replies.
+    ones, each once. limit: tokens of a prompt. Of ratings those above and below their mean; without
+    feedback all replies.
     """
     lines, openings = [], {prompt_text(record["prompt"]) for record in data.records("ppo", split)}
     for name, replies in by_opinion(data, split).items():
         replies = {(prompt_text(prompt), text): prompt for prompt, text in replies}
         records = [{"prompt": prompt, "response": text} for (opening, text), prompt in replies.items()
-                   if opening in openings]
+                   if opening in openings
+                   and len(prompt_ids(tokenizer, prompt, data.template)) <= limit]
         rows = [[*tokenizer.encode(r["response"]), tokenizer.eom_id] for r in records]
         fits = [(r, row) for r, row in zip(records, rows, strict=True) if len(row) <= reply_len]
         if fits:
@@ -260,7 +263,7 @@ def policy_columns(report: dict[str, Any]) -> dict[str, str]:
     own = dict.fromkeys(key for row in report["policies"] for key in row["intervals"]
                         if key not in COLUMNS and not key.startswith("judged_positive"))
     return {"name": "", "replies": "n",
-            **{by_judge("judged_positive", name): title for name, title in zip(judges, titles, strict=True)},
+            **{by_judge("judged_positive", name): title for name, title in zip(judges, titles, strict=False)},
             **{key: key.removeprefix("part_") for key in own}, **COLUMNS}
 
 
