@@ -254,12 +254,11 @@ def sft(o: SFTOptions) -> Run | None:
 
 @memory_advice("lower --batch or --max_len, or add --recompute")
 def reward(o: RewardOptions) -> Run | None:
-    """`train_reward`; of labels, also the model's table beside the n-gram baseline, on validation.
-    """
+    """`train_reward`, and the model's table beside plain baselines, on validation."""
     run = train_reward(o)
     data = open_for(o, o.data)
-    if run is not None and data.has_labels("reward", "val"):
-        evaluate.print_validation_table(run.model, data, run.tokenizer, run.o.max_len)
+    if run is not None and data.feedback("val"):
+        evaluate.print_validation_table(run_folder(run.o, "reward"), data, pick_device(run.o.device))
     return run
 
 

@@ -8,7 +8,7 @@ import torch
 
 import ppo
 from data.batches import prompt_ids
-from data.judge import ngram_classifier
+from data.judge import ngram_regressions
 from data.tokenizer import train_bpe
 from model import load_checkpoint, save_checkpoint, weights_hash
 from ppo import PPOTrainer, train_ppo
@@ -342,7 +342,7 @@ def test_an_independent_opinion_of_every_rollout_is_logged(trainer_of, world, mo
     replies = [tokenizer.decode(i for i in ids if i != tokenizer.eom_id)
                for ids in reply_ids(rollouts[0].generation)]
     texts = [opening + reply for opening, reply in zip(openings, replies, strict=True)]
-    probs = ngram_classifier(world.data, "judge").probs(texts)
+    probs = ngram_regressions(world.data, "judge")[""].probs(texts)
     assert logged["judge"] == pytest.approx(float(probs.mean()), abs=1e-6)
     assert logged["judged_positive"] == pytest.approx(float((probs > .5).mean()), abs=1e-6)
 
