@@ -264,7 +264,7 @@ def test_a_reward_without_a_model_refuses_the_models_options(command, tmp_path):
 def test_adaptive_control_starts_where_normal_scores_would_have_the_target(command, capsys):
     o = command("ppo", "--kl_control=adaptive", "--kl_target=8")
     assert KLController.starting(o, 2.0).coef == pytest.approx(2 / 4)
-    assert KLController.starting(o, 2.0, .3).coef == .3  # a resumed run's
+    assert KLController.starting(o, 2.0, {"coef": .3, "kl": 1}).state() == {"coef": .3, "kl": 1}  # a resumed run's
     assert KLController.starting(command("ppo", "--kl_control=adaptive", "--kl_coef=.2"), 2.0).coef == .2
     assert KLController.starting(command("ppo", "--reward=length").replace(kl_control="fixed"), 24.0).coef == .095
     assert "253 times --kl_coef 0.095: the policy will go far; try --kl_coef 6.9" in capsys.readouterr().err
