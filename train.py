@@ -36,6 +36,7 @@ from data.forms import parse_fields
 from data.prepare import kept_input, open_for, open_stage, suited
 from data.prepared import Prepared
 from data.records import load_records
+from data.rewards import needs_model, read_reward
 from model import (ModelConfig, Transformer, checkpoint_path, cross_entropy_sum, limit_length,
                    load_checkpoint, load_parent, next_token_loss, open_run)
 from ppo import PPOOptions, train_ppo
@@ -339,7 +340,9 @@ def run_all(options: dict[str, Common]) -> None:
     init_from, reward_from = options["sft"].init_from, options["ppo"].reward_from
     brought = {"pretrain": init_from, "reward": reward_from}
     data = open_for(options["ppo"], options["ppo"].data)
-    stages = [stage for stage in STAGES if stage != "judge" or data.has("judge")]
+    reads_model = needs_model(options["ppo"], read_reward(options["ppo"].reward))
+    stages = [stage for stage in STAGES if (stage != "judge" or data.has("judge"))
+              and (stage != "reward" or reads_model)]
     require_inputs(data, [stage for stage in stages if not brought.get(stage)], reward_from)
     for stage in stages:
         if brought.get(stage):
