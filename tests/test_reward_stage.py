@@ -43,6 +43,14 @@ def test_ties_are_learned_and_measured_apart(command, world, monkeypatch):
     assert not state["warnings"]
 
 
+def test_ties_alone_are_refused_also_once_equal_pairs_are_left_out(command, world, monkeypatch):
+    late = [{"prompt": "书", "chosen": "，" * 90 + "好", "rejected": "，" * 90 + "差"}]
+    for records in (made_up(0, tied=9), made_up(0, tied=9) + late):
+        with_records(monkeypatch, world, records, made_up(9))
+        with pytest.raises(UserError, match="all pairs to learn from are ties"):
+            train_reward(command("reward", "--max_len=64"))
+
+
 def test_pairs_without_ties_are_learned_by_bradley_and_terrys_loss(command, world, monkeypatch):
     with_records(monkeypatch, world, made_up(30), made_up(10))
     run = train_reward(command("reward", "--epochs=1"))
