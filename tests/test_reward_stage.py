@@ -189,3 +189,28 @@ def test_an_evaluation_refuses_options_of_training(command, world, tmp_path):
         train.reward(o)
     with pytest.raises(UserError, match="evaluate has no effect in a run of all stages"):
         train.main(["all", "--reward.evaluate=x.jsonl"])
+
+
+# ---- PPO on such a reward model ------------------------------------------------------------------
+
+def test_ppo_optimises_parts_and_an_ensemble_and_logs_them(command, world, tmp_path):
+    """The critic has one head; the parts and the members' spread are in the log; a resumed run equals
+    an uninterrupted one."""
+    trunk, tokenizer, _ = load_checkpoint(world.root / "sft")
+    o = command("reward", "--members=3", "--ensemble=lower")
+    model = reward_model_from(trunk, o, parts=("length", "relevance"))
+    save_checkpoint(tmp_path / "parts", model, tokenizer, stage="reward", step=1, feedback="pairwise",
+                    template=world.data.template)
+    words = (f"--reward_from={tmp_path / 'parts'}", "--updates=3", "--critic_warmup=1", "--kl_control=fixed")
+    path = train.ppo(command("ppo", *words)).folder.path
+    last = logged(path)[-1]
+    assert {"part_length", "part_relevance", "part_spread"} <= set(last)
+    assert last["part_spread"] > 0
+    state = load_checkpoint(path)[2]
+    assert state["critic"]["score_head.weight"].shape[0] == 1
+    Interrupt.number = 15
+    with pytest.raises(Interrupted):
+        train.ppo(command("ppo", *words, "--fresh"))
+    Interrupt.number = 0
+    train.ppo(command("ppo", *words, "--resume"))
+    assert equal(load_checkpoint(path)[2]["critic"], state["critic"])
