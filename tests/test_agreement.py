@@ -18,15 +18,13 @@ class Model:
 
     def __init__(self, function, parts=None):
         self.function, self.read = function, []
-        if parts:
-            self.part_scores = lambda prompts, replies: {
-                name: torch.tensor([float(f(TOKENIZER.reply_text(r))) for r in replies])
-                for name, f in parts.items()}
+        self.parts = parts or {}
 
-    def score_rows(self, rows):
+    def score_rows(self, rows, parts=()):
         texts = [TOKENIZER.reply_text([i for i, of_reply in zip(*row, strict=True) if of_reply]) for row in rows]
         self.read += texts
-        return torch.tensor([float(self.function(text)) for text in texts])
+        heads = [self.parts.get(part, self.function) for part in parts or [""] * len(texts)]
+        return torch.tensor([float(head(text)) for head, text in zip(heads, texts, strict=True)])
 
 
 def pairs(n=40, **more):
