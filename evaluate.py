@@ -121,7 +121,7 @@ def raw_scores(reward_model: Any, ids: Sequence[list[int]],
             config is None or getattr(config, "parts", ()) or getattr(config, "members", 1) > 1):
         parts = reward_model.part_scores(ids, rows)
     return {"raw_score": reward_model.scores(ids, rows)} | {
-        f"part_{name}": scores for name, scores in parts.items()}
+        f"part_{name}": scores for name, scores in parts.items() if name}
 
 
 OPINION = ("eval_judged_positive", 1)  # what PPO's --keep best goes by, and that higher is better

@@ -101,7 +101,7 @@ class PPOOptions(Common):
                                      "of labels, for functions alone and if --kl_coef is given, else adaptive",
                              choices=("auto", "fixed", "adaptive"), source="Ziegler 2019")
     kl_target: float = option(6.0, "nats per reply to aim at", source="Ziegler 2019", low=0.01)
-    kl_horizon: float = option(300.0, "replies over which it acts", source="measured; Ziegler 10,000", low=1)
+    kl_horizon: float = option(1_000.0, "replies over which it acts slowly", source="Ziegler 2019: 10,000", low=1)
     # Advantages and loss.
     advantage: str = option("gae", "gae needs a critic, the others have none: a reply's reward less the mean of the "
                                    "others to its prompt (rloo), less its group's mean, by their spread (grpo), less "
@@ -716,7 +716,7 @@ class PPOTrainer:
         groups = [{"params": list(run.model.parameters()), "lr": o.policy_lr},
                   {"params": list(actor_critic.value_module.parameters()), "lr": o.critic_lr}]
         self.optimizer = torch.optim.Adam(groups, eps=o.adam_eps, fused=True)
-        self.control = KLController.starting(o, spread, state.get("kl_coef"))
+        self.control = KLController.starting(o, spread, state.get("control"))
         if state:
             actor_critic.value_module.load_state_dict(state["critic"])
             restore([self.optimizer], {"optimizers": [state["optimizer"]]})
@@ -807,7 +807,7 @@ class PPOTrainer:
         prompts = [self.prompts[i] for i in index]
         ids = [prompt_ids(self.run.tokenizer, prompt, self.template) for prompt in prompts]
         rollout = collect_rollout(self.networks, ids, self.paying, step=step, scorer=self.scorer,
-                                  scale=self.scale, kl_coef=self.control.coef,
+                                  scale=self.scale, kl_coef=self.control.price,
                                   estimator=self.estimator)
         # Learn. The critic's first values may be far off: alone, it learns them without clip.
         if not train_policy:
@@ -860,7 +860,7 @@ class PPOTrainer:
     def save(self, step: int) -> None:
         self.run.save(step, critic=self.networks.actor_critic.value_module.state_dict(),
                       optimizer=self.optimizer.state_dict(), scale=self.scale.state(),
-                      kl_coef=self.control.coef, decoder_dtype=self.decoder_dtype,
+                      control=self.control.state(), decoder_dtype=self.decoder_dtype,
                       alarms=self.alarms.state(), example_prompts=self.held_out.prompts[:8],
                       scales=self.scorer.state() if isinstance(self.scorer, RewardSum) else {},
                       **({"best": self.best.state} if self.best and step < self.o.updates else {}))

@@ -393,6 +393,9 @@ class RewardTask:
         if self.kind == "pairwise":
             self.records, self.val = (self.differing(split, pairs) for split, pairs
                                       in (("training", self.records), ("validation", self.val)))
+        require_varied("train", self.records)
+        require_varied("val", self.val)
+        if self.kind == "pairwise":
             self.tie_odds = self.extra["tie_odds"] = tie_odds_of(self.records)
         if run.o.strength_from:
             self.denoise()
@@ -414,8 +417,6 @@ class RewardTask:
         if self.o.loss not in ("auto", kind):
             raise UserError(f"--loss {self.o.loss} does not fit these records, which are for "
                             f"{kind}: use --loss auto")
-        require_varied("train", self.records)
-        require_varied("val", self.val)
         unknown = {r.get("part", "") for r in self.val} - {*self.run.model.config.parts, ""}
         if unknown:
             raise UserError(f"{self.run.stage}: validation has records of the part {min(unknown)!r}, but "

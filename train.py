@@ -36,6 +36,7 @@ from data.forms import parse_fields
 from data.prepare import kept_input, open_for, open_stage, suited
 from data.prepared import Prepared
 from data.records import load_records
+from data.rewards import needs_model, read_reward
 from model import (ModelConfig, Transformer, checkpoint_path, cross_entropy_sum, limit_length,
                    load_checkpoint, load_parent, next_token_loss, open_run)
 from ppo import PPOOptions, train_ppo
@@ -276,6 +277,7 @@ def reward(o: RewardOptions) -> Run | None:
     """`train_reward`, and the model's table beside plain baselines, on validation."""
     if o.evaluate:
         return measure_on_file(o, "reward")
+    refuse_judge(o.strength_from)
     run = train_reward(o)
     data = open_for(o, o.data)
     if run is not None and data.feedback("val"):
@@ -291,8 +293,8 @@ def refuse_judge(path: str) -> None:
         return
     record = read_config(checkpoint_path(path).parent) or load_checkpoint(path, "cpu", RewardModel)[2]
     if record.get("stage") == "judge":
-        raise UserError(f"{path}: this is the judge, which no policy is trained against: give "
-                        "--reward_from a reward model")
+        raise UserError(f"{path}: this is the judge, which no policy is trained against: name "
+                        "a reward model instead")
 
 
 @memory_advice("lower --micro_batch, --rollout_rows or --reply_len, or add --recompute")
@@ -316,6 +318,7 @@ def judge(o: JudgeOptions) -> Run | None:
     pretrained trunk (not the policy's) learns the judge's half of the labels."""
     if o.evaluate:
         return measure_on_file(o, "judge")
+    o.refuse("strength_from", why="on a judge, which owes nothing to a reward model")
     return train_reward(o, stage="judge", parent="pretrain")
 
 
@@ -337,7 +340,9 @@ def run_all(options: dict[str, Common]) -> None:
     init_from, reward_from = options["sft"].init_from, options["ppo"].reward_from
     brought = {"pretrain": init_from, "reward": reward_from}
     data = open_for(options["ppo"], options["ppo"].data)
-    stages = [stage for stage in STAGES if stage != "judge" or data.has("judge")]
+    reads_model = needs_model(options["ppo"], read_reward(options["ppo"].reward))
+    stages = [stage for stage in STAGES if (stage != "judge" or data.has("judge"))
+              and (stage != "reward" or reads_model)]
     require_inputs(data, [stage for stage in stages if not brought.get(stage)], reward_from)
     for stage in stages:
         if brought.get(stage):

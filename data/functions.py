@@ -49,7 +49,8 @@ def load_function(path: pathlib.Path, name: str) -> Callable:
         with contextlib.redirect_stdout(sys.stderr):
             exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     except SyntaxError as error:
-        raise UserError(f"--reward {error.filename}, line {error.lineno}: {error.msg}") from error
+        line = f", line {error.lineno}" * bool(error.lineno)
+        raise UserError(f"--reward {error.filename or path}{line}: {error.msg}") from error
     except (Exception, SystemExit) as error:
         raise UserError(f"--reward {path}{line_of(error, path)}: {told(error)}") from error
     function = getattr(module, name, None)
@@ -57,23 +58,22 @@ def load_function(path: pathlib.Path, name: str) -> Callable:
         own = [x for x, value in vars(module).items() if inspect.isfunction(value)]
         raise UserError(f"--reward {path}: has no function {name!r}; it has {', '.join(own) or 'none'}")
     if not 2 <= arguments_of(function) <= 3:
-        raise UserError(f"--reward {path}: {name} must take (prompts, replies) or (prompts, replies, "
-                        f"records), and takes {arguments_of(function)} arguments")
+        raise UserError(f"--reward {path}: {name}{inspect.signature(function)} must take (prompts, replies) "
+                        "or (prompts, replies, records)")
     return function
 
 
 def arguments_of(function: Callable) -> int:
-    """How many of (prompts, replies, records) a function takes; a number above 3: it needs more."""
+    """How many of (prompts, replies, records) a function takes; a number above 3: it needs others."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # of some built-in functions
         return 2
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    needed = sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-                 for p in parameters)
-    if needed > 3 or any(p.kind == p.VAR_POSITIONAL for p in parameters):
-        return max(3, needed)
-    return min(3, len(places))
+    needed = sum(p.default is p.empty for p in places)
+    if any(p.kind == p.KEYWORD_ONLY and p.default is p.empty for p in parameters):
+        return 4
+    return max(needed, 3 if any(p.kind == p.VAR_POSITIONAL for p in parameters) else min(3, len(places)))
 
 
 def line_of(error: BaseException, path: pathlib.Path | None) -> str:

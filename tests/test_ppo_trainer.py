@@ -292,7 +292,7 @@ def test_adaptive_control_acts_once_an_update_of_the_policy(trainer_of):
     expected = ppo.KLController(ppo.PPOOptions.kl_coef, target=60, horizon=50)
     for step in range(4):
         logged = trainer.update(step)
-        assert logged["kl_coef"] == expected.coef, step  # as used, before it changes
+        assert logged["kl_coef"] == expected.price, step  # as used, before it changes
         if step >= 1:
             expected.update(logged["kl"], 8)
     assert trainer.control.coef == expected.coef

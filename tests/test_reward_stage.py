@@ -7,7 +7,7 @@ import torch
 
 import train
 from data.feedback import tie_odds_of
-from model import load_checkpoint, open_run
+from model import load_checkpoint, open_run, save_checkpoint
 from reward import RewardModel, RewardTask, reward_model_from, train_reward
 from runtime.machine import Interrupt, Interrupted
 from runtime.options import UserError
@@ -41,6 +41,14 @@ def test_ties_are_learned_and_measured_apart(command, world, monkeypatch):
     assert measured[-1]["val_accuracy"] > 0.9  # of the decided ones alone: else at most .875
     assert -1.5 < measured[-1]["val_tie_log_likelihood"] < 0
     assert not state["warnings"]
+
+
+def test_ties_alone_are_refused_also_once_equal_pairs_are_left_out(command, world, monkeypatch):
+    late = [{"prompt": "书", "chosen": "，" * 90 + "好", "rejected": "，" * 90 + "差"}]
+    for records in (made_up(0, tied=9), made_up(0, tied=9) + late):
+        with_records(monkeypatch, world, records, made_up(9))
+        with pytest.raises(UserError, match="all pairs to learn from are ties"):
+            train_reward(command("reward", "--max_len=64"))
 
 
 def test_pairs_without_ties_are_learned_by_bradley_and_terrys_loss(command, world, monkeypatch):
@@ -141,6 +149,16 @@ def test_strength_is_for_pairs_without_margins(command, world, monkeypatch):
         train_reward(command("reward", strong, "--adaptive_margin"))
 
 
+def test_the_judge_neither_gives_strength_nor_takes_it(command, world, tmp_path):
+    """A policy would be trained against the judge by way of the pairs that it turned round."""
+    model, tokenizer, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
+    save_checkpoint(tmp_path / "x", model, tokenizer, stage="judge", step=1, feedback="label")
+    with pytest.raises(UserError, match="this is the judge"):
+        train.reward(command("reward", f"--strength_from={tmp_path / 'x'}", "--flip_share=.1"))
+    with pytest.raises(UserError, match="owes nothing to a reward model"):
+        train.judge(command("judge", f"--strength_from={world.root / 'reward'}", "--flip_share=.1"))
+
+
 # ---- train.py reward --evaluate FILE -------------------------------------------------------------
 
 def on_file(world, tmp_path, records, *words):
@@ -171,3 +189,28 @@ def test_an_evaluation_refuses_options_of_training(command, world, tmp_path):
         train.reward(o)
     with pytest.raises(UserError, match="evaluate has no effect in a run of all stages"):
         train.main(["all", "--reward.evaluate=x.jsonl"])
+
+
+# ---- PPO on such a reward model ------------------------------------------------------------------
+
+def test_ppo_optimises_parts_and_an_ensemble_and_logs_them(command, world, tmp_path):
+    """The critic has one head; the parts and the members' spread are in the log; a resumed run equals
+    an uninterrupted one."""
+    trunk, tokenizer, _ = load_checkpoint(world.root / "sft")
+    o = command("reward", "--members=3", "--ensemble=lower")
+    model = reward_model_from(trunk, o, parts=("length", "relevance"))
+    save_checkpoint(tmp_path / "parts", model, tokenizer, stage="reward", step=1, feedback="pairwise",
+                    template=world.data.template)
+    words = (f"--reward_from={tmp_path / 'parts'}", "--updates=3", "--critic_warmup=1", "--kl_control=fixed")
+    path = train.ppo(command("ppo", *words)).folder.path
+    last = logged(path)[-1]
+    assert {"part_length", "part_relevance", "part_spread"} <= set(last)
+    assert last["part_spread"] > 0
+    state = load_checkpoint(path)[2]
+    assert state["critic"]["score_head.weight"].shape[0] == 1
+    Interrupt.number = 15
+    with pytest.raises(Interrupted):
+        train.ppo(command("ppo", *words, "--fresh"))
+    Interrupt.number = 0
+    train.ppo(command("ppo", *words, "--resume"))
+    assert equal(load_checkpoint(path)[2]["critic"], state["critic"])
