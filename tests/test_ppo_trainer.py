@@ -288,11 +288,11 @@ def test_rollout_and_update_compute_in_one_precision(trainer_of, dtype):
 
 def test_adaptive_control_acts_once_an_update_of_the_policy(trainer_of):
     trainer = trainer_of("--updates=4", "--critic_warmup=1", "--kl_control=adaptive",
-                         "--kl_target=60", "--kl_horizon=50", "--policy_lr=.01")
+                         "--kl_target=60", "--kl_horizon=50", "--policy_lr=.01", "--kl_coef=.095")
     expected = ppo.KLController(ppo.PPOOptions.kl_coef, target=60, horizon=50)
     for step in range(4):
         logged = trainer.update(step)
-        assert logged["kl_coef"] == expected.coef, step  # as used, before it changes
+        assert logged["kl_coef"] == expected.price, step  # as used, before it changes
         if step >= 1:
             expected.update(logged["kl"], 8)
     assert trainer.control.coef == expected.coef
