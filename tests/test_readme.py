@@ -14,6 +14,7 @@ import evaluate
 import sample
 import train
 from data.check import CheckOptions
+from data.overview import ListOptions
 from data.prepare import ExportOptions, PrepareOptions, open_data
 from runtime.options import Common, parse, parse_all
 from tests.conftest import ROOT
