@@ -54,6 +54,7 @@ PANELS = (
     # eval_raw_score is logged raw, without normalisation, clip and end penalty: its partner is
     # raw_score, not score.
     Panel("ppo", "Raw score", "reward model's logit", ("raw_score", "eval_raw_score")),
+    Panel("ppo", "Reward parts", "mean per reply, before weights", ("part_*",)),
     Panel("ppo", "Judge", "mean P(liked)", ("judge", "eval_judge")),
     Panel("ppo", "Judged positive", "share of replies",
           ("judged_positive", "eval_judged_positive")),
@@ -128,6 +129,14 @@ def series(runs: list[Run], stage: str, key: str) -> tuple[np.ndarray, np.ndarra
                                           float)
 
 
+def named_keys(panel: Panel, runs: list[Run]) -> Panel:
+    """The panel with every metric that its key `…*` begins, as many as the runs have."""
+    if not panel.keys[0].endswith("*"):
+        return panel
+    keys = dict.fromkeys(key for run in runs for key in run.get(panel.stage, {}) if key.startswith(panel.keys[0][:-1]))
+    return dataclasses.replace(panel, keys=tuple(keys), labels=tuple(key.partition("_")[2] for key in keys))
+
+
 def to_draw(runs: list[Run],
             titles: str = "") -> list[tuple[Panel, dict[str, tuple[np.ndarray, np.ndarray]]]]:
     """The panels that have something to show, each with its curves; UserError if there are none.
@@ -142,6 +151,7 @@ def to_draw(runs: list[Run],
     for panel in PANELS:
         if wanted and panel.title.lower() not in wanted:
             continue
+        panel = named_keys(panel, runs)
         curves = {key: series(runs, panel.stage, key) for key in panel.keys}
         curves = {key: (steps, values) for key, (steps, values) in curves.items() if len(steps)}
         if curves:
@@ -162,6 +172,8 @@ def draw_panel(ax: "Axes", panel: Panel, curves: dict[str, tuple[np.ndarray, np.
         held_out, mean = key.startswith(("val_", "eval_")), values.mean(0)
         second = panel.labels and key != panel.keys[0]
         color = HELD_OUT if held_out else SECOND if second else COLORS[panel.stage]
+        if len(panel.labels) > 2:
+            color = f"C{panel.keys.index(key)}"
         style = {"linewidth": 1.6}
         if held_out:
             style = {"marker": "o", "markersize": 4, "linewidth": 0.8}
