@@ -288,7 +288,8 @@ def report_bad(path: str | os.PathLike, kind: str, bad: list[str], n_good: int,
     if bad:
         print(f"{path}: {len(bad)} of {len(bad) + n_good} records left out (--skip_bad): {first}")
     if useless:
-        print(f"{path}: {sum(useless.values()):,} lines left out, which teach nothing: {reasons}", flush=True)
+        print(f"{path}: {sum(useless.values()):,} of {sum(forms.values()) + len(bad):,} lines left out, which "
+              f"teach nothing: {reasons}", flush=True)
 
 
 def write_records(path: pathlib.Path, records: Iterable[dict]) -> None:

@@ -225,7 +225,7 @@ def test_what_a_file_was_read_as_is_said_once(tmp_path, capsys):
     rows = [case[2] for case in CASES if case[0] in ("31 LMArena", "31 LMArena, tie")]
     path = write(tmp_path / "d.jsonl", *rows, {**rows[0], "winner": "nobody"})
     assert len(load_records(path, "reward", say=True)) == 2
-    assert capsys.readouterr().out == (f"{path}: 1 lines left out, which teach nothing: no choice (1)\n"
+    assert capsys.readouterr().out == (f"{path}: 1 of 3 lines left out, which teach nothing: no choice (1)\n"
                                        f"{path}: read as LMArena (2)\n")
 
 
@@ -255,5 +255,5 @@ def test_an_empty_reply_of_a_transcript_is_a_reply():
 def test_published_transcripts_are_read_without_a_flag_but_for_those_that_teach_nothing(capsys):
     assert len(load_records(HH, "reward")) == 1496
     assert capsys.readouterr().out == (
-        f"{HH}: 4 lines left out, which teach nothing: roles that do not alternate (3), dialogues that "
+        f"{HH}: 4 of 1,500 lines left out, which teach nothing: roles that do not alternate (3), dialogues that "
         "differ before their last answer (1)\n")

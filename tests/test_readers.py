@@ -155,7 +155,7 @@ def test_what_teaches_nothing_is_left_out_counted_and_said(tmp_path, capsys, rec
     assert read(record, kind) == reason
     path = write(tmp_path / "d.jsonl", record, good, record)
     assert len(load_records(path, kind)) == 1
-    assert capsys.readouterr().out == f"{path}: 2 lines left out, which teach nothing: {reason} (2)\n"
+    assert capsys.readouterr().out == f"{path}: 2 of 3 lines left out, which teach nothing: {reason} (2)\n"
     with pytest.raises(UserError, match=f"d.jsonl: holds no record that teaches anything: {reason}"):
         load_records(write(tmp_path / "d.jsonl", record), kind)
 
