@@ -7,10 +7,10 @@ One update: `collect_rollout` lets the policy reply to prompts, scores every tok
 reference and critic, and every reply with the reward model; `token_rewards` spreads the score and
 the KL penalty over tokens; `gae` turns rewards and values into advantages; `update` passes over
 these replies with `ppo_loss`. The file has the formulas first, then the rollout, then learning; what
-a raw score is worth stands in data/rewards.py (`ScoreScale`), and rewards without a model, too. `PPOTrainer` carries what one update hands
-to the next, and `train_ppo` is the stage. To change one idea, pass your own function:
-`collect_rollout(…, estimator=, scorer=)`, `update(…, loss=)`, or all three to `PPOTrainer` or
-`train_ppo`.
+a raw score is worth stands in data/rewards.py (`ScoreScale`), and rewards without a model, too.
+`PPOTrainer` carries what one update hands to the next, and `train_ppo` is the stage. To change one
+idea, pass your own function: `collect_rollout(…, estimator=, scorer=)`, `update(…, loss=)`, or all
+three to `PPOTrainer` or `train_ppo`.
 
 Papers, by the names that --help uses: Schulman 2016 (GAE), Schulman 2017 (PPO), Schulman 2020
 (estimates of KL), Ziegler 2019 (PPO on language), MOSS (MOSS-RLHF parts I and II), N+ (Huang 2024,
