@@ -138,6 +138,7 @@ def exchanged_names(articles: Sequence[Article], language: Language) -> Iterator
             continue
         fitting = [other for other in by_kind[kind]
                    if abs(len(other) - len(name)) <= max(1, len(name) // 3)
+                   and other[0].isdigit() == name[0].isdigit()
                    and other not in article.beginning + article.headline]
         if fitting:
             used.add(article.headline)
@@ -156,7 +157,7 @@ def vague(article: Article, language: Language) -> str:
     for begin, end, kind in reversed(places):
         general = language.general[kind]
         headline = headline[:begin] + general[draw // 2 % len(general)] + headline[end:]
-    return headline
+    return headline[:1].upper() + headline[1:]
 
 
 # ---- splits --------------------------------------------------------------------------------------
@@ -191,6 +192,7 @@ LONGEST_NAME = 12  # characters of a Chinese name
 WORD = re.compile(r"[^\W\d_]+(?:['’.-][^\W\d_]+)*|[0-9]+(?:[.,][0-9]+)*%?")
 DATES = frozenset("Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April May June July "
                   "August September October November December".split())
+NATION = re.compile("(?:ian|ean|can|ese|ish|German|Iraqi|Israeli)s?$")
 PLACE = frozenset(["in", "at", "from", "near", "across"])  # what stands before the name of a place
 
 
@@ -201,27 +203,31 @@ def characters(text: str) -> list[str]:
 
 def lower_words(text: str) -> list[str]:
     """Words and numbers of an English text in lower case, without 's."""
-    return [word.group().lower().removesuffix("'s").removesuffix("’s") for word in WORD.finditer(text)]
+    return [bare(word.group().lower()) for word in WORD.finditer(text)]
 
 
-def chinese_names(words: Iterable[Sequence[tuple[str, str]]]) -> dict[str, str]:
-    """Names in paragraphs of (word, tag), with their kinds: person, place, body (an institution). A
-    word counts as a name if most of its occurrences are tagged as one. A surname and a given name
-    are tagged apart, and are joined."""
+def chinese_names(paragraphs: Sequence[Sequence[tuple[str, str]]]) -> dict[str, str]:
+    """Names in paragraphs of (word, tag), with their kinds: person, place, body (an institution).
+
+    A surname and a given name are tagged apart, and are joined. A word is a name if it is tagged as
+    one, and if most places where its characters stand are it: others are parts of other words.
+    """
     kinds = {"nr": "person", "ns": "place", "nt": "body", "nz": "body"}
     tags: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for paragraph in words:
-        for i, (word, tag) in enumerate(paragraph):
-            before = paragraph[i - 1] if i else ("", "")
-            if tag == "nr" and before[1] == "nr" and len(before[0]) <= 2:
-                tags[before[0] + word]["nr"] += 1
-            tags[word][tag] += 1
-    names = {}
-    for word, of_word in tags.items():
-        tag, count = of_word.most_common(1)[0]
-        if tag in kinds and 2 <= len(word) <= LONGEST_NAME and count > .8 * of_word.total():
-            names[word] = kinds[tag]
-    return names
+    for paragraph in paragraphs:
+        for (surname, before), (word, tag) in zip([("", ""), *paragraph], paragraph, strict=False):
+            if tag == before == "nr" and len(surname) <= 2:
+                tags[surname + word]["nr"] += 1
+            elif tag in kinds and len(word) <= LONGEST_NAME:
+                tags[word][tag] += 1
+    tags = {word: of_word for word, of_word in tags.items() if len(word) > 1}
+    standing: collections.Counter[str] = collections.Counter()
+    for paragraph in paragraphs:
+        text = "".join(word for word, tag in paragraph if tag)
+        standing.update(piece for n in (2, 3) for i in range(len(text) - n + 1)
+                        if (piece := text[i:i + n]) in tags)
+    return {word: kinds[of_word.most_common(1)[0][0]] for word, of_word in tags.items()
+            if of_word.total() > .7 * standing[word]}
 
 
 def find_chinese(text: str, names: Mapping[str, str]) -> list[tuple[int, int, str]]:
@@ -239,39 +245,62 @@ def find_chinese(text: str, names: Mapping[str, str]) -> list[tuple[int, int, st
 
 
 def english_names(texts: Iterable[str]) -> dict[str, str]:
-    """Words that are capitalised inside sentences, twice or more and nearly always, with their
-    kinds: date, place (often after "in" or "from"), or person, which may be an institution, too."""
-    count, capital, placed = (collections.Counter() for _ in range(3))
+    """Words that are capitalised inside sentences, twice or more and nearly always, pairs of
+    capitalised words, and abbreviations; with their kinds: date, place (often after "in" or
+    "from"), nation (by its ending), or person, which may be an institution, too."""
+    count, capital, placed, named = (collections.Counter() for _ in range(4))
     for text in texts:
         before = None
         for match in WORD.finditer(text):
-            word = match.group().removesuffix("'s").removesuffix("’s")
+            word = bare(match.group())
             inside = before is not None and text[before.end():match.start()] in (" ", ", ")
-            if inside and word[0].isalpha():
-                count[word.lower()] += 1
-                if word[0].isupper():
-                    capital[word] += 1
-                    placed[word] += before.group().lower() in PLACE
+            if inside:
+                count[word.lower()] += not word.isupper()
+                capital[word] += word[0].isupper()
+                placed[word] += before.group().lower() in PLACE
+                if word[0].isupper() and before.group()[0].isupper() and text[before.end()] == " ":
+                    pair = f"{bare(before.group())} {word}"
+                    capital[pair] += 1
+                    named[word] += 1
+                    place_before = text[:before.start()].rstrip().rpartition(" ")[2].lower() in PLACE
+                    placed[pair] += place_before
             before = match
-    return {word: "date" if word in DATES else "place" if placed[word] > .25 * n else "person"
-            for word, n in capital.items() if n > 1 and n > .9 * count[word.lower()]}
+
+    def kind(word: str) -> str:
+        if word in DATES:
+            return "date"
+        if placed[word] > max(.1 * capital[word], .5 * named[word]):
+            return "place"
+        return "nation" if NATION.search(word) else "person"
+
+    return {word: kind(word) for word, n in capital.items() if n > 1
+            and (word.isupper() and len(word) > 1 or n > (2 if " " in word else .9 * count[word.lower()]))}
+
+
+def bare(word: str) -> str:
+    """A word without its 's."""
+    return word.removesuffix("'s").removesuffix("’s")
 
 
 def find_english(text: str, names: Mapping[str, str]) -> list[tuple[int, int, str]]:
     """(begin, end, kind) of names and numbers; words of a name side by side are one, of its last
     word's kind."""
     found: list[tuple[int, int, str]] = []
-    for match in WORD.finditer(text):
-        word = match.group()
-        bare = word.removesuffix("'s").removesuffix("’s")
-        kind = "number" if word[0].isdigit() else names.get(bare)
+    words = [(match.start(), bare(match.group())) for match in WORD.finditer(text)]
+    pairs = {i for i, ((a, first), (b, second)) in enumerate(zip(words, words[1:], strict=False))
+             if text[a:b + len(second)] == f"{first} {second}" in names}
+    for i, (begin, word) in enumerate(words):
+        kind = "number" if word[0].isdigit() else names.get(word)
+        if i - 1 in pairs:
+            kind = names[f"{words[i - 1][1]} {word}"]
+        if kind is None and i in pairs:
+            kind = "person"
         if kind is None:
             continue
-        begin, end = match.start(), match.start() + len(bare)
-        if found and kind not in ("number", "date") and found[-1][2] not in ("number", "date") and text[
-                found[-1][1]:begin] == " ":
+        apart = {"number", "date", "nation"}
+        if found and text[found[-1][1]:begin] == " " and not {kind, found[-1][2]} & apart:
             begin = found.pop()[0]
-        found.append((begin, end, kind))
+        found.append((begin, words[i][0] + len(word), kind))
     return found
 
 
@@ -287,5 +316,5 @@ def english(names: Mapping[str, str]) -> Language:
     """English, with these names."""
     return Language(lower_words, names, find_english,
                     {"person": ("an official", "someone"), "place": ("a country", "one place"),
-                     "date": ("recently", "one day"), "number": ("several", "some")},
+                     "nation": ("foreign", "one country's"), "date": ("one day", "a while ago"), "number": ("several", "some")},
                     ("Latest news on {topic}", "What we know about {topic}", "Something new about {topic}"))
