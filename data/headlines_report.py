@@ -15,17 +15,16 @@ import pathlib
 from collections.abc import Sequence
 
 from data.dataset import text_hash
-from data.headlines import Language, chinese, english
+from data.headlines_language import LANGUAGES, Language
 from data.records import prompt_text
 
 NAMES = "names.json"  # in the prepared folder: the language, and its names with their kinds
 AMONG = 20  # articles that a headline has to find its own among
-LANGUAGES = {"zh": chinese, "en": english}
 
 
-def save_names(folder: pathlib.Path, code: str, language: Language) -> None:
+def save_names(folder: pathlib.Path, language: Language) -> None:
     """Keep a language's names beside the prepared records."""
-    text = json.dumps({"language": code, "names": dict(language.names)}, ensure_ascii=False)
+    text = json.dumps({"language": language.code, "names": dict(language.names)}, ensure_ascii=False)
     (folder / NAMES).write_text(text, encoding="utf-8")
 
 
