@@ -28,7 +28,7 @@ import torch
 from data.batches import (drop_long_prompts, held_out_prompts, make_rows, pad_left, prompt_ids,
                           reward_rows, scatter_tokens)
 from data.judge import ModelJudge, NgramJudge, ngram_classifier, plain_text
-from data.prepare import find_data_set, open_data
+from data.prepare import SETTINGS, find_data_set, open_data
 from data.prepared import Prepared
 from data.records import prompt_text
 from data.report import (describe, judged_by, opinions_on_labels, people_wrote, render_report,
@@ -467,7 +467,7 @@ def measure(folders: list[pathlib.Path], o: EvaluateOptions) -> dict[str, Any]:
     compared, trained, ppo = load_compared(policies, device, o.reference, o.reward_from)
     # Open the data set that they were trained on, with their own prompt template.
     known = trained.get("options", {})
-    options = {name: known[name] for name in ("vocab_size", "limit", "skip_bad", "fields") if name in known}
+    options = {name: known[name] for name in SETTINGS if name in known}
     if not (name := o.data or known.get("data")):
         raise UserError("the checkpoint does not say on which data it was trained: give --data")
     if "source" not in find_data_set(name, known.get("fields", "")).options:

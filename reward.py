@@ -344,6 +344,8 @@ class RewardOptions(MaximumLikelihoodOptions):
                           high=1)
     # Measuring.
     eval_every: int = option(100, "steps between measurements on validation", low=1)
+    keep: str = option("last", "weights at the end: those with the best validation, or the last ones",
+                       choices=("best", "last"))
 
 
 # ---- the stage -----------------------------------------------------------------------------------
@@ -358,6 +360,8 @@ class RewardTask:
             drop_long_prompts(data.records(*name), run.tokenizer, data.template, run.o.max_len - 8)
             for name in ((run.stage, "train"), ("reward", "val")))
         self.kind = self.checked_kind()
+        self.best_by = ({"pairwise": "val_accuracy", "regression": "val_correlation",
+                         "label": "val_auc"}[self.kind], 1)
         self.extra: dict[str, Any] = {"feedback": self.kind,
                                       "warnings": run.state.get("warnings", [])}
         if self.kind == "pairwise":

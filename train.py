@@ -86,7 +86,7 @@ class PretrainTask:
         self.run, self.val = run, data.documents("val")
         self.batches = text_batches(data, o.window, o.batch * o.accumulate, o.tokens, o.seed,
                                     o.mixture)
-        self.n_steps, self.extra = self.batches.n_steps, {}
+        self.n_steps, self.extra, self.best_by = self.batches.n_steps, {}, ("val_loss", -1)
 
     def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
         """Mean −log π(next token | tokens before it, of the same document), in o.accumulate parts.
@@ -198,7 +198,7 @@ class SFTTask:
         self.reply_len = min(64, o.max_len // 2)
         self.examples = held_out_prompts(data, "val", run.tokenizer,
                                          run.model.config.max_len - self.reply_len, 8)
-        self.extra = {"example_prompts": self.examples}
+        self.extra, self.best_by = {"example_prompts": self.examples}, ("val_loss", -1)
 
     def nats(self, rows: list) -> tuple[Tensor, int]:
         """(Σ −log π of the learned tokens, their number); rows are packed side by side."""

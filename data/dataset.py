@@ -96,6 +96,7 @@ class DataWriter:
         self.counts: dict[str, int | dict[str, int]] = {}
         self.defaults: dict[str, dict[str, Any]] = {}
         self.mixture: dict[str, Part] = {}
+        self.lengths: dict[str, dict[str, Any]] = {}  # by kind: quantiles in tokens, and what fits
         self.dtype = "uint16" if tokenizer is None or tokenizer.n_vocab <= 2**16 else "uint32"
 
     def documents(self, split: str, documents: Iterable[tuple[str, Sequence[int]]],

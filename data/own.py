@@ -13,30 +13,34 @@ import sys
 from array import array
 from collections.abc import Iterable, Sequence
 
-from tqdm import tqdm
-
 from data.tokenizer import train_bpe
 from data.dataset import (SPLITS, DataSet, DataWriter, feedback_of, require_one_feedback,
                           text_hash)
 from data.forms import OURS, form_of, parse_fields, renamed
-from data.records import FIELDS, as_messages, load_records
+from data.records import FIELDS, load_records
+from data.road import (PARTS, Records, described, dialogues_of, fill, keep_for_judges, lengths, mixture,
+                       proposals, strings, write_documents)
 from data.splits import ONE_IN, HeldOutReplies, assign, prompt_key, replies_in, split_key
-from data.texts import Texts, sample
+from data.texts import Texts
 from runtime.lines import parse_line, read_lines
 from runtime.options import UserError
 
 READING = ("skip_bad", "fields")  # options that all files have
+KINDS = {"judge": "reward"}  # the stage whose records a file has, where its name is another
 Files = dict[tuple[str, str], pathlib.Path]  # (stage, split) -> file
-Records = dict[tuple[str, str], list[dict] | Texts]  # (stage, split) -> records
 
 
-def own_data_set(path: pathlib.Path, fields: str = "") -> DataSet:
-    """The user's file or folder as a data set. fields: what --fields says."""
+def own_data_set(path: pathlib.Path, fields: str = "", template: str = "") -> DataSet:
+    """The user's file or folder as a data set. fields, template: what --fields and --template say."""
+    if template and template.count("{prompt}") != 1:
+        raise UserError(f"--template {template}: must have {{prompt}} once, where the prompt goes")
     files = find_files(path, parse_fields(fields))
-    has_text = any(stage == "pretrain" for stage, _ in files)
-    return DataSet("own", source=lambda path, downloads: list(files.values()),
-                   build=functools.partial(build, list(files)),
-                   options=("vocab_size", *READING) if has_text else READING, version=4)
+    stages = {stage for stage, _ in files}
+    words = {"vocab_size": stages != {"ppo"}, "template": True, "judge_share": "reward" in stages}
+    template = template or "{prompt}"
+    return DataSet("own", source=lambda path, downloads: list(files.values()), template=template,
+                   build=functools.partial(build, list(files), template), version=5,
+                   options=(*READING, *(name for name, works in words.items() if works)))
 
 
 def find_files(path: pathlib.Path, fields: dict[str, str] | None = None) -> Files:
@@ -45,7 +49,8 @@ def find_files(path: pathlib.Path, fields: dict[str, str] | None = None) -> File
     if path.is_file():
         return {(stage_of(path, fields), "train"): path}
     files: Files = {}
-    for stage, split, suffix in itertools.product(FIELDS, SPLITS, ("", ".gz")):
+    places = [*itertools.product(FIELDS, SPLITS), ("judge", "train")]
+    for (stage, split), suffix in itertools.product(places, ("", ".gz")):
         file = path / (file_name(stage, split) + suffix)
         if os.path.lexists(file) and files.setdefault((stage, split), file) != file:
             raise UserError(f"{path}: {file_name(stage, split)} is there, and so is {file.name}: "
@@ -81,30 +86,37 @@ def file_name(stage: str, split: str) -> str:
     return f"{stage}.jsonl" if split == "train" else f"{stage}_{split}.jsonl"
 
 
-def build(places: Sequence[tuple[str, str]], folder: pathlib.Path, files: Sequence[pathlib.Path],
-          vocab_size: int = 0, skip_bad: bool = False, fields: str = "") -> DataWriter:
-    """Check and divide the user's records; train a vocabulary if there is pretraining text.
+def build(places: Sequence[tuple[str, str]], template: str, folder: pathlib.Path,
+          files: Sequence[pathlib.Path], vocab_size: int = 0, skip_bad: bool = False, fields: str = "",
+          judge_share: float = -1.0) -> DataWriter:
+    """Check and divide the user's records, let one kind serve other stages, train a vocabulary.
 
-    places: (stage, split) of each file. skip_bad: leave out lines that are no record. fields: what
-    --fields says.
+    places: (stage, split) of each file. template: around each prompt that is a text. skip_bad: leave
+    out lines that are no record. fields, judge_share: what these options say.
     """
     records, left_out = divide(dict(zip(places, files, strict=True)), skip_bad, parse_fields(fields))
-    texts = records.get(("pretrain", "train"))
-    out = DataWriter(folder, texts and train_bpe(sample(texts), vocab_size, progress=True))
-    for split in SPLITS if texts else ():
-        write_documents(out, split, records["pretrain", split])
+    if template != "{prompt}" and not any(isinstance(r.get("prompt"), str) for of_stage in records.values()
+                                          if not isinstance(of_stage, Texts) for r in of_stage):
+        raise UserError(f"--template has no effect on {files[0]}: every prompt is a list of messages")
+    dialogues = {split: dialogues_of(records, split, template) for split in SPLITS}
+    if reason := keep_for_judges(records, judge_share):
+        print(f"judges: {reason}", flush=True)
+    texts = {split: records.pop(("pretrain", split), []) for split in SPLITS}
+    out = DataWriter(folder, None)
+    if all(len(texts[split]) or dialogues[split] for split in SPLITS):
+        read = strings(texts["train"], dialogues["train"])
+        out = DataWriter(folder, train_bpe(read, vocab_size, progress=True), PARTS)
+        for split in SPLITS:
+            write_documents(out, split, texts[split], dialogues[split])
+        out.mixture = mixture(out.counts)
     for (stage, split), of_stage in records.items():
-        if stage != "pretrain":
-            out.records(stage, split, of_stage)
+        out.records(stage, split, of_stage)
+    if out.tokenizer is not None:
+        sizes = lengths(records, out.tokenizer, template)
+        out.defaults = proposals(sizes, out.counts)
+        out.lengths = described(sizes, out.defaults)
     out.counts |= {f"{stage}_left_out": n for stage, n in left_out.items()}
     return out
-
-
-def write_documents(out: DataWriter, split: str, texts: Texts) -> None:
-    """Encode the texts of a split one after another."""
-    bar = tqdm(texts, desc=f"{split} texts", unit="text", disable=None, dynamic_ncols=True)
-    out.documents(split, (("text", [out.tokenizer.eot_id, *out.tokenizer.encode(record["text"])])
-                          for record in bar), texts.n_bytes)
 
 
 def divide(files: Files, skip_bad: bool = False,
@@ -116,9 +128,10 @@ def divide(files: Files, skip_bad: bool = False,
     held-out prompt with its reply. Both are said.
     """
     loaded = {(stage, split): Texts(path, skip_bad, fields) if stage == "pretrain" else
-              load_records(path, stage, skip_bad, fields, say=True) for (stage, split), path in files.items()}
+              load_records(path, KINDS.get(stage, stage), skip_bad, fields, say=True)
+              for (stage, split), path in files.items()}
     require_one_feedback({files[place]: of_file for place, of_file in loaded.items()
-                          if place[0] == "reward"})
+                          if KINDS.get(place[0], place[0]) == "reward"})
     keys = {(stage, split): array("Q", (split_key(record, stage) for record in of_file))
             for (stage, split), of_file in loaded.items()}
     splits = held_out_keys(loaded, keys)
@@ -127,15 +140,12 @@ def divide(files: Files, skip_bad: bool = False,
     for stage in (stage for stage, split in loaded if split == "train"):
         drawn = [splits.get(key, "train") for key in keys[stage, "train"]]
         for split, count in collections.Counter(drawn).items():
-            if split != "train" and (stage, split) in files:
+            if split != "train" and (stage == "judge" or (stage, split) in files):
                 left_out[stage] += count
             else:
                 records[stage, split] = those(loaded[stage, "train"], (d == split for d in drawn))
     leave_out_replies(records, left_out)
-    for split in SPLITS:  # without prompts for PPO, it takes those of the dialogues
-        if ("ppo", split) not in records and ("sft", split) in records:
-            records["ppo", split] = [{"prompt": as_messages(r, "{prompt}")[:-1]}
-                                     for r in records["sft", split]]
+    fill(records)
     for stage in dict.fromkeys(stage for stage, _ in files):
         require_splits(stage, records, files, left_out[stage])
         if left_out[stage]:
@@ -170,7 +180,7 @@ def held_out_keys(loaded: Records, keys: dict[tuple[str, str], array]) -> dict[i
                 by_group[group].append(key)
         groups |= by_group
         wanted |= dict.fromkeys(by_group, {split for split in SPLITS
-                                           if (stage, split) not in loaded})
+                                           if (stage, split) not in loaded and stage != "judge"})
     return assign(groups, wanted, fixed)
 
 
@@ -199,7 +209,7 @@ def leave_out_replies(records: Records, left_out: collections.Counter[str]) -> N
 def require_splits(stage: str, records: Records, files: Files, left_out: int) -> None:
     """UserError if a split of the stage has no records."""
     path = files.get((stage, "train"))
-    for split in (*SPLITS[1:], "train"):
+    for split in (*SPLITS[1:], "train") if stage != "judge" else ("train",):
         if records.get((stage, split)):
             continue
         if path is None:

@@ -18,52 +18,58 @@ import os
 import pathlib
 import shutil
 import sys
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from data.dataset import DataSet, DataWriter, Part, refuse_zip
+from data.dataset import OPTIONS, DataSet, DataWriter, Part, refuse_zip
 from data.folders import clean, file_digest, list_folders, seal, sync, temporary_folder
 from data.own import own_data_set
 from data.prepared import Prepared
 from data.sets import DATA_SETS
 from runtime.options import Options, UserError, option, parse, presets_of, run_main
+from runtime.tables import table
 from runtime.terminal import advice, memory_advice, reading
 
 T = TypeVar("T", bound=Options)
 VERSION = 4  # of the stored form; raise it to make folders prepared earlier unused
 CACHE = pathlib.Path(os.environ.get("MOSSLET_CACHE") or pathlib.Path(__file__).parent / "cache")
+SETTINGS = {"vocab_size": 4096, "limit": 0, "skip_bad": False, "fields": "", "template": "",
+            "judge_share": -1.0}  # with which data is prepared; see PrepareOptions
 NO_EFFECT = {  # why an option is refused
     "source": "it names the raw files of {names}", "limit": "it is for {names}",
     "vocab_size": "no vocabulary of tokens is trained on it",
-    "skip_bad": "it is for files of your own", "fields": "it is for files of your own"}
+    "judge_share": "it is for feedback of your own",
+    **dict.fromkeys(("skip_bad", "fields", "template"), "it is for files of your own")}
 
 
-def find_data_set(data: str, fields: str = "") -> DataSet:
-    """The data set with this name, or the user's files, with --fields, at this path; UserError if
-    neither is."""
+def find_data_set(data: str, fields: str = "", template: str = "") -> DataSet:
+    """The data set with this name, or the user's files at this path, with --fields and --template;
+    UserError if neither is."""
     if data in DATA_SETS:
         return DATA_SETS[data]
     if data and os.path.lexists(path := pathlib.Path(data)):
         require_readable(path, folder=True)
         with reading(path):
             refuse_zip(path)
-            return own_data_set(path, fields)
+            return own_data_set(path, fields, template)
     near = difflib.get_close_matches(data, DATA_SETS, 1)
     raise UserError(f"unknown data set {data!r}{f'; did you mean {near[0]}?' if near else ''}: use "
                     f"{' or '.join(DATA_SETS)}, or the path of a .jsonl file or a folder of them")
 
 
-def prepare(data: str, *, source: str | None = None, vocab_size: int = 4096, limit: int = 0,
-            skip_bad: bool = False, fields: str = "",
-            cache: str | os.PathLike | None = None) -> pathlib.Path:
+def prepare(data: str, *, source: str | None = None, cache: str | os.PathLike | None = None,
+            **settings: Any) -> pathlib.Path:
     """The prepared folder of a data set, given by name, or of the user's files, given by path.
 
     It is built if it is not in `cache` yet (None: data/cache/, or the folder that the variable
-    MOSSLET_CACHE names). Options that the data set does not read are ignored.
+    MOSSLET_CACHE names). settings: some of SETTINGS, which has the others' values; those that the
+    data set does not read are ignored.
     """
-    cache, data_set = pathlib.Path(cache or CACHE), find_data_set(data, fields)
-    given = {"vocab_size": vocab_size, "limit": limit, "skip_bad": skip_bad,
-             "fields": fields}
-    options = {name: value for name, value in given.items() if name in data_set.options}
+    if unknown := set(settings) - set(SETTINGS):
+        raise TypeError(f"prepare: unknown {', '.join(unknown)}")
+    settings = SETTINGS | settings
+    cache, data_set = pathlib.Path(cache or CACHE), find_data_set(data, settings["fields"], settings["template"])
+    options = {name: value for name, value in settings.items()
+               if name in data_set.options and name != "template"}  # that is in the data set's record
     path = pathlib.Path(source) if source and "source" in data_set.options else None
     if path is not None:
         if not path.exists():
@@ -134,7 +140,8 @@ def write_description(out: DataWriter, data_set: DataSet, meta: dict) -> None:
     defaults = {stage: out.defaults.get(stage, {}) | data_set.defaults.get(stage, {})
                 for stage in {**out.defaults, **data_set.defaults}}
     meta |= {"dtype": out.dtype, "stages": sorted({name.split("_")[0] for name in out.counts}),
-             "counts": out.counts, "template": data_set.template, "parts": parts, "defaults": defaults}
+             "counts": out.counts, "template": data_set.template, "parts": parts, "defaults": defaults,
+             "lengths": out.lengths}
     seal(out.folder, meta)
 
 
@@ -146,13 +153,12 @@ def open_data(data: str, **options) -> Prepared:
 def open_for(o: Options, data: str) -> Prepared:
     """`open_data` with a command's options for the data; one that has no effect on this data set
     must not be given."""
-    data_set = find_data_set(data, o.fields)
+    data_set = find_data_set(data, o.fields, o.template)
     for name, why in NO_EFFECT.items():
         if name not in data_set.options:
             names = [known.name for known in DATA_SETS.values() if name in known.options]
             o.refuse(name, why=f"on {data}: {why.format(names=' and '.join(names))}")
-    return open_data(data, source=o.source or None, vocab_size=o.vocab_size, limit=o.limit,
-                     skip_bad=o.skip_bad, fields=o.fields)
+    return open_data(data, source=o.source or None, **{name: getattr(o, name) for name in SETTINGS})
 
 
 def suited(o: T, stage: str, data: Prepared) -> T:
@@ -184,6 +190,9 @@ class PrepareOptions(Options):
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
     skip_bad: bool = option(False, "leave out bad lines of your own files, and say how many")
     fields: str = option("", "your files' names for ours: prompt=question,chosen=good")
+    template: str = option("", "instruction around your prompts, with {prompt} in it")
+    judge_share: float = option(-1.0, "share of your feedback kept for judges; -1: half of 2,000 records "
+                                      "and more, a fifth of fewer", low=-1, high=0.9)
     list: bool = option(False, "list the prepared folders, and whether each is whole")
     clean: bool = option(False, "remove prepared folders that are damaged, left by a stopped "
                                 "process or of an earlier version; the others stay")
@@ -196,17 +205,21 @@ def main(argv: list[str]) -> None:
     o = parse(PrepareOptions, argv[bool(name):], "-m data.prepare NAME")
     if o.list or o.clean:
         command = "clean" if o.clean else "list"
-        o.refuse("source", "vocab_size", "limit", "skip_bad", "fields", why=f"with --{command}")
+        o.refuse(*OPTIONS, why=f"with --{command}")
         if name:
             raise UserError(f"--{command} is about all prepared folders: leave out {name}")
         return (clean if o.clean else list_folders)(CACHE)
     if not name:
         raise UserError(f"usage: python -m data.prepare {'|'.join(DATA_SETS)}|FILE.jsonl|FOLDER "
-                        "[--source …] [--vocab_size …] [--limit …] [--skip_bad] [--fields …], or --list, or --clean")
+                        "[--name=value …], or --list, or --clean; --help lists the options")
     data = open_for(o, name)
     print(data.folder)
     for name, count in data.meta["counts"].items():
         print(f"  {name}: {count}")
+    if lengths := data.meta["lengths"]:
+        rows = [{"name": name, **x, "fits": f"{x['fits']:.0%}"} for name, x in lengths.items()]
+        print(table(rows, {"name": "tokens of", "half": "half have", "95": "95 %", "most": "at most",
+                           "option": "option", "value": "is", "fits": "so many fit"}))
 
 
 if __name__ == "__main__":

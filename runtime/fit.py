@@ -25,6 +25,7 @@ class Task(Protocol):
 
     n_steps: int
     extra: dict[str, Any]  # kept in the checkpoint beside the model
+    best_by: tuple[str, int]  # the measure that --keep best goes by, and 1 or −1: higher or lower is better
 
     def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
         """(loss, tokens) of each part of one optimizer step. A loss is already divided by the count
@@ -45,10 +46,12 @@ def fit(run: Run, task: Task) -> dict[str, float]:
     if run.compute.compile == "on":
         compile_trunks(trunk)
     measured, tokens, since = run.state.get("measured", {}), 0, time.perf_counter()
+    best = Best(*task.best_by, run.state.get("best")) if o.keep == "best" else None
 
     def save(step: int) -> None:
+        kept = {"best": best.state} if best and step < n_steps else {}
         run.save(step, optimizers=[x.state_dict() for x in optimizers], measured=measured,
-                 **task.extra)
+                 **task.extra, **kept)
 
     with run.progress(n_steps) as bar:
         for step in range(run.step, n_steps):
@@ -76,11 +79,38 @@ def fit(run: Run, task: Task) -> dict[str, float]:
             if measuring and not math.isfinite(measured.get("val_loss", 0)):
                 raise NotFinite(f"the validation loss is {measured['val_loss']} after step {done}: "
                                 f"{advice(o)}")
+            if best and measuring:
+                best.see(done, model, measured)
+                measured = best.restore(run, measured) if last else measured
             if last or done % o.save_every == 0:
                 save(done)
             run.stop_if_asked(done, save)
     model.eval()
     return measured
+
+
+class Best:
+    """The weights with the best validation so far, with their step and measures."""
+
+    def __init__(self, name: str, sign: int, state: dict[str, Any] | None = None):
+        self.name, self.sign, self.state = name, sign, state
+
+    def see(self, step: int, model: nn.Module, measured: dict[str, float]) -> None:
+        """Keep a copy of the weights, in the computer's memory, if they are the best until now."""
+        value = measured.get(self.name)
+        if value is not None and (self.state is None
+                                  or self.sign * value >= self.sign * self.state["measured"][self.name]):
+            weights = {name: x.detach().cpu().clone() for name, x in model.state_dict().items()}
+            self.state = {"step": step, "measured": measured, "weights": weights}
+
+    def restore(self, run: Run, measured: dict[str, float]) -> dict[str, float]:
+        """Give the run's model the best weights, and say so if they are not the last ones."""
+        if self.state is None or self.state["measured"] == measured:
+            return measured
+        run.model.load_state_dict(self.state["weights"])
+        print(f"{run.stage}: kept the weights of step {self.state['step']}: {self.name} "
+              f"{self.state['measured'][self.name]:.4g}, at the end {measured[self.name]:.4g}", flush=True)
+        return self.state["measured"]
 
 
 def gradient_step(run: Run, optimizers: list[torch.optim.Optimizer], task: Task,

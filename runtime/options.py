@@ -286,6 +286,9 @@ class Common(Options):
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
     skip_bad: bool = option(False, "leave out bad lines of your own files, and say how many")
     fields: str = option("", "your files' names for ours: prompt=question,chosen=good")
+    template: str = option("", "instruction around your prompts, with {prompt} in it")
+    judge_share: float = option(-1.0, "share of your feedback kept for judges; -1: half of 2,000 records "
+                                      "and more, a fifth of fewer", low=-1, high=0.9)
     # The run.
     preset: str = option("demo", "demo: two CPU cores, ten minutes for all; smoke: seconds, for "
                                  "tests; base: one GPU",
@@ -348,7 +351,9 @@ class MaximumLikelihoodOptions(Common):
                            high=1)
     decay: float = option(0.4, "share of the steps, at the end, over which it falls to 0", low=0,
                           high=1)
-    # The log.
+    # What is kept, and the log.
+    keep: str = option("best", "weights at the end: those with the best validation, or the last ones",
+                       choices=("best", "last"))
     log_every: int = option(10, "steps between lines of metrics.jsonl", low=1)
 
     def check(self) -> None:

@@ -14,7 +14,10 @@ from train import SFTOptions
 
 
 class Toy:
-    """A task of six steps on one tiny batch; `scale` multiplies the loss of a step."""
+    """A task of six steps on one tiny batch; `scale` multiplies the loss of a step. It measures the
+    step, and the last is best unless a test says otherwise."""
+
+    best_by = ("val_loss", 1)
 
     def __init__(self, run: Run, n_steps: int = 6, scale=lambda step: 1.0):
         self.run, self.n_steps, self.scale, self.extra, self.measured = run, n_steps, scale, {"note": 7}, []
@@ -179,3 +182,42 @@ def test_a_run_that_was_killed_after_its_last_save_learns_nothing_more(run_of):
     assert fit(run, Toy(run)) == {"val_loss": 6.0}  # the last measurements, from the checkpoint
     assert run.logged == []
     assert weights_hash(run.model) == before
+
+
+def weights_after(run_of, *words, best_by=("val_loss", -1)):
+    """(hash of the weights in the checkpoint, its state, what `fit` returned) of a run of Toy."""
+    run = run_of(*words)
+    task = Toy(run)
+    task.best_by = best_by
+    measured = fit(run, task)
+    kept, _, state = load_checkpoint(run.folder.path)
+    return weights_hash(kept), state, measured
+
+
+def test_the_weights_with_the_best_validation_are_kept_and_said(run_of, capsys):
+    kept, state, measured = weights_after(run_of, "--eval_every=2", "--save_every=1")
+    assert measured == state["measured"] == {"val_loss": 2.0}  # of steps 2, 4 and 6 the lowest
+    assert state["step"] == 6 and "best" not in state
+    assert "kept the weights of step 2: val_loss 2, at the end 6" in capsys.readouterr().out
+    run = run_of("--fresh", "--eval_every=2", "--save_every=1")
+    fit(run, Toy(run))
+    assert kept == next(digest for step, digest, _ in run.saved if step == 2)
+
+
+def test_the_last_weights_are_kept_on_demand_and_where_they_are_best(run_of, capsys):
+    kept, state, _ = weights_after(run_of, "--eval_every=2", "--keep=last")
+    assert (kept, state["measured"]) == (weights_after(run_of, "--fresh", "--eval_every=2",
+                                                       best_by=("val_loss", 1))[0], {"val_loss": 6.0})
+    assert "kept the weights" not in capsys.readouterr().out
+
+
+def test_the_best_weights_survive_an_interruption(run_of):
+    kept = weights_after(run_of, "--eval_every=1")[0]
+    run = run_of("--fresh", "--eval_every=1")
+    Interrupt.number = 15
+    task = Toy(run)
+    task.best_by = ("val_loss", -1)
+    with pytest.raises(Interrupted):
+        fit(run, task)
+    Interrupt.number = 0
+    assert weights_after(run_of, "--resume", "--eval_every=1")[0] == kept

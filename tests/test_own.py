@@ -180,7 +180,7 @@ def test_ppo_takes_the_prompts_of_dialogues_where_it_has_no_file(opened):
 
 def test_a_single_file_has_the_stage_of_its_first_record(tmp_path):
     path = write(tmp_path, mine=[{"prompt": str(i)} for i in range(20)]) / "mine.jsonl"
-    assert own_data_set(path).options == ("skip_bad", "fields")
+    assert own_data_set(path).options == ("skip_bad", "fields", "template")
     assert len(open_data(str(path), cache=tmp_path / "c").records("ppo", "train")) == 18
 
 
