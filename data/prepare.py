@@ -81,7 +81,8 @@ def prepare(data: str, *, source: str | None = None, cache: str | os.PathLike | 
             raise UserError(f"data set {data}: {file or 'its raw data'} is missing; give the path "
                             "of its raw files as --source")
         require_readable(file)
-        refuse_zip(file)
+        if file.suffix != ".whl":  # the data set reads it in place
+            refuse_zip(file)
     fingerprint = fingerprint_of(data_set, options, files)
     folder = cache / f"{pathlib.Path(data).stem[:60]}-{fingerprint}"  # a name has 255 bytes at most
     if (folder / "meta.json").exists():

