@@ -40,8 +40,8 @@ def newspaper(n: int = 120) -> str:
         who = (f"{person[0]}/nr", f"{person[1]}/nr")
         lines.append(tagged_line(*who, f"{doing}/v", f"{city}/ns", f"{number}/m", f"个/q {noun}/n"))
         lines.append(tagged_line(
-            "本报/r", f"{city}/ns", "１月/t", "８日/t", "讯/Ng", "记者/n", "赵/nr", "一/nr", "报道/v", "：/w", *who, "今天/t",
-            "上午/t", "在/p", f"{city}/ns", f"{doing}/v", "了/u", f"{number}/m", "个/q", f"{noun}/n", "，/w",
+            "本报/r", f"{city}/ns", "１月/t", "８日/t", "讯/Ng", "记者/n", "赵/nr", "一/nr", "报道/v", "：/w", *who,
+            "今天/t", "上午/t", "在/p", f"{city}/ns", f"{doing}/v", "了/u", f"{number}/m", "个/q", f"{noun}/n", "，/w",
             f"第{i}号/m", "文件/n", "说/v", "大家/r", "很/d", "高兴/a", "。/w", "他/r", "讲/v", "了/u", "话/n", "。/w"))
         lines.append(f"这/r 是/v 第{i}号/m 文章/n 的/u 第二/m 段/q ，/w 文章/n 说/v 明年/t 还/d 要/v 再/d 来/v 。/w")
     return "\n".join(lines) + "\n"
@@ -124,8 +124,8 @@ def test_an_english_article_is_whole():
     assert not others
 
 
-@pytest.mark.parametrize("start", ["MOSCOW, February 7. /TASS/. ", "TAIPEI, Taiwan, March 9, 2017 /PRNewswire/.-", "(CNN)-",
-                                   "(CNN) -- "])
+@pytest.mark.parametrize("start", ["MOSCOW, February 7. /TASS/. ", "TAIPEI, Taiwan, March 9, 2017 /PRNewswire/.-",
+                                   "(CNN)-", "(CNN) -- "])
 def test_english_datelines_go(start):
     text = start + "The president said on Monday that nothing had changed in the plan. " * 4
     row = f'article_id,title,text\n1,"The president speaks of plans","{text}"\n'
@@ -212,7 +212,8 @@ def test_an_exchanged_name_is_of_its_kind_and_stands_in_another_headline():
 
 def test_a_name_that_the_article_does_not_show_is_not_exchanged():
     names = {"李鹏": "person", "乔石": "person"}
-    articles = [Article("李鹏发表讲话", "总理今天发表讲话。", "总理"), Article("乔石发表讲话", "委员长今天发表讲话。", "委员长")]
+    articles = [Article("李鹏发表讲话", "总理今天发表讲话。", "总理"),
+                Article("乔石发表讲话", "委员长今天发表讲话。", "委员长")]
     assert not [r for r in comparisons(articles, chinese(names)) if r["part"] == "accuracy"]
 
 
@@ -274,7 +275,8 @@ def test_a_limit_takes_fewer_articles(chinese_source, tmp_path):
 
 def test_the_english_table_may_be_given_as_it_is(english_source, tmp_path):
     (tmp_path / "NewsArticles.csv").write_text(table(), encoding="utf-8")
-    kept = [open_data("headlines-en", source=str(source), vocab_size=400, cache=tmp_path / "cache").records("sft", "val")
+    cache = tmp_path / "cache"
+    kept = [open_data("headlines-en", source=str(source), vocab_size=400, cache=cache).records("sft", "val")
             for source in (tmp_path, tmp_path / "NewsArticles.csv", english_source)]
     assert kept[0] == kept[1] == kept[2]
 
@@ -308,7 +310,8 @@ def test_english_names_are_words_capitalised_inside_sentences():
     language = english(english_names(texts))
     assert language.names["Berlin"] == "place"
     assert language.names["Monday"] == "date"
-    assert language.stated("Trump and Angela Merkel meet 3 times in Berlin") == ["Trump", "Angela Merkel", "3", "Berlin"]
+    found = language.stated("Trump and Angela Merkel meet 3 times in Berlin")
+    assert found == ["Trump", "Angela Merkel", "3", "Berlin"]
     assert "She" not in language.names
     assert "US" in language.names
 
