@@ -121,8 +121,9 @@ def english_articles(content: bytes) -> Raw:
     language, articles = english(english_names(text for _, text in rows)), []
     for headline, text in rows:
         if shown := language.beginning(text):
-            topic = max((w for w in headline.split() if w.isalpha() and w.islower()),
-                        key=lambda w: (w in shown, len(w)), default="")
+            others = [w.lower() for w in headline.split()
+                      if w.isalpha() and len(w) > 3 and w not in language.names]
+            topic = max(others, key=lambda w: (w in shown.lower(), len(w)), default="")
             articles.append(Article(headline, shown, language.sentences(text)[0].rstrip(".!?"),
                                     tuple(language.passages(text)), topic))
     return articles, [], language
