@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from data.dataset import text_hash
+
 NUMERALS = "〇零一二三四五六七八九十百千万亿两"
 NUMBER = re.compile(rf"[0-9]+(?:[.,·][0-9]+)*%?|[{NUMERALS}]{{2,}}")
 LONGEST_NAME = 12  # characters of a Chinese name
@@ -63,8 +65,25 @@ class Language(NamedTuple):
 
     def lead(self, passage: str) -> str:
         """The clause that shares most with the others, as long as a headline is; "" without one."""
+        return key_clause(self.cut(passage), self.words, 6, 24)
+
+    def cut(self, passage: str) -> list[str]:
+        """The clauses of a passage."""
         clauses = [clause.strip() for clause in re.split(self.clauses, passage)]
-        return key_clause([clause for clause in clauses if clause], self.words, 6, 24)
+        return [clause for clause in clauses if clause]
+
+    def exercise(self, passage: str) -> tuple[str, str]:
+        """(three clauses of the passage, the same ones in another order), drawn by a hash; ("", "")
+        if it has fewer. Half of such a dialogue can be copied, which a model has to learn before it
+        can put an article's words into a headline."""
+        clauses, draw = self.cut(passage), text_hash("exercise " + passage)
+        if len(clauses) < 3:
+            return "", ""
+        first = draw % (len(clauses) - 2)
+        three = clauses[first:first + 3]
+        order = ((1, 2, 0), (2, 0, 1), (2, 1, 0), (0, 2, 1), (1, 0, 2))[draw // 64 % 5]
+        joint = ("," if self.code == "zh" else ", ")
+        return joint.join(three), joint.join(three[i] for i in order)
 
 
 def passages(sentences: Iterable[str], joint: str, size: Callable[[str], int],

