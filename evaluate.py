@@ -422,8 +422,8 @@ class EvaluateOptions(Options):
     reward_from: str = option("", "reward model; empty: the one that PPO optimised, else the folder "
                                   "reward beside the first, if there is one")
     data: str = option("", "data set of the openings; empty: the checkpoint's")
-    source: str = option("", "folder or archive with the data set's raw files; empty: download "
-                             "them")
+    source: str = option("", "file, folder, archive or URL of the data set's raw files; empty: "
+                             "download them")
     split: str = option("val", "split of the openings; look at test once, at the end",
                         choices=("val", "test"))
     prompts: int = option(500, "number of openings", low=1)

@@ -9,12 +9,13 @@ import stat
 import subprocess
 import sys
 import tarfile
+import urllib.parse
 import urllib.request
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from data.dataset import refuse_zip, require_published
+from data.dataset import refuse_zip, require_published, text_hash
 from runtime.options import UserError
 from runtime.terminal import advice
 
@@ -110,6 +111,12 @@ def web_download(url: str, path: pathlib.Path, instead: str) -> pathlib.Path:
         partial.write_bytes(content)
         partial.replace(path)
     return path
+
+
+def url_name(url: str) -> str:
+    """The name under which the file at a URL is kept."""
+    path = urllib.parse.urlsplit(url).path
+    return f"{text_hash(url):016x}-{pathlib.PurePosixPath(path).name[-80:] or 'file'}"
 
 
 def git_blob(content: bytes) -> str:

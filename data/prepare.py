@@ -20,6 +20,7 @@ import shutil
 import sys
 from typing import Any, TypeVar
 
+from data.downloads import url_name, web_download
 from data.dataset import OPTIONS, DataSet, DataWriter, Part, refuse_zip
 from data.folders import clean, file_digest, list_folders, seal, sync, temporary_folder
 from data.own import own_data_set
@@ -71,6 +72,8 @@ def prepare(data: str, *, source: str | None = None, cache: str | os.PathLike | 
     options = {name: value for name, value in settings.items()
                if name in data_set.options and name != "template"}  # that is in the data set's record
     path = pathlib.Path(source) if source and "source" in data_set.options else None
+    if path is not None and source.startswith(("https://", "http://")):
+        path = web_download(source, cache / "downloads" / url_name(source), "bring the file and give its path")
     if path is not None:
         if not path.exists():
             raise UserError(f"--source {source}: no such file or folder")
@@ -158,7 +161,7 @@ def open_for(o: Options, data: str) -> Prepared:
     for name, why in NO_EFFECT.items():
         if name not in data_set.options:
             names = [known.name for known in DATA_SETS.values() if name in known.options]
-            o.refuse(name, why=f"on {data}: {why.format(names=' and '.join(names))}")
+            o.refuse(name, why=f"on {data}: {why.format(names=', '.join(names))}")
     return open_data(data, source=o.source or None, **{name: getattr(o, name) for name in SETTINGS})
 
 
@@ -185,7 +188,7 @@ def open_stage(o: T, stage: str) -> tuple[Prepared, T]:
 class PrepareOptions(Options):
     """`python -m data.prepare NAME`"""
 
-    source: str = option("", "folder or archive with the raw files; empty: download them")
+    source: str = option("", "file, folder, archive or URL of the raw data; empty: download it")
     vocab_size: int = option(4096, "tokens of the vocabulary, six special ones included", low=262,
                              high=1_000_000)
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)

@@ -123,19 +123,20 @@ def write_documents(out: DataWriter, split: str, texts: Texts | Sequence,
 
 
 def mixture(counts: dict) -> dict[str, Part]:
-    """Shares of the parts: dialogues beside much text get SHARE, but are read eight times at most."""
+    """Shares of the parts: dialogues beside much text get SHARE, but are read PASSES times at most."""
     tokens = {part: counts.get(f"pretrain_train[{part}]", {}).get("tokens", 0) for part in PARTS}
     total = sum(tokens.values())
     if not all(tokens.values()) or tokens["dialogue"] > SHARE * total:
         return {}
-    return {"dialogue": Part(min(SHARE, 8 * tokens["dialogue"] / total))}
+    return {"dialogue": Part(min(SHARE, PASSES * tokens["dialogue"] / total))}
 
 
 # ---- lengths, and the options that suit them -----------------------------------------------------
 
 LONGEST = 512  # tokens of a row that are proposed at most
 LONGEST_REPLY = 96
-PASSES = 8  # over the tokens that are read in pretraining; more teach little (Muennighoff 2023)
+PASSES = 3  # over the tokens read in pretraining: on 245,000 of HH, 2 end at a validation loss of
+# 3.87, and 8 at 4.38, with 3.92 on the way
 
 
 def lengths(records: Records, tokenizer: Tokenizer, template: str, most: int = 2000) -> dict[str, list[int]]:
@@ -193,10 +194,10 @@ def proposals(sizes: dict[str, list[int]], counts: dict) -> dict[str, dict[str, 
         rows = room(64, LONGEST, "dialogues", "feedback")
         found["pretrain"] = {"max_len": max(256, min(LONGEST, rows + LONGEST_REPLY)),
                              "tokens": max(20_000, min(2_000_000, PASSES * tokens))}
-    for stage, name, steps in (("sft", "dialogues", 150), ("reward", "feedback", 250), ("judge", "feedback", 150)):
+    for stage, name, steps in (("sft", "dialogues", 40), ("reward", "feedback", 100), ("judge", "feedback", 60)):
         n = counts.get(f"{stage}_train", 0)
         if name in sizes and n:
-            epochs = round(max(1.0 if stage != "reward" else 2.0, min(6.0, steps * 32 / n)), 2)
+            epochs = round(max(1.0 if stage != "reward" else 2.0, min(4.0, steps * 32 / n)), 2)
             total = -(-int(epochs * n) // 32)
             found[stage] = {"max_len": room(32, LONGEST, name), "epochs": epochs,
                             "eval_every": max(5, min(100, total // 8))}

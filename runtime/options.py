@@ -277,10 +277,10 @@ class Common(Options):
     }
 
     # The data.
-    data: str = option("reviews", "data set by name (reviews, shakespeare), or your own .jsonl "
-                                  "file or folder")
-    source: str = option("", "folder or archive with the data set's raw files; empty: download "
-                             "them")
+    data: str = option("reviews", "data set by name (docs/data.md), or your own .jsonl file or "
+                                  "folder")
+    source: str = option("", "file, folder, archive or URL of the data set's raw files; empty: "
+                             "download them")
     vocab_size: int = option(4096, "tokens of the vocabulary that is trained on the data, six "
                                    "special ones included", low=262, high=1_000_000)
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)

@@ -164,7 +164,8 @@ def refused(data, *words):
 
 
 def test_limit_is_refused_where_it_has_no_effect():
-    assert refused("shakespeare", "--limit=9") == "--limit has no effect on shakespeare: it is for reviews"
+    assert refused("shakespeare", "--limit=9") == ("--limit has no effect on shakespeare: it is for hh, imdb, "
+                                                   "ratings, reviews")
 
 
 def test_vocab_size_is_refused_where_no_vocabulary_is_trained(prompts):
@@ -173,8 +174,8 @@ def test_vocab_size_is_refused_where_no_vocabulary_is_trained(prompts):
 
 
 def test_source_is_refused_on_files_of_the_users_own(prompts):
-    assert refused(prompts, "--source=x").endswith("it names the raw files of reviews and "
-                                                   "shakespeare")
+    assert refused(prompts, "--source=x").endswith("it names the raw files of hh, imdb, ratings, "
+                                                   "reviews, shakespeare")
 
 
 def test_options_with_an_effect_are_not_refused(reviews_source, tmp_path, monkeypatch):

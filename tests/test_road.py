@@ -112,7 +112,7 @@ def test_preferred_replies_are_chosen_liked_or_above_the_mean():
 
 
 @pytest.mark.parametrize("text,dialogue,share", [(0, 100, None), (100, 0, None), (100, 100, None),
-                                                 (9_000, 1_000, .3), (999_000, 1_000, .008)])
+                                                 (9_000, 1_000, .3), (999_000, 1_000, .003)])
 def test_dialogues_beside_much_text_get_a_share(text, dialogue, share):
     counts = {f"pretrain_train[{name}]": {"tokens": n} for name, n in (("text", text), ("dialogue", dialogue)) if n}
     found = mixture(counts)
@@ -139,8 +139,8 @@ def test_proposed_lengths_fit_nearly_all_and_are_bounded():
     sizes = {"dialogues": [*range(1, 200)], "replies": [40] * 99 + [1000], "feedback": [5000]}
     found = proposals(sizes, {"pretrain_train[dialogue]": {"tokens": 40_000}, "sft_train": 100, "reward_train": 9000})
     assert found["sft"]["max_len"] == 192 and found["reward"]["max_len"] == 512 and found["ppo"]["reply_len"] == 48
-    assert found["pretrain"] == {"max_len": 512, "tokens": 320_000}
-    assert found["sft"]["epochs"] == 6 and found["reward"]["epochs"] == 2
+    assert found["pretrain"] == {"max_len": 512, "tokens": 120_000}
+    assert found["sft"]["epochs"] == 4 and found["reward"]["epochs"] == 2
 
 
 def test_flags_and_presets_win_over_what_suits_the_data(opened, capsys):

@@ -174,5 +174,7 @@ DATA_SET = DataSet(
     template=TEMPLATE,
     mixture={"dialogue": Part(0.5)},
     options=("source", "vocab_size", "limit"),
+    # as many steps as the demo has: there are more records
+    defaults={"sft": {"epochs": 0.6}, "reward": {"epochs": 1.5}, "judge": {"epochs": 0.75}},
     summary="English texts with the ratings of 15 to 99 people each",
 )

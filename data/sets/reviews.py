@@ -150,4 +150,5 @@ DATA_SET = DataSet(
     template=TEMPLATE,
     mixture={"news": Part(0.15, until=0.5), "dialogue": Part(0.3)},  # plain reviews: what is left
     options=("source", "vocab_size", "limit"),
+    summary="Chinese reviews of books, hotels and computers, labelled as liked or not",
 )

@@ -61,4 +61,5 @@ def build(folder: pathlib.Path, files: list[pathlib.Path]) -> DataWriter:
     return out
 
 
-DATA_SET = DataSet("shakespeare", source=raw_files, build=build, options=("source",))
+DATA_SET = DataSet("shakespeare", source=raw_files, build=build, options=("source",),
+                   summary="Shakespeare's plays, character by character: pretraining only")
