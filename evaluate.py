@@ -4,11 +4,11 @@ loophole?
     python evaluate.py out/reviews --split test               a finished run on test texts: once
     python evaluate.py out/reviews/sft out/reviews/ppo        any checkpoints, on validation texts
 
-From small to large: a policy on held-out prompts; the reward model on held-out labels; the report.
-The n-gram classifier of data/judge.py serves twice: fitted on one half of the labels it is the
-reward model's baseline, on the other half an independent judge; `train.py judge` trains a second
-one. PPO and the reward model are never trained against a judge; their opinions reach metrics and
-reports only.
+From small to large: a policy on held-out prompts; the reward model on held-out feedback, be it
+pairs, ratings or labels; the report. The n-gram regression of data/judge.py serves twice: fitted on
+one share of the feedback it is the reward model's baseline, on the other an independent judge;
+`train.py judge` trains a second one. PPO and the reward model are never trained against a judge;
+their opinions reach metrics and reports only.
 """
 import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import contextlib
@@ -25,14 +25,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.agreement import agreement_rows, score_feedback, show_agreement, summary
+from data.agreement import feedback_table as feedback_table, reward_tables, show_agreement, summary
 from data.batches import held_out_prompts, make_rows, pad_left, prompt_ids, scatter_tokens
+from data.html import write_page
 from data.judge import ModelJudge, NgramJudge, ngram_regressions, shown_to_people
 from data.prepare import SETTINGS, find_data_set, open_data
 from data.prepared import Prepared
-from data.report import (Measures, describe, drawn_pairs, judged_by, missing, opinions_on_feedback,
+from data.report import (Measures, add_distinct, describe, drawn_pairs, judged_by, missing, opinions_on_feedback,
                          people_wrote, policy_columns, render_report, report_name, splits_used, table_row, warnings_of,
                          win_rates)
+from data.rewards import reward_paid
 from data.tokenizer import Tokenizer
 from model import Transformer, checkpoint_path, compared_logprobs, load_checkpoint
 from reward import RewardModel, longest_row
@@ -40,8 +42,7 @@ from runtime.device import pick_device, precision
 from runtime.lines import logged
 from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
-from runtime.run import record_of
-from runtime.statistics import cut_alike, distinct_interval
+from runtime.run import read_config, record_of
 from runtime.storage import replace_text
 from runtime.tables import text_plot, to_json
 from runtime.terminal import for_terminal, memory_advice
@@ -116,7 +117,10 @@ def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Token
 def raw_scores(reward_model: Any, ids: Sequence[list[int]],
                rows: Sequence[list[int]]) -> dict[str, torch.Tensor]:
     """(B,) of each reply: `raw_score`, and by a scorer with parts `part_<name>`."""
-    parts = getattr(reward_model, "part_scores", lambda *_: {})(ids, rows)
+    config, parts = getattr(reward_model, "config", None), {}
+    if hasattr(reward_model, "part_scores") and (  # of a model with one head they would say nothing more
+            config is None or getattr(config, "parts", ()) or getattr(config, "members", 1) > 1):
+        parts = reward_model.part_scores(ids, rows)
     return {"raw_score": reward_model.scores(ids, rows)} | {
         f"part_{name}": scores for name, scores in parts.items() if name}
 
@@ -169,20 +173,27 @@ class Compared:
     ratings: dict[str, float] | None = None  # mean and spread of the ratings that it learned
     judges: dict[str, Any] = dataclasses.field(default_factory=dict)  # by name
     reference_name: str = "SFT"
+    reward: Any = None  # what PPO was paid, if that was not the reward model alone: a scorer
+    missing: Sequence[str] = ()  # what could not be loaded, in words
+
+    @property
+    def scorer(self) -> Any:
+        """What raw scores and best-of-n go by, or None."""
+        return self.reward or self.reward_model
 
 
 @torch.no_grad()
 def best_of(n: int, compared: Compared, ids: Sequence[list[int]],
             settings: ReplySettings) -> tuple[list[list[int]], torch.Tensor]:
     """(ids, raw score) of the reply, out of n by the reference to each prompt, that the reward
-    model scores highest."""
-    reference, reward_model = compared.reference, compared.reward_model
+    scores highest."""
+    reference = compared.reference
     ids = [x for x in ids for _ in range(n)]
     rows = reply_ids(reply_to(reference, compared.tokenizer, ids, settings.reply_len,
                               temperature=settings.temperature, seed=settings.seed,
                               batch_size=settings.rows_at_once))
     with precision(settings.dtype, reference.embedding.weight.device.type):
-        scores = reward_model.scores(ids, rows).view(-1, n).cpu()
+        scores = compared.scorer.scores(ids, rows).view(-1, n).cpu()
     best = scores.argmax(1).tolist()
     return [rows[n * i + j] for i, j in enumerate(best)], scores.amax(1)
 
@@ -207,17 +218,17 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
     for name, policy in c.policies.items():
         metrics, replies[name], rows = measure_policy(
             policy, c.reference, tokenizer, [p for p in prompts for _ in range(samples)],
-            data.template, reward_model=c.reward_model, judges=c.judges, settings=settings)
+            data.template, reward_model=c.scorer, judges=c.judges, settings=settings)
         measures.add(metrics, replies[name])
         lines.append(table_row(name, metrics, replies[name], samples))
         answers.append(rows[::samples])
-    if c.reward_model is not None:
+    if c.scorer is not None:
         prompts = prompts[:BEST_OF_OPENINGS]
         ids = [prompt_ids(tokenizer, prompt, data.template) for prompt in prompts]
         rows, scores = best_of(BEST_OF, c, ids, settings)
         name, texts = f"{c.reference_name}, best of {BEST_OF}", [tokenizer.reply_text(row) for row in rows]
         metrics, replies[name] = describe(prompts, texts, rows, tokenizer, c.judges,
-                                           raw_scores(c.reward_model, ids, rows) | {"raw_score": scores})
+                                           raw_scores(c.scorer, ids, rows) | {"raw_score": scores})
         measures.add(metrics, replies[name])
         metrics["kl_bound"] = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
         lines.append(table_row(name, metrics, replies[name]))
@@ -228,28 +239,31 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
         measures.add(metrics, records)
         lines.append(table_row(name, metrics, records))
         others.append(rows)
-    for line, rows in zip(lines, cut_alike(answers, others), strict=True):
-        line["distinct2"], *line["intervals"]["distinct2"] = distinct_interval(rows)
-        line["bigrams"] = sum(max(0, len(row) - 1) for row in rows)
+    add_distinct(lines, answers, others)
     return lines, replies
 
 
 def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str = "",
                   reward_from: str = "") -> tuple[Compared, dict[str, Any], dict[str, Any]]:
-    """(checkpoints by name with reference and reward model, the reference's state, the last PPO
-    checkpoint's or {}).
+    """(checkpoints by name with reference and reward model, the reference's state, the state of the last
+    checkpoint of ppo, else of best, else {}).
 
     Reference and reward model are where the PPO checkpoint has them from, else beside the first
-    folder. UserError if the reference, or a reward model that is not asked for, is another one.
+    folder, else where the checkpoint of best has them from. UserError if the reference, or a reward model
+    that is not asked for, is another one.
     """
     loaded = {name: load_checkpoint(folder, device) for name, folder in folders.items()}
     beside = checkpoint_path(next(iter(folders.values()))).parent.parent
-    states = {folders[name]: s for name, (_, _, s) in loaded.items() if s.get("stage") == "ppo"}
-    ppo = list(states.values())[-1] if states else {}
-    started = ppo.get("options", {})
-    path = reference or started.get("init_from") or beside / "sft"
+    of = {stage: {folders[name]: s for name, (_, _, s) in loaded.items() if s.get("stage") == stage}
+          for stage in ("best", "ppo")}
+    states = of["best"] | of["ppo"]
+    last = [*states.values()][-1] if states else {}
+    started, path = last.get("options", {}), beside / "sft"
+    if of["ppo"] or not checkpoint_path(path).exists():
+        path = started.get("init_from") or path
+    path = reference or path
     model, tokenizer, state = load_checkpoint(path, device)
-    require_parent(states, "init", path, state, "reference")
+    require_parent(of["ppo"], "init", path, state, "reference")
     for name, (_, other, _) in loaded.items():
         tokenizer.require_same(other, f"{path} and {folders[name]}")
     compared = Compared({name: policy for name, (policy, _, _) in loaded.items()}, model, tokenizer,
@@ -261,7 +275,7 @@ def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str 
             require_parent(states, "reward", path, reward_state, "reward_from")
         compared = dataclasses.replace(compared, reward_model=scorer, max_len=longest,
                                        ratings=reward_state.get("ratings"))
-    return compared, state, ppo
+    return compared, state, last
 
 
 def require_parent(states: dict[Any, dict], kind: str, path: Any, state: dict, flag: str) -> None:
@@ -300,51 +314,25 @@ def load_judges(data: Prepared, folder: str | os.PathLike | None = None,
     return found
 
 
-def feedback_table(model: Any, records: Sequence[dict], tokenizer: Tokenizer, template: str,
-                   max_len: int, *, baselines: dict[str, Any] | None = None,
-                   scale: dict[str, float] | None = None,
-                   name: str = "") -> tuple[list[dict], dict[str, Any]]:
-    """(the table's rows, the scores) of a reward model on records of one kind of feedback, each
-    figure with its 95 % interval, beside plain baselines; data/agreement.py shows them.
-
-    max_len: the longest row that the model was trained on. baselines: n-gram regressions by part
-    (`ngram_regressions`). scale: mean and spread of the ratings that the model learned, which its
-    checkpoint keeps as `ratings`. name: what the records are, such as their split.
-    """
-    scored = score_feedback(model, records, tokenizer, template, max_len, baselines=baselines,
-                            scale=scale)
-    return agreement_rows(scored, name), scored
-
-
-def reward_tables(compared: Compared, data: Prepared,
-                  split: str) -> tuple[list[dict], dict[str, dict[str, Any]]]:
-    """(rows of the reward model's table, its scores by split): of validation and, where that is the
-    split, of test beside it. A split whose feedback tells nothing apart is left out."""
-    c, rows, scores = compared, [], {}
-    for name in dict.fromkeys(("val", split)):
-        if data.feedback(name):
-            of_split, scores[name] = feedback_table(
-                c.reward_model, data.records("reward", name), c.tokenizer, data.template, c.max_len,
-                baselines=ngram_regressions(data, "reward"), scale=c.ratings, name=name)
-            rows += of_split
-    order = [row["name"] for row in rows]
-    return sorted(rows, key=lambda row: order.index(row["name"])), scores
-
-
 # ---- the report ----------------------------------------------------------------------------------
 
 def run_policies(root: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Where the policy before PPO and that after it are, in a run's folder."""
-    started = record_of(root / "ppo").get("options", {}).get("init_from")
-    return {"SFT": pathlib.Path(started or root / "sft"), "PPO": root / "ppo"}
+    """Where the policy before PPO, that of rejection sampling and that after PPO are, in a run's folder."""
+    ppo, best = record_of(root / "ppo"), read_config(root / "best") or {}
+    started = ppo.get("options", {}).get("init_from")
+    alike = best.get("finished") and best["parents"].get("reward") == ppo.get("parents", {}).get("reward")
+    return {"SFT": pathlib.Path(started or root / "sft"), **({"best": root / "best"} if alike else {}),
+            "PPO": root / "ppo"}
 
 
 def write_report(data: Prepared, root: pathlib.Path, *, seed: int, settings: ReplySettings,
                  n_prompts: int = 500, device: str = "cpu", seconds: float = 0.0) -> None:
     """Measure the run in `root` on validation; write report.json and report.md, and print the
     latter."""
-    compared, _, _ = load_compared(run_policies(root), device)
-    compared = dataclasses.replace(compared, judges=load_judges(data, root / "judge", device))
+    compared, _, ppo = load_compared(run_policies(root), device)
+    reward, lost = reward_paid(ppo, data, "val", compared.reward_model, compared.tokenizer)
+    compared = dataclasses.replace(compared, judges=load_judges(data, root / "judge", device),
+                                   reward=reward, missing=lost)
     report, scores = build_report(compared, data, seed=seed, n_prompts=n_prompts, settings=settings)
     save_report(report, scores, root, seconds)
 
@@ -370,15 +358,16 @@ def build_report(compared: Compared, data: Prepared, *, seed: int, n_prompts: in
         "policies": policies}
     report["columns"] = policy_columns(report)
     if kind and c.reward_model is not None:
-        report["reward"], scores = reward_tables(c, data, split)
+        report["reward"], scores = reward_tables(c.reward_model, data, split, c.tokenizer, c.max_len,
+                                                 c.ratings)
         report["agreement"] = summary(scores[split])
     if records := [r for r in data.records("reward", split) if all(
             judge.reads(r["prompt"]) for judge in c.judges.values())] if kind else []:
         report["judge"] = opinions_on_feedback(c.judges, records)
     report["win_rates"] = win_rates(replies, list(c.policies), list(c.judges), samples)
     report["warnings"] = warnings_of(policies, first, last)
-    report["missing"] = missing(data, split, judges=list(c.judges),
-                                reward_model=c.reward_model is not None)
+    report["missing"] = [*c.missing, *missing(data, split, judges=list(c.judges),
+                                              reward_model=c.scorer is not None)]
     drawn = np.random.default_rng([seed, 77]).permutation(report["openings"])[:10]
     report["pairs"] = drawn_pairs(replies[first], replies[last], drawn * samples) if first != last else []
     return report, scores
@@ -388,7 +377,7 @@ def save_report(report: dict[str, Any], scores: dict[str, dict[str, Any]], root:
                 seconds: float = 0.0) -> None:
     """Write a run's report, with the seconds of each stage, and print it."""
     split, report["seconds"] = report["split"], {}
-    for stage in ("pretrain", "sft", "reward", "ppo", "judge"):
+    for stage in ("pretrain", "sft", "reward", "ppo", "judge", "best"):
         if checkpoint_path(root / stage).exists():
             report["seconds"][stage] = round(record_of(root / stage).get("seconds", 0), 1)
     # also after a resume
@@ -397,22 +386,22 @@ def save_report(report: dict[str, Any], scores: dict[str, dict[str, Any]], root:
     for name, of_split in scores.items():
         replace_text(root / f"reward_{name}_scores.json", json.dumps(of_split))
     replace_text(root / report_name("report.json", split), to_json(report))
-    replace_text(path, text + "\n")
+    replace_text(path, text + "\n" + write_page(report, root))
     print("\n" + for_terminal(text))
     for key, title in (("score", "reward per reply, by update"),
                        ("kl", "KL in nats per reply, by update")):
         print("\n" + text_plot(logged(root / "ppo" / "metrics.jsonl", key), title))
     plot, ppo = shlex.quote(str(root)), shlex.quote(str(root / "ppo"))
-    print(f"\nwritten: {path}; curves: python -m tools.plot {plot}; try it: python sample.py --from "
-          f"{ppo} --prompt …")
+    print(f"\nwritten: {path} and {path.stem}.html; curves: python -m tools.plot {plot}; try it: python sample.py "
+          f"--from {ppo} --prompt …")
 
 
 def print_validation_table(folder: str | os.PathLike, data: Prepared, device: str = "cpu") -> None:
     """A finished reward model beside its baselines on validation; the test texts are scored once, by
     the report."""
     model, tokenizer, state = load_checkpoint(folder, device, RewardModel)
-    c = Compared({}, model.backbone, tokenizer, model, longest_row(model, state), state.get("ratings"))
-    rows, scores = reward_tables(c, data, "val")
+    rows, scores = reward_tables(model, data, "val", tokenizer, longest_row(model, state),
+                                 state.get("ratings"))
     print(show_agreement(rows, summary(scores["val"])), flush=True)
 
 
@@ -482,7 +471,9 @@ def measure(folders: list[pathlib.Path], o: EvaluateOptions) -> dict[str, Any]:
     template = trained.get("template", data.template)
     data = dataclasses.replace(data, meta=data.meta | {"template": template})
     judge = checkpoint_path(policies[[*policies][-1]]).parent.parent / "judge"
-    compared = dataclasses.replace(compared, judges=load_judges(data, judge, device))
+    reward, lost = reward_paid(ppo, data, o.split, compared.reward_model, compared.tokenizer)
+    compared = dataclasses.replace(compared, judges=load_judges(data, judge, device), reward=reward,
+                                   missing=lost)
     # Measure as the PPO run among the folders sampled.
     sampled = ppo.get("options", {})
     settings = ReplySettings(reply_len=o.reply_len or sampled.get("reply_len", 64), seed=o.seed,

@@ -18,8 +18,9 @@ import numpy as np
 
 from data.batches import Row, drop_equal_pairs, drop_long_prompts, reward_rows
 from data.dataset import feedback_of
-from data.judge import plain_text
+from data.judge import ngram_regressions, plain_text
 from data.ngrams import NgramRegression
+from data.prepared import Prepared
 from data.records import prompt_text
 from data.tokenizer import Tokenizer
 from runtime.statistics import (accuracy, auc, bootstrap, calibration_curve, calibration_error, ceiling,
@@ -125,13 +126,8 @@ def truth_of(records: Sequence[dict]) -> list[float]:
 
 def model_scores(model: Any, rows: Sequence[Row], parts: Sequence[str]) -> np.ndarray:
     """(n,): the model's score of each row; of a part's record, by a model with parts, that part's."""
-    if not any(parts) or not hasattr(model, "part_scores"):
-        return model.score_rows(rows).double().cpu().numpy()
-    prompts, replies = ([[i for i, of_reply in zip(*row, strict=True) if of_reply == wanted]
-                         for row in rows] for wanted in (False, True))
-    by_part = {name: x.double().cpu().numpy() for name, x in model.part_scores(prompts, replies).items()}
-    whole = None if set(parts) <= set(by_part) else model.score_rows(rows).double().cpu().numpy()
-    return np.array([(by_part.get(part, whole))[i] for i, part in enumerate(parts)])
+    scores = model.score_rows(rows, parts) if any(parts) else model.score_rows(rows)
+    return scores.double().cpu().numpy()
 
 
 def baseline_scores(baselines: dict[str, NgramRegression], records: Sequence[dict],
@@ -163,6 +159,34 @@ def people_alike(records: Sequence[dict]) -> dict[str, Any]:
 
 
 # ---- tables --------------------------------------------------------------------------------------
+
+def feedback_table(model: Any, records: Sequence[dict], tokenizer: Tokenizer, template: str,
+                   max_len: int, *, baselines: dict[str, NgramRegression] | None = None,
+                   scale: dict[str, float] | None = None,
+                   name: str = "") -> tuple[list[dict], dict[str, Any]]:
+    """(the table's rows, the scores) of a reward model on records of one kind of feedback: what
+    `agreement_rows` makes of `score_feedback`, whose arguments these are. name: of the records, such
+    as their split."""
+    scored = score_feedback(model, records, tokenizer, template, max_len, baselines=baselines,
+                            scale=scale)
+    return agreement_rows(scored, name), scored
+
+
+def reward_tables(model: Any, data: Prepared, split: str, tokenizer: Tokenizer, max_len: int,
+                  scale: dict[str, float] | None = None) -> tuple[list[dict], dict[str, dict[str, Any]]]:
+    """(rows of a reward model's table, its scores by split): of validation and, where that is the
+    split, of test beside it. A split whose feedback tells nothing apart is left out."""
+    rows: list[dict] = []
+    scores: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(("val", split)):
+        if data.feedback(name):
+            of_split, scores[name] = feedback_table(
+                model, data.records("reward", name), tokenizer, data.template, max_len,
+                baselines=ngram_regressions(data, "reward"), scale=scale, name=name)
+            rows += of_split
+    order = [row["name"] for row in rows]
+    return sorted(rows, key=lambda row: order.index(row["name"])), scores
+
 
 def agreement_rows(scored: dict[str, Any], name: str = "") -> list[dict[str, str]]:
     """The table's rows, each figure with its 95 % interval: the reward model, the regression that

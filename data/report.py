@@ -4,6 +4,7 @@ Nothing here knows a model. A reply's ids are what was sampled, control tokens i
 distinct-2 and the reward model read them. Its text (`Tokenizer.reply_text`) has no control tokens:
 judges and people read it.
 """
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +18,8 @@ from data.prepared import Prepared
 from data.records import as_messages, prompt_text
 from data.sets import DATA_SETS
 from data.tokenizer import Tokenizer
-from runtime.statistics import (accuracy, auc, distinct_n, interval, mean_interval, positive_share,
-                                reply_statistics, win_rate)
+from runtime.statistics import (accuracy, auc, cut_alike, distinct_interval, distinct_n, interval,
+                                mean_interval, positive_share, reply_statistics, win_rate)
 from runtime.tables import table
 
 
@@ -35,8 +36,8 @@ def by_judge(metric: str, name: str) -> str:
 
 def judged_by(judges: dict[str, Any], prompts: Sequence,
               texts: Sequence[str]) -> tuple[dict[str, float], dict[str, Sequence[float]]]:
-    """(mean P(liked) by every judge and the share above one half; P(liked) of each prompt with its
-    reply)."""
+    """(every judge's mean and its share above one half; what it says of each prompt with its reply).
+    """
     metrics, probs = {}, {}
     for name, judge in judges.items():
         probs[by_judge("judge", name)] = p = np.asarray(judge.probs(prompts, texts)).tolist()
@@ -148,6 +149,20 @@ def table_row(name: str, metrics: dict[str, float], records: list[dict],
         intervals[key] = list(mean_interval(np.ma.compressed(by_prompt))[1:]) if by_prompt.count() else []
     return {"name": name, "replies": len(records), **metrics,
             "intervals": {key: ends for key, ends in intervals.items() if ends}}
+
+
+def add_distinct(lines: Sequence[dict], answers: Sequence[list[list[int]]],
+                 others: Sequence[list[list[int]]]) -> None:
+    """Add distinct-2, with interval, to the table's lines: of the policies' `answers` and of `others`,
+    all cut to the same number of bigrams. Of others with less than a quarter of the policies' text
+    there is none: it would be cut to theirs, which says little."""
+    sizes = [sum(max(0, len(row) - 1) for row in rows) for rows in (*answers, *others)]
+    enough = min(sizes[:len(answers)]) / 4
+    kept = [n >= enough for n in sizes]
+    cut = cut_alike(answers, [rows for rows, keep in zip(others, kept[len(answers):], strict=True) if keep])
+    for line, rows in zip(itertools.compress(lines, kept), cut, strict=True):
+        line["distinct2"], *line["intervals"]["distinct2"] = distinct_interval(rows)
+        line["bigrams"] = sum(max(0, len(row) - 1) for row in rows)
 
 
 def opinions_on_feedback(judges: dict[str, Any], records: list[dict]) -> dict[str, dict[str, str]]:
@@ -264,7 +279,7 @@ def policy_columns(report: dict[str, Any]) -> dict[str, str]:
                         if key not in COLUMNS and not key.startswith("judged_positive"))
     return {"name": "", "replies": "n",
             **{by_judge("judged_positive", name): title for name, title in zip(judges, titles, strict=False)},
-            **{key: key.removeprefix("part_") for key in own}, **COLUMNS}
+            **{key: key.replace("part_", "reward: ") for key in own}, **COLUMNS}
 
 
 def show_policies(report: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ A part is NAME or NAME:WEIGHT, parts are separated by commas. Names: `model`, th
 import hashlib
 import math
 import pathlib
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from data.batches import prompt_ids
 from data.functions import PythonReward, load_function
+from data.prepared import Prepared
 from runtime.options import UserError
 from runtime.statistics import RunningMoments
 
@@ -160,7 +162,8 @@ class RewardSum:
         prompts, for functions; of equal prompts the first counts. scales: `state()` of a checkpoint;
         without one, `measure` comes before `scores`."""
         self.terms, self.model = terms, model
-        self.o = o.replace(reward_clip=0.0)  # the sum is clipped, not its parts
+        # The sum is clipped, not its parts.
+        self.o = types.SimpleNamespace(reward_norm=o.reward_norm, reward_clip=0.0, end_penalty=0.0)
         known = {tuple(prompt_ids(tokenizer, r["prompt"], template)): {**r.get("extra", {}), "prompt": r["prompt"]}
                  for r in reversed(records)}
         self.own = {term.name: PythonReward(term.function, tokenizer, records=known, path=term.path)
@@ -214,6 +217,22 @@ def part_means(scorer: Any, prompts: Sequence[list[int]], replies: Sequence[list
                                               and getattr(config, "members", 1) == 1):
         return {}
     return {prefix + name: float(x.float().mean()) for name, x in scorer.part_scores(prompts, replies).items()}
+
+
+def reward_paid(ppo: dict[str, Any], data: Prepared, split: str, model: Any,
+                tokenizer: Any) -> tuple["RewardSum | None", list[str]]:
+    """(what a PPO checkpoint's policy was paid, where that is a sum of parts, what could not be
+    loaded). ppo: its state, {} without one. A function that is not there any more costs columns of
+    the report, not the report."""
+    options = ppo.get("options", {})
+    if not options.get("reward"):
+        return None, []
+    try:
+        terms = read_reward(options["reward"])
+    except UserError as error:
+        return None, [f"no scores by --reward {options['reward']}: {error}"]
+    return RewardSum(terms, model, tokenizer, types.SimpleNamespace(**options), template=data.template,
+                     records=data.records("ppo", split), scales=ppo.get("scales")), []
 
 
 # ---- what options mean for a reward --------------------------------------------------------------

@@ -11,17 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STAGES = {"pretrain": 1, "sft": 2, "reward": 3, "ppo": 4, "judge": 5}
+STAGES = {"pretrain": 1, "sft": 2, "reward": 3, "ppo": 4, "judge": 5, "best": 6}
 
 PURPOSES = {
     "order": 1,  # order of the records in an epoch
-    "plan": 2,  # order of the documents in pretraining
+    "plan": 2,  # order of the documents in pretraining, choice of the prompts of best
     "window": 3,  # windows of a single long text
     "weights": 4,  # initial weights
     "dropout": 5,
     "prefix": 6,  # which replies the reward model sees cut, and where
     "reply": 7,  # tokens of sampled replies
     "minibatch": 8,  # order of a rollout's rows in an epoch of PPO
+    "bootstrap": 9,  # how often a record counts for a member of an ensemble
 }
 
 

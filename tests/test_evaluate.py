@@ -341,8 +341,8 @@ def test_of_a_long_text_the_baseline_reads_what_the_reward_model_reads(world, ma
 
 def test_validation_stands_beside_test_where_the_split_is_test(world):
     scorer, tokenizer, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
-    c = evaluate.Compared({}, scorer.backbone, tokenizer, scorer, 128)
-    rows = {split: evaluate.reward_tables(c, world.data, split)[0] for split in ("val", "test")}
+    rows = {split: evaluate.reward_tables(scorer, world.data, split, tokenizer, 128)[0]
+            for split in ("val", "test")}
     assert [row["texts"].split()[0] for row in rows["val"]] == ["val"] * 6
     assert [row["texts"].split()[0] for row in rows["test"]] == ["val", "test"] * 6
     assert [row["name"] for row in rows["test"][::2]] == [row["name"] for row in rows["val"]]
@@ -490,3 +490,39 @@ def test_another_reward_model_can_be_asked_for(finished):
     found, _, _ = evaluate.load_compared({"PPO": finished / "ppo"}, "cpu",
                                          reward_from=str(finished / "reward"))
     assert found.reward_model is not None
+
+
+# ---- a reward of several parts -------------------------------------------------------------------
+
+def paid_by_parts(finished, tmp_path, spec="{}:shout,length:-.1"):
+    """The run's PPO checkpoint, as if its policy had been paid by a function and length; the function's
+    file."""
+    path = tmp_path / "mine.py"
+    path.write_text("def shout(prompts, replies):\n    return [float(len(r)) for r in replies]\n")
+    model, tokenizer, state = load_checkpoint(finished / "ppo")
+    options = state["options"] | {"reward": spec.format(path)}
+    save_checkpoint(finished / "ppo", model, tokenizer, **state | {"options": options, "scales": {}})
+    return path
+
+
+def test_the_columns_are_those_of_the_reward_that_ppo_was_paid(finished, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_data", lambda *_, **__: world.data)
+    paid_by_parts(finished, tmp_path)
+    assert asked(finished, f"--json={tmp_path / 'r.json'}") == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    for row in report["policies"][:3]:
+        assert row["raw_score"] == pytest.approx(row["part_shout"] - .1 * row["part_length"], abs=1e-4)
+    assert report["columns"]["part_shout"] == "reward: shout"
+    best, sft = (next(r for r in report["policies"] if r["name"] == name) for name in ("SFT, best of 16", "SFT"))
+    assert best["part_shout"] > sft["part_shout"]  # the best by the reward that was paid
+
+
+def test_a_reward_function_that_is_gone_costs_columns_and_not_the_report(finished, world, tmp_path,
+                                                                        monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "open_data", lambda *_, **__: world.data)
+    paid_by_parts(finished, tmp_path).unlink()
+    assert asked(finished) == 0
+    text = capsys.readouterr().out
+    assert "Missing: no scores by --reward" in text
+    assert "mine.py" in text
+    assert "## Reward model" in text

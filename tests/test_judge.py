@@ -1,5 +1,5 @@
-"""The n-gram classifier learns what is there to learn, is the same each time, and its two halves
-share no text."""
+"""The n-gram regression learns what is there to learn, is the same each time, and the two shares of feedback
+have no text in common."""
 import itertools
 import types
 
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.judge import (FORMS, L2S, ModelJudge, NgramJudge, fit_best, ngram_regressions, plain_text,
-                        texts_and_target)
+from data.judge import (FORMS, L2S, ModelJudge, NgramJudge, agreement, fit_best, ngram_regressions,
+                        plain_text, shown_to_people, texts_and_target)
 from data.ngrams import NgramRegression
 from data.batches import reward_rows
 from data.prepare import open_data
@@ -267,3 +267,111 @@ def test_the_model_judge_reads_the_rows_that_a_reward_model_learned_from(data):
     probs = judge.probs([r["prompt"] for r in records], [r["response"] for r in records])
     assert seen == reward_rows(records, data.tokenizer, data.template, 24)
     assert probs == pytest.approx([1 / (1 + np.e), .5])
+
+
+# ---- judges of pairs and of ratings --------------------------------------------------------------
+
+def feedback(kind, n, seed=0):
+    """Records of texts of five words, of which "good" is worth 1 and "bad" −1."""
+    rng = np.random.default_rng(seed)
+
+    def drawn():
+        return [" ".join(row) for row in rng.choice(["good", "bad", "it", "is", "so"], (n, 5))]
+
+    def worth(text):
+        return text.count("good") - text.count("bad")
+
+    firsts, seconds = drawn(), drawn()
+    if kind == "scores":
+        return [{"prompt": "it ", "response": t, "score": 60.0 + 20 * worth(t)} for t in firsts]
+    made = [sorted(pair, key=worth, reverse=True) for pair in zip(firsts, seconds, strict=True)]
+    return [{"prompt": [{"role": "user", "content": f"{i}"}], "chosen": a, "rejected": b}
+            | ({"tie": True} if worth(a) == worth(b) else {}) for i, (a, b) in enumerate(made)]
+
+
+class Folder:
+    """A prepared data set with this feedback, and as much for judges."""
+
+    def __init__(self, path, kind, parts=("",)):
+        self.folder, self.stages = path, ("reward", "judge")
+        self.kept = {(stage, split): [r | ({"part": part} if part else {}) for part in parts
+                                      for r in feedback(kind, n, seed=i)]
+                     for i, (stage, split, n) in enumerate((("reward", "train", 300), ("judge", "train", 300),
+                                                            ("reward", "val", 100)))}
+
+    def has(self, stage):
+        return stage in self.stages
+
+    def records(self, stage, split):
+        return self.kept[stage, split]
+
+
+@pytest.fixture(params=["pairs", "scores"])
+def folder(request, tmp_path):
+    return Folder(tmp_path, request.param)
+
+
+def test_a_judge_of_pairs_or_ratings_calls_neutral_what_is_average(folder):
+    judge = NgramJudge(ngram_regressions(folder, "judge"), shown_to_people(folder))
+    good, bad, even = judge.probs(["it "] * 3, ["good good so", "bad bad so", "good bad so"])
+    assert bad < .3 < .7 < good
+    assert even == pytest.approx(.5, abs=.1)
+    people = [r[f] for r in folder.records("reward", "val") for f in ("chosen", "rejected", "response") if f in r]
+    assert .35 < (judge.probs(["it "] * len(people), people) > .5).mean() < .65
+
+
+def test_pairs_make_the_mean_score_of_what_people_read_neutral():
+    class Fixed(NgramRegression):
+        def scores(self, texts):
+            return np.array([7.0 + len(text) for text in texts], np.float32)
+
+    judge = NgramJudge({"": Fixed(kind="pairs")}, [("", "a"), ("", "abc")])
+    assert judge.centre == 9
+    assert judge.probs(["x"], ["ab"]) == pytest.approx(.5)
+    assert judge.probs(["x"], ["abc"]) == pytest.approx(1 / (1 + np.exp(-1)))
+
+
+def test_a_judge_of_pairs_reads_replies_alone_and_one_of_ratings_the_prompt_too(folder):
+    judge = NgramJudge(ngram_regressions(folder, "judge"))
+    a, b = judge.probs(["it ", "good good good "], ["so", "so"])
+    assert (a == b) == ("chosen" in folder.records("judge", "train")[0])
+
+
+def test_a_judge_over_parts_is_the_mean_of_its_parts(tmp_path):
+    folder = Folder(tmp_path, "pairs", parts=("length", "truth"))
+    regressions = ngram_regressions(folder, "judge")
+    assert list(regressions) == ["length", "truth"]
+    again = ngram_regressions(folder, "judge")  # loaded
+    texts = ["good so", "bad it"]
+    expected = np.mean([again[part].scores(texts) for part in regressions], axis=0)
+    assert np.allclose(NgramJudge(regressions).scores(["", ""], texts), expected)
+
+
+def test_the_transformer_judge_is_centred_on_people_too_and_skips_prompts_it_cannot_read(data):
+    def lengths(rows):
+        assert max(len(ids) for ids, _ in rows) <= 60
+        return torch.tensor([float(sum(flags)) for _, flags in rows])
+
+    model = types.SimpleNamespace(score_rows=lengths)
+    people = [("短", "好"), ("短", "好书好书"), ("长" * 200, "好")]
+    judge = ModelJudge(model, data.tokenizer, "{prompt}", 60, people)
+    assert [judge.reads(prompt) for prompt, _ in people] == [True, True, False]
+    assert judge.centre == np.mean([judge.scores([p], [t])[0] for p, t in people[:2]])
+
+
+def test_baselines_of_pairs_and_ratings_are_chosen_on_validation(folder):
+    best = ngram_regressions(folder, "reward")[""]
+    val = folder.records("reward", "val")
+    at_best = agreement(best.kind, best.scores(texts_and_target(val)[0]), texts_and_target(val)[1])
+    for unit, orders in FORMS:
+        other = NgramRegression(l2=L2S[best.kind][0], unit=unit, orders=orders, kind=best.kind)
+        other.fit(*texts_and_target(folder.records("reward", "train")))
+        assert at_best >= agreement(best.kind, other.scores(texts_and_target(val)[0]),
+                                    texts_and_target(val)[1]) - .005
+
+
+def test_without_feedback_for_the_reward_a_judge_brought_along_has_the_fixed_form(tmp_path):
+    folder = Folder(tmp_path, "scores")
+    folder.stages = ("judge",)
+    assert ngram_regressions(folder, "judge")[""].l2 == L2S["scores"][0]
+    assert shown_to_people(folder) == []

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from data.report import (Measures, by_judge, describe, drawn_pairs, judged_by, missing,
+from data.report import (Measures, add_distinct, by_judge, describe, drawn_pairs, judged_by, missing,
                          opinions_on_feedback, people_wrote, policy_columns, render_report,
                          report_name, show_policies, splits_used, table_row, warnings_of, win_rates)
 from data.dataset import DataSet, tells
@@ -238,7 +238,15 @@ def test_the_columns_are_those_of_the_feedback_and_of_the_reward():
         assert policy_columns(report(policies=rows, feedback=kind))["judged_positive"] == "above average"
     rows[0]["intervals"] |= {"part_polite": [.1, .2], "rouge_l": [.3, .4]}
     titles = policy_columns(report(policies=rows))
-    assert (titles["part_polite"], titles["rouge_l"]) == ("polite", "rouge_l")
+    assert (titles["part_polite"], titles["rouge_l"]) == ("reward: polite", "rouge_l")
+
+
+def test_a_few_texts_by_people_do_not_cut_the_policies():
+    lines = [{"intervals": {}} for _ in range(4)]
+    answers = [[[1, 2, 3, 4, 5]] * 8, [[1, 2, 3, 4, 6]] * 8]
+    add_distinct(lines, answers, [[[1, 2, 3]] * 4, [[7, 8]]])
+    assert [line.get("bigrams") for line in lines] == [8, 8, 8, None]
+    assert "distinct2" not in lines[3]
 
 
 def test_a_data_sets_own_measures_are_columns_with_intervals(tmp_path):

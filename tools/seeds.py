@@ -70,7 +70,7 @@ def policy_rows(reports: list[dict], folders: list[pathlib.Path]) -> list[dict]:
         sft = next(r for r in rows if r["name"] == "SFT")
         for row in rows:
             row = {k: v for k, v in row.items() if k in titles}
-            row |= {f"{k}_ratio": row[k] / sft[k] for k in RATIOS if sft[k]}
+            row |= {f"{k}_ratio": row[k] / sft[k] for k in RATIOS if k in row and sft[k]}
             by_name.setdefault(row["name"], []).append({**row, "name": f"{row['name']}, {folder}"})
     return [row for name, rows in by_name.items()
             for row in [*(rows if "kl" in rows[0] else []),
