@@ -87,9 +87,9 @@ def as_flag(value: Any) -> Any:
         int(value) if isinstance(value, bool) else value)
 
 
-def labelled(asked: str | Messages, answer: Any, label: Any) -> list[dict]:
+def labelled(asked: str | Messages, answer: str, label: Any) -> list[dict]:
     """One reply, liked or not."""
-    return [{"prompt": asked, "response": reply(answer), "label": as_flag(label)}]
+    return [{"prompt": asked, "response": answer, "label": as_flag(label)}]
 
 
 def answered(asked: str | Messages, answer: str) -> list[dict]:
@@ -228,17 +228,17 @@ FORMS = (
     form("AlpacaFarm", "reward", "instruction:text output_1:text output_2:text preference", by_preference),
     # Labels and ratings.
     form("prompts with completions and labels", "reward", "prompt completion label",
-         lambda r: labelled(prompt(r, r["prompt"]), r["completion"], r["label"])),
+         lambda r: labelled(prompt(r, r["prompt"]), reply(r["completion"]), r["label"])),
     form("Alpaca with kto_tag", "reward", "instruction:text output:text kto_tag",
-         lambda r: labelled(alpaca(r), r["output"], r["kto_tag"])),
+         lambda r: labelled(alpaca(r), reply(r["output"]), r["kto_tag"])),
     form("ShareGPT with kto_tag", "reward", "conversations:turns kto_tag",
          lambda r: labelled(*last_turn(prompt(r, r["conversations"])), r["kto_tag"])),
     form("messages with a label", "reward", "messages:turns label",
          lambda r: labelled(*last_turn(prompt(r, r["messages"])), r["label"])),
     form("Alpaca with a label", "reward", "instruction:text completion:text label",
-         lambda r: labelled(alpaca(r), r["completion"], r["label"])),
+         lambda r: labelled(alpaca(r), reply(r["completion"]), r["label"])),
     form("questions with completions and labels", "reward", "question:text completion:text label",
-         lambda r: labelled(prompt(r, r["question"]), r["completion"], r["label"])),
+         lambda r: labelled(prompt(r, r["question"]), reply(r["completion"]), r["label"])),
     form("labels", "reward", "prompt response label", own),
     form("ratings", "reward", "prompt response score", own),
     form("ratings by several people", "reward", "prompt response scores", own),

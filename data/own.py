@@ -5,6 +5,7 @@ data/records.py lists the formats. Files without a validation or test file besid
 90/5/5 by the keys of data/splits.py, and what is held out in one file leaves training in all.
 """
 import collections
+import dataclasses
 import functools
 import itertools
 import json
@@ -23,12 +24,24 @@ from data.road import (PARTS, Records, described, dialogues_of, fill, keep_for_j
                        proposals, strings, write_documents)
 from data.splits import ONE_IN, HeldOutReplies, assign, prompt_key, replies_in, split_key
 from data.texts import Texts
-from runtime.options import UserError
+from runtime.options import Options, UserError, option
 from runtime.rows import ENDINGS, read_rows
 
 READING = ("skip_bad", "fields")  # options that all files have
 KINDS = {"judge": "reward"}  # the stage whose records a file has, where its name is another
 Files = dict[tuple[str, str], pathlib.Path]  # (stage, split) -> file
+
+
+@dataclasses.dataclass
+class OwnOptions(Options):
+    """How files of one's own are read."""
+
+    skip_bad: bool = option(False, "leave out bad lines of your own files, and say how many")
+    fields: str = option("", "your files' names for ours: prompt=question,chosen=good")
+    template: str = option("", "instruction around your prompts, with {prompt} in it")
+    judge_share: float = option(-1.0, "share of your feedback kept for judges; -1: half of 2,000 records "
+                                      "and more, a fifth of fewer", low=-1, high=0.9)
+    traceback: bool = option(False, "show where in the code an error arose")
 
 
 def own_data_set(path: pathlib.Path, fields: str = "", template: str = "") -> DataSet:
