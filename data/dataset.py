@@ -58,6 +58,10 @@ class DataSet:
         prepared earlier is used again.
     defaults: {stage: {option: value}} that suit this data; a flag or a preset wins over them.
     summary: one line for `train.py --list`.
+    measures: measures(folder, prompts, replies, references) returns more figures of replies for the
+        report, by name: a number for each reply, or None where there is nothing to measure. folder:
+        the prepared data. references: the replies to these prompts in sft records; None if some
+        prompt has none.
     """
 
     name: str
@@ -69,6 +73,7 @@ class DataSet:
     version: int = 1
     defaults: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     summary: str = ""
+    measures: Callable[..., dict[str, list[float | None]]] | None = None
 
     def __post_init__(self) -> None:
         """ValueError for a record that contradicts itself."""
@@ -131,6 +136,17 @@ class DataWriter:
 def feedback_of(record: dict) -> str:
     """The kind of a reward record's feedback: pairs, scores or labels."""
     return "pairs" if "chosen" in record else "scores" if "score" in record else "labels"
+
+
+def tells(records: Sequence[dict]) -> str:
+    """The kind of this feedback: pairs, scores or labels; "" if it tells nothing apart, because all
+    labels or scores are the same, all pairs are ties, or there is no record."""
+    if not records:
+        return ""
+    kind = feedback_of(records[0])
+    if kind == "pairs":
+        return kind if any(not r.get("tie") for r in records) else ""
+    return kind if len({r.get(kind.removesuffix("s")) for r in records}) > 1 else ""
 
 
 def require_one_feedback(files: Mapping[str, Sequence[dict]]) -> None:

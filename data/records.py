@@ -5,7 +5,7 @@
     {"prompt", "chosen", "rejected"}                  reward, pairwise; optional "margin", or "tie": true
     {"prompt", "response", "label": 0 or 1}           reward, classification
     {"prompt", "response", "score"}                   reward, regression; "scores": what each person gave
-    {"prompt"}                                        ppo
+    {"prompt"}                                        ppo; other fields are kept under "extra"
 
 A prompt is a text or a list of messages {"role", "content"}. "part" names the head of a reward model
 that learns from a record. runtime/rows.py reads the kinds of files, data/forms.py the forms of other
@@ -167,6 +167,8 @@ def records_in(record: Any, kind: str, fields: dict[str, str] | None = None) -> 
     record = renamed(record, fields)
     form = form_of(record, kind)
     kept = {name: record[name] for name in KEPT if kind == "reward" and name in record}
+    if kind == "ppo":  # a reward in Python may read them
+        kept = {"extra": {name: value for name, value in record.items() if name not in form.fields}}
     try:
         try:
             found = form.read(record)
@@ -206,7 +208,8 @@ def checked(record: dict, kind: str) -> dict:
         if "part" in record:
             _require(record, "part", (str,), "a text, the name of a part")
             feedback["part"] = record["part"]
-    record = {name: _bare(record[name]) for name in names} | feedback
+    more = {"extra": record["extra"]} if kind == "ppo" and record.get("extra") else feedback
+    record = {name: _bare(record[name]) for name in names} | more
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:

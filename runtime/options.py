@@ -59,6 +59,7 @@ def presets_of(cls: type) -> dict[str, dict[str, Any]]:
 class Options:
     """Base of the options' dataclasses. `explicit`: the names that were given as flags."""
 
+    TOTAL: ClassVar[str] = ""  # the option that says how long a run is
     explicit: frozenset[str] = frozenset()
 
     def replace(self: T, **changes: Any) -> T:

@@ -150,13 +150,16 @@ CASES = [
     ("text rated by several", "reward", {"text": RATED, "scores": [0, 1]},
      [{**OPENING, "score": 0.5, "scores": [0, 1]}]),
     ("text with a part", "reward", {"text": RATED, "label": 0, "part": "p"}, [{**OPENING, "label": 0, "part": "p"}]),
-    ("33 TRL prompts", "ppo", {"prompt": Q, "solution": "4"}, [{"prompt": Q}]),
-    ("34 OpenRLHF prompts", "ppo", {"input": Q, "datasource": "x"}, [{"prompt": Q}]),
+    ("33 TRL prompts", "ppo", {"prompt": Q, "solution": "4"}, [{"prompt": Q, "extra": {"solution": "4"}}]),
+    ("34 OpenRLHF prompts", "ppo", {"input": Q, "datasource": "x"},
+     [{"prompt": Q, "extra": {"datasource": "x"}}]),
     ("34 messages", "ppo", {"input": [user(Q)]}, [{"prompt": [user(Q)]}]),
-    ("35 Alpaca", "ppo", {"instruction": Q, "output": GOOD}, [{"prompt": Q}]),
+    ("35 Alpaca", "ppo", {"instruction": Q, "output": GOOD}, [{"prompt": Q, "extra": {"output": GOOD}}]),
     ("36 minimind", "ppo", {"conversations": [user(Q), bot("")]}, [{"prompt": [user(Q)]}]),
     ("37 verl", "ppo", {"data_source": "x", "prompt": [user(Q)], "ability": "maths",
-                        "reward_model": {"style": "rule", "ground_truth": "4"}}, [{"prompt": [user(Q)]}]),
+                        "reward_model": {"style": "rule", "ground_truth": "4"}},
+     [{"prompt": [user(Q)], "extra": {"data_source": "x", "ability": "maths",
+                                      "reward_model": {"style": "rule", "ground_truth": "4"}}}]),
 ]
 
 
