@@ -4,11 +4,11 @@ loophole?
     python evaluate.py out/reviews --split test               a finished run on test texts: once
     python evaluate.py out/reviews/sft out/reviews/ppo        any checkpoints, on validation texts
 
-From small to large: a policy on held-out prompts; the reward model on held-out labels; the report.
-The n-gram classifier of data/judge.py serves twice: fitted on one half of the labels it is the
-reward model's baseline, on the other half an independent judge; `train.py judge` trains a second
-one. PPO and the reward model are never trained against a judge; their opinions reach metrics and
-reports only.
+From small to large: a policy on held-out prompts; the reward model on held-out feedback, be it
+pairs, ratings or labels; the report. The n-gram regression of data/judge.py serves twice: fitted on
+one share of the feedback it is the reward model's baseline, on the other an independent judge;
+`train.py judge` trains a second one. PPO and the reward model are never trained against a judge;
+their opinions reach metrics and reports only.
 """
 import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import contextlib
@@ -25,14 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.batches import (drop_long_prompts, held_out_prompts, make_rows, pad_left, prompt_ids,
-                          reward_rows, scatter_tokens)
-from data.judge import ModelJudge, NgramJudge, ngram_classifier, plain_text
+from data.agreement import feedback_table as feedback_table, reward_tables, show_agreement, summary
+from data.batches import held_out_prompts, make_rows, pad_left, prompt_ids, scatter_tokens
+from data.judge import ModelJudge, NgramJudge, ngram_regressions, shown_to_people
 from data.prepare import SETTINGS, find_data_set, open_data
 from data.prepared import Prepared
-from data.records import prompt_text
-from data.report import (describe, judged_by, opinions_on_labels, people_wrote, render_report,
-                         report_name, table_row, win_rates)
+from data.report import (Measures, add_distinct, describe, drawn_pairs, judged_by, missing, opinions_on_feedback,
+                         people_wrote, policy_columns, render_report, report_name, splits_used, table_row, warnings_of,
+                         win_rates)
+from data.rewards import reward_paid
 from data.tokenizer import Tokenizer
 from model import Transformer, checkpoint_path, compared_logprobs, load_checkpoint
 from reward import RewardModel, longest_row
@@ -41,10 +42,8 @@ from runtime.lines import logged
 from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
 from runtime.run import record_of
-from runtime.statistics import (accuracy, auc, calibration_error, cut_alike, distinct_interval,
-                                interval, paired_auc_difference)
 from runtime.storage import replace_text
-from runtime.tables import table, text_plot, to_json
+from runtime.tables import text_plot, to_json
 from runtime.terminal import for_terminal, memory_advice
 from sample import Generation, reply_ids, reply_texts, reply_to
 
@@ -104,15 +103,28 @@ def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Token
     replies = reply_to(policy, tokenizer, ids, settings.reply_len, temperature=settings.temperature,
                        seed=settings.seed, batch_size=settings.rows_at_once)
     logprobs, ref_logprobs, kl = reply_logprobs(policy, reference, ids, replies, settings)
-    rows, scores = reply_ids(replies), None
-    if reward_model is not None:
-        with torch.no_grad(), precision(settings.dtype, policy.embedding.weight.device.type):
-            scores = reward_model.scores(ids, rows)
+    rows = reply_ids(replies)
+    with torch.no_grad(), precision(settings.dtype, policy.embedding.weight.device.type):
+        scores = raw_scores(reward_model, ids, rows) if reward_model is not None else {}
     metrics, records = describe(prompts, reply_texts(tokenizer, replies), rows, tokenizer,
-                                judges or {}, {"kl": kl.sum(1), "raw_score": scores,
+                                judges or {}, {"kl": kl.sum(1), **scores,
                                                "kl_k1": (logprobs - ref_logprobs).sum(1)})
     metrics["ref_perplexity"] = math.exp(-float(ref_logprobs.sum()) / int(replies.mask.sum()))
     return metrics, records, rows
+
+
+def raw_scores(reward_model: Any, ids: Sequence[list[int]],
+               rows: Sequence[list[int]]) -> dict[str, torch.Tensor]:
+    """(B,) of each reply: `raw_score`, and by a scorer with parts `part_<name>`."""
+    config, parts = getattr(reward_model, "config", None), {}
+    if hasattr(reward_model, "part_scores") and (  # of a model with one head they would say nothing more
+            config is None or getattr(config, "parts", ()) or getattr(config, "members", 1) > 1):
+        parts = reward_model.part_scores(ids, rows)
+    return {"raw_score": reward_model.scores(ids, rows)} | {
+        f"part_{name}": scores for name, scores in parts.items() if name}
+
+
+OPINION = ("eval_judged_positive", 1)  # what PPO's --keep best goes by, and that higher is better
 
 
 class HeldOutPrompts:
@@ -133,7 +145,8 @@ class HeldOutPrompts:
         metrics, records, _ = measure_policy(
             policy, self.reference, self.tokenizer, self.prompts, self.template,
             reward_model=self.reward_model, judges=self.judges, settings=self.settings)
-        return {f"eval_{name}": metrics[name] for name in self.NAMES if name in metrics}, records
+        names = [*self.NAMES, *(name for name in metrics if name.startswith("part_"))]
+        return {f"eval_{name}": metrics[name] for name in names if name in metrics}, records
 
     def opinion(self, prompts: Sequence, texts: Sequence[str]) -> dict[str, float]:
         """What the independent judge says of other replies; {} without a judge."""
@@ -145,9 +158,6 @@ class HeldOutPrompts:
 # What PPO has to beat: of 16 replies the one that the reward model chooses. It costs 16 replies an
 # opening, so the first openings have to do.
 BEST_OF, BEST_OF_OPENINGS = 16, 200
-REWARD_COLUMNS = {"name": "", "texts": "texts", "auc": "AUC", "accuracy": "accuracy",
-                  "calibration": "calibration error",
-                  "half": "AUC on first halves"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,22 +169,30 @@ class Compared:
     tokenizer: Tokenizer
     reward_model: RewardModel | None = None
     max_len: int = 0  # the longest row that the reward model was trained on
+    ratings: dict[str, float] | None = None  # mean and spread of the ratings that it learned
     judges: dict[str, Any] = dataclasses.field(default_factory=dict)  # by name
     reference_name: str = "SFT"
+    reward: Any = None  # what PPO was paid, if that was not the reward model alone: a scorer
+    missing: Sequence[str] = ()  # what could not be loaded, in words
+
+    @property
+    def scorer(self) -> Any:
+        """What raw scores and best-of-n go by, or None."""
+        return self.reward or self.reward_model
 
 
 @torch.no_grad()
 def best_of(n: int, compared: Compared, ids: Sequence[list[int]],
             settings: ReplySettings) -> tuple[list[list[int]], torch.Tensor]:
     """(ids, raw score) of the reply, out of n by the reference to each prompt, that the reward
-    model scores highest."""
-    reference, reward_model = compared.reference, compared.reward_model
+    scores highest."""
+    reference = compared.reference
     ids = [x for x in ids for _ in range(n)]
     rows = reply_ids(reply_to(reference, compared.tokenizer, ids, settings.reply_len,
                               temperature=settings.temperature, seed=settings.seed,
                               batch_size=settings.rows_at_once))
     with precision(settings.dtype, reference.embedding.weight.device.type):
-        scores = reward_model.scores(ids, rows).view(-1, n).cpu()
+        scores = compared.scorer.scores(ids, rows).view(-1, n).cpu()
     best = scores.argmax(1).tolist()
     return [rows[n * i + j] for i, j in enumerate(best)], scores.amax(1)
 
@@ -191,32 +209,36 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
     c, tokenizer = compared, compared.tokenizer
     limits = [m.config.max_len for m in (*c.policies.values(), c.reference, c.reward_model)
               if m is not None]
-    prompts = held_out_prompts(data, split, tokenizer, min(limits) - settings.reply_len, n_prompts)
+    limits += [judge.max_len for judge in c.judges.values() if hasattr(judge, "max_len")]
+    limit = min(limits) - settings.reply_len
+    prompts = held_out_prompts(data, split, tokenizer, limit, n_prompts)
     lines, replies, answers, others = [], {}, [], []  # the last two: ids, for distinct-2
+    measures = Measures(data, split)
     for name, policy in c.policies.items():
         metrics, replies[name], rows = measure_policy(
             policy, c.reference, tokenizer, [p for p in prompts for _ in range(samples)],
-            data.template, reward_model=c.reward_model, judges=c.judges, settings=settings)
+            data.template, reward_model=c.scorer, judges=c.judges, settings=settings)
+        measures.add(metrics, replies[name])
         lines.append(table_row(name, metrics, replies[name], samples))
         answers.append(rows[::samples])
-    if c.reward_model is not None:
+    if c.scorer is not None:
         prompts = prompts[:BEST_OF_OPENINGS]
         ids = [prompt_ids(tokenizer, prompt, data.template) for prompt in prompts]
         rows, scores = best_of(BEST_OF, c, ids, settings)
         name, texts = f"{c.reference_name}, best of {BEST_OF}", [tokenizer.reply_text(row) for row in rows]
         metrics, replies[name] = describe(prompts, texts, rows, tokenizer, c.judges,
-                                           {"raw_score": scores})
+                                           raw_scores(c.scorer, ids, rows) | {"raw_score": scores})
+        measures.add(metrics, replies[name])
         metrics["kl_bound"] = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
         lines.append(table_row(name, metrics, replies[name]))
         others.append(rows)
-    people = people_wrote(data, tokenizer, settings.reply_len, split) if c.judges else []
-    for name, records, rows in people:
+    for name, records, rows in people_wrote(data, tokenizer, settings.reply_len, split, limit):
         texts = [[r[key] for r in records] for key in ("prompt", "response")]
-        lines.append(table_row(name, *describe(*texts, rows, tokenizer, c.judges, {})))
+        metrics, records = describe(*texts, rows, tokenizer, c.judges, {})
+        measures.add(metrics, records)
+        lines.append(table_row(name, metrics, records))
         others.append(rows)
-    for line, rows in zip(lines, cut_alike(answers, others), strict=True):
-        line["distinct2"], *line["intervals"]["distinct2"] = distinct_interval(rows)
-        line["bigrams"] = sum(max(0, len(row) - 1) for row in rows)
+    add_distinct(lines, answers, others)
     return lines, replies
 
 
@@ -245,7 +267,8 @@ def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str 
         scorer, longest, reward_state = load_reward_model(path, device, tokenizer)
         if not reward_from:
             require_parent(states, "reward", path, reward_state, "reward_from")
-        compared = dataclasses.replace(compared, reward_model=scorer, max_len=longest)
+        compared = dataclasses.replace(compared, reward_model=scorer, max_len=longest,
+                                       ratings=reward_state.get("ratings"))
     return compared, state, ppo
 
 
@@ -271,63 +294,18 @@ def load_reward_model(path: str | os.PathLike, device: str,
 
 def load_judges(data: Prepared, folder: str | os.PathLike | None = None,
                 device: str = "cpu") -> dict[str, Any]:
-    """The judges by name, each with .probs(prompts, texts) -> P(liked) (n,): n-grams where the data
-    have the judge's half of the labels, and the transformer of `folder` where it was trained."""
+    """The judges by name, each with .probs(prompts, texts) -> (n,), from 0 to 1, 0.5 neutral:
+    n-grams where the data have a judge's share of the feedback, and the transformer of `folder`
+    where it was trained."""
     found: dict[str, Any] = {}
+    shown = shown_to_people(data)
     if data.has("judge"):
-        found["n-grams"] = NgramJudge(ngram_classifier(data, "judge"))
+        found["n-grams"] = NgramJudge(ngram_regressions(data, "judge"), shown)
     if folder is not None and checkpoint_path(folder).exists():
         model, tokenizer, state = load_checkpoint(folder, device, RewardModel)
         template = state.get("template", data.template)
-        found["transformer"] = ModelJudge(model, tokenizer, template, longest_row(model, state))
+        found["transformer"] = ModelJudge(model, tokenizer, template, longest_row(model, state), shown)
     return found
-
-
-def score_reward_model(model: RewardModel, data: Prepared, split: str, tokenizer: Tokenizer,
-                       max_len: int) -> dict[str, Any]:
-    """Labels, and the raw scores of reward model and n-gram baseline, for whole texts and replies'
-    first halves.
-
-    Both read the same text: what the model reads, max_len tokens at most, decoded.
-    """
-    records = drop_long_prompts(data.records("reward", split), tokenizer, data.template, max_len - 8)
-    baseline = ngram_classifier(data, "reward")
-    scores: dict[str, Any] = {"labels": [r["label"] for r in records], "form": str(baseline)}
-    for part, half in (("", False), ("half_", True)):
-        rows = reward_rows(records, tokenizer, data.template, max_len, half=half)
-        texts = [plain_text(record | {"response": tokenizer.decode(
-            i for i, of_reply in zip(*row, strict=True) if of_reply and i != tokenizer.eom_id)})
-            for record, row in zip(records, rows, strict=True)]
-        scores[f"{part}scores"] = model.score_rows(rows).tolist()
-        scores[f"{part}baseline"] = baseline.logits(texts).tolist()
-    return scores
-
-
-def reward_table(scores: dict[str, Any], split: str = "") -> list[dict]:
-    """The reward model and the n-gram baseline on the same texts, each figure with its 95 %
-    interval."""
-    labels, rows = scores["labels"], []
-    texts = f"{split} {len(labels)}".strip()
-    for name, key, half in (("reward model", "scores", "half_scores"),
-                            ("n-gram regression, same labels", "baseline", "half_baseline")):
-        probs = 1 / (1 + np.exp(-np.array(scores[key])))
-        rows.append({"name": name, "texts": texts, "auc": interval(auc, scores[key], labels),
-                     "accuracy": interval(accuracy, probs, labels),
-                     "calibration": interval(calibration_error, probs, labels, basic=True),
-                     "half": interval(auc, scores[half], labels)})
-    value, low, high = paired_auc_difference([scores["scores"]], scores["baseline"], labels)
-    return [*rows, {"name": "difference (paired)", "texts": texts,
-                    "auc": f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"}]
-
-
-def reward_tables(model: RewardModel, data: Prepared, split: str, tokenizer: Tokenizer,
-                  max_len: int) -> tuple[list[dict], dict[str, dict[str, Any]]]:
-    """(`reward_table`'s rows, their scores by split): of validation and, where that is the split,
-    of test beside it."""
-    scores = {name: score_reward_model(model, data, name, tokenizer, max_len)
-              for name in dict.fromkeys(("val", split)) if data.has_labels("reward", name)}
-    tables = [reward_table(of_split, name) for name, of_split in scores.items()]
-    return [row for rows in zip(*tables, strict=True) for row in rows], scores
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -342,39 +320,47 @@ def write_report(data: Prepared, root: pathlib.Path, *, seed: int, settings: Rep
                  n_prompts: int = 500, device: str = "cpu", seconds: float = 0.0) -> None:
     """Measure the run in `root` on validation; write report.json and report.md, and print the
     latter."""
-    compared, _, _ = load_compared(run_policies(root), device)
-    compared = dataclasses.replace(compared, judges=load_judges(data, root / "judge", device))
+    compared, _, ppo = load_compared(run_policies(root), device)
+    reward, lost = reward_paid(ppo, data, "val", compared.reward_model, compared.tokenizer)
+    compared = dataclasses.replace(compared, judges=load_judges(data, root / "judge", device),
+                                   reward=reward, missing=lost)
     report, scores = build_report(compared, data, seed=seed, n_prompts=n_prompts, settings=settings)
     save_report(report, scores, root, seconds)
 
 
 def build_report(compared: Compared, data: Prepared, *, seed: int, n_prompts: int = 500,
                  samples: int = 1, split: str = "val", settings: ReplySettings = ReplySettings()
-                 ) -> tuple[dict[str, Any], dict[str, list] | None]:
-    """(the report, the reward model's scores of labelled texts by split or None).
+                 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """(the report, the reward model's scores of people's texts by split).
 
-    The policies on held-out openings, reward model and judges on held-out labels, how often the
+    The policies on held-out openings, reward model and judges on held-out feedback, how often the
     last policy's reply is preferred, and ten pairs of replies drawn by the seed.
     """
-    c, scores = compared, None
+    c, scores = compared, {}
     policies, replies = policy_table(c, data, n_prompts=n_prompts, samples=samples, split=split,
                                      settings=settings)
     first, last = list(c.policies)[0], list(c.policies)[-1]
-    report: dict[str, Any] = {"split": split, "seed": seed, "settings": dataclasses.asdict(settings),
-                              "first": first, "last": last,
-                              "openings": len(replies[first]) // samples, "samples": samples,
-                              "judges": list(c.judges), "policies": policies}
-    if data.has_labels("reward", split):
-        if c.reward_model is not None:
-            report["reward"], scores = reward_tables(c.reward_model, data, split, c.tokenizer,
-                                                     c.max_len)
-            report["baseline"] = scores[split]["form"]
-        report["judge"] = opinions_on_labels(c.judges, data.records("reward", split))
+    kind = data.feedback(split)
+    report: dict[str, Any] = {
+        "data": data.meta["data"], "split": split, "seed": seed,
+        "settings": dataclasses.asdict(settings), "feedback": kind,
+        "records": splits_used(data.meta["counts"]), "first": first, "last": last,
+        "openings": len(replies[first]) // samples, "samples": samples, "judges": list(c.judges),
+        "policies": policies}
+    report["columns"] = policy_columns(report)
+    if kind and c.reward_model is not None:
+        report["reward"], scores = reward_tables(c.reward_model, data, split, c.tokenizer, c.max_len,
+                                                 c.ratings)
+        report["agreement"] = summary(scores[split])
+    if records := [r for r in data.records("reward", split) if all(
+            judge.reads(r["prompt"]) for judge in c.judges.values())] if kind else []:
+        report["judge"] = opinions_on_feedback(c.judges, records)
     report["win_rates"] = win_rates(replies, list(c.policies), list(c.judges), samples)
+    report["warnings"] = warnings_of(policies, first, last)
+    report["missing"] = [*c.missing, *missing(data, split, judges=list(c.judges),
+                                              reward_model=c.scorer is not None)]
     drawn = np.random.default_rng([seed, 77]).permutation(report["openings"])[:10]
-    report["pairs"] = [dict(prompt=prompt_text(replies[first][i]["prompt"]),
-                            before=replies[first][i], after=replies[last][i])
-                       for i in drawn * samples] if first != last else []
+    report["pairs"] = drawn_pairs(replies[first], replies[last], drawn * samples) if first != last else []
     return report, scores
 
 
@@ -387,8 +373,8 @@ def save_report(report: dict[str, Any], scores: dict[str, dict[str, Any]], root:
             report["seconds"][stage] = round(record_of(root / stage).get("seconds", 0), 1)
     # also after a resume
     report["seconds"]["all"] = round(max(seconds, sum(report["seconds"].values())), 1)
-    text, path = render_report(report, root.name, REWARD_COLUMNS), root / report_name("report.md", split)
-    for name, of_split in (scores or {}).items():
+    text, path = render_report(report, root.name), root / report_name("report.md", split)
+    for name, of_split in scores.items():
         replace_text(root / f"reward_{name}_scores.json", json.dumps(of_split))
     replace_text(root / report_name("report.json", split), to_json(report))
     replace_text(path, text + "\n")
@@ -401,13 +387,13 @@ def save_report(report: dict[str, Any], scores: dict[str, dict[str, Any]], root:
           f"{ppo} --prompt …")
 
 
-def print_validation_table(model: RewardModel, data: Prepared, tokenizer: Tokenizer,
-                           max_len: int) -> None:
-    """The reward model beside its baseline on validation; the test texts are scored once, by the
-    report."""
-    rows, scores = reward_tables(model, data, "val", tokenizer, max_len)
-    print(f"{table(rows, REWARD_COLUMNS)}\nThe n-gram regression, chosen on validation: "
-          f"{scores['val']['form']}.", flush=True)
+def print_validation_table(folder: str | os.PathLike, data: Prepared, device: str = "cpu") -> None:
+    """A finished reward model beside its baselines on validation; the test texts are scored once, by
+    the report."""
+    model, tokenizer, state = load_checkpoint(folder, device, RewardModel)
+    rows, scores = reward_tables(model, data, "val", tokenizer, longest_row(model, state),
+                                 state.get("ratings"))
+    print(show_agreement(rows, summary(scores["val"])), flush=True)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -476,7 +462,9 @@ def measure(folders: list[pathlib.Path], o: EvaluateOptions) -> dict[str, Any]:
     template = trained.get("template", data.template)
     data = dataclasses.replace(data, meta=data.meta | {"template": template})
     judge = checkpoint_path(policies[[*policies][-1]]).parent.parent / "judge"
-    compared = dataclasses.replace(compared, judges=load_judges(data, judge, device))
+    reward, lost = reward_paid(ppo, data, o.split, compared.reward_model, compared.tokenizer)
+    compared = dataclasses.replace(compared, judges=load_judges(data, judge, device), reward=reward,
+                                   missing=lost)
     # Measure as the PPO run among the folders sampled.
     sampled = ppo.get("options", {})
     settings = ReplySettings(reply_len=o.reply_len or sampled.get("reply_len", 64), seed=o.seed,
@@ -486,7 +474,7 @@ def measure(folders: list[pathlib.Path], o: EvaluateOptions) -> dict[str, Any]:
     if finished:
         save_report(report, scores, root)
     else:
-        print(for_terminal(render_report(report, ", ".join(policies), REWARD_COLUMNS)))
+        print(for_terminal(render_report(report, ", ".join(policies))))
     return report
 
 

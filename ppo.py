@@ -40,11 +40,17 @@ from data.batches import (Rows, drop_long_prompts, held_out_prompts, make_rows, 
                           scatter_tokens, text_batches)
 from data.prepare import open_stage
 from data.prepared import Prepared
+from data.functions import RewardError
+from data.rewards import (Part, RewardSum, ScoreScale, chosen_reward_norm as chosen_reward_norm, digests,
+                          needs_model, part_means, read_reward, resolved)
 from model import Transformer, load_parent, next_token_loss, open_run, token_logprobs
-from reward import RewardModel, Scorer, ScoreScale, chosen_reward_norm, critic_from
+from reward import RewardModel, Scorer, critic_from, critic_of_policy
+from runtime.control import KLController
 from runtime.alarms import Alarm, Alarms
 from runtime.device import compile_trunks, precision
+from runtime.fit import Best
 from runtime.draws import batch_indices, key
+from runtime.machine import resume_command
 from runtime.optim import clip_gradients, learning_rate, restore, stop_unless_finite
 from runtime.options import Common, UserError, option
 from runtime.products import use_products
@@ -58,37 +64,32 @@ from sample import Decoder, Generation, generate, reply_ids, reply_texts, reply_
 class PPOOptions(Common):
     """`python train.py ppo`"""
 
+    TOTAL: ClassVar = "updates"  # may grow at --resume
     PRESETS: ClassVar = {
-        "smoke": dict(updates=6, batch=8, rollout_rows=4, reply_len=16, norm_replies=64,
-                      critic_warmup=1, save_every=1, eval_every=2, eval_prompts=8,
-                      report_prompts=20),
-        "base": dict(dtype="auto", updates=200, batch=256, rollout_rows=128, reply_len=128,
-                     micro_batch=32, policy_lr=1e-5, critic_lr=2e-5, eval_every=20,
-                     eval_prompts=256),
+        "smoke": dict(updates=6, batch=8, rollout_rows=4, reply_len=16, norm_replies=64, critic_warmup=1,
+                      save_every=1, eval_every=2, eval_prompts=8, report_prompts=20),
+        "base": dict(dtype="auto", updates=200, batch=256, rollout_rows=128, reply_len=128, micro_batch=32,
+                     policy_lr=1e-5, critic_lr=2e-5, eval_every=20, eval_prompts=256),
     }
 
     # The rollout.
     updates: int = option(40, "rollouts, each followed by --epochs passes", low=1)
     batch: int = option(144, "replies per rollout", low=1, high=1_000_000)
     samples_per_prompt: int = option(1, "replies to each prompt, a group (for RLOO)", low=1)
-    reply_len: int = option(64, "longest reply in tokens; a truncated reply counts as terminal (no "
-                                "bootstrap value)", low=1)
-    temperature: float = option(1.0, "of sampling and of every log-probability alike; top-k and the "
-                                     "like are for chatting only",
-                                source="N+: else the ratio does not start at 1", low=0.001)
+    reply_len: int = option(64, "longest reply in tokens; a truncated one is terminal: no bootstrap value", low=1)
+    temperature: float = option(1.0, "of sampling and of every log-probability alike; top-k and the like are for "
+                                     "chatting only", source="N+: else the ratio does not start at 1", low=0.001)
     rollout_rows: int = option(64, "replies written at a time; ended ones make room", low=1)
-    rollout_dtype: str = option("auto", "precision of writing; auto: as --dtype; int8: CPU only",
+    rollout_dtype: str = option("auto", "of writing; auto: as --dtype; int8: CPU only",
                                 choices=("auto", "float32", "bfloat16", "int8"))
     # Rewards.
-    reward_norm: str = option("auto", "fixed: (raw − mean) / spread of the starting policy's "
-                                      "scores; running: also divided by the running spread; for "
-                                      "reward models trained on labels, whose raw scores are "
-                                      "log-odds, also logsigmoid: log P(liked), and sigmoid: 2 "
-                                      "P(liked) − 1; auto: logsigmoid for these, else fixed",
-                              choices=("auto", "fixed", "running", "sigmoid", "logsigmoid"),
-                              source="MOSS: running")
-    norm_replies: int = option(512, "replies that give raw scores their mean and spread", low=2,
-                               high=100_000)
+    reward: str = option("", "what is paid: parts NAME or NAME:WEIGHT, separated by commas; names: model, "
+                             "model.HEAD, length (tokens of a reply), FILE.py:FUNCTION; empty: the model")
+    reward_norm: str = option("auto", "fixed: (raw − mean) / spread of the starting policy's scores; running: also "
+                                      "over the running spread; for models of labels also logsigmoid: log P(liked) "
+                                      "(their auto; else fixed), and sigmoid: 2 P(liked) − 1",
+                              choices=("auto", "fixed", "running", "sigmoid", "logsigmoid"), source="MOSS: running")
+    norm_replies: int = option(512, "replies that give raw scores their mean and spread", low=2, high=100_000)
     reward_clip: float = option(10.0, "clip scores to ± this; 0 disables", source="MOSS 10", low=0)
     end_penalty: float = option(3.0, "subtract this, after the clip, from a reply without end token",
                                 source="validation; TRL: 1", low=0)
@@ -96,21 +97,25 @@ class PPOOptions(Common):
                             source="validation; MOSS 0.05, swept .05 to .2; N+ 0.05", low=0)
     kl_in: str = option("reward", "k1 of each token in its reward, or k2 of each reply in the loss",
                         choices=("reward", "loss"), source="reward in MOSS, N+")
-    kl_control: str = option("fixed", "adaptive steers the coefficient towards --kl_target",
-                             choices=("fixed", "adaptive"), source="Ziegler 2019")
+    kl_control: str = option("auto", "adaptive steers the coefficient towards --kl_target; auto: fixed for models "
+                                     "of labels, for functions alone and if --kl_coef is given, else adaptive",
+                             choices=("auto", "fixed", "adaptive"), source="Ziegler 2019")
     kl_target: float = option(6.0, "nats per reply to aim at", source="Ziegler 2019", low=0.01)
-    kl_horizon: float = option(10_000.0, "replies over which it acts", source="Ziegler 2019", low=1)
+    kl_horizon: float = option(1_000.0, "replies over which it acts slowly", source="Ziegler 2019: 10,000", low=1)
     # Advantages and loss.
+    advantage: str = option("gae", "gae needs a critic, the others have none: a reply's reward less the mean of the "
+                                   "others to its prompt (rloo), less its group's mean, by their spread (grpo), less "
+                                   "the rollout's mean (reinforce)", choices=("gae", "rloo", "grpo", "reinforce"),
+                            source="Schulman 2016; Ahmadian 2024; Shao 2024; Williams 1992")
     gamma: float = option(1.0, "discount per token", source="N+, MOSS", low=0, high=1)
     lam: float = option(0.95, "GAE's trade of bias for variance",
                         source="Schulman 2016; N+ and MOSS's code 0.95, its paper 0.9", low=0, high=1)
     whiten: bool = option(True, "advantages to mean 0, spread 1 over the rollout", source="N+")
     clip_range: float = option(0.2, "policy ratio clip", source="Schulman 2017, N+, MOSS", low=0)
-    value_clip: float = option(0.2, "value clip around the rollout's values; 0 disables",
-                               source="N+, MOSS", low=0)
-    value_coef: float = option(0.1, "weight of the value loss beside the policy's on a shared "
-                                    "trunk; with a separate critic it only matters through "
-                                    "--max_grad_norm and --adam_eps", source="N+", low=0)
+    dual_clip: float = option(0.0, "where A < 0 no gradient above this ratio; 0 disables", source="Ye 2020: 3", low=0)
+    value_clip: float = option(0.2, "value clip around the rollout's values; 0 disables", source="N+, MOSS", low=0)
+    value_coef: float = option(0.1, "weight of the value loss beside the policy's on a shared trunk; a separate critic "
+                                    "feels it only by --max_grad_norm and --adam_eps", source="N+", low=0)
     entropy_coef: float = option(0.0, "entropy bonus", source="MOSS: not recommended")
     ptx_coef: float = option(0.0, "weight, in each step of the policy, of the loss on pretraining text",
                              source="InstructGPT's PPO-ptx: 27.8; MOSS-RLHF part I", low=0)
@@ -127,42 +132,45 @@ class PPOOptions(Common):
     critic_epochs: int = option(4, "passes over each of these rollouts", low=1)
     policy_lr: float = option(5e-4, "Adam's rate for the policy; small models need higher ones", low=0,
                               source="measured here; MOSS 5e-7 at 7B, Ziegler's code 1e-5 at 124M")
-    critic_lr: float = option(5e-4, "Adam's rate for the critic",
-                              source="measured here; MOSS 1.65e-6 at 7B", low=0)
-    adam_eps: float = option(1e-8, "Adam's epsilon; keep it below gradients, 1e-6 to 1e-5 in the "
-                                   "demo's critic", source="N+: 1e-5", low=0)
-    warmup: float = option(0.3, "share of its updates over which the policy's rate rises; the "
-                                "critic's rises while it learns alone",
-                           source="validation; MOSS 0.1", low=0, high=1)
-    final_lr: float = option(0.1, "then rates fall linearly to this share of themselves",
-                             source="N+: to 0", low=0, high=1)
+    critic_lr: float = option(5e-4, "Adam's rate for the critic", source="measured here; MOSS 1.65e-6 at 7B", low=0)
+    adam_eps: float = option(1e-8, "Adam's; keep it below gradients, 1e-6 to 1e-5 here", source="N+: 1e-5", low=0)
+    warmup: float = option(0.3, "share of its updates over which the policy's rate rises; the critic's rises while it "
+                                "learns alone", source="validation; MOSS 0.1", low=0, high=1)
+    final_lr: float = option(0.1, "then rates fall to this share of themselves", source="N+: 0", low=0, high=1)
     max_grad_norm: float = option(1.0, "clip each network's gradients to this norm; 0 disables", low=0)
-    max_approx_kl: float = option(0.0, "skip the policy's remaining minibatches of an update above "
-                                       "this; 0 disables", source="Spinning Up: 0.015", low=0)
+    max_approx_kl: float = option(0.0, "above it the policy skips the rest of an update; 0 disables", low=0,
+                                  source="Spinning Up: 0.015")
     # Saving and measuring.
     save_every: int = option(10, "updates between checkpoints", low=1)
     eval_every: int = option(10, "updates between measurements on held-out prompts", low=1)
     eval_prompts: int = option(128, "held-out prompts measured then", low=1)
+    keep: str = option("last", "best: end with the policy that held-out opinion found best", choices=("last", "best"))
     report_prompts: int = option(500, "held-out prompts of the report of `all`", low=1, compared=False)
 
     def __post_init__(self) -> None:
         for name in ("minibatches", "samples_per_prompt"):
             if self.batch % getattr(self, name):
-                raise UserError(f"ppo: --batch {self.batch} does not divide into --{name} "
-                                f"{getattr(self, name)}")
+                raise UserError(f"ppo: --batch {self.batch} does not divide into --{name} {getattr(self, name)}")
 
     def check(self) -> None:
         super().check()
         if self.kl_control == "fixed":
             self.refuse("kl_target", "kl_horizon", why="with --kl_control fixed")
-        elif self.kl_coef == 0:
+        elif self.kl_coef == 0 and (self.kl_control == "adaptive" or {"kl_target", "kl_horizon"} & self.explicit):
             raise UserError("ppo: adaptive control multiplies --kl_coef: from 0 it would never move")
+        if 0 < self.dual_clip <= 1:
+            raise UserError(f"ppo: --dual_clip {self.dual_clip:g} must be above 1, or 0 for none")
+        if self.advantage != "gae":
+            self.refuse("gamma", "lam", "critic", "critic_warmup", "critic_epochs", "critic_lr", "value_clip",
+                        "value_coef", why=f"with --advantage {self.advantage}, which has no critic")
+            if self.advantage != "reinforce" and self.samples_per_prompt < 2:
+                raise UserError(f"ppo: --advantage {self.advantage} needs --samples_per_prompt 2 or more")
+            return
         if self.critic_warmup == 0:
             self.refuse("critic_epochs", why="with --critic_warmup 0")
         if self.critic_warmup >= self.updates:
-            raise UserError(f"ppo: the first {self.critic_warmup} updates train the critic alone "
-                            f"(--critic_warmup), so with --updates {self.updates} the policy would "
-                            "never learn: change one of them")
+            raise UserError(f"ppo: the first {self.critic_warmup} updates train the critic alone (--critic_warmup), so "
+                            f"with --updates {self.updates} the policy would never learn: change one of them")
 
 
 # ---- rewards -------------------------------------------------------------------------------------
@@ -197,26 +205,6 @@ def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: 
     return torch.where(column == last, rewards + scores.detach().float()[:, None], rewards)
 
 
-class KLController:
-    """The price of KL, fixed or steered so that a reply's KL comes near a target (Ziegler 2019)."""
-
-    def __init__(self, coef: float, target: float | None = None, horizon: float = 10_000):
-        self.coef, self.target, self.horizon = coef, target, horizon
-
-    def update(self, kl_per_reply: float, n_replies: int) -> None:
-        """coefficient *= max(0.1, 1 + clip(KL / target − 1, ± 0.2) · replies / horizon): it stays above
-        0, from where it would never move.
-
-        >>> control = KLController(0.2, target=6)
-        >>> control.update(9.0, 256)
-        >>> round(control.coef, 6)
-        0.201024
-        """
-        if self.target is not None:
-            error = min(max(kl_per_reply / self.target - 1, -0.2), 0.2)
-            self.coef *= max(0.1, 1 + error * n_replies / self.horizon)
-
-
 # ---- advantages ----------------------------------------------------------------------------------
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
@@ -246,6 +234,27 @@ def gae_estimator(scored: "ScoredReplies", o: PPOOptions) -> tuple[Tensor, Tenso
     return gae(scored.rewards, scored.values, scored.response_mask, o.gamma, o.lam)
 
 
+def group_estimator(scored: "ScoredReplies", o: PPOOptions) -> tuple[Tensor, Tensor]:
+    """Advantages without a critic, equal for all tokens of a reply; and returns, which nothing learns.
+
+    R: a reply's rewards summed, with --kl_in reward the KL in them; k: --samples_per_prompt.
+    rloo: R − mean of the k − 1 others of its group. grpo: (R − group's mean) / group's spread (by k);
+    every token counts alike, whatever its reply's length. reinforce: R − mean of all replies.
+    """
+    k, total = o.samples_per_prompt, scored.rewards.sum(1)
+    if o.advantage == "reinforce":
+        advantages = total - total.mean()
+    else:
+        groups = total.view(-1, k)  # a prompt's replies stand side by side
+        advantages = groups - groups.mean(1, keepdim=True)
+        if o.advantage == "rloo":
+            advantages = advantages * k / (k - 1)
+        else:
+            advantages = advantages / (groups.std(1, correction=0, keepdim=True) + 1e-4)
+    mask = scored.response_mask
+    return advantages.flatten()[:, None] * mask, torch.where(mask, total[:, None], 0)
+
+
 # ---- the networks --------------------------------------------------------------------------------
 
 class Prediction(NamedTuple):
@@ -264,8 +273,7 @@ class ActorCritic(nn.Module):
     """Policy and critic. The critic is a network of its own, or (critic=None) a scalar head on the
     policy's trunk. dtype: of both networks' matrix products."""
 
-    def __init__(self, policy: Transformer, critic: RewardModel | None = None,
-                 dtype: str = "float32"):
+    def __init__(self, policy: Transformer, critic: RewardModel | None = None, dtype: str = "float32"):
         super().__init__()
         self.policy, self.critic, self.dtype = policy, critic, dtype
         self.value_head = None
@@ -291,8 +299,7 @@ class ActorCritic(nn.Module):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_policy):
             hidden = self.policy.hidden(rows.tokens, where=rows.before)
-            logprobs, entropy = token_logprobs(self.policy, hidden, rows.targets, temperature,
-                                               train_entropy)
+            logprobs, entropy = token_logprobs(self.policy, hidden, rows.targets, temperature, train_entropy)
         if self.critic is not None:
             hidden = self.critic.backbone.hidden(rows.tokens, where=rows.before)
             values = self.critic.head_values(hidden)
@@ -357,6 +364,8 @@ class ScoredReplies(Replies):
     scores: Tensor  # (B,): normalised, clipped, less the penalty for a missing end
     rewards: Tensor  # (B, R)
     kl_coef: float  # the price of KL, in the rewards or in the loss
+    # mean of each part of the reward, by the names of metrics
+    parts: dict[str, float] = dataclasses.field(default_factory=dict, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,8 +378,7 @@ class Rollout(ScoredReplies):
     seconds: dict[str, float]  # of writing and of scoring
 
 
-def sample_replies(networks: Networks, prompts: Sequence[list[int]], o: PPOOptions,
-                   step: int) -> Replies:
+def sample_replies(networks: Networks, prompts: Sequence[list[int]], o: PPOOptions, step: int) -> Replies:
     """A reply to each prompt, drawn from the whole softmax at PPO's temperature; each prompt stands
     samples_per_prompt times. All draws follow from (seed, stage, step, row).
     """
@@ -427,15 +435,15 @@ def collect_rollout(networks: Networks, prompts: Sequence[list[int]], o: PPOOpti
     rewards = token_rewards(scores, prediction.logprobs, ref_logprobs, replies.response_mask,
                             kl_coef if o.kl_in == "reward" else 0.0)
     scored = ScoredReplies(**vars(replies), **prediction._asdict(), ref_logprobs=ref_logprobs,
-                           raw_scores=raw_scores, scores=scores, rewards=rewards, kl_coef=kl_coef)
+                           raw_scores=raw_scores, scores=scores, rewards=rewards, kl_coef=kl_coef,
+                           parts=part_means(scorer, repeated, reply_ids(replies.generation)))
     advantages, returns = estimator(scored, o)
     spread = 1.0
     if o.whiten:
         spread = math.sqrt(float(masked_variance(advantages, scored.response_mask)) + 1e-8)
         advantages = whiten(advantages, scored.response_mask)
     seconds = {"generate": written - start, "score": time.perf_counter() - written}
-    return Rollout(**vars(scored), advantages=advantages, returns=returns, spread=spread,
-                   seconds=seconds)
+    return Rollout(**vars(scored), advantages=advantages, returns=returns, spread=spread, seconds=seconds)
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
@@ -455,8 +463,8 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "ref_perplexity": torch.exp(-masked_mean(rollout.ref_logprobs, mask)),
         "sampler_gap": masked_mean(gap, mask), "sampler_gap_max": gap.max(),
         "explained_variance": 1 - masked_variance(error, mask) / spread, "value_bias": masked_mean(error, mask)}
-    return {**{name: float(x) for name, x in metrics.items()}, "kl_coef": rollout.kl_coef,
-            "reply_tokens": int(mask.sum())}
+    return {**{name: float(x) for name, x in metrics.items()}, **rollout.parts,
+            "kl_coef": rollout.kl_coef, "reply_tokens": int(mask.sum())}
 
 
 # ---- learning ------------------------------------------------------------------------------------
@@ -484,12 +492,10 @@ class Minibatch:
     train_policy: bool = True
 
     @classmethod
-    def of(cls, rollout: Rollout, index: Tensor, n_tokens: Tensor,
-           train_policy: bool = True) -> "Minibatch":
+    def of(cls, rollout: Rollout, index: Tensor, n_tokens: Tensor, train_policy: bool = True) -> "Minibatch":
         """These rows of a rollout. Padding becomes 0: a NaN in it must not reach a gradient."""
         mask = rollout.response_mask[index]
-        arrays = (rollout.logprobs, rollout.ref_logprobs, rollout.values, rollout.advantages,
-                  rollout.returns)
+        arrays = (rollout.logprobs, rollout.ref_logprobs, rollout.values, rollout.advantages, rollout.returns)
         return cls(mask, *(torch.where(mask, x[index], 0) for x in arrays), n_tokens,
                    rollout.kl_coef / rollout.spread, train_policy)
 
@@ -523,8 +529,9 @@ def ppo_loss(batch: Minibatch, new: Prediction, o: PPOOptions) -> tuple[Tensor, 
     entropy_coef. The policy gradient is ∇J = E[Σ A_t ∇ log π(token_t)]; at ratio 1 the gradient of
     −A · ratio is −A ∇ log π, its negative. The ratio lets the same replies serve for several steps:
     once a step has moved a token's ratio beyond 1 ± ε in the direction that A asks for, the
-    maximum's gradient is 0 and nothing pulls it further. The last term is k2 of the whole reply:
-    its expected gradient E[Σ log π/π_ref · ∇ log π(reply)] is that of the KL.
+    maximum's gradient is 0 and nothing pulls it further. With --dual_clip c the maximum is at most −A · c
+    where A < 0 (Ye 2020, eq. 5): a ratio far above 1 has no gradient there either. The last term is k2 of the
+    whole reply: its expected gradient E[Σ log π/π_ref · ∇ log π(reply)] is that of the KL.
 
     new: predictions (M, R) of the networks as they are now. Returns (loss, metrics), each metric as
     (this part's share of the mean, its weight in tokens).
@@ -534,7 +541,10 @@ def ppo_loss(batch: Minibatch, new: Prediction, o: PPOOptions) -> tuple[Tensor, 
     # Policy loss.
     surrogate = -batch.advantages * ratio
     clipped = -batch.advantages * ratio.clamp(1 - o.clip_range, 1 + o.clip_range)
-    policy_loss = batch.mean(torch.maximum(surrogate, clipped))
+    worse = torch.maximum(surrogate, clipped)
+    if o.dual_clip:
+        worse = torch.where(batch.advantages < 0, worse.minimum(-batch.advantages * o.dual_clip), worse)
+    policy_loss = batch.mean(worse)
     # Value loss.
     error = error_clipped = (values - batch.returns) ** 2
     if o.value_clip > 0:
@@ -611,12 +621,10 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             # Has the policy moved too far already?
             if policy_active and o.max_approx_kl > 0:
                 with torch.no_grad():
-                    ratios = [batch.log_ratio(predict(actor_critic, rollout, index, o))
-                              for index, batch in parts]
+                    ratios = [batch.log_ratio(predict(actor_critic, rollout, index, o)) for index, batch in parts]
                 if float(sum((torch.expm1(x) - x).sum() for x in ratios)) > o.max_approx_kl * n_tokens:
                     policy_active, start = False, start or ratio_start(ratios, n_tokens)
-                    parts = [(index, dataclasses.replace(batch, train_policy=False))
-                             for index, batch in parts]
+                    parts = [(index, dataclasses.replace(batch, train_policy=False)) for index, batch in parts]
             skipped += train_policy and not policy_active
             # One optimizer step.
             optimizer.zero_grad(set_to_none=True)
@@ -630,8 +638,7 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             clipped = clip_gradients(modules, o.max_grad_norm)
             shares |= {name: (norm, torch.ones_like(norm)) for name, norm in clipped.items()}
             numbers = {name: x for name, (x, _) in shares.items() if name.endswith(("loss", "norm"))}
-            stop_unless_finite(numbers, f"update {step + 1}, epoch {epoch + 1}",
-                               "lower --policy_lr or --critic_lr")
+            stop_unless_finite(numbers, f"update {step + 1}, epoch {epoch + 1}", "lower --policy_lr or --critic_lr")
             optimizer.step()
             # Keep what is logged.
             if policy_active:
@@ -664,35 +671,42 @@ class PPOTrainer:
     TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2}  # of ratio_start and sampler_gap
     ALARMS = (
         Alarm("end_rate", lambda x, _: x == 0, "every reply is truncated: raise --reply_len or --end_penalty"),
+        Alarm("eval_end_rate", lambda x, first: x < first - .1, "fewer replies end: raise --end_penalty"),
         Alarm("kl", lambda x, _: x > 20, "far from the reference: raise --kl_coef, or lower --policy_lr"),
+        Alarm("kl_of_target", lambda x, _: not .5 < x < 1.5, "--kl_target is not held: change --kl_horizon, --kl_coef"),
         Alarm("entropy", lambda x, _: x < .1, "nothing is explored: raise --kl_coef or --entropy_coef"),
-        Alarm("eval_distinct2", lambda x, first: x < first / 2, "replies repeat: raise --kl_coef, lower --updates"),
+        Alarm("eval_distinct2", lambda x, first: x < .85 * first, "replies repeat: raise --kl_coef, lower --updates"),
         Alarm("value_loss", lambda x, first: x > 10 * first + 1, "the critic diverges: lower --critic_lr"))
 
-    def __init__(self, run: Run, reference: Transformer, reward_model: RewardModel, data: Prepared,
-                 *, scorer: Scorer | None = None, estimator: Callable = gae_estimator,
-                 loss: Callable = ppo_loss):
-        self.run, self.o, self.template = run, run.o, data.template
+    def __init__(self, run: Run, reference: Transformer, reward_model: RewardModel | None, data: Prepared,
+                 *, terms: Sequence[Part] = (), scorer: Scorer | None = None,
+                 estimator: Callable | None = None, loss: Callable = ppo_loss):
+        self.run, self.o, self.template, self.loss = run, run.o, data.template, loss
         o, state = run.o, run.state
         if o.reward_norm == "auto":
-            raise ValueError("PPOTrainer: resolve reward_norm first, by chosen_reward_norm")
-        self.estimator, self.loss = estimator, loss
-        reference = copy.deepcopy(reference).requires_grad_(False).to(run.device)
-        self.reward_model = reward_model.requires_grad_(False).to(run.device)
-        self.reward_model.rows_at_once = o.micro_batch
-        for network in (reference, self.reward_model):
-            use_products(network, run.compute.products)
-        self.scorer = scorer or self.reward_model
+            raise ValueError("PPOTrainer: resolve reward_norm first, by chosen_reward_norm or resolved")
+        self.estimator = estimator or (gae_estimator if o.advantage == "gae" else group_estimator)
+        reference = copy.deepcopy(reference)
+        self.reward_model = reward_model
+        if reward_model is not None:
+            reward_model.rows_at_once = o.micro_batch
+        for network in (reference, reward_model) if reward_model is not None else (reference,):
+            use_products(network.requires_grad_(False).to(run.device), run.compute.products)
         # Prompts that leave room for a reply in every network.
-        room = min(run.model.config.max_len, reward_model.config.max_len) - o.reply_len
-        self.prompts = [record["prompt"] for record in drop_long_prompts(
-            data.records("ppo", "train"), run.tokenizer, data.template, room)]
+        room = min(x.config.max_len for x in (run.model, reward_model) if x is not None) - o.reply_len
+        records = drop_long_prompts(data.records("ppo", "train"), run.tokenizer, data.template, room)
+        self.prompts = [record["prompt"] for record in records]
         held_out = held_out_prompts(data, "val", run.tokenizer, room, o.eval_prompts)
+        self.scorer = scorer or reward_model
+        if terms:
+            self.scorer = RewardSum(terms, reward_model, run.tokenizer, o, template=data.template,
+                                    records=[*records, *data.records("ppo", "val")], scales=state.get("scales"))
         # The scale of scores and the critic's first values; a checkpoint has both.
-        self.scale, from_raw, paid = ScoreScale(**state.get("scale", {})), (0.0, 1.0), 0.0
+        self.scale, from_raw, paid, spread = ScoreScale(**state.get("scale", {})), (0.0, 1.0), 0.0, 1.0
         if not state:
-            self.scale, from_raw, paid = self.measure_start()
-        critic = critic_from(self.reward_model, *from_raw) if o.critic == "separate" else None
+            self.scale, from_raw, paid, spread = self.measure_start()
+        critic = None if o.critic == "shared" else (
+            critic_from(reward_model, *from_raw) if reward_model is not None else critic_of_policy(run.model, paid))
         actor_critic = ActorCritic(run.model, critic, run.dtype)
         if critic is None:
             nn.init.constant_(actor_critic.value_head.bias, paid)
@@ -702,8 +716,7 @@ class PPOTrainer:
         groups = [{"params": list(run.model.parameters()), "lr": o.policy_lr},
                   {"params": list(actor_critic.value_module.parameters()), "lr": o.critic_lr}]
         self.optimizer = torch.optim.Adam(groups, eps=o.adam_eps, fused=True)
-        target = o.kl_target if o.kl_control == "adaptive" else None
-        self.control = KLController(state.get("kl_coef", o.kl_coef), target, o.kl_horizon)
+        self.control = KLController.starting(o, spread, state.get("control"))
         if state:
             actor_critic.value_module.load_state_dict(state["critic"])
             restore([self.optimizer], {"optimizers": [state["optimizer"]]})
@@ -717,34 +730,41 @@ class PPOTrainer:
             rows, window = self.TEXT_ROWS, min(128, run.model.config.max_len)
             tokens = o.updates * o.epochs * o.minibatches * rows * window
             self.text = text_batches(data, window, rows, tokens, o.seed)
-        self.held_out = evaluate.HeldOutPrompts(data, run.tokenizer, held_out, reference,
-                                                self.scorer, settings)
+        self.held_out = evaluate.HeldOutPrompts(data, run.tokenizer, held_out, reference, self.scorer, settings)
+        self.best = Best(*evaluate.OPINION, state.get("best")) if o.keep == "best" else None
 
-    def measure_start(self) -> tuple[ScoreScale, tuple[float, float], float]:
-        """(the scale of scores, (mean, std) for `critic_from`, the mean score paid), on replies that
-        the starting policy writes as PPO will.
+    @property
+    def paying(self) -> PPOOptions:
+        """The options as `ScoreScale.paid` reads them: the sum of --reward has its scale, and keeps it."""
+        return self.o.replace(reward_norm="fixed") if isinstance(self.scorer, RewardSum) else self.o
+
+    def measure_start(self) -> tuple[ScoreScale, tuple[float, float], float, float]:
+        """(the scale of scores, (mean, std) for `critic_from`, mean and spread of what is paid), on
+        replies that the starting policy writes as PPO will.
 
         With that mean and std, the critic starts at the mean and the spread of what is paid,
         penalties included. The replies are drawn from the streams of the reward stage, which
         measured this in earlier versions.
         """
-        o, run = self.o, self.run
+        o, run, model = self.o, self.run, self.reward_model
         index = batch_indices(len(self.prompts), o.norm_replies, 0, o.seed, "reward")
         ids = [prompt_ids(run.tokenizer, self.prompts[i], self.template) for i in index]
         replies = reply_ids(reply_to(run.model, run.tokenizer, ids, o.reply_len,
                                      temperature=o.temperature, batch_size=128,
                                      seed=key(o.seed, "reward", "reply")))
         with torch.no_grad(), precision(run.dtype, run.device):
-            own = ScoreScale.of(raw := self.reward_model.scores(ids, replies))
-            scale = own
-            if self.scorer is not self.reward_model:
+            own = scale = ScoreScale.of(raw := model.scores(ids, replies)) if model is not None else ScoreScale()
+            if isinstance(self.scorer, RewardSum):
+                self.scorer.measure(ids, replies)
+            if self.scorer is not model:
                 raw, scale = self.scorer.scores(ids, replies), ScoreScale()
-                if "sigmoid" not in o.reward_norm:
+                if "sigmoid" not in o.reward_norm and not isinstance(self.scorer, RewardSum):
                     scale = ScoreScale.of(raw, "the scorer")
         ended = torch.tensor([reply[-1] == run.tokenizer.eom_id for reply in replies])
-        paid = ScoreScale(scale.mean, scale.std).paid(raw.cpu(), ended, o)
-        mean, std = float(paid.mean()), own.std / max(1e-6, float(paid.std(correction=0)))
-        return scale, (own.mean - mean * std, std), mean
+        paid = ScoreScale(scale.mean, scale.std).paid(raw.cpu(), ended, self.paying)
+        mean, spread = float(paid.mean()), float(paid.std(correction=0))
+        std = own.std / max(1e-6, spread)
+        return scale, (own.mean - mean * std, std), mean, spread
 
     def rates(self, step: int) -> tuple[float, float]:
         """Rates of (policy, critic) in this update: each rises from its own first update on, and
@@ -771,8 +791,8 @@ class PPOTrainer:
         """
         compiles = self.run.compute.compile == "on"
         if compiles:
-            scoring = (self.networks.reference, self.reward_model.backbone)
-            compile_trunks(*scoring, *self.trained_trunks())
+            scoring = [self.reward_model.backbone] if self.reward_model is not None else []
+            compile_trunks(self.networks.reference, *scoring, *self.trained_trunks())
         self.networks.decoder = Decoder(self.run.model, self.decoder_dtype, compile=compiles)
 
     def update(self, step: int) -> dict[str, float]:
@@ -786,8 +806,8 @@ class PPOTrainer:
         index = batch_indices(len(self.prompts), n_prompts, step, o.seed, "ppo")
         prompts = [self.prompts[i] for i in index]
         ids = [prompt_ids(self.run.tokenizer, prompt, self.template) for prompt in prompts]
-        rollout = collect_rollout(self.networks, ids, o, step=step, scorer=self.scorer,
-                                  scale=self.scale, kl_coef=self.control.coef,
+        rollout = collect_rollout(self.networks, ids, self.paying, step=step, scorer=self.scorer,
+                                  scale=self.scale, kl_coef=self.control.price,
                                   estimator=self.estimator)
         # Learn. The critic's first values may be far off: alone, it learns them without clip.
         if not train_policy:
@@ -798,6 +818,10 @@ class PPOTrainer:
         metrics = rollout_metrics(rollout) | learned | self.independent_opinion(prompts, rollout)
         if train_policy:
             self.control.update(metrics["kl"], o.batch)
+        if o.kl_control == "adaptive" and step + 1 > .6 * o.updates:  # before, it may still be on its way
+            metrics["kl_of_target"] = metrics["kl"] / o.kl_target
+        if o.advantage != "gae":  # the head that stands for a critic learns nothing
+            metrics = {name: x for name, x in metrics.items() if "value" not in name and "explained" not in name}
         self.check_gaps(metrics, step)
         self.alarms.check(step + 1, metrics)
         seconds = {f"seconds_{name}": x for name, x in rollout.seconds.items()}
@@ -816,9 +840,8 @@ class PPOTrainer:
         for name, dtype in (("ratio_start", self.run.dtype), ("sampler_gap", self.decoder_dtype)):
             limit = max(self.TOLERANCE[self.run.dtype], self.TOLERANCE[dtype])
             if metrics.get(name, 0) > limit:
-                tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {limit:g}, at "
-                           f"update {step + 1}: what is scored is not what was sampled",
-                           file=sys.stderr)
+                tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {limit:g}, at update {step + 1}: what "
+                           "is scored is not what was sampled", file=sys.stderr)
         if metrics["sampler_gap"] > 5e-2 and self.decoder_dtype != "float32":
             tqdm.write("ppo: from now on replies are written in float32", file=sys.stderr)
             self.decoder_dtype = "float32"
@@ -830,13 +853,17 @@ class PPOTrainer:
         metrics, records = measured or self.held_out.measure(self.run.model)
         self.run.samples(step, records[:12])
         self.alarms.check(step, metrics)
+        if self.best is not None and metrics["eval_distinct2"] >= .85 * self.alarms.first["eval_distinct2"]:
+            self.best.see(step, self.run.model, metrics)
         return metrics
 
     def save(self, step: int) -> None:
         self.run.save(step, critic=self.networks.actor_critic.value_module.state_dict(),
                       optimizer=self.optimizer.state_dict(), scale=self.scale.state(),
-                      kl_coef=self.control.coef, decoder_dtype=self.decoder_dtype,
-                      alarms=self.alarms.state(), example_prompts=self.held_out.prompts[:8])
+                      control=self.control.state(), decoder_dtype=self.decoder_dtype,
+                      alarms=self.alarms.state(), example_prompts=self.held_out.prompts[:8],
+                      scales=self.scorer.state() if isinstance(self.scorer, RewardSum) else {},
+                      **({"best": self.best.state} if self.best and step < self.o.updates else {}))
 
 
 # ---- the stage -----------------------------------------------------------------------------------
@@ -849,31 +876,43 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     fixed for a scorer. Returns the finished run, or None if it was finished before.
     """
     data, o = open_stage(o, "ppo")
+    terms = read_reward(o.reward)
     policy, tokenizer, state = load_parent(o, data, "sft", o.init_from)
-    reward_model, reward_tokenizer, reward_state = load_parent(o, data, "reward", o.reward_from, RewardModel)
-    tokenizer.require_same(reward_tokenizer, "the policy and the reward model")
-    feedback = "scores of any kind" if "scorer" in seams else reward_state.get("feedback", "unknown scores")
-    o = o.replace(reward_norm=chosen_reward_norm(o.reward_norm, feedback))
-    run = open_run("ppo", o, data, {"init": state["hash"], "reward": reward_state["hash"]}, policy,
-                   tokenizer)
+    parents, reward_model, feedback = {"init": state["hash"], **digests(terms)}, None, "scores of any kind"
+    if needs_model(o, terms):
+        reward_model, reward_tokenizer, reward_state = load_parent(o, data, "reward", o.reward_from, RewardModel)
+        tokenizer.require_same(reward_tokenizer, "the policy and the reward model")
+        parents["reward"] = reward_state["hash"]
+        if "scorer" not in seams:
+            feedback = reward_state.get("feedback", "unknown scores")
+    run = open_run("ppo", resolved(o, terms, feedback), data, parents, policy, tokenizer)
     if run is None:
         return None
+    o = run.o
     if o.rollout_dtype == "int8" and run.device != "cpu":
         raise UserError(f"--rollout_dtype int8 is for a CPU: on {run.device} use bfloat16")
-    trainer, metrics = PPOTrainer(run, policy, reward_model, data, **seams), {}
+    trainer, metrics = PPOTrainer(run, policy, reward_model, data, terms=terms, **seams), {}
     # Measured before training begins, which makes the folder this run's: until then nothing changes.
     start = trainer.held_out.measure(run.model) if run.step == 0 else None
+    if start and trainer.best and trainer.best.name not in start[0]:
+        raise UserError(f"ppo: --keep best goes by {trainer.best.name}, which these data do not give: leave it out")
     with run.progress(o.updates) as bar:
         if start:
             run.log(0, **trainer.measure(0, start))
         for step in range(run.step, o.updates):
-            metrics = trainer.update(step)
+            try:
+                metrics = trainer.update(step)
+            except RewardError as error:  # this update has changed nothing yet, and no earlier one is lost
+                trainer.save(step)
+                raise UserError(f"{error}; saved after update {step}; then `{resume_command(o)}`") from error
             done, last = step + 1, step + 1 == o.updates
             if run.compute.starts_compiling(done, o.updates, o.critic_warmup + 3, o.critic_warmup):
                 trainer.prepare_decoder()
             if last or done % o.eval_every == 0:
                 metrics |= trainer.measure(done)
             run.log(done, **metrics, seconds=run.seconds())
+            if last and trainer.best:
+                metrics |= trainer.best.restore(run, {name: x for name, x in metrics.items() if name[:5] == "eval_"})
             bar.update(**{name: metrics[name] for name in ("score", "kl", "length", "end_rate")})
             if last or done % o.save_every == 0:
                 trainer.save(done)

@@ -3,11 +3,12 @@
     python train.py reward
 
 A reward model is the language model's trunk with one output, a scalar. Three kinds of human
-feedback, three losses: which of two replies is better (`pairwise_loss`, Bradley–Terry), how good
-one is (`regression_loss`), liked or not (`label_loss`). `ScoreScale` makes of a score what PPO pays
-for it. The chapter ends in the stage itself, `train_reward`.
+feedback, three losses: which of two replies is better (`pairwise_loss`, Bradley–Terry, and Davidson's
+where people also said that neither is), how good one is (`regression_loss`), liked or not
+(`label_loss`). A reward of several parts has a head for each, an ensemble several for the same. What
+PPO pays for a score, data/rewards.py says (`ScoreScale`). The chapter ends in the stage, `train_reward`.
 
-Letters for shapes: B rows, T positions, D width, N selected tokens.
+Letters for shapes: B rows, T positions, D width, N selected tokens, H heads.
 """
 import dataclasses
 import copy
@@ -21,18 +22,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.batches import (drop_equal_pairs, drop_long_prompts, pack_rows, reward_batch,
+from data.batches import (Row, drop_equal_pairs, drop_long_prompts, pack_rows, reward_batch,
                           reward_rows)
+from data.feedback import (chance_warnings, denoised, feedback_kind, parts_of, rating_scale, require_varied,
+                           tie_odds_of)
 from data.prepare import open_stage
 from data.prepared import Prepared
-from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, load_parent, open_run)
+from data.rewards import PythonReward as PythonReward, ScoreScale as ScoreScale  # for who imports them from here
+from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, load_checkpoint,
+                   load_parent, open_run)
 from runtime.device import precision
 from runtime.draws import batch_indices, key, torch_seed
 from runtime.fit import fit
 from runtime.machine import require_finite
 from runtime.options import MaximumLikelihoodOptions, UserError, option
 from runtime.run import Run
-from runtime.statistics import RunningMoments, accuracy, auc, correlation, share_above
+from runtime.statistics import accuracy, auc, correlation, share_above
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -43,11 +48,20 @@ class RewardConfig(ModelConfig):
 
     # mean of the head over the reply's tokens, or `last`: the head at the last real token
     pool: str = "mean"
+    # names of the reward's parts, each with its own heads; (): one part without a name
+    parts: tuple = ()
+    # heads of each part, and which of their scores is the part's
+    members: int = 1
+    ensemble: str = "mean"
 
 
 class RewardModel(nn.Module):
-    """Trunk and scalar head. Its raw scores have no fixed scale; PPO measures theirs when it
-    starts."""
+    """Trunk and scalar heads: for each part of the reward `members` of them, side by side.
+
+    A part's score is its members' mean, their lowest score (`min`), or mean − spread (`lower`); the
+    reply's score is the mean of the parts'. Raw scores have no fixed scale; PPO measures theirs when
+    it starts.
+    """
 
     config_class = RewardConfig
 
@@ -57,7 +71,7 @@ class RewardModel(nn.Module):
         if self.config.pool not in ("last", "mean"):
             raise UserError(f"unknown pooling {self.config.pool!r}: use last or mean")
         self.backbone = Transformer(self.config)
-        self.score_head = nn.Linear(config.d_model, 1)
+        self.score_head = nn.Linear(config.d_model, max(1, len(self.config.parts)) * self.config.members)
         self.rows_at_once = 64  # read together by `scores`: memory and speed, nothing else
         self.initialise_head()
         # Older checkpoints also hold a mean and a spread of scores, which nothing reads any more.
@@ -69,7 +83,8 @@ class RewardModel(nn.Module):
     def initialise_head(self, seed: int = 0) -> None:
         """N(0, 1/sqrt(D + 1)), bias 0 (N+ implementation details)."""
         width = self.config.d_model
-        noise = torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(self.score_head.out_features, width,
+                            generator=torch.Generator().manual_seed(seed))
         self.score_head.weight.copy_(noise / math.sqrt(width + 1))
         self.score_head.bias.zero_()
 
@@ -77,10 +92,14 @@ class RewardModel(nn.Module):
         """The trunk's matrices, which Muon trains, with the rows of those stacked in each."""
         return self.backbone.matrix_parameters()
 
-    def head_values(self, hidden: Tensor) -> Tensor:
-        """(…, D) -> (…): the scalar head, in float32 whatever the trunk's precision."""
+    def heads(self, hidden: Tensor) -> Tensor:
+        """(…, D) -> (H, …): every head, in float32 whatever the trunk's precision."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.score_head(hidden.float()).squeeze(-1)
+            return self.score_head(hidden.float()).movedim(-1, 0)
+
+    def head_values(self, hidden: Tensor) -> Tensor:
+        """(…, D) -> (…): the mean of the heads, of which a critic has one."""
+        return self.heads(hidden).mean(0)
 
     def pooled(self, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
         """Mask (B, T) of the tokens whose head outputs are averaged: the reply's tokens, or only
@@ -97,36 +116,84 @@ class RewardModel(nn.Module):
         return column == torch.where(mask, column, -1).amax(1, keepdim=True)
 
     def pool(self, values: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
-        """Values per token (B, T) -> one score per row (B,). Padding on either side changes
+        """Values per token (…, B, T) -> one score per row (…, B). Padding on either side changes
         nothing."""
         chosen = self.pooled(mask, reply_mask)
-        return torch.where(chosen, values, 0).sum(1) / chosen.sum(1)
+        return torch.where(chosen, values, 0).sum(-1) / chosen.sum(1)
+
+    def head_scores(self, tokens: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
+        """Every head's score of each row: tokens, mask and reply_mask (B, T) -> (H, B) float32."""
+        chosen = self.pooled(mask, reply_mask)
+        right_padded = bool((mask[:, :-1] | ~mask[:, 1:]).all())  # then causality hides the padding
+        values = self.heads(self.backbone.hidden(tokens, None if right_padded else mask,
+                                                 where=chosen.flatten().nonzero()[:, 0]))
+        everywhere = values.new_zeros(len(values), *mask.shape).masked_scatter(chosen, values)
+        return everywhere.sum(-1) / chosen.sum(1)
 
     def forward(self, tokens: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
         """Raw score of each row: tokens, mask and reply_mask (B, T) -> (B,) float32."""
-        chosen = self.pooled(mask, reply_mask)
-        right_padded = bool((mask[:, :-1] | ~mask[:, 1:]).all())  # then causality hides the padding
-        values = self.head_values(self.backbone.hidden(tokens, None if right_padded else mask,
-                                                       where=chosen.flatten().nonzero()[:, 0]))
-        return values.new_zeros(mask.shape).masked_scatter(chosen, values).sum(1) / chosen.sum(1)
+        return self.of_parts(self.head_scores(tokens, mask, reply_mask)).mean(0)
+
+    def by_member(self, scores: Tensor) -> Tensor:
+        """Scores (H, B) of all heads -> (parts, members, B)."""
+        return scores.unflatten(0, (-1, self.config.members))
+
+    def of_parts(self, scores: Tensor) -> Tensor:
+        """Scores (H, B) of all heads -> (parts, B), the members combined."""
+        scores = self.by_member(scores)
+        if self.config.ensemble == "min":
+            return scores.amin(1)
+        mean = scores.mean(1)
+        return mean - scores.std(1, correction=0) if self.config.ensemble == "lower" else mean
+
+    def own_part(self, scores: Tensor, parts: Sequence[str]) -> Tensor:
+        """Scores (parts, …, B) -> (…, B): of each column the part with this name, or the mean of all
+        parts if the model has none of that name."""
+        number = {name: i for i, name in enumerate(self.config.parts)}
+        if not number:
+            return scores[0]
+        scores = torch.cat((scores, scores.mean(0, keepdim=True))).movedim(-1, 1)
+        rows = torch.tensor([number.get(part, len(number)) for part in parts], device=scores.device)
+        return scores[rows, torch.arange(len(rows), device=scores.device)].movedim(0, -1)
 
     def scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
         """Raw score (B,) float32 of each reply, prompts and replies as lists of the very ids
         sampled."""
-        return self.score_rows([(prompt + reply, [False] * len(prompt) + [True] * len(reply))
-                                for prompt, reply in zip(prompts, replies, strict=True)])
+        return self.score_rows(flagged_rows(prompts, replies))
+
+    def part_scores(self, prompts: Sequence[list[int]],
+                    replies: Sequence[list[int]]) -> dict[str, Tensor]:
+        """Raw score (B,) of each reply by each part of the reward, and, of an ensemble, its members'
+        `spread` (B,): how far they disagree, the mean over parts."""
+        if not self.config.parts and self.config.members == 1:
+            return {}
+        scores = self.score_heads(flagged_rows(prompts, replies))
+        spread = {"spread": self.by_member(scores).std(1, correction=0).mean(0)}
+        return (spread if self.config.members > 1 else {}) | dict(
+            zip(self.config.parts, self.of_parts(scores), strict=bool(self.config.parts)))
+
+    def score_rows(self, rows: Sequence[Row], parts: Sequence[str] = ()) -> Tensor:
+        """Raw score (n,) float32 of each (ids, reply flags). parts: whose score is wanted of each
+        row; the mean of all parts without one."""
+        return self.own_part(self.of_parts(self.score_heads(rows)), parts or [""] * len(rows))
 
     @torch.no_grad()
-    def score_rows(self, rows: Sequence[tuple[list[int], list[bool]]]) -> Tensor:
-        """Raw score (n,) float32 of each (ids, reply flags), in batches of similar length."""
+    def score_heads(self, rows: Sequence[Row]) -> Tensor:
+        """Every head's score of each row, (H, n) float32, in batches of similar length."""
         order = np.argsort([len(ids) for ids, _ in rows], kind="stable")
-        device = self.score_head.weight.device
-        scores = torch.zeros(len(rows), device=device)
+        weight = self.score_head.weight
+        scores = torch.zeros(len(weight), len(rows), device=weight.device)
         for i in range(0, len(rows), self.rows_at_once):
             index = order[i:i + self.rows_at_once]
-            tokens, real, reply = reward_batch([rows[j] for j in index], device)
-            scores[torch.from_numpy(index).to(device)] = self(tokens, real, reply).float()
+            batch = reward_batch([rows[j] for j in index], weight.device)
+            scores[:, torch.from_numpy(index).to(weight.device)] = self.head_scores(*batch).float()
         return require_finite(scores, "scores of the reward model")
+
+
+def flagged_rows(prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> list[Row]:
+    """Prompts and replies as lists of ids -> (ids, reply flags) of each."""
+    return [(prompt + reply, [False] * len(prompt) + [True] * len(reply))
+            for prompt, reply in zip(prompts, replies, strict=True)]
 
 
 class Scorer(Protocol):
@@ -136,114 +203,41 @@ class Scorer(Protocol):
         """One score (B,) for each reply, from prompts and replies as lists of token ids."""
 
 
-class PythonReward:
-    """A Python function as a scorer: function(prompts, replies), both lists of texts -> a number
-    each.
-
-    >>> class Letters:  # stands in for a tokenizer; -1 is its end token
-    ...     eom_id, decode = -1, staticmethod(lambda ids: "".join(map(chr, ids)))
-    ...     reply_text = staticmethod(lambda ids: "".join(chr(i) for i in ids if i >= 0))
-    >>> short = PythonReward(lambda prompts, replies: [-len(reply) for reply in replies], Letters)
-    >>> short.scores([[72, 105]], [[104, 101, -1]])
-    tensor([-2.])
-    """
-
-    def __init__(self, function: Any, tokenizer: Any, device: str = "cpu"):
-        self.function, self.tokenizer, self.device = function, tokenizer, device
-
-    def scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
-        """Score (B,) float32 of each reply; control tokens are no part of its text."""
-        prompts = [self.tokenizer.decode([i for i in ids if i != self.tokenizer.eom_id])
-                   for ids in prompts]
-        replies = [self.tokenizer.reply_text(ids) for ids in replies]
-        scores = torch.tensor(self.function(prompts, replies), dtype=torch.float32)
-        if not scores.isfinite().all():
-            raise UserError(f"the reward function gives scores that are not finite numbers: "
-                            f"{scores.tolist()[:4]} …; mend it")
-        return scores.to(self.device)
-
-
 def longest_row(model: RewardModel, state: dict[str, Any]) -> int:
     """The longest row, in tokens, that this model was trained on."""
     return min(state.get("options", {}).get("max_len", math.inf), model.config.max_len)
 
 
 def critic_from(reward_model: RewardModel, mean: float = 0.0, std: float = 1.0) -> RewardModel:
-    """A trainable copy whose head gives (raw − mean) / std: w/σ and (b − μ)/σ.
+    """A trainable copy with one head, the mean of all, that gives (raw − mean) / std: w/σ and
+    (b − μ)/σ.
 
     PPO's critic starts from it, with a mean and a spread at which its values are those that the
     starting policy's replies are paid.
     """
     critic = copy.deepcopy(reward_model).requires_grad_(True)
-    with torch.no_grad():
-        critic.score_head.weight.div_(std)
-        critic.score_head.bias.sub_(mean).div_(std)
+    critic.config = dataclasses.replace(critic.config, parts=(), members=1, ensemble="mean")
+    head = critic.score_head
+    head.out_features = 1
+    head.weight = nn.Parameter(head.weight.detach().mean(0, keepdim=True) / std)
+    head.bias = nn.Parameter((head.bias.detach().mean(0, keepdim=True) - mean) / std)
     return critic
 
 
-# ---- what a policy is paid -------------------------------------------------------------------------
-
-def chosen_reward_norm(asked: str, feedback: str) -> str:
-    """`auto` resolved by the feedback that the reward model learned from; UserError if they do not
-    fit."""
-    if asked == "auto":
-        return "logsigmoid" if feedback == "label" else "fixed"
-    if "sigmoid" in asked and feedback != "label":
-        raise UserError(f"--reward_norm {asked} reads raw scores as log-odds, but this reward "
-                        f"model learned from feedback for {feedback}: use fixed or running")
-    return asked
-
-
-class ScoreScale:
-    """From raw scores to what PPO is paid.
-
-    `mean` and `std` are those of raw scores on replies of the starting policy; `moments` follow the
-    scores paid so far, for --reward_norm running.
-    """
-
-    def __init__(self, mean: float = 0.0, std: float = 1.0,
-                 moments: dict[str, float] | None = None):
-        self.mean, self.std, self.moments = mean, std, RunningMoments(**(moments or {}))
-
-    @classmethod
-    def of(cls, raw: Tensor, whose: str = "the reward model") -> "ScoreScale":
-        """The scale of these raw scores (n,); UserError if they are all the same."""
-        std = float(raw.float().std(correction=0))
-        if not std > 1e-6:  # NaN, too
-            raise UserError(f"{whose} gives every reply the same score (spread {std:.1e} over "
-                            f"{len(raw)} replies): it has learned nothing to optimise; train it "
-                            "longer or check its labels")
-        return cls(float(raw.float().mean()), std)
-
-    def paid(self, raw: Tensor, ended: Tensor, o: Any) -> Tensor:
-        """Raw scores (B,) -> scores (B,): normalised, clipped, and then less the penalty for a
-        reply without end token (`ended` (B,) False), so that the penalty always counts. o: PPO's
-        options, with reward_norm resolved.
-
-        `moments` are updated before use, and only their spread is used (MOSS). Paid log P(liked),
-        with γ = 1 and apart from penalties, the best policy is proportional to π_ref ·
-        P(liked)^(1/β), β the price of KL: Bayes' rule at β = 1, and more demanding the smaller β
-        is.
-        """
-        if o.reward_norm == "sigmoid":
-            scores = 2 * torch.sigmoid(raw) - 1
-        elif o.reward_norm == "logsigmoid":
-            scores = F.logsigmoid(raw)
-        else:
-            scores = (raw - self.mean) / self.std
-            if o.reward_norm == "running":
-                self.moments.update(scores)
-                scores = scores / self.moments.std
-        return scores.clamp(-(o.reward_clip or math.inf), o.reward_clip or math.inf) - o.end_penalty * (~ended).float()
-
-    def state(self) -> dict[str, Any]:
-        return {"mean": self.mean, "std": self.std, "moments": self.moments.state()}
+def critic_of_policy(policy: Transformer, value: float) -> RewardModel:
+    """A critic where there is no reward model: the policy's trunk, and a head that says `value` everywhere."""
+    critic = RewardModel(RewardConfig(**dataclasses.asdict(policy.config)))
+    critic.backbone.load_state_dict(policy.state_dict())
+    nn.init.zeros_(critic.score_head.weight)
+    nn.init.constant_(critic.score_head.bias, value)
+    return critic
 
 
 # ---- losses: scores here are raw -----------------------------------------------------------------
 
 def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float | None = None,
-                  label_smoothing: float = 0.0) -> Tensor:
+                  label_smoothing: Tensor | float = 0.0, *, ties: Tensor | None = None,
+                  tie_odds: float = 0.0, weights: Tensor | None = None) -> Tensor:
     """Bradley–Terry: P(chosen beats rejected) = σ(Δ), Δ = r_chosen − r_rejected; the mean of −log
     σ(Δ − margin).
 
@@ -251,59 +245,62 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float | Non
     label_smoothing p, a share p of the pairs is taken to be labelled the wrong way round
     (MOSS-RLHF, part II).
 
+    Davidson 1970, with tie_odds ν: won, tied and lost are as likely as e^(Δ/2) : ν : e^(−Δ/2). Where
+    `ties` (n,) is True people called the two equally good, and their order means nothing. A tie is
+    never smoothed. weights (…, n): of each pair's loss, for scores (…, n).
+
     >>> round(float(pairwise_loss(torch.tensor([1.0]), torch.tensor([1.0]))), 6)  # no preference: ln 2
     0.693147
     """
     delta = chosen - rejected - (0.0 if margin is None else margin)
-    return -((1 - label_smoothing) * F.logsigmoid(delta) + label_smoothing * F.logsigmoid(-delta)).mean()
+    if tie_odds:
+        won, tied, lost = davidson_log_probs(delta, tie_odds)
+    else:
+        won, lost = F.logsigmoid(delta), F.logsigmoid(-delta)
+    losses = -((1 - label_smoothing) * won + label_smoothing * lost)
+    if tie_odds:
+        losses = torch.where(ties, -tied, losses)
+    return losses.mean() if weights is None else (losses * weights).mean()
 
 
-def regression_loss(scores: Tensor, ratings: Tensor) -> Tensor:
-    """Mean squared distance between scores (B,) and people's ratings (B,)."""
-    return F.mse_loss(scores, ratings.to(scores.dtype))
+def davidson_log_probs(delta: Tensor, tie_odds: float) -> Tensor:
+    """Δ (…) -> log P(won), log P(tied), log P(lost), (3, …)."""
+    tied = torch.full_like(delta, math.log(tie_odds))
+    return torch.stack((delta / 2, tied, -delta / 2)).log_softmax(0)
 
 
-def label_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Liked (1) or not (0): P(liked) = σ(score); mean binary cross-entropy of scores (B,) and
-    labels (B,)."""
-    return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype))
+def regression_loss(scores: Tensor, ratings: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean squared distance between scores (…, B) and people's ratings (B,), each times its weight."""
+    if weights is not None:
+        return (weights * (scores - ratings) ** 2).mean()
+    return F.mse_loss(scores, ratings.to(scores.dtype).expand_as(scores))
 
 
-def feedback_kind(record: dict) -> str:
-    """Which of the three losses a record is for."""
-    return "pairwise" if "chosen" in record else "regression" if "score" in record else "label"
+def label_loss(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Liked (1) or not (0): P(liked) = σ(score); mean binary cross-entropy of scores (…, B) and
+    labels (B,), each times its weight."""
+    return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype).expand_as(scores), weights)
 
 
-def require_varied(split: str, records: Sequence[dict]) -> None:
-    """UserError if the labels or scores of a split's records are all the same."""
-    name = "label" if feedback_kind(records[0]) == "label" else "score"
-    if len({r.get(name) for r in records}) == 1 and name in records[0]:
-        where, verb, file = {"train": ("to learn from", "learned", "reward.jsonl"),
-                             "val": ("set aside for validation", "measured", "reward_val.jsonl"),
-                             "test": ("set aside for test", "measured", "reward_test.jsonl")}[split]
-        raise UserError(f"reward: all {name}s {where} are the same ({records[0][name]}), so that "
-                        f"nothing can be {verb}: bring more records, or a file {file} in which "
-                        "they differ")
+def feedback_loss(kind: str, scores: Tensor, records: list[dict], label_smoothing: float = 0.0,
+                  tie_odds: float = 0.0, weights: Tensor | None = None) -> Tensor:
+    """Mean loss of these records; scores (…, B): raw, of pairs all chosen replies before all rejected
+    ones. weights: one for each record, as `pairwise_loss` has them."""
+    def column(name: str, default: float = 0.0) -> Tensor:
+        return torch.tensor([r.get(name, default) for r in records], device=scores.device)
 
-
-def feedback_loss(kind: str, scores: Tensor, records: list[dict],
-                  label_smoothing: float = 0.0) -> Tensor:
-    """Mean loss of these records; scores: raw, of pairs all chosen replies before all rejected
-    ones."""
     if kind == "pairwise":
-        chosen, rejected = scores.chunk(2)
-        margin = torch.tensor([r.get("margin", 0.0) for r in records], device=scores.device)
-        return pairwise_loss(chosen, rejected, margin, label_smoothing)
-    if kind == "label":
-        return label_loss(scores, torch.tensor([r["label"] for r in records], device=scores.device))
-    return regression_loss(scores, torch.tensor([r["score"] for r in records],
-                                                device=scores.device))
+        return pairwise_loss(*scores.chunk(2, -1), column("margin"), column("smoothing", label_smoothing),
+                             ties=column("tie").bool(), tie_odds=tie_odds, weights=weights)
+    loss, name = (label_loss, "label") if kind == "label" else (regression_loss, "score")
+    return loss(scores, column(name), weights)
 
 
 @dataclasses.dataclass
 class RewardOptions(MaximumLikelihoodOptions):
     """`python train.py reward`"""
 
+    TOTAL: ClassVar = "epochs"
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(epochs=1.0, batch=16, max_len=64, eval_every=10),
         "base": dict(epochs=1.0, max_len=512, lr=0.003, adam_lr=1e-4),
@@ -317,14 +314,27 @@ class RewardOptions(MaximumLikelihoodOptions):
                               "seeds: mean .925 on whole texts, .896 on first halves; last .929 "
                               "and .887")
     dropout: float = option(0.1, "dropout while training; no other stage has any", low=0, high=0.9)
+    members: int = option(1, "heads that learn the same from records resampled for each: an ensemble",
+                          low=1, high=1000)
+    ensemble: str = option("mean", "an ensemble's score: its members' mean, their lowest score, or "
+                                   "(lower) mean − spread",
+                           choices=("mean", "min", "lower"), source="Coste 2023")
     # The loss.
     loss: str = option("auto", "auto: by the records' fields",
                        choices=("auto", "label", "pairwise", "regression"))
-    lm_coef: float = option(0.1, "weight of the language-model loss on the same text, per token",
+    lm_coef: float = option(0.1, "weight of the language-model loss, per token, on the chosen reply of "
+                                 "a pair, the first of a tie, and every reply with a rating or label",
                             source="MOSS-RLHF part I, on the chosen reply: keeps the trunk a "
                                    "language model", low=0)
     label_smoothing: float = option(0.0, "share of labels assumed to be wrong (pairwise)",
                                     source="MOSS-RLHF part II", low=0, high=0.5)
+    strength_from: str = option("", "reward model whose Δ says how sure each training pair is "
+                                    "(pairwise); the next three go by it")
+    flip_share: float = option(0.0, "share of the pairs, the weakest, that are turned round",
+                               source="MOSS-RLHF part II", low=0, high=0.5)
+    smooth_share: float = option(1.0, "share of the pairs, the weakest, that --label_smoothing is for",
+                                 source="MOSS-RLHF part II", low=0, high=1)
+    adaptive_margin: bool = option(False, "each pair's strength is its margin", source="MOSS-RLHF part II")
     # The records.
     epochs: float = option(2.0, "passes over the training records", low=0.01,
                            high=1e6)
@@ -346,6 +356,21 @@ class RewardOptions(MaximumLikelihoodOptions):
     eval_every: int = option(100, "steps between measurements on validation", low=1)
     keep: str = option("last", "weights at the end: those with the best validation, or the last ones",
                        choices=("best", "last"))
+    evaluate: str = option("", "train nothing: measure the finished reward model, or that of --init_from, "
+                               "on this file of feedback", compared=False)
+
+    def check(self) -> None:
+        super().check()
+        if self.members == 1:
+            self.refuse("ensemble", why="without --members, of which there must be several")
+        by_strength = ("flip_share", "smooth_share", "adaptive_margin")
+        if not self.strength_from:
+            self.refuse(*by_strength, why="without --strength_from, which names a reward model")
+        elif not (self.flip_share or self.smooth_share < 1 or self.adaptive_margin):
+            raise UserError("--strength_from has no effect alone: say what strength is for, by "
+                            + ", ".join(f"--{name}" for name in by_strength))
+        if not self.label_smoothing:
+            self.refuse("smooth_share", why="without --label_smoothing, which says how much is smoothed")
 
 
 # ---- the stage -----------------------------------------------------------------------------------
@@ -364,11 +389,26 @@ class RewardTask:
                          "label": "val_auc"}[self.kind], 1)
         self.extra: dict[str, Any] = {"feedback": self.kind,
                                       "warnings": run.state.get("warnings", [])}
+        self.tie_odds = 0.0
         if self.kind == "pairwise":
             self.records, self.val = (self.differing(split, pairs) for split, pairs
                                       in (("training", self.records), ("validation", self.val)))
+        require_varied("train", self.records)
+        require_varied("val", self.val)
+        if self.kind == "pairwise":
+            self.tie_odds = self.extra["tie_odds"] = tie_odds_of(self.records)
+        if run.o.strength_from:
+            self.denoise()
         if self.kind == "regression":
-            self.standardise_ratings()
+            # Ratings of any scale become numbers of mean 0 and spread 1 over the training records:
+            # what the heads and their learning rate are made for.
+            scale = self.extra["ratings"] = rating_scale(self.records)
+            self.records, self.val = ([r | {"score": (r["score"] - scale["mean"]) / scale["spread"]}
+                                       for r in records] for records in (self.records, self.val))
+        # How often each record counts for each member of an ensemble: a bootstrap (Oza 2001).
+        rng = np.random.default_rng(key(run.o.seed, run.stage, "bootstrap"))
+        self.weights = None if run.o.members == 1 else torch.from_numpy(
+            rng.poisson(1, (run.o.members, len(self.records))).astype(np.float32))
         self.n_steps = math.ceil(run.o.epochs * len(self.records) / run.o.batch)
 
     def checked_kind(self) -> str:
@@ -377,11 +417,12 @@ class RewardTask:
         if self.o.loss not in ("auto", kind):
             raise UserError(f"--loss {self.o.loss} does not fit these records, which are for "
                             f"{kind}: use --loss auto")
-        if kind == "pairwise":
-            return kind
-        self.o.refuse("label_smoothing", why=f"on records for {kind}: it is for pairs")
-        require_varied("train", self.records)
-        require_varied("val", self.val)
+        unknown = {r.get("part", "") for r in self.val} - {*self.run.model.config.parts, ""}
+        if unknown:
+            raise UserError(f"{self.run.stage}: validation has records of the part {min(unknown)!r}, but "
+                            "training has none: bring some, or leave these out")
+        if kind != "pairwise":
+            self.o.refuse("label_smoothing", "strength_from", why=f"on records for {kind}: it is for pairs")
         return kind
 
     def differing(self, split: str, pairs: list[dict]) -> list[dict]:
@@ -398,22 +439,28 @@ class RewardTask:
             print(text, flush=True)
         return kept
 
-    def standardise_ratings(self) -> None:
-        """Ratings of any scale become numbers of mean 0 and spread 1 over the training records: what
-        the head and its learning rate are made for. The checkpoint keeps mean and spread."""
-        ratings = np.array([r["score"] for r in self.records], float)
-        size = float(np.ptp(ratings))  # divided out first: squares of 1e-200 are 0
-        mean, spread = float((ratings / size).mean()), float((ratings / size).std())
-        self.extra["ratings"] = {"mean": mean * size, "spread": spread * size}
-        self.records, self.val = ([r | {"score": (r["score"] / size - mean) / spread}
-                                   for r in records] for records in (self.records, self.val))
+    def denoise(self) -> None:
+        """Let the strength of the training pairs, by another reward model, say which to turn round, to
+        smooth, and how large a margin to ask for."""
+        o = self.o
+        if o.adaptive_margin and any("margin" in pair for pair in self.records):
+            raise UserError("--adaptive_margin would replace the margins that these pairs have: leave "
+                            "it out, or the margins")
+        model, tokenizer, _ = load_checkpoint(o.strength_from, self.run.device, RewardModel)
+        tokenizer.require_same(self.run.tokenizer, f"{o.strength_from} and the trunk")
+        chosen, rejected = (self.raw_scores(self.records, field, model) for field in ("chosen", "rejected"))
+        strength = chosen - rejected
+        print(f"{self.run.stage}: strength of {len(strength)} pairs by {o.strength_from}: mean "
+              f"{strength.mean():.2f}, below 0 {(strength < 0).mean():.1%}", flush=True)
+        self.records = denoised(self.records, strength, o.flip_share, o.smooth_share, o.adaptive_margin)
 
     def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
         """The loss of one batch: that of the feedback, and a share of the language model's on the
         same text."""
         o, run, model = self.o, self.run, self.run.model
-        batch = [self.records[i] for i in batch_indices(len(self.records), o.batch, step, o.seed,
-                                                        run.stage)]
+        index = batch_indices(len(self.records), o.batch, step, o.seed, run.stage)
+        batch = [self.records[i] for i in index]
+        weights = None if self.weights is None else self.weights[:, index].to(run.device)
         # Rows of replies; of pairs all chosen ones before all rejected ones, cut alike by equal
         # random numbers.
         rows = []
@@ -425,8 +472,10 @@ class RewardTask:
         _, real, reply = reward_batch(rows, run.device)
         with precision(run.dtype, run.device):
             hidden = model.backbone.hidden(tokens, docs=docs)
-            scores = model.pool(model.head_values(hidden).flatten()[where], real, reply)
-            loss = feedback_loss(self.kind, scores, batch, o.label_smoothing)
+            scores = model.pool(model.heads(hidden).flatten(1)[:, where], real, reply)  # (H, rows)
+            parts = [record.get("part", "") for record in batch] * (len(rows) // len(batch))
+            scores = model.own_part(model.by_member(scores), parts)  # (members, rows)
+            loss = feedback_loss(self.kind, scores, batch, o.label_smoothing, self.tie_odds, weights)
             if o.lm_coef:
                 # of a pair, only the chosen reply is imitated
                 targets = (learned & (docs < len(batch)))[:, 1:]
@@ -447,19 +496,34 @@ class RewardTask:
                                               for field in fields}}
                                 for i, record in enumerate(records[:8])])
         measured = self.agreement(records, scores)
-        self.extra["warnings"] = self.chance_warnings(records, measured)
+        for part in self.run.model.config.parts:
+            index = [i for i, record in enumerate(records) if record.get("part") == part]
+            own = self.agreement([records[i] for i in index], {k: x[index] for k, x in scores.items()})
+            measured |= {f"{name}_{part}": value for name, value in own.items()}
+        self.extra["warnings"] = chance_warnings(self.kind, records, measured)
         return measured
 
-    def raw_scores(self, records: list[dict], field: str) -> np.ndarray:
-        """Raw score (n,) of each record's reply in `field`."""
+    def raw_scores(self, records: list[dict], field: str, model: RewardModel | None = None) -> np.ndarray:
+        """Raw score (n,) of each record's reply in `field`, by its own part of the reward. model: the
+        run's, if None."""
         rows = reward_rows(records, **self.render, field=field)
         with precision(self.run.dtype, self.run.device):
-            return self.run.model.score_rows(rows).cpu().double().numpy()
+            scores = (model or self.run.model).score_rows(rows, [r.get("part", "") for r in records])
+        return scores.cpu().double().numpy()
 
     def agreement(self, records: list[dict], scores: dict[str, np.ndarray]) -> dict[str, float]:
-        """Accuracy on pairs; correlation with ratings; AUC and accuracy on labels."""
+        """Accuracy on decided pairs and mean log-likelihood of ties; correlation with ratings; AUC and
+        accuracy on labels. A measure that these records do not have is left out."""
         if self.kind == "pairwise":
-            return {"val_accuracy": share_above(scores["chosen"], scores["rejected"])}
+            ties = np.array([bool(r.get("tie")) for r in records], bool)
+            delta = scores["chosen"] - scores["rejected"]
+            measured = {"val_accuracy": share_above(delta[~ties], 0 * delta[~ties])} if (~ties).any() else {}
+            if self.tie_odds and ties.any():
+                tied = davidson_log_probs(torch.from_numpy(delta[ties]), self.tie_odds)[1]
+                measured["val_tie_log_likelihood"] = float(tied.mean())
+            return measured
+        if not records:
+            return {}
         raw = scores["response"]
         if self.kind == "regression":
             return {"val_correlation": correlation(raw, [r["score"] for r in records])}
@@ -467,28 +531,12 @@ class RewardTask:
         right = {"val_accuracy": accuracy(1 / (1 + np.exp(-raw)), labels)}
         return right if labels.min() == labels.max() else {"val_auc": auc(raw, labels), **right}
 
-    def chance_warnings(self, records: list[dict], measured: dict[str, float]) -> list[str]:
-        """A warning if the agreement is what a model that learned nothing reaches once in twenty
-        runs: 1.645 standard errors above chance."""
-        n = len(records)
-        name, chance, error = {"pairwise": ("val_accuracy", 0.5, 0.5 / math.sqrt(n)),
-                               "regression": ("val_correlation", 0.0, 1 / math.sqrt(max(1, n - 1))),
-                               "label": ("val_auc", 0.5, 0.0)}[self.kind]
-        if self.kind == "label":  # Mann and Whitney 1947
-            liked = sum(r["label"] for r in records)
-            error = math.sqrt((n + 1) / (12 * max(1, liked * (n - liked))))
-        value, limit = measured.get(name, chance), min(1.0, chance + 1.645 * error)
-        if value > limit:
-            return []
-        return [f"{name} {value:.3f} over {n} records is no better than chance ({chance:g}, by "
-                f"luck up to {limit:.3f}): who trusts it follows noise; bring more feedback, for "
-                "validation, too, train longer (--epochs), or look for mistakes in the feedback"]
 
-
-def reward_model_from(trunk: Transformer, o: RewardOptions, stage: str = "reward") -> RewardModel:
-    """The language model's trunk with a new head, drawn by seed and stage."""
-    model = RewardModel(RewardConfig(**{**dataclasses.asdict(trunk.config), "pool": o.pool,
-                                        "dropout": o.dropout}))
+def reward_model_from(trunk: Transformer, o: RewardOptions, stage: str = "reward",
+                      parts: tuple[str, ...] = ()) -> RewardModel:
+    """The language model's trunk with new heads, drawn by seed and stage."""
+    own = dict(pool=o.pool, dropout=o.dropout, parts=parts, members=o.members, ensemble=o.ensemble)
+    model = RewardModel(RewardConfig(**dataclasses.asdict(trunk.config) | own))
     model.backbone.load_state_dict(trunk.state_dict())
     model.initialise_head(torch_seed(o.seed, stage, "weights"))
     return model
@@ -507,8 +555,11 @@ def train_reward(o: RewardOptions, stage: str = "reward", parent: str = "sft") -
     data, o = open_stage(o, stage)
     trunk, tokenizer, state = load_parent(o, data, parent, o.init_from)
     o = limit_length(o, trunk.config)
-    run = open_run(stage, o, data, {"init": state["hash"]}, reward_model_from(trunk, o, stage),
-                   tokenizer)
+    parents = {"init": state["hash"]}
+    if o.strength_from:
+        parents["strength"] = load_checkpoint(o.strength_from, "cpu", RewardModel)[2]["hash"]
+    parts = parts_of(data.records(stage, "train"))
+    run = open_run(stage, o, data, parents, reward_model_from(trunk, o, stage, parts), tokenizer)
     if run is None:
         return None
     task = RewardTask(run, data)

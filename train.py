@@ -28,14 +28,19 @@ import torch
 from torch import Tensor
 
 import evaluate
+from data.agreement import show_agreement, summary
 from data.batches import dialogue_rows, eval_windows, held_out_prompts, pack_rows, prompt_ids, text_batches
 from data.dataset import SPLITS, feedback_of, require_one_feedback
-from data.prepare import open_for, open_stage, suited
+from data.feedback import require_varied
+from data.forms import parse_fields
+from data.prepare import kept_input, open_for, open_stage, suited
 from data.prepared import Prepared
+from data.records import load_records
+from data.rewards import needs_model, read_reward
 from model import (ModelConfig, Transformer, checkpoint_path, cross_entropy_sum, limit_length,
                    load_checkpoint, load_parent, next_token_loss, open_run)
 from ppo import PPOOptions, train_ppo
-from reward import RewardModel, RewardOptions, require_varied, train_reward
+from reward import RewardModel, RewardOptions, longest_row, train_reward
 from runtime.device import compute_alike, pick_device, precision
 from runtime.draws import batch_indices, torch_seed
 from runtime.fit import fit
@@ -52,6 +57,7 @@ from sample import reply_texts, reply_to
 class PretrainOptions(MaximumLikelihoodOptions):
     """`python train.py pretrain`"""
 
+    TOTAL: ClassVar = "tokens"
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(n_layer=2, n_head=2, n_kv_head=1, d_model=32, d_ff=64, max_len=128,
                       tokens=20_000, window=64, batch=8, eval_every=30),
@@ -164,6 +170,7 @@ def pretrain(o: PretrainOptions) -> Run | None:
 class SFTOptions(MaximumLikelihoodOptions):
     """`python train.py sft`"""
 
+    TOTAL: ClassVar = "epochs"
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(batch=16, max_len=64, eval_every=20),
         "base": dict(max_len=512, lr=0.001, adam_lr=3e-5),
@@ -249,14 +256,32 @@ def sft(o: SFTOptions) -> Run | None:
 
 # ---- stage 3: the reward model -------------------------------------------------------------------
 
+def measure_on_file(o: RewardOptions, stage: str) -> None:
+    """Print how far a finished reward model agrees with a file of feedback, whatever its form, beside
+    what length alone and a constant reach."""
+    used = {"evaluate", "init_from", "data", "out", "fields", "skip_bad", "template", "device",
+            "deterministic", "traceback"}
+    o.refuse(*sorted(o.explicit - used), why="with --evaluate, which trains nothing")
+    model, tokenizer, state = load_checkpoint(o.init_from or run_folder(o, stage), pick_device(o.device),
+                                              RewardModel)
+    records = load_records(kept_input(o.evaluate), "reward", o.skip_bad, parse_fields(o.fields), say=True)
+    scale = state.get("ratings") if feedback_of(records[0]) == "scores" else None
+    rows, scored = evaluate.feedback_table(
+        model, records, tokenizer, o.template or state.get("template", "{prompt}"),
+        longest_row(model, state), scale=scale)
+    print(show_agreement(rows, summary(scored)))
+
+
 @memory_advice("lower --batch or --max_len, or add --recompute")
 def reward(o: RewardOptions) -> Run | None:
-    """`train_reward`; of labels, also the model's table beside the n-gram baseline, on validation.
-    """
+    """`train_reward`, and the model's table beside plain baselines, on validation."""
+    if o.evaluate:
+        return measure_on_file(o, "reward")
+    refuse_judge(o.strength_from)
     run = train_reward(o)
     data = open_for(o, o.data)
-    if run is not None and data.has_labels("reward", "val"):
-        evaluate.print_validation_table(run.model, data, run.tokenizer, run.o.max_len)
+    if run is not None and data.feedback("val"):
+        evaluate.print_validation_table(run_folder(run.o, "reward"), data, pick_device(run.o.device))
     return run
 
 
@@ -268,8 +293,8 @@ def refuse_judge(path: str) -> None:
         return
     record = read_config(checkpoint_path(path).parent) or load_checkpoint(path, "cpu", RewardModel)[2]
     if record.get("stage") == "judge":
-        raise UserError(f"{path}: this is the judge, which no policy is trained against: give "
-                        "--reward_from a reward model")
+        raise UserError(f"{path}: this is the judge, which no policy is trained against: name "
+                        "a reward model instead")
 
 
 @memory_advice("lower --micro_batch, --rollout_rows or --reply_len, or add --recompute")
@@ -291,6 +316,9 @@ class JudgeOptions(RewardOptions):
 def judge(o: JudgeOptions) -> Run | None:
     """A second judge of policies, which reads whole texts where the n-grams read pieces: the
     pretrained trunk (not the policy's) learns the judge's half of the labels."""
+    if o.evaluate:
+        return measure_on_file(o, "judge")
+    o.refuse("strength_from", why="on a judge, which owes nothing to a reward model")
     return train_reward(o, stage="judge", parent="pretrain")
 
 
@@ -312,7 +340,9 @@ def run_all(options: dict[str, Common]) -> None:
     init_from, reward_from = options["sft"].init_from, options["ppo"].reward_from
     brought = {"pretrain": init_from, "reward": reward_from}
     data = open_for(options["ppo"], options["ppo"].data)
-    stages = [stage for stage in STAGES if stage != "judge" or data.has("judge")]
+    reads_model = needs_model(options["ppo"], read_reward(options["ppo"].reward))
+    stages = [stage for stage in STAGES if (stage != "judge" or data.has("judge"))
+              and (stage != "reward" or reads_model)]
     require_inputs(data, [stage for stage in stages if not brought.get(stage)], reward_from)
     for stage in stages:
         if brought.get(stage):
@@ -360,9 +390,14 @@ def main(argv: list[str]) -> int:
         if stage == "all":
             options = parse_all(Common, {name: cls for name, (cls, _) in STAGES.items()}, rest,
                                 "train.py")
+            for name in ("reward", "judge"):
+                options[name].refuse("evaluate", why="in a run of all stages: give it to this stage alone")
+            data = kept_input(options["ppo"].data)
+            options = {name: of_stage.replace(data=data) for name, of_stage in options.items()}
             o = options["ppo"]
         else:
             o = parse(STAGES[stage][0], rest, f"train.py {stage}")
+            o = o.replace(data=kept_input(o.data))
             o.refuse("report_prompts", why=f"on {stage} alone: it is for the report of `train.py "
                                            "all`")
         pick_device(o.device)  # fail early on a missing device
@@ -371,7 +406,7 @@ def main(argv: list[str]) -> int:
         if stage == "all":
             run_all(options)
         else:
-            if stage in ("reward", "judge"):  # the others look at all their records at once
+            if stage in ("reward", "judge") and not o.evaluate:  # the others look at all their records at once
                 require_inputs(open_for(o, o.data), [stage], "")
             STAGES[stage][1](o)
     except Interrupted as stop:

@@ -13,7 +13,6 @@ Written to data/sets/mine.py, these lines make `--data=mine` a data set like any
 call `data.sets.register(DataSet(…))` instead.
 """
 import dataclasses
-import hashlib
 import pathlib
 import zipfile
 from array import array
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from data.folders import file_digest
+from data.hashing import text_hash
 from data.records import write_records
 from data.tokenizer import Tokenizer
 from runtime.options import UserError
@@ -138,6 +138,17 @@ def feedback_of(record: dict) -> str:
     return "pairs" if "chosen" in record else "scores" if "score" in record else "labels"
 
 
+def tells(records: Sequence[dict]) -> str:
+    """The kind of this feedback: pairs, scores or labels; "" if it tells nothing apart, because all
+    labels or scores are the same, all pairs are ties, or there is no record."""
+    if not records:
+        return ""
+    kind = feedback_of(records[0])
+    if kind == "pairs":
+        return kind if any(not r.get("tie") for r in records) else ""
+    return kind if len({r.get(kind.removesuffix("s")) for r in records}) > 1 else ""
+
+
 def require_one_feedback(files: Mapping[str, Sequence[dict]]) -> None:
     """UserError unless the reward records of all files, by name, have the same kind of feedback."""
     kinds = {name: feedback_of(records[0]) for name, records in files.items()}
@@ -163,11 +174,6 @@ def require_published(path: pathlib.Path, sha256: str) -> None:
 
 
 # ---- splits --------------------------------------------------------------------------------------
-
-def text_hash(text: str) -> int:
-    """A 64-bit number that depends on the text alone; splits and other choices follow from it."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
 
 def split_of(text: str) -> str:
     """The split that a text belongs to, by a hash of it: 80 % train, 10 % val, 10 % test."""

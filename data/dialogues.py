@@ -3,8 +3,22 @@ import re
 from typing import Any
 
 Messages = list[dict[str, str]]
+# Why a record of another tool teaches nothing.
+EQUAL, NO_ANSWER = "equal replies", "no answer at the end"
+NO_TURNS, DIFFER = "roles that do not alternate", "dialogues that differ before their last answer"
+# A turn of a transcript begins a paragraph, in any case: "\n\nHuman: "; elsewhere the words are text.
+TURN = re.compile(r"(?:\A\s*|\n[ \t]*\n\s*)(Human|Assistant):[ \t]?", re.IGNORECASE)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
          "system": "system"}
+
+
+class Useless(ValueError):
+    """A record is well formed and teaches nothing, such as two equal replies. It is left out, and
+    counted by its reason. detail: what is said instead where it is refused."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(detail or reason)
+        self.reason = reason
 
 
 def are_turns(value: Any) -> bool:
@@ -34,13 +48,16 @@ def turns(value: list) -> Messages:
 
 def transcript(text: Any) -> Messages:
     """An HH transcript, `\\n\\nHuman: …\\n\\nAssistant: …`, as messages; [] if it is none. What stands
-    before the first turn is a system message."""
-    if not isinstance(text, str) or not re.search(r"(^|\n\n)Human:", text):
+    before the first turn is a system message. A turn may be empty; no two are joined."""
+    if not isinstance(text, str):
         return []
-    before, *parts = re.split(r"(?:^|\n\n)(Human|Assistant): ?", text)
+    before, *parts = TURN.split(text.replace("\r\n", "\n"))
+    speakers = [speaker.lower() for speaker in parts[::2]]
+    if "human" not in speakers:
+        return []
     found = [{"role": "system", "content": before.strip()}] * bool(before.strip())
-    found += [{"role": "user" if speaker == "Human" else "assistant", "content": content.strip()}
-              for speaker, content in zip(parts[::2], parts[1::2], strict=True)]
+    found += [{"role": "user" if speaker == "human" else "assistant", "content": content.strip()}
+              for speaker, content in zip(speakers, parts[1::2], strict=True)]
     return found
 
 
@@ -80,7 +97,7 @@ def alpaca(record: dict) -> str | Messages:
 def last_turn(dialogue: Messages) -> tuple[Messages, str]:
     """(the turns before the last, the assistant's last words)."""
     if len(dialogue) < 2 or dialogue[-1]["role"] != "assistant":
-        raise ValueError("the dialogue must end with the assistant's reply to somebody")
+        raise Useless(NO_ANSWER, "the dialogue must end with the assistant's reply to somebody")
     return dialogue[:-1], dialogue[-1]["content"]
 
 

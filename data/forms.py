@@ -17,60 +17,67 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from data.dialogues import (Messages, alpaca, are_turns, last_turn, prompt, reply, transcript, turns,
-                            unanswered, waiting_for)
+from data.cells import from_cells
+from data.dialogues import (DIFFER, EQUAL, NO_ANSWER, Messages, Useless, alpaca, are_turns, last_turn,
+                            prompt, reply, transcript, turns, unanswered, waiting_for)
+from data.openings import cut_opening
 from runtime.options import UserError
+from runtime.rows import Cells
 
-OURS = ("text", "messages", "prompt", "response", "chosen", "rejected", "label", "score", "margin")
+OURS = ("text", "messages", "prompt", "response", "chosen", "rejected", "label", "score", "margin", "scores",
+        "tie", "part")
+TIES = ("tie", "tie (bothbad)", "both_bad")  # values of "winner"
 
 
 # ---- parts of records ----------------------------------------------------------------------------
 
-def pair(asked: str | Messages, chosen: str, rejected: str, record: dict) -> list[dict]:
-    """One comparison; its margin is kept."""
-    margin = {"margin": record["margin"]} if "margin" in record else {}
-    return [{"prompt": asked, "chosen": chosen, "rejected": rejected, **margin}]
+def pair(asked: str | Messages, chosen: str, rejected: str, tie: bool = False) -> list[dict]:
+    """One comparison; of a tie, the order of the replies means nothing."""
+    if chosen == rejected:
+        raise Useless(EQUAL)
+    return [{"prompt": asked, "chosen": chosen, "rejected": rejected, **({"tie": True} if tie else {})}]
 
 
-def pair_of_dialogues(record: dict, chosen: Messages, rejected: Messages,
-                      asked: str | Messages = ()) -> list[dict]:
+def pair_of_dialogues(chosen: Messages, rejected: Messages, asked: str | Messages = ()) -> list[dict]:
     """A comparison of two dialogues that differ in their last answer; `asked` stands before both, or
     is repeated by both."""
     shared = sum(1 for _ in itertools.takewhile(
         lambda two: two[0] == two[1], zip(chosen[:-1], rejected[:-1], strict=False)))
-    if len(chosen) != shared + 1 or len(rejected) != shared + 1 or {
-            chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
-        raise ValueError("the dialogues differ before their last answer, or do not end with one")
+    if {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
+        raise Useless(NO_ANSWER)
+    if len(chosen) != shared + 1 or len(rejected) != shared + 1:
+        raise Useless(DIFFER)
     before = chosen[:shared]
     if not before and not asked:
         raise ValueError("the dialogues share no turn, so there is no prompt")
     if isinstance(asked, list) and before[:len(asked)] != asked:
         before = [*asked, *before]
-    return pair(before or asked, chosen[-1]["content"], rejected[-1]["content"], record)
+    return pair(before or asked, chosen[-1]["content"], rejected[-1]["content"])
 
 
 def pair_of_texts(record: dict) -> list[dict]:
     """Transcripts, or two texts whose common beginning is the prompt (but for a space at its end)."""
     both = [transcript(record[name]) for name in ("chosen", "rejected")]
     if any(both):
-        if not all(both) or both[0][-1]["role"] != "assistant" or both[1][-1]["role"] != "assistant":
-            raise ValueError('"chosen" and "rejected" without "prompt" must be transcripts '
-                             '"\\n\\nHuman: …\\n\\nAssistant: …"')
-        return pair_of_dialogues(record, *both)
+        if not all(both):
+            raise Useless("only one of the two is a dialogue")
+        return pair_of_dialogues(*both)
     start = os.path.commonprefix([record["chosen"], record["rejected"]])
     if not start.strip():
         raise ValueError('"chosen" and "rejected" without "prompt" must be transcripts '
                          '"\\n\\nHuman: …\\n\\nAssistant: …", or begin alike: there is no prompt')
     replies = [reply(record[name][len(start.rstrip(" ")):]) for name in ("chosen", "rejected")]
-    return pair(start.rstrip(" "), *replies, record)
+    return pair(start.rstrip(" "), *replies)
 
 
 def pairs_by_rank(asked: str | Messages, ranked: list[tuple[float, str]]) -> list[dict]:
-    """Every two replies of different ranks; 1 is best."""
+    """Every two different replies; rank 1 is best, equal ranks are ties."""
     ordered = sorted(ranked, key=lambda x: x[0])
-    return [{"prompt": asked, "chosen": better, "rejected": worse}
-            for (i, better), (j, worse) in itertools.combinations(ordered, 2)
-            if i < j and better != worse]
+    found = [pair(asked, better, worse, tie=i == j)[0]
+             for (i, better), (j, worse) in itertools.combinations(ordered, 2) if better != worse]
+    if not found:
+        raise Useless("fewer than two different replies")
+    return found
 
 
 def as_flag(value: Any) -> Any:
@@ -80,9 +87,9 @@ def as_flag(value: Any) -> Any:
         int(value) if isinstance(value, bool) else value)
 
 
-def labelled(asked: str | Messages, answer: Any, label: Any) -> list[dict]:
+def labelled(asked: str | Messages, answer: str, label: Any) -> list[dict]:
     """One reply, liked or not."""
-    return [{"prompt": asked, "response": reply(answer), "label": as_flag(label)}]
+    return [{"prompt": asked, "response": answer, "label": as_flag(label)}]
 
 
 def answered(asked: str | Messages, answer: str) -> list[dict]:
@@ -92,8 +99,27 @@ def answered(asked: str | Messages, answer: str) -> list[dict]:
     return [{"messages": [*asked, {"role": "assistant", "content": answer}]}]
 
 
+def rated_text(record: dict) -> list[dict]:
+    """A text with a label or a rating: its opening words are the prompt, the rest is the reply."""
+    if not record["text"]:
+        raise ValueError('"text" is empty')
+    asked, rest = cut_opening(record["text"])
+    return [{"prompt": asked, "response": rest,
+             **{name: record[name] for name in ("label", "score", "scores") if name in record}}]
+
+
+def by_preference(record: dict) -> list[dict]:
+    """AlpacaFarm, AlpacaEval: 1 for the first output, 2 for the second, or between them as an annotator
+    weighs the two; 1.5 and 0 are a tie."""
+    outputs, preference = [record["output_1"], record["output_2"]], record["preference"]
+    if preference not in (0, 1.5) and not 1 <= preference <= 2:
+        raise Useless("no choice")
+    second = preference > 1.5
+    return pair(alpaca(record), outputs[second], outputs[not second], tie=preference in (0, 1.5))
+
+
 def arena(record: dict) -> list[dict]:
-    """LMArena: a person's choice between two dialogues. A tie is no comparison."""
+    """LMArena: a person's choice between two dialogues, or a tie."""
     if "winner" in record:
         winner, dialogues = record["winner"], [turns(record[f"conversation_{x}"]) for x in "ab"]
     else:  # the earlier data, with lists written as texts
@@ -101,13 +127,15 @@ def arena(record: dict) -> list[dict]:
         dialogues = [[m for q, a in zip(asked, answer, strict=True) for m in (
             {"role": "user", "content": q}, {"role": "assistant", "content": a or ""})]
             for answer in answers]
-        winner = next((f"model_{x}" for x in "ab" if as_flag(record[f"winner_model_{x}"]) == 1), "tie")
-    if winner not in ("model_a", "model_b"):
-        return []
+        names = {"model_a": "winner_model_a", "model_b": "winner_model_b", "tie": "winner_tie"}
+        winner = next((x for x, name in names.items() if as_flag(record.get(name)) == 1), "")
+    if winner not in ("model_a", "model_b", *TIES):
+        raise Useless("no choice")
     (asked, first), (other, second) = map(last_turn, dialogues)
     if asked != other:
-        raise ValueError("the dialogues differ before their last answer")
-    return pair(asked, *((first, second) if winner == "model_a" else (second, first)), {})
+        raise Useless(DIFFER)
+    replies = (second, first) if winner == "model_b" else (first, second)
+    return pair(asked, *replies, tie=winner in TIES)
 
 
 def moss(record: dict) -> list[dict]:
@@ -129,13 +157,15 @@ def moss(record: dict) -> list[dict]:
 @dataclasses.dataclass(frozen=True)
 class Form:
     """A form of record: its name, its stage, the fields that it needs with the test of each value,
-    how it is read, and fields that it must not have because they would be lost."""
+    how it is read, and fields that it must not have because they would be lost. ours: it is our own, in
+    which a record that teaches nothing is a bad line."""
 
     name: str
     stage: str
     fields: dict[str, Callable[[Any], bool]]
     read: Callable[[dict], list[dict]]
     without: tuple[str, ...] = ()
+    ours: bool = False
 
     def fits(self, record: dict) -> bool:
         """Has the record these fields, with such values?"""
@@ -151,7 +181,8 @@ def form(name: str, stage: str, fields: str, read: Callable[[dict], list[dict]],
     """A Form from words: fields are names, alone (any value) or as name:text or name:turns."""
     tests = {"": lambda _: True, "text": lambda x: isinstance(x, str), "turns": are_turns}
     pairs = [word.partition(":") for word in fields.split()]
-    return Form(name, stage, {field: tests[kind] for field, _, kind in pairs}, read, tuple(without.split()))
+    return Form(name, stage, {field: tests[kind] for field, _, kind in pairs}, read, tuple(without.split()),
+                ours=read is own or name == "messages")
 
 
 def own(record: dict) -> list[dict]:
@@ -161,32 +192,32 @@ def own(record: dict) -> list[dict]:
 
 
 FEEDBACK = ("chosen rejected label score kto_tag winner preference rejected_response completions answers "
-            "rating helpfulness")
+            "rating helpfulness scores")
 FORMS = (
     # Comparisons.
     form("pairs of dialogues", "reward", "prompt:turns chosen:turns rejected:turns",
-         lambda r: pair_of_dialogues(r, turns(r["chosen"]), turns(r["rejected"]), prompt(r, r["prompt"]))),
+         lambda r: pair_of_dialogues(turns(r["chosen"]), turns(r["rejected"]), prompt(r, r["prompt"]))),
     form("pairs of dialogues after a prompt", "reward", "prompt:text chosen:turns rejected:turns",
-         lambda r: pair_of_dialogues(r, turns(r["chosen"]), turns(r["rejected"]), prompt(r, r["prompt"]))),
+         lambda r: pair_of_dialogues(turns(r["chosen"]), turns(r["rejected"]), prompt(r, r["prompt"]))),
     form("ShareGPT pairs", "reward", "conversations:turns chosen rejected",
-         lambda r: pair(prompt(r, r["conversations"]), reply(r["chosen"]), reply(r["rejected"]), r)),
+         lambda r: pair(prompt(r, r["conversations"]), reply(r["chosen"]), reply(r["rejected"]))),
     form("pairs after messages", "reward", "messages:turns chosen rejected",
-         lambda r: pair(prompt(r, r["messages"]), reply(r["chosen"]), reply(r["rejected"]), r)),
+         lambda r: pair(prompt(r, r["messages"]), reply(r["chosen"]), reply(r["rejected"]))),
     form("Alpaca pairs", "reward", "instruction:text chosen rejected",
-         lambda r: pair(alpaca(r), reply(r["chosen"]), reply(r["rejected"]), r)),
+         lambda r: pair(alpaca(r), reply(r["chosen"]), reply(r["rejected"]))),
     form("Argilla pairs", "reward", "instruction:text chosen_response rejected_response",
-         lambda r: pair(alpaca(r), reply(r["chosen_response"]), reply(r["rejected_response"]), r)),
+         lambda r: pair(alpaca(r), reply(r["chosen_response"]), reply(r["rejected_response"]))),
     form("pairs", "reward", "prompt chosen rejected", own),
     form("pairs after a question", "reward", "question:text chosen rejected",
-         lambda r: pair(prompt(r, r["question"]), reply(r["chosen"]), reply(r["rejected"]), r)),
+         lambda r: pair(prompt(r, r["question"]), reply(r["chosen"]), reply(r["rejected"]))),
     form("pairs after an input", "reward", "input:text chosen rejected",
-         lambda r: pair(prompt(r, r["input"]), reply(r["chosen"]), reply(r["rejected"]), r)),
+         lambda r: pair(prompt(r, r["input"]), reply(r["chosen"]), reply(r["rejected"]))),
     form("pairs of dialogues that share turns", "reward", "chosen:turns rejected:turns",
-         lambda r: pair_of_dialogues(r, turns(r["chosen"]), turns(r["rejected"]))),
+         lambda r: pair_of_dialogues(turns(r["chosen"]), turns(r["rejected"]))),
     form("Anthropic HH, or pairs that begin alike", "reward", "chosen:text rejected:text", pair_of_texts,
          without="input question instruction conversations messages"),
     form("messages with a rejected response", "reward", "messages:turns rejected_response:text",
-         lambda r: pair(*last_turn(prompt(r, r["messages"])), r["rejected_response"], r)),
+         lambda r: pair(*last_turn(prompt(r, r["messages"])), r["rejected_response"])),
     form("Nectar's ranked answers", "reward", "prompt answers",
          lambda r: pairs_by_rank(prompt(r, r["prompt"]), [(a["rank"], a["answer"]) for a in r["answers"]])),
     form("NeMo's ranked completions", "reward", "context:turns completions",
@@ -194,23 +225,26 @@ FORMS = (
                                  [(c["rank"], reply(c["completion"])) for c in r["completions"]])),
     form("LMArena", "reward", "conversation_a:turns conversation_b:turns winner", arena),
     form("LMArena 55k", "reward", "prompt:text response_a:text response_b:text winner_model_a", arena),
-    form("AlpacaFarm", "reward", "instruction:text output_1:text output_2:text preference",
-         lambda r: pair(alpaca(r), *(r[f"output_{x}"] for x in ("12" if int(r["preference"]) == 1 else "21")), r)),
+    form("AlpacaFarm", "reward", "instruction:text output_1:text output_2:text preference", by_preference),
     # Labels and ratings.
     form("prompts with completions and labels", "reward", "prompt completion label",
-         lambda r: labelled(prompt(r, r["prompt"]), r["completion"], r["label"])),
+         lambda r: labelled(prompt(r, r["prompt"]), reply(r["completion"]), r["label"])),
     form("Alpaca with kto_tag", "reward", "instruction:text output:text kto_tag",
-         lambda r: labelled(alpaca(r), r["output"], r["kto_tag"])),
+         lambda r: labelled(alpaca(r), reply(r["output"]), r["kto_tag"])),
     form("ShareGPT with kto_tag", "reward", "conversations:turns kto_tag",
          lambda r: labelled(*last_turn(prompt(r, r["conversations"])), r["kto_tag"])),
     form("messages with a label", "reward", "messages:turns label",
          lambda r: labelled(*last_turn(prompt(r, r["messages"])), r["label"])),
     form("Alpaca with a label", "reward", "instruction:text completion:text label",
-         lambda r: labelled(alpaca(r), r["completion"], r["label"])),
+         lambda r: labelled(alpaca(r), reply(r["completion"]), r["label"])),
     form("questions with completions and labels", "reward", "question:text completion:text label",
-         lambda r: labelled(prompt(r, r["question"]), r["completion"], r["label"])),
+         lambda r: labelled(prompt(r, r["question"]), reply(r["completion"]), r["label"])),
     form("labels", "reward", "prompt response label", own),
     form("ratings", "reward", "prompt response score", own),
+    form("ratings by several people", "reward", "prompt response scores", own),
+    form("labelled texts", "reward", "text:text label", rated_text),
+    form("rated texts", "reward", "text:text score", rated_text),
+    form("texts rated by several people", "reward", "text:text scores", rated_text),
     # Dialogues.
     form("messages", "sft", "messages:turns",
          lambda r: [{"messages": prompt(r, r["messages"])}], without=FEEDBACK + " response"),
@@ -259,15 +293,17 @@ def names_of(record: dict) -> str:
 
 
 def renamed(record: Any, fields: dict[str, str] | None) -> Any:
-    """The record with our names for the file's; ValueError if it has none of those that are mapped."""
+    """The record with our names for the file's, and of a table the values that its texts stand for;
+    ValueError if it has none of the names that are mapped, or a text stands for no value."""
     if not fields or not isinstance(record, dict):
-        return record
+        return from_cells(record) if isinstance(record, Cells) else record
     theirs = {name: ours for ours, name in fields.items()}
     if not set(theirs) & set(record):
         raise ValueError(f"fields found: {names_of(record)}; --fields names "
                          f"{', '.join(theirs)}")
     rest = {name: x for name, x in record.items() if name not in theirs and name not in fields}
-    return rest | {theirs[name]: x for name, x in record.items() if name in theirs}
+    found = rest | {theirs[name]: x for name, x in record.items() if name in theirs}
+    return from_cells(found) if isinstance(record, Cells) else found
 
 
 @functools.cache

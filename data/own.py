@@ -1,9 +1,11 @@
-"""Data that users bring: one .jsonl file, or a folder of <stage>.jsonl, <stage>_val.jsonl, ….
+"""Data that users bring: one file, or a folder of <stage>.jsonl, <stage>_val.jsonl, …; .json, .csv
+and .tsv are read, too.
 
 data/records.py lists the formats. Files without a validation or test file beside them are divided
 90/5/5 by the keys of data/splits.py, and what is held out in one file leaves training in all.
 """
 import collections
+import dataclasses
 import functools
 import itertools
 import json
@@ -22,12 +24,24 @@ from data.road import (PARTS, Records, described, dialogues_of, fill, keep_for_j
                        proposals, strings, write_documents)
 from data.splits import ONE_IN, HeldOutReplies, assign, prompt_key, replies_in, split_key
 from data.texts import Texts
-from runtime.lines import parse_line, read_lines
-from runtime.options import UserError
+from runtime.options import Options, UserError, option
+from runtime.rows import ENDINGS, read_rows
 
 READING = ("skip_bad", "fields")  # options that all files have
 KINDS = {"judge": "reward"}  # the stage whose records a file has, where its name is another
 Files = dict[tuple[str, str], pathlib.Path]  # (stage, split) -> file
+
+
+@dataclasses.dataclass
+class OwnOptions(Options):
+    """How files of one's own are read."""
+
+    skip_bad: bool = option(False, "leave out bad lines of your own files, and say how many")
+    fields: str = option("", "your files' names for ours: prompt=question,chosen=good")
+    template: str = option("", "instruction around your prompts, with {prompt} in it")
+    judge_share: float = option(-1.0, "share of your feedback kept for judges; -1: half of 2,000 records "
+                                      "and more, a fifth of fewer", low=-1, high=0.9)
+    traceback: bool = option(False, "show where in the code an error arose")
 
 
 def own_data_set(path: pathlib.Path, fields: str = "", template: str = "") -> DataSet:
@@ -39,25 +53,26 @@ def own_data_set(path: pathlib.Path, fields: str = "", template: str = "") -> Da
     words = {"vocab_size": stages != {"ppo"}, "template": True, "judge_share": "reward" in stages}
     template = template or "{prompt}"
     return DataSet("own", source=lambda path, downloads: list(files.values()), template=template,
-                   build=functools.partial(build, list(files), template), version=5,
+                   build=functools.partial(build, list(files), template), version=6,
                    options=(*READING, *(name for name, works in words.items() if works)))
 
 
 def find_files(path: pathlib.Path, fields: dict[str, str] | None = None) -> Files:
-    """The user's files by (stage, split), plain or gzipped. The stage of a single file is that of
-    its first record. UserError if a folder has no training file, or one in both forms."""
+    """The user's files by (stage, split), of any ENDINGS, plain or gzipped. The stage of a single file
+    is that of its first record. UserError if a folder has no training file, or one in two forms."""
     if path.is_file():
         return {(stage_of(path, fields), "train"): path}
     files: Files = {}
     places = [*itertools.product(FIELDS, SPLITS), ("judge", "train")]
-    for (stage, split), suffix in itertools.product(places, ("", ".gz")):
-        file = path / (file_name(stage, split) + suffix)
-        if os.path.lexists(file) and files.setdefault((stage, split), file) != file:
-            raise UserError(f"{path}: {file_name(stage, split)} is there, and so is {file.name}: "
-                            "keep one of them")
+    endings = [ending + zipped for ending in ENDINGS for zipped in ("", ".gz")]
+    for (stage, split), ending in itertools.product(places, endings):
+        file = path / file_name(stage, split).replace(".jsonl", ending)
+        if os.path.lexists(file) and (other := files.setdefault((stage, split), file)) != file:
+            raise UserError(f"{path}: {other.name} is there, and so is {file.name}: keep one of them")
     if not any(split == "train" for _, split in files):
         raise UserError(f"{path}: none of {', '.join(f'{s}.jsonl' for s in FIELDS)} is there")
-    say_unread(path, tuple(sorted({*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")} - {*files.values()})))
+    say_unread(path, tuple(sorted({file for ending in endings for file in path.glob("*" + ending)}
+                                  - {*files.values()})))
     return files
 
 
@@ -73,11 +88,11 @@ def say_unread(path: pathlib.Path, files: Sequence[pathlib.Path]) -> None:
 def stage_of(path: pathlib.Path, fields: dict[str, str]) -> str:
     """The stage of a file, by its first record that has a form; UserError if no line has one."""
     first = ""
-    for number, line in read_lines(path):
+    for row in read_rows(path):
         try:
-            return form_of(renamed(parse_line(line), fields)).stage
+            return form_of(renamed(row.value(), fields)).stage
         except ValueError as error:  # it is reported, or left out, with other bad lines
-            first = first or f", line {number}: {error}"
+            first = first or f", {row.place}: {error}"
     raise UserError(f"{path}{first or ': holds no records'}; docs/data.md has the forms that are read")
 
 

@@ -2,7 +2,9 @@
 
     python -m data.prepare reviews [--source FOLDER] [--vocab_size N] [--limit N]
     python -m data.prepare shakespeare
-    python -m data.prepare FILE.jsonl
+    python -m data.prepare FILE          .jsonl, .json, .csv or .tsv, or a folder of them; - is standard input
+    python -m data.prepare check FILE    what is in your file or folder; nothing is written
+    python -m data.prepare export FILE --to trl --out FOLDER       your records for other tools
     python -m data.prepare --list        what is prepared, and whether it is whole
     python -m data.prepare --clean       remove what no run can use
 
@@ -18,18 +20,21 @@ import os
 import pathlib
 import shutil
 import sys
+import tempfile
 from typing import Any, TypeVar
 
 from data.downloads import url_name, web_download
 from data.dataset import OPTIONS, DataSet, DataWriter, Part, refuse_zip
 from data.folders import clean, file_digest, list_folders, seal, sync, temporary_folder
-from data.own import own_data_set
+from data.own import OwnOptions, own_data_set
 from data.prepared import Prepared
 from data.sets import DATA_SETS
 from runtime.options import Options, UserError, option, parse, presets_of, run_main
 from runtime.tables import table
+from runtime.rows import keep_input
 from runtime.terminal import advice, memory_advice, reading
 
+TOOLS = ("trl", "kto", "llama-factory")  # that data/export.py writes for
 T = TypeVar("T", bound=Options)
 VERSION = 4  # of the stored form; raise it to make folders prepared earlier unused
 CACHE = pathlib.Path(os.environ.get("MOSSLET_CACHE") or pathlib.Path(__file__).parent / "cache")
@@ -54,7 +59,14 @@ def find_data_set(data: str, fields: str = "", template: str = "") -> DataSet:
             return own_data_set(path, fields, template)
     near = difflib.get_close_matches(data, DATA_SETS, 1)
     raise UserError(f"unknown data set {data!r}{f'; did you mean {near[0]}?' if near else ''}: use "
-                    f"{' or '.join(DATA_SETS)}, or the path of a .jsonl file or a folder of them")
+                    f"{' or '.join(DATA_SETS)}, the path of a .jsonl, .json, .csv or .tsv file or of a folder "
+                    "of them, or - for standard input")
+
+
+def kept_input(data: str) -> str:
+    """What --data names; of -, the file in the cache that standard input is kept as, so that later stages
+    and --resume can read it, too."""
+    return str(keep_input(sys.stdin.buffer, CACHE / "downloads")) if data == "-" else data
 
 
 def prepare(data: str, *, source: str | None = None, cache: str | os.PathLike | None = None,
@@ -185,27 +197,75 @@ def open_stage(o: T, stage: str) -> tuple[Prepared, T]:
 # ---- command line --------------------------------------------------------------------------------
 
 @dataclasses.dataclass
-class PrepareOptions(Options):
-    """`python -m data.prepare NAME`"""
+class ReadingOptions(OwnOptions):
+    """What is read, and how."""
 
     source: str = option("", "file, folder, archive or URL of the raw data; empty: download it")
     vocab_size: int = option(4096, "tokens of the vocabulary, six special ones included", low=262,
                              high=1_000_000)
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
-    skip_bad: bool = option(False, "leave out bad lines of your own files, and say how many")
-    fields: str = option("", "your files' names for ours: prompt=question,chosen=good")
-    template: str = option("", "instruction around your prompts, with {prompt} in it")
-    judge_share: float = option(-1.0, "share of your feedback kept for judges; -1: half of 2,000 records "
-                                      "and more, a fifth of fewer", low=-1, high=0.9)
+
+
+@dataclasses.dataclass
+class PrepareOptions(ReadingOptions):
+    """`python -m data.prepare NAME`"""
+
     list: bool = option(False, "list the prepared folders, and whether each is whole")
     clean: bool = option(False, "remove prepared folders that are damaged, left by a stopped "
                                 "process or of an earlier version; the others stay")
-    traceback: bool = option(False, "show where in the code an error arose")
+
+
+@dataclasses.dataclass
+class ExportOptions(ReadingOptions):
+    """`python -m data.prepare export NAME|FILE|FOLDER --to TOOL --out FOLDER`"""
+
+    to: str = option("trl", "the tool that is to read the files", choices=TOOLS)
+    out: str = option("", "folder to write to, one file a split; none of them may be there yet")
+
+
+def check_command(name: str, argv: list[str]) -> int:
+    """`check`: 0 if all is well with the user's files, 1 if not."""
+    from data.check import CheckOptions, check  # here: it imports torch, which preparing does without
+    o = parse(CheckOptions, argv, "-m data.prepare check FILE|FOLDER")
+    if not name:
+        raise UserError("usage: python -m data.prepare check FILE|FOLDER|- [--fields …] [--skip_bad] "
+                        "[--from CHECKPOINT] [--examples N]")
+    with tempfile.TemporaryDirectory() as folder:
+        path = keep_input(sys.stdin.buffer, pathlib.Path(folder)) if name == "-" else pathlib.Path(name)
+        if name in DATA_SETS or (path / "meta.json").exists():
+            raise UserError(f"check is for files of your own, and {name} is made by Mosslet: `python -m "
+                            "tools.show FILE.jsonl` shows the records of a prepared folder")
+        data_set = find_data_set(str(path), o.fields, o.template)
+        if "judge_share" not in data_set.options:
+            o.refuse("judge_share", why=f"on {name}: {NO_EFFECT['judge_share']}")
+        for file in data_set.source(None, CACHE / "downloads"):
+            require_readable(file)
+        return check(path, o)
+
+
+def export_command(name: str, argv: list[str]) -> None:
+    """`export`: a prepared folder, a data set by name or the user's files, for another tool."""
+    from data.export import export  # as above
+    o = parse(ExportOptions, argv, "-m data.prepare export NAME|FILE|FOLDER")
+    if not (name and o.out):
+        raise UserError(f"usage: python -m data.prepare export {'|'.join(DATA_SETS)}|FILE|FOLDER --out "
+                        f"FOLDER [--to {'|'.join(TOOLS)}]")
+    if name not in DATA_SETS and (pathlib.Path(name) / "meta.json").exists():
+        o.refuse(*OPTIONS, why="on a prepared folder")
+        data = Prepared.load(pathlib.Path(name))
+    else:
+        data = open_for(o, kept_input(name))
+    export(data, o.to, pathlib.Path(o.out))
 
 
 @memory_advice("lower --limit, or prepare fewer texts")
-def main(argv: list[str]) -> None:
-    name = argv[0] if argv and not argv[0].startswith("-") else ""
+def main(argv: list[str]) -> int | None:
+    command = {"check": check_command, "export": export_command}.get(argv[0] if argv else "")
+    if command:
+        argv = argv[1:]
+    name = argv[0] if argv and (argv[0] == "-" or not argv[0].startswith("-")) else ""
+    if command:
+        return command(name, argv[bool(name):])
     o = parse(PrepareOptions, argv[bool(name):], "-m data.prepare NAME")
     if o.list or o.clean:
         command = "clean" if o.clean else "list"
@@ -214,9 +274,10 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{command} is about all prepared folders: leave out {name}")
         return (clean if o.clean else list_folders)(CACHE)
     if not name:
-        raise UserError(f"usage: python -m data.prepare {'|'.join(DATA_SETS)}|FILE.jsonl|FOLDER "
-                        "[--name=value …], or --list, or --clean; --help lists the options")
-    data = open_for(o, name)
+        raise UserError(f"usage: python -m data.prepare {'|'.join(DATA_SETS)}|FILE|FOLDER|- "
+                        "[--name=value …], or check FILE|FOLDER, or export NAME|FILE|FOLDER, or --list, "
+                        "or --clean; --help lists the options")
+    data = open_for(o, kept_input(name))
     print(data.folder)
     for name, count in data.meta["counts"].items():
         print(f"  {name}: {count}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from data.dataset import tells
 from data.folders import damage
 from data.records import FIELDS
 from data.tokenizer import Tokenizer
@@ -71,10 +72,10 @@ class Prepared:
         """Whether there are training records for this stage."""
         return (self.folder / f"{stage}_train.jsonl").exists()
 
-    def has_labels(self, stage: str, split: str = "test") -> bool:
-        """Whether this split's feedback consists of labels, and both 0 and 1 occur."""
-        return (self.has(stage)
-                and {r.get("label") for r in self.records(stage, split)} == {0, 1})
+    def feedback(self, split: str) -> str:
+        """The kind of this split's feedback: pairs, scores or labels; "" without any that tells
+        something apart."""
+        return tells(self.records("reward", split)) if self.has("reward") else ""
 
     def records(self, stage: str, split: str) -> list[dict]:
         """A stage's records of a split (train, val, test); UserError if there are none."""

@@ -4,17 +4,27 @@ Nothing here knows a model. A reply's ids are what was sampled, control tokens i
 distinct-2 and the reward model read them. Its text (`Tokenizer.reply_text`) has no control tokens:
 judges and people read it.
 """
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from data.agreement import MEASURES, TITLES, main_measure, show_agreement, truth_of
+from data.batches import prompt_ids
+from data.dataset import SPLITS, feedback_of
 from data.prepared import Prepared
-from data.records import prompt_text
+from data.records import as_messages, prompt_text
+from data.sets import DATA_SETS
 from data.tokenizer import Tokenizer
-from runtime.statistics import (accuracy, auc, distinct_n, interval, mean_interval, positive_share,
-                                reply_statistics, win_rate)
+from runtime.statistics import (accuracy, auc, cut_alike, distinct_interval, distinct_n, interval,
+                                mean_interval, positive_share, reply_statistics, win_rate)
 from runtime.tables import table
+
+
+NOT_FIGURES = ("prompt", "reply", "tokens", "ended", "kl_k1")  # of a reply's record
+SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 
 
 # ---- figures of a set of replies -----------------------------------------------------------------
@@ -26,8 +36,8 @@ def by_judge(metric: str, name: str) -> str:
 
 def judged_by(judges: dict[str, Any], prompts: Sequence,
               texts: Sequence[str]) -> tuple[dict[str, float], dict[str, Sequence[float]]]:
-    """(mean P(liked) by every judge and the share above one half; P(liked) of each prompt with its
-    reply)."""
+    """(every judge's mean and its share above one half; what it says of each prompt with its reply).
+    """
     metrics, probs = {}, {}
     for name, judge in judges.items():
         probs[by_judge("judge", name)] = p = np.asarray(judge.probs(prompts, texts)).tolist()
@@ -54,19 +64,74 @@ def describe(prompts: Sequence, texts: Sequence[str], rows: list[list[int]], tok
     return metrics, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def people_wrote(data: Prepared, tokenizer: Tokenizer, reply_len: int,
-                 split: str = "val") -> list[tuple[str, list[dict], list[list[int]]]]:
-    """Liked and disliked texts by people as (name, records, rows): those that fit the reply length
-    and whose openings are among the policies' held-out ones."""
+def people_wrote(data: Prepared, tokenizer: Tokenizer, reply_len: int, split: str = "val",
+                 limit: float = math.inf) -> list[tuple[str, list[dict], list[list[int]]]]:
+    """What people wrote and others preferred or did not, as (name, records {"prompt", "response"},
+    rows): replies that fit the reply length and whose openings are among the policies' held-out
+    ones, each once. limit: tokens of a prompt. Of ratings those above and below their mean; without
+    feedback all replies.
+    """
     lines, openings = [], {prompt_text(record["prompt"]) for record in data.records("ppo", split)}
-    for name, label in (("people, liked", 1), ("people, disliked", 0)):
-        records = [r for r in data.records("reward", split) if r.get("label") == label
-                   and prompt_text(r["prompt"]) in openings]
+    for name, replies in by_opinion(data, split).items():
+        replies = {(prompt_text(prompt), text): prompt for prompt, text in replies}
+        records = [{"prompt": prompt, "response": text} for (opening, text), prompt in replies.items()
+                   if opening in openings
+                   and len(prompt_ids(tokenizer, prompt, data.template)) <= limit]
         rows = [[*tokenizer.encode(r["response"]), tokenizer.eom_id] for r in records]
         fits = [(r, row) for r, row in zip(records, rows, strict=True) if len(row) <= reply_len]
         if fits:
-            lines.append((name, [r for r, _ in fits], [row for _, row in fits]))
+            lines.append((f"people{name}", [r for r, _ in fits], [row for _, row in fits]))
     return lines
+
+
+def by_opinion(data: Prepared, split: str) -> dict[str, list[tuple[Any, str]]]:
+    """(prompt, reply) of a split's feedback by what people thought of them; of dialogues without
+    feedback all together."""
+    if not data.has("reward"):
+        return {"": references(data, split)} if data.has("sft") else {}
+    records = data.records("reward", split)
+    kind = feedback_of(records[0])
+    if kind == "pairs":
+        return {name: [(r["prompt"], r[field]) for r in records if not r.get("tie")]
+                for name, field in ((", preferred", "chosen"), (", not preferred", "rejected"))}
+    names = (", liked", ", disliked") if kind == "labels" else (", preferred", ", not preferred")
+    field = kind.removesuffix("s")
+    middle = 0.5 if kind == "labels" else sum(r[field] for r in records) / len(records)
+    return {name: [(r["prompt"], r["response"]) for r in records if (r[field] > middle) == high]
+            for name, high in zip(names, (True, False), strict=True)}
+
+
+def references(data: Prepared, split: str) -> list[tuple[Any, str]]:
+    """(prompt, reply) of a split's dialogues."""
+    messages = [as_messages(r, "{prompt}") for r in data.records("sft", split)]
+    return [(r.get("prompt", m[:-1]), m[-1]["content"])
+            for r, m in zip(data.records("sft", split), messages, strict=True)]
+
+
+class Measures:
+    """The figures that a data set has of its own (`DataSet.measures`), of replies to prompts of a
+    split."""
+
+    def __init__(self, data: Prepared, split: str):
+        known = DATA_SETS.get(data.meta["data"])
+        self.function, self.folder = known.measures if known else None, data.folder
+        self.references = {prompt_text(prompt): reply for prompt, reply in (
+            references(data, split) if self.function and data.has("sft") else ())}
+
+    def add(self, metrics: dict[str, float], records: list[dict]) -> list[str]:
+        """Add to each reply's record what is measured of it (None: nothing to measure), and to
+        metrics the means; returns the names."""
+        if self.function is None:
+            return []
+        prompts, texts = ([r[key] for r in records] for key in ("prompt", "reply"))
+        wanted = [self.references.get(prompt_text(prompt)) for prompt in prompts]
+        found = self.function(self.folder, prompts, texts, None if None in wanted else wanted)
+        for name, values in found.items():
+            known = [float(x) for x in values if x is not None]
+            metrics[name] = float(np.mean(known)) if known else math.nan
+            for record, value in zip(records, values, strict=True):
+                record[name] = value
+        return list(found)
 
 
 def table_row(name: str, metrics: dict[str, float], records: list[dict],
@@ -74,20 +139,49 @@ def table_row(name: str, metrics: dict[str, float], records: list[dict],
     """A line of the report: the metrics, and 95 % intervals over the prompts by name."""
     values = {"length": [r["tokens"] for r in records]}
     for key in records[0]:
-        if key in ("kl", "raw_score"):
-            values[key] = [r[key] for r in records]
-        elif key.startswith("judge"):
+        if key.startswith("judge"):
             values[key.replace("judge", "judged_positive")] = [r[key] > 0.5 for r in records]
+        elif key not in NOT_FIGURES:
+            values[key] = [r[key] for r in records]
+    intervals = {}
+    for key, of_replies in values.items():
+        by_prompt = np.ma.masked_invalid(np.array(of_replies, float).reshape(-1, samples)).mean(1)
+        intervals[key] = list(mean_interval(np.ma.compressed(by_prompt))[1:]) if by_prompt.count() else []
     return {"name": name, "replies": len(records), **metrics,
-            "intervals": {key: list(mean_interval(x, samples)[1:]) for key, x in values.items()}}
+            "intervals": {key: ends for key, ends in intervals.items() if ends}}
 
 
-def opinions_on_labels(judges: dict[str, Any], records: list[dict]) -> dict[str, dict[str, str]]:
-    """How right every judge is about labelled texts, with intervals."""
-    texts = [[r[key] for r in records] for key in ("prompt", "response")]
-    probs, labels = {name: j.probs(*texts) for name, j in judges.items()}, [r["label"] for r in records]
-    return {name: {"auc": interval(auc, p, labels), "accuracy": interval(accuracy, p, labels)}
-            for name, p in probs.items()}
+def add_distinct(lines: Sequence[dict], answers: Sequence[list[list[int]]],
+                 others: Sequence[list[list[int]]]) -> None:
+    """Add distinct-2, with interval, to the table's lines: of the policies' `answers` and of `others`,
+    all cut to the same number of bigrams. Of others with less than a quarter of the policies' text
+    there is none: it would be cut to theirs, which says little."""
+    sizes = [sum(max(0, len(row) - 1) for row in rows) for rows in (*answers, *others)]
+    enough = min(sizes[:len(answers)]) / 4
+    kept = [n >= enough for n in sizes]
+    cut = cut_alike(answers, [rows for rows, keep in zip(others, kept[len(answers):], strict=True) if keep])
+    for line, rows in zip(itertools.compress(lines, kept), cut, strict=True):
+        line["distinct2"], *line["intervals"]["distinct2"] = distinct_interval(rows)
+        line["bigrams"] = sum(max(0, len(row) - 1) for row in rows)
+
+
+def opinions_on_feedback(judges: dict[str, Any], records: list[dict]) -> dict[str, dict[str, str]]:
+    """How right every judge is about people's feedback of one kind, with intervals: AUC and accuracy
+    on labels, accuracy on pairs, correlation with ratings."""
+    kind = feedback_of(records[0])
+    fields = ("chosen", "rejected") if kind == "pairs" else ("response",)
+    opinions, prompts = {}, [r["prompt"] for r in records]
+    for name, judge in judges.items():
+        probs = [np.asarray(judge.probs(prompts, [r[field] for r in records])) for field in fields]
+        if kind == "labels":
+            truth = truth_of(records)
+            opinions[name] = {"auc": interval(auc, probs[0], truth),
+                              "accuracy": interval(accuracy, probs[0], truth)}
+        else:
+            main = main_measure(kind)
+            difference = probs[0] - probs[-1] if kind == "pairs" else probs[0]
+            opinions[name] = {main: interval(MEASURES[kind][main], difference, truth_of(records))}
+    return opinions
 
 
 def win_rates(replies: dict[str, list[dict]], policies: Sequence[str], judges: Sequence[str],
@@ -112,6 +206,56 @@ def win_rates(replies: dict[str, list[dict]], policies: Sequence[str], judges: S
     return wins
 
 
+def warnings_of(policies: Sequence[dict], first: str, last: str) -> list[str]:
+    """What the last policy lost against the first: variety, or the ends of its replies."""
+    before, after = (next(row for row in policies if row["name"] == name) for name in (first, last))
+    signs = (("distinct2", "distinct-2", 0.85, "its replies repeat each other more"),
+             ("end_rate", "ends", 0.90, "more of its replies are cut off"))
+    return [f"{title} of {last} is {after[key]:.3f}, below {share:.0%} of {first}'s {before[key]:.3f}: "
+            f"{what}; a higher price of KL (--kl_coef) or fewer --updates keep it nearer to {first}"
+            for key, title, share, what in signs if after[key] < share * before[key]]
+
+
+def missing(data: Prepared, split: str, *, judges: Sequence[str], reward_model: bool) -> list[str]:
+    """What the report could not say, and what to bring for it."""
+    lines, name = [], {"val": "validation"}.get(split, split)
+    if not judges:
+        lines.append("no judge: none of the feedback was kept for one, so that only the reward model that was "
+                     "trained against says what is better: bring more records of feedback, or judge.jsonl")
+    elif "transformer" not in judges:
+        lines.append("no second judge: `python train.py judge` trains it")
+    if not data.has("reward"):
+        lines.append("no table of the reward model: there is no feedback by people; bring reward.jsonl")
+    elif not data.feedback(split):
+        lines.append(f"no table of the reward model: the feedback of {name} tells nothing apart; bring "
+                     f"more, or reward_{split}.jsonl")
+    if not reward_model:
+        lines.append("no raw scores and no best of 16: there is no reward model beside these policies; "
+                     "--reward_from names one")
+    return lines
+
+
+def splits_used(counts: dict[str, Any]) -> dict[str, list[int]]:
+    """{stage: records of train, val and test} of a prepared data set's counts."""
+    stages = dict.fromkeys(name.rsplit("_", 1)[0] for name, n in counts.items()
+                           if isinstance(n, int) and name.endswith("_train"))
+    return {stage: [counts.get(f"{stage}_{split}", 0) for split in SPLITS] for stage in stages}
+
+
+def drawn_pairs(before: list[dict], after: list[dict], drawn: Sequence[int]) -> list[dict[str, Any]]:
+    """Replies of two policies to the same openings: the prompt as one text and as turns, and both
+    records."""
+    return [{"prompt": prompt_text(before[i]["prompt"]), "turns": turns_of(before[i]["prompt"]),
+             "before": before[i], "after": after[i]} for i in drawn]
+
+
+def turns_of(prompt: str | list[dict[str, str]]) -> list[list[str]]:
+    """[speaker, text] of each message of a prompt; the speaker of a text is ""."""
+    if isinstance(prompt, str):
+        return [["", prompt]]
+    return [[SPEAKERS[m["role"]], m["content"]] for m in prompt]
+
+
 # ---- the report in words -------------------------------------------------------------------------
 
 COLUMNS = {"raw_score": "raw score", "kl": "KL, nats", "distinct2": "distinct-2",
@@ -125,18 +269,28 @@ def report_name(name: str, split: str) -> str:
     return name if split == "val" else f"{stem}_{split}.{ending}"
 
 
-def show_policies(lines: list[dict], judges: Sequence[str]) -> str:
+def policy_columns(report: dict[str, Any]) -> dict[str, str]:
+    """Key and title of the columns of the policies' table: what judges say, the parts of the reward,
+    what the data set measures of its own, and what all have."""
+    judges = report["judges"]
+    positive = "above average" if report["feedback"] in ("pairs", "scores") else "judged positive"
+    titles = [positive, *(f"… {name}" for name in judges[1:])]
+    own = dict.fromkeys(key for row in report["policies"] for key in row["intervals"]
+                        if key not in COLUMNS and not key.startswith("judged_positive"))
+    return {"name": "", "replies": "n",
+            **{by_judge("judged_positive", name): title for name, title in zip(judges, titles, strict=False)},
+            **{key: key.replace("part_", "reward: ") for key in own}, **COLUMNS}
+
+
+def show_policies(report: dict[str, Any]) -> str:
     """The policies' table in characters; figures with half their interval's width."""
-    titles = ["judged positive", *(f"… {name}" for name in judges[1:])]
-    columns = {"name": "", "replies": "n", **{by_judge("judged_positive", judge): title for judge, title
-                                             in zip(judges, titles, strict=False)}, **COLUMNS}
     rows = [line | {key: (line[key], *ends) for key, ends in line["intervals"].items()}
             | ({"kl": f"≤ {line['kl_bound']:.2f}"} if "kl_bound" in line else {})
-            for line in lines]
-    return table(rows, columns)
+            for line in report["policies"]]
+    return table(rows, report["columns"])
 
 
-def render_report(report: dict[str, Any], name: str, reward_columns: dict[str, str]) -> str:
+def render_report(report: dict[str, Any], name: str) -> str:
     """The report of evaluate.py as Markdown."""
     rows, split = report["policies"], {"val": "validation"}.get(report["split"], report["split"])
     settings = report["settings"]
@@ -147,22 +301,34 @@ def render_report(report: dict[str, Any], name: str, reward_columns: dict[str, s
              f"what people wrote. Judged by {', then by '.join(report['judges']) or 'nobody'}; ± is "
              f"half a 95 % interval over openings; KL per reply; distinct-2 over "
              f"{rows[0]['bigrams']} bigrams each; under 8: share of replies with fewer tokens; "
-             "perplexity: the reference's.", show_policies(rows, report["judges"])]
+             "perplexity: the reference's.", show_policies(report)]
+    parts += [f"Warning: {warning}." for warning in report.get("warnings", ())]
     parts += [f"{row['control']:.1%} of the replies of {row['name']} hold control tokens other than "
               "the end; texts do not show them." for row in rows if row["control"]]
-    if "reward" in report:
-        parts += ["## Reward model", table(report["reward"], reward_columns),
-                  f"The n-gram regression, chosen on validation: {report['baseline']}."]
-    parts += [f"The judge {judge} itself, on {split} texts: AUC {own['auc']}, accuracy "
-              f"{own['accuracy']}." for judge, own in report.get("judge", {}).items()]
     parts += ["The judge {judge} prefers the reply of {policy} to that of {over} on {0:.1%} of the "
               "openings [{1:.1%}, {2:.1%}].".format(*wins["win_rate"], **wins)
               for wins in report["win_rates"]]
+    parts += [f"The judge {judge} itself, on {split} texts: "
+              + ", ".join(f"{TITLES[key]} {value}" for key, value in own.items()) + "."
+              for judge, own in report.get("judge", {}).items()]
+    parts += [f"Missing: {line}." for line in report.get("missing", ())]
+    if "reward" in report:
+        parts += ["## Reward model", show_agreement(report["reward"], report["agreement"])]
     if report["pairs"]:
-        parts += ["## Before and after", *(
-            f"**{pair['prompt']}**\n- {report['first']}: {pair['before']['reply']}\n"
-            f"- {report['last']}: {pair['after']['reply']}" for pair in report["pairs"])]
+        parts += ["## Before and after", *(show_pair(pair, report) for pair in report["pairs"])]
+    if "records" in report:
+        parts += ["## Records of training, validation and test", ", ".join(
+            f"{stage} {' / '.join(f'{n:,}' for n in counts)}"
+            for stage, counts in report["records"].items())]
     if "seconds" in report:
         parts += ["## Seconds", ", ".join(f"{stage} {s:.0f}"
                                           for stage, s in report["seconds"].items())]
     return "\n\n".join(parts)
+
+
+def show_pair(pair: dict[str, Any], report: dict[str, Any]) -> str:
+    """A prompt, turn by turn, and the replies of both policies to it."""
+    turns = [(f"**{speaker}:** {text}" if speaker else f"**{text}**") for speaker, text in pair["turns"]]
+    replies = [f"- {report[which]}: " + pair[when]["reply"].replace("\n", "\n  ")
+               for which, when in (("first", "before"), ("last", "after"))]
+    return "\n\n".join(turns) + "\n" + "\n".join(replies)

@@ -12,8 +12,6 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 
-from tqdm import tqdm
-
 from data.dataset import SPLITS, DataWriter, Part, feedback_of, text_hash
 from data.records import as_messages
 from data.splits import split_key
@@ -33,7 +31,9 @@ def preferred(feedback: Sequence[dict], mean: float | None) -> list[dict]:
     """sft records of the replies that people chose, liked, or rated above the mean; None: of labels and
     ratings all of them. Each stands once."""
     def is_meant(r: dict) -> bool:
-        return "chosen" in r or mean is None or (r["label"] == 1 if "label" in r else r["score"] > mean)
+        if "chosen" in r:  # of a tie neither reply
+            return "tie" not in r or mean is None
+        return mean is None or (r["label"] == 1 if "label" in r else r["score"] > mean)
 
     found = [{"prompt": r["prompt"], "response": r.get("chosen", r.get("response"))}
              for r in feedback if is_meant(r)]
@@ -111,8 +111,7 @@ def write_documents(out: DataWriter, split: str, texts: Texts | Sequence,
                     dialogues: Sequence[list[dict[str, str]]]) -> None:
     """Encode the texts and the dialogues of a split one after another."""
     def documents() -> Iterator[tuple[str, list[int]]]:
-        bar = tqdm(texts, desc=f"{split} texts", unit="text", disable=None, dynamic_ncols=True)
-        for record in bar if len(texts) else ():
+        for record in texts:
             yield "text", [out.tokenizer.eot_id, *out.tokenizer.encode(record["text"])]
         for messages in dialogues:
             yield "dialogue", [out.tokenizer.eot_id, *out.tokenizer.render_chat(messages)[0]]

@@ -13,7 +13,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from data.dataset import text_hash
+from data.dialogues import transcript
+from data.hashing import text_hash
 from data.records import prompt_text
 
 ONE_IN = 20  # keys: one of so many is for validation, one for test
@@ -38,9 +39,7 @@ def dialogue(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
     """A prompt or text as messages; a text may be a transcript, `Human: …\\n\\nAssistant: …`."""
     if isinstance(prompt, list):
         return prompt
-    parts = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", prompt)[1:]
-    messages = [{"role": "user" if speaker == "Human" else "assistant", "content": content}
-                for speaker, content in zip(parts[::2], parts[1::2], strict=True) if content.strip()]
+    messages = [message for message in transcript(prompt) if message["content"]]
     heard = any(message["role"] == "user" for message in messages)
     return messages if heard else [{"role": "user", "content": prompt}]
 

@@ -9,32 +9,31 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from data.records import read_records, records_in, report_bad, say_forms
-from runtime.lines import parse_line, read_lines
 from runtime.options import UserError
+from runtime.rows import read_rows
 
 SAMPLE = 2**24  # bytes of text that a vocabulary is learned from: 0.5 GB of memory, minutes
 PIECE = 4096  # characters of a text that are drawn together
 
 
 class Texts:
-    """Some of the records {"text"} of a JSON Lines file, in its order; each iteration reads the file
-    anew.
+    """Some of the records {"text"} of a file, in its order; each iteration reads the file anew.
 
-    lines, sizes (records,): the line number of each record of the file, and the bytes of its text.
+    rows, sizes (records,): the number of each record's row in the file, and the bytes of its text.
     chosen (records,): which of them are meant.
     """
 
     def __init__(self, path: pathlib.Path, skip_bad: bool = False, fields: dict[str, str] | None = None):
         """Check every line, and choose all texts; UserError as in `load_records`."""
-        lines, sizes, bad, forms = array("q"), array("q"), [], collections.Counter()
+        rows, sizes, bad, forms = array("q"), array("q"), [], collections.Counter()
         for number, record in read_records(path, "pretrain", bad, forms, fields):
-            lines.append(number)
+            rows.append(number)
             sizes.append(len(record["text"].encode()))
-        report_bad(path, "pretrain", bad, len(lines), skip_bad)
+        report_bad(path, "pretrain", bad, len(rows), skip_bad, forms)
         say_forms(path, forms)
         self.fields = fields
-        self.path, self.lines, self.sizes = path, np.array(lines), np.array(sizes)
-        self.chosen = np.ones(len(lines), bool)
+        self.path, self.rows, self.sizes = path, np.array(rows), np.array(sizes)
+        self.chosen = np.ones(len(rows), bool)
 
     def where(self, keep: Iterable[bool]) -> "Texts":
         """Those of the chosen texts for which `keep`, which goes through them, has True."""
@@ -44,14 +43,14 @@ class Texts:
         return some
 
     def __iter__(self) -> Iterator[dict]:
-        wanted = np.zeros(self.lines[-1] + 1, bool)
-        wanted[self.lines[self.chosen]] = True
-        count = 0
+        wanted = np.zeros(self.rows[-1] + 1, bool)
+        wanted[self.rows[self.chosen]] = True
+        wanted, count = wanted.tobytes(), 0
         try:
-            for (_, line), chosen in zip(read_lines(self.path), wanted[1:].tobytes(), strict=False):
-                if chosen:
+            for row in read_rows(self.path, progress=True):
+                if row.number < len(wanted) and wanted[row.number]:
                     count += 1
-                    yield from records_in(parse_line(line), "pretrain", self.fields)[1]
+                    yield from records_in(row.value(), "pretrain", self.fields)[1]
             if count < len(self):
                 raise ValueError
         except ValueError:

@@ -22,6 +22,7 @@ PURPOSES = {
     "prefix": 6,  # which replies the reward model sees cut, and where
     "reply": 7,  # tokens of sampled replies
     "minibatch": 8,  # order of a rollout's rows in an epoch of PPO
+    "bootstrap": 9,  # how often a record counts for a member of an ensemble
 }
 
 

@@ -1,5 +1,5 @@
-"""JSON Lines as every reader here takes them: one JSON value a line, plain or gzipped, whatever the
-name of the file.
+"""Lines of files as every reader here takes them, plain or gzipped, and the JSON value of a line.
+runtime/rows.py reads records from them, of tables and JSON arrays, too.
 
 A line ends at a line feed and nowhere else. `str.splitlines` would also end it at U+2028, U+2029
 and U+0085, which JSON leaves in a text as they are.
@@ -13,28 +13,37 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+from runtime.file_progress import FileProgress
 from runtime.terminal import UserError, advice
 
 GZIP = b"\x1f\x8b"  # how such a file begins
 OTHERS = {b"BZh": "a .bz2 file", b"\xfd7zXZ": "an .xz file", b"(\xb5/\xfd": "a .zst file",
           b"7z\xbc\xaf": "a .7z archive", b"Rar!": "a .rar archive", b"PAR1": "a Parquet file",
+          b"PK\x03\x04": "a .zip archive, or a spreadsheet: save that as CSV UTF-8",
+          b"\xd0\xcf\x11\xe0": "a spreadsheet: save it as CSV UTF-8",
           b"\xff\xfe": "text in UTF-16", b"\xfe\xff": "text in UTF-16"}
 LONGEST = 2**28  # bytes of a line
 UNPACKED = 2**30  # bytes that any archive may unpack to; a larger one holds at most
 TIMES = 200  # times its own size: JSON Lines come to 20, and a bomb to 1000
+STEP = 2**20  # bytes between two looks at the progress
 
 
-def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: str | os.PathLike, progress: bool = False) -> Iterator[tuple[int, bytes]]:
     """(number from 1, line) of each line, its line feed included; gzip is unpacked on the way.
-    UserError if the file cannot be read."""
+    progress: show how much of the file is read. UserError if it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with (open(path, "rb") as file,
+              FileProgress(path, file) if progress else contextlib.nullcontext() as bar):
             gzipped = str(path).endswith(".gz") or file.peek(2)[:2] == GZIP
             size = os.fstat(file.fileno()).st_size
             lines, total, number = gzip.GzipFile(fileobj=file) if gzipped else file, 0, 0
+            shown = 0
             _refuse_others(path, lines.peek(512)[:512])
             while line := lines.readline(LONGEST + 1):
                 number, total = number + 1, total + len(line)
+                if bar and total >= shown + STEP:
+                    shown = total
+                    bar.update()
                 if len(line) > LONGEST:
                     raise UserError(f"{path}, line {number}: is longer than {LONGEST / 1e6:.0f} MB: "
                                     "divide it into several records")
@@ -54,15 +63,16 @@ def _refuse_others(path: str | os.PathLike, head: bytes) -> None:
     if head[257:262] == b"ustar":
         what = "a .tar archive"
     if what:
-        raise UserError(f"{path}: is {what}, which is not read: give JSON Lines in UTF-8, plain or as .gz")
+        raise UserError(f"{path}: is {what}, which is not read: give JSON Lines, .json, .csv or "
+                        ".tsv in UTF-8, plain or as .gz")
 
 
 def parse_line(line: bytes) -> Any:
     """The JSON value of a line; ValueError, with a reason for the user, if it holds none. A byte
     order mark is no part of it."""
     try:
-        return json.loads(line.decode("utf-8-sig"), parse_int=_whole_number,
-                          object_pairs_hook=_each_name_once)
+        return json.loads(line.decode("utf-8-sig"), parse_int=whole_number,
+                          object_pairs_hook=each_name_once)
     except UnicodeDecodeError:
         raise ValueError("not UTF-8: convert the file, or save it as that") from None
     except json.JSONDecodeError as error:
@@ -74,12 +84,12 @@ def parse_line(line: bytes) -> Any:
         raise ValueError("brackets nested too deeply") from None
 
 
-def _whole_number(digits: str) -> int | float:
+def whole_number(digits: str) -> int | float:
     """An int; of hundreds of digits a float, perhaps an infinite one: int() refuses thousands."""
     return int(digits) if len(digits) < 300 else float(digits)
 
 
-def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A dict; ValueError if a name has two values: one of them would be lost in silence."""
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -65,7 +65,8 @@ class Interrupt:
 def resume_command(o: Common) -> str:
     """The command that resumes what this process began, as it was typed and quoted for the shell.
     `train.py all` resumes without a flag."""
-    given, words = list(sys.argv[1:]), []
+    kept = {"-": o.data, "--data=-": f"--data={o.data}"}  # of standard input, the file that it became
+    given, words = [kept.get(word, word) for word in sys.argv[1:]], []
     typed = sys.orig_argv[:len(sys.orig_argv) - len(given)]  # with the interpreter
     if not typed or pathlib.Path(typed[-1]).stem != pathlib.Path(sys.argv[0]).stem:
         typed = ["python", "train.py"]  # main was called by other code

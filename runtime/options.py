@@ -59,6 +59,7 @@ def presets_of(cls: type) -> dict[str, dict[str, Any]]:
 class Options:
     """Base of the options' dataclasses. `explicit`: the names that were given as flags."""
 
+    TOTAL: ClassVar[str] = ""  # the option that says how long a run is
     explicit: frozenset[str] = frozenset()
 
     def replace(self: T, **changes: Any) -> T:
@@ -277,8 +278,8 @@ class Common(Options):
     }
 
     # The data.
-    data: str = option("reviews", "data set by name (docs/data.md), or your own .jsonl file or "
-                                  "folder")
+    data: str = option("reviews", "data set by name (docs/data.md), or your own file (.jsonl, .json, "
+                                  ".csv, .tsv) or folder; - is standard input")
     source: str = option("", "file, folder, archive or URL of the data set's raw files; empty: "
                              "download them")
     vocab_size: int = option(4096, "tokens of the vocabulary that is trained on the data, six "

@@ -28,6 +28,7 @@ from runtime.machine import (Interrupt, Interrupted, peak_memory_mb, resume_comm
 from runtime.options import Common, UserError, as_dict, show
 from runtime.products import pick_products, use_products
 from runtime.progress import Progress
+from runtime.same import is_longer, require_same
 from runtime.storage import is_whole, keep, open_plain, previous_of, replace_text, stored_state
 from runtime.tables import finite
 
@@ -96,10 +97,10 @@ class Compute:
 def data_name(data: str) -> str:
     """What a data set's folder is called: its name, or the whole last name of the path that it is.
 
-    >>> data_name("reviews"), data_name("texts/v1.0/"), data_name("v1.1.jsonl"), data_name("/")
+    >>> data_name("reviews"), data_name("texts/v1.0/"), data_name("v1.1.csv.gz"), data_name("/")
     ('reviews', 'v1.0', 'v1.1', 'root')
     """
-    return re.sub(r"(?<=.)\.jsonl(\.gz)?$", "", pathlib.Path(data).resolve().name) or "root"
+    return re.sub(r"(?<=.)\.(jsonl?|csv|tsv)(\.gz)?$", "", pathlib.Path(data).resolve().name) or "root"
 
 
 def run_folder(o: Common, stage: str) -> pathlib.Path:
@@ -153,10 +154,11 @@ class RunFolder:
         begun = self.checkpoint.exists() or self.older.exists()  # else nothing could be lost
         self.record = (read_config(self.path) or self._rebuilt()) if begun and not o.fresh else None
         if self.record is not None:
-            self._require_same(self.record)
+            require_same(o, stage, self.path, {**self.options, **parents}, self.record)
         self.resumes = self.record is not None
         # A finished run whose checkpoint is damaged repeats its last steps from the one before.
-        self.finished = self.resumes and self.record["finished"] and is_whole(self.checkpoint)
+        self.finished = (self.resumes and self.record["finished"] and is_whole(self.checkpoint)
+                         and not is_longer(o, self.record["options"]))
 
     def _rebuilt(self) -> dict[str, Any]:
         """config.json, written anew from the checkpoint; UserError if that does not tell what ran.
@@ -192,24 +194,6 @@ class RunFolder:
         except OSError:  # some network drives have no locks
             pass
         return file
-
-    def _require_same(self, record: dict) -> None:
-        """UserError, naming the differences, unless the run that is there is this one, to be
-        resumed."""
-        if not self.o.resume:
-            raise UserError(f"{self.path}: a run is there already: resume it with "
-                            f"`{resume_command(self.o)}`, start anew with --fresh, or choose "
-                            "another --out")
-        now = {**self.options, **self.parents}
-        skipped = self.o.not_compared()
-        before = {name: value for name, value in {**record["options"], **record["parents"]}.items()
-                  if name not in skipped}
-        differing = [f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-                     for name in sorted({*now, *before}) if now.get(name) != before.get(name)]
-        if differing:
-            raise UserError(f"{self.path}: the run there differs ({'; '.join(differing[:4])}"
-                            f"{' …' if differing[4:] else ''}): start anew with --fresh, or choose "
-                            "another --out")
 
     def begin(self, step: int, recovered: bool = False) -> None:
         """Make the folder this run's, from `step` on. Not before training begins: had anything been

@@ -1,4 +1,4 @@
-"""Agreement of scores with labels, comparison of systems, intervals by bootstrap, what replies look
+"""Agreement of scores with people, comparison of systems, intervals by bootstrap, what replies look
 like, running means."""
 import itertools
 import math
@@ -23,7 +23,17 @@ def _as_arrays(*sequences: Sequence) -> list[np.ndarray]:
     return arrays
 
 
-# ---- scores against labels -----------------------------------------------------------------------
+# ---- scores against what people said -------------------------------------------------------------
+
+def ranks(x: Sequence[float]) -> np.ndarray:
+    """(n,): the place of each number in ascending order, from 1; equal ones share their mean.
+
+    >>> ranks([3, 1, 3]).tolist()
+    [2.5, 1.0, 2.5]
+    """
+    _, rank, count = np.unique(x, return_inverse=True, return_counts=True)
+    return (count.cumsum() - (count - 1) / 2)[rank]
+
 
 def auc(scores: Sequence[float], labels: Sequence[int]) -> float:
     """Area under the ROC curve: the probability that a text with label 1 scores above one with
@@ -33,8 +43,7 @@ def auc(scores: Sequence[float], labels: Sequence[int]) -> float:
     0.875
     """
     scores, labels = _as_arrays(scores, labels)
-    _, rank, count = np.unique(scores, return_inverse=True, return_counts=True)
-    mean_rank = (count.cumsum() - (count - 1) / 2)[rank]  # from 1; tied scores share their mean
+    mean_rank = ranks(scores)
     n = int(labels.sum())
     if n in (0, len(labels)):
         raise UserError("AUC needs liked and disliked texts; all labels are the same")
@@ -66,6 +75,99 @@ def correlation(a: Sequence[float], b: Sequence[float]) -> float:
     return float(np.corrcoef(a / np.ptp(a), b / np.ptp(b))[0, 1])
 
 
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's: Pearson's correlation of the ranks."""
+    return correlation(ranks(a), ranks(b))
+
+
+def relative_error(predicted: Sequence[float], observed: Sequence[float]) -> float:
+    """Root of the mean squared distance, over the spread of what was observed: 1 is what predicting
+    the mean each time reaches. UserError if all that was observed is the same."""
+    predicted, observed = _as_arrays(predicted, observed)
+    return float(np.sqrt(np.mean((predicted - observed) ** 2)) / _spread(observed))
+
+
+def _spread(x: np.ndarray) -> float:
+    """Standard deviation; UserError if it is 0."""
+    if np.ptp(x) == 0:
+        raise UserError("all ratings are the same: nothing can be measured by them")
+    return float(x.std())
+
+
+def pair_accuracy(deltas: Sequence[float], outcomes: Sequence[float]) -> float:
+    """Share of the decided pairs whose first reply scores higher; equal scores count one half.
+
+    deltas: score of the first reply, which people preferred, less that of the second. outcomes: 1,
+    or 0.5 for a tie, which has no right side. UserError if all pairs are ties.
+    """
+    deltas, outcomes = _as_arrays(deltas, outcomes)
+    decided = deltas[outcomes != 0.5]
+    return share_above(decided, np.zeros(len(decided)))
+
+
+def confidence(deltas: Sequence[float], outcomes: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """(σ(|Δ|), whether the reply that scores higher is the preferred one) of decided pairs: their
+    order in the record tells nothing then. Arguments as in `pair_accuracy`."""
+    deltas, outcomes = _as_arrays(deltas, outcomes)
+    deltas = deltas[outcomes != 0.5]
+    return 1 / (1 + np.exp(-np.abs(deltas))), np.where(deltas == 0, 0.5, deltas > 0)
+
+
+def calibration_curve(predicted: Sequence[float], observed: Sequence[float],
+                      edges: Sequence[float] | None = None, bins: int = 10) -> list[dict[str, float]]:
+    """n, mean prediction and mean observation of each bin that is not empty.
+
+    edges: the inner borders of the bins; None: as many predictions in each of them.
+
+    >>> calibration_curve([.2, .9, .4, .7], [0, 1, 1, 1], edges=[.5])
+    [{'n': 2, 'predicted': 0.3, 'observed': 0.5}, {'n': 2, 'predicted': 0.8, 'observed': 1.0}]
+    """
+    predicted, observed = _as_arrays(predicted, observed)
+    order = np.argsort(predicted, kind="stable")
+    cuts = (np.searchsorted(predicted[order], edges) if edges is not None else
+            [len(order) * i // bins for i in range(1, bins)])
+    return [{"n": len(i), "predicted": round(float(predicted[i].mean()), 6),
+             "observed": round(float(observed[i].mean()), 6)} for i in np.split(order, cuts) if len(i)]
+
+
+def rating_calibration(predicted: Sequence[float], observed: Sequence[float]) -> float:
+    """How far mean prediction and mean rating are apart in ten bins of equal size, averaged over
+    texts, in spreads of the ratings."""
+    curve = calibration_curve(predicted, observed)
+    gaps = sum(b["n"] * abs(b["predicted"] - b["observed"]) for b in curve)
+    return float(gaps / len(np.asarray(observed)) / _spread(np.asarray(observed)))
+
+
+def rater_halves(raters: Sequence[Sequence[float]], draws: int = 20,
+                 seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Two (texts, draws): the mean rating by a random half of a text's raters, and by the others.
+
+    raters: each text's ratings, at least two.
+    """
+    rng, halves = np.random.default_rng(seed), []
+    for ratings in raters:
+        drawn = rng.permuted(np.tile(np.array(ratings, float), (draws, 1)), axis=1)
+        n = len(ratings) // 2
+        halves.append((drawn[:, :n].mean(1), drawn[:, n:].mean(1)))
+    return tuple(np.stack(half) for half in zip(*halves, strict=True))
+
+
+def mean_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """The mean, over columns, of the correlation of a (n, draws) with b (n, draws)."""
+    return float(np.mean([correlation(x, y) for x, y in zip(a.T, b.T, strict=True)]))
+
+
+def ceiling(halves: float) -> float:
+    """The highest correlation that a model can be expected to reach with the mean of all raters,
+    from the correlation of two halves of them: the root of the mean's reliability, 2r / (1 + r)
+    (Spearman 1910, Brown 1910).
+
+    >>> ceiling(0.6)
+    0.8660254037844386
+    """
+    return math.sqrt(max(0.0, 2 * halves / (1 + max(0.0, halves))))
+
+
 def calibration_error(probs: Sequence[float], labels: Sequence[int], bins: int = 10) -> float:
     """Expected calibration error (Naeini 2015): the difference between the mean probability and the
     share of label 1 in each bin, averaged over texts.
@@ -87,7 +189,8 @@ def positive_share(probs: Sequence[float]) -> float:
 # ---- intervals -----------------------------------------------------------------------------------
 
 def bootstrap(measure: Callable[..., float], *arrays: Sequence, n: int = 1000, seed: int = 0,
-              basic: bool = False, runs: bool = False) -> tuple[float, float, float]:
+              basic: bool = False, runs: bool = False,
+              groups: Sequence | None = None) -> tuple[float, float, float]:
     """(value, low, high): the measure on all texts, and its 95 % interval over n resamples.
 
     All arrays are resampled together, so a difference between two systems on the same texts is
@@ -96,11 +199,16 @@ def bootstrap(measure: Callable[..., float], *arrays: Sequence, n: int = 1000, s
     basic: reflect the interval about the value. This suits measures with a bias under resampling,
     such as a calibration error, which resampling raises and which is never below 0.
     runs: the first array is (texts, runs), and each resample draws as many of the runs, too.
+    groups: what each text belongs to, such as its prompt; texts of a group are drawn together, for
+    they are alike.
     """
     arrays = _as_arrays(*arrays)
+    members = members_of(groups) if groups is not None and len(set(groups)) < len(groups) else None
     rng, resampled = np.random.default_rng(seed), []
     for _ in range(n):
-        index = rng.integers(len(arrays[0]), size=len(arrays[0]))
+        index = rng.integers(len(members or arrays[0]), size=len(members or arrays[0]))
+        if members:
+            index = np.concatenate([members[i] for i in index])
         drawn = [a[index] for a in arrays]
         if runs and (n_runs := arrays[0].shape[1]) > 1:
             drawn[0] = drawn[0][:, rng.integers(n_runs, size=n_runs)]
@@ -115,19 +223,31 @@ def bootstrap(measure: Callable[..., float], *arrays: Sequence, n: int = 1000, s
     return value, float(low), float(high)
 
 
+def members_of(groups: Sequence) -> list[np.ndarray]:
+    """The places of each group's members.
+
+    >>> [m.tolist() for m in members_of(["a", "b", "a"])]
+    [[0, 2], [1]]
+    """
+    _, number = np.unique(np.asarray(groups), return_inverse=True)
+    order = np.argsort(number, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(number))[:-1])
+
+
 def interval(measure: Callable[..., float], *arrays: Sequence, **settings: Any) -> str:
     """`bootstrap` as the tables show it: "value [low, high]"."""
     return "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(measure, *arrays, **settings))
 
 
-def paired_auc_difference(scores: Sequence[Sequence[float]], baseline: Sequence[float],
-                          labels: Sequence[int], **settings: Any) -> tuple[float, float, float]:
-    """(value, low, high): mean AUC of several systems (seeds) minus the baseline's AUC, all on the
-    same texts. The interval is over seeds and texts. settings: those of `bootstrap`."""
-    def difference(columns: np.ndarray, base: np.ndarray, labels: np.ndarray) -> float:
-        return float(np.mean([auc(s, labels) for s in columns.T])) - auc(base, labels)
+def paired_difference(measure: Callable[..., float], scores: Sequence[Sequence[float]],
+                      baseline: Sequence[float], truth: Sequence[float],
+                      **settings: Any) -> tuple[float, float, float]:
+    """(value, low, high): the mean measure of several systems (seeds) minus the baseline's, all on
+    the same texts. The interval is over seeds and texts. settings: those of `bootstrap`."""
+    def difference(columns: np.ndarray, base: np.ndarray, truth: np.ndarray) -> float:
+        return float(np.mean([measure(s, truth) for s in columns.T])) - measure(base, truth)
 
-    return bootstrap(difference, np.stack(scores, 1), baseline, labels, runs=True, **settings)
+    return bootstrap(difference, np.stack(scores, 1), baseline, truth, runs=True, **settings)
 
 
 def mean_interval(values: Sequence[float], per_prompt: int = 1,

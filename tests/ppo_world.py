@@ -86,12 +86,12 @@ def loss_of(x: dict[str, torch.Tensor], mask: torch.Tensor, n_tokens=None, loss=
     return value, {name: mean.detach() for name, (mean, _) in metrics.items()}
 
 
-def make_trainer(o: PPOOptions, world, reward_model: RewardModel | None = None,
+def make_trainer(o: PPOOptions, world, reward_model: RewardModel | bool | None = None,
                  **seams) -> PPOTrainer:
     """A trainer of the small world of conftest, nothing trained yet; reward_model: in place of the
-    world's."""
+    world's; False: none."""
     policy, tokenizer, _ = load_checkpoint(world.root / "sft")
     if reward_model is None:
         reward_model, _, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
     run = open_run("ppo", o, world.data, {}, policy, tokenizer)
-    return PPOTrainer(run, policy, reward_model, world.data, **seams)
+    return PPOTrainer(run, policy, reward_model or None, world.data, **seams)

@@ -11,8 +11,9 @@ import torch
 
 import evaluate
 from data.batches import drop_long_prompts, prompt_ids, reward_rows
-from data.judge import ngram_classifier
-from data.report import people_wrote, show_policies
+from data.judge import ngram_regressions
+from data.agreement import score_feedback
+from data.report import people_wrote, policy_columns, show_policies
 from data.tokenizer import SPECIAL_TOKENS, train_bpe
 from evaluate import ReplySettings, measure_policy
 from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint
@@ -216,7 +217,7 @@ def test_distinct_2_is_over_the_same_number_of_bigrams_in_every_line(two_alike, 
 def test_the_judge_reads_opening_and_reply(two_alike, world):
     lines, replies = two_alike
     texts = [reply["prompt"] + reply["reply"] for reply in replies["A"]]
-    probs = ngram_classifier(world.data, "judge").probs(texts)
+    probs = ngram_regressions(world.data, "judge")[""].probs(texts)
     assert [reply["judge"] for reply in replies["A"]] == pytest.approx(probs.tolist(), abs=1e-5)
     assert lines[0]["judged_positive"] == (probs > .5).mean()
 
@@ -286,7 +287,9 @@ def test_the_kl_of_best_of_16_is_given_by_its_bound(beside_best, world):
     lines, _ = beside_best
     assert "kl" not in lines[1]
     assert lines[1]["kl_bound"] == pytest.approx(1.835, abs=5e-4)
-    assert "≤ 1.84" in show_policies(lines, ["n-grams"]).splitlines()[3]
+    report = {"policies": lines, "judges": ["n-grams"], "feedback": "labels"}
+    shown = show_policies(report | {"columns": policy_columns(report)})
+    assert "≤ 1.84" in shown.splitlines()[3]
 
 
 def test_without_a_reward_model_there_is_no_best_of_16(two_alike):
@@ -295,15 +298,20 @@ def test_without_a_reward_model_there_is_no_best_of_16(two_alike):
 
 # ---- the reward model ----------------------------------------------------------------------------
 
+def scored_by(world, split="val", max_len=128):
+    """What reward model and baseline say of the records of a split."""
+    scorer, tokenizer, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
+    return score_feedback(scorer, world.data.records("reward", split), tokenizer, world.data.template,
+                          max_len, baselines=ngram_regressions(world.data, "reward"))
+
+
 @pytest.fixture(scope="module")
 def scored(world):
-    """What reward model and baseline say of the validation records."""
-    scorer, tokenizer, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
-    return evaluate.score_reward_model(scorer, world.data, "val", tokenizer, 128)
+    return scored_by(world)
 
 
 def test_the_labels_are_those_of_the_records(scored, world):
-    assert scored["labels"] == [r["label"] for r in world.data.records("reward", "val")]
+    assert scored["truth"] == [r["label"] for r in world.data.records("reward", "val")]
 
 
 def test_the_baseline_reads_the_same_halves_as_the_reward_model(scored, world):
@@ -311,14 +319,13 @@ def test_the_baseline_reads_the_same_halves_as_the_reward_model(scored, world):
     for record in world.data.records("reward", "val"):
         ids = tokenizer.encode(record["response"])
         halves.append(record["prompt"] + tokenizer.decode(ids[:max(1, len(ids) // 2)]))
-    expected = ngram_classifier(world.data, "reward").logits(halves)
+    expected = ngram_regressions(world.data, "reward")[""].scores(halves)
     assert np.allclose(scored["half_baseline"], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("max_len", [50, 128])
 def test_of_a_long_text_the_baseline_reads_what_the_reward_model_reads(world, max_len):
-    scorer, tokenizer, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
-    scored = evaluate.score_reward_model(scorer, world.data, "val", tokenizer, max_len)
+    tokenizer, scored = world.data.tokenizer, scored_by(world, max_len=max_len)
     records = drop_long_prompts(world.data.records("reward", "val"), tokenizer,
                                 world.data.template, max_len - 8)
     texts = []
@@ -328,7 +335,7 @@ def test_of_a_long_text_the_baseline_reads_what_the_reward_model_reads(world, ma
     whole = [t == r["prompt"] + r["response"] for t, r in zip(texts, records, strict=True)]
     assert any(whole)
     assert not all(whole)
-    expected = ngram_classifier(world.data, "reward").logits(texts)
+    expected = ngram_regressions(world.data, "reward")[""].scores(texts)
     assert np.allclose(scored["baseline"], expected, atol=1e-5)
 
 
@@ -336,8 +343,8 @@ def test_validation_stands_beside_test_where_the_split_is_test(world):
     scorer, tokenizer, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
     rows = {split: evaluate.reward_tables(scorer, world.data, split, tokenizer, 128)[0]
             for split in ("val", "test")}
-    assert [row["texts"].split()[0] for row in rows["val"]] == ["val"] * 3
-    assert [row["texts"].split()[0] for row in rows["test"]] == ["val", "test"] * 3
+    assert [row["texts"].split()[0] for row in rows["val"]] == ["val"] * 6
+    assert [row["texts"].split()[0] for row in rows["test"]] == ["val", "test"] * 6
     assert [row["name"] for row in rows["test"][::2]] == [row["name"] for row in rows["val"]]
 
 
@@ -352,7 +359,7 @@ def test_the_transformer_judge_is_there_where_it_was_trained(world, tmp_path):
     records = world.data.records("reward", "val")[:30]
     prompts, texts = ([r[key] for r in records] for key in ("prompt", "response"))
     rows = reward_rows(records, tokenizer, world.data.template, 40)
-    expected = {"n-grams": ngram_classifier(world.data, "judge").probs([p + t for p, t in zip(
+    expected = {"n-grams": ngram_regressions(world.data, "judge")[""].probs([p + t for p, t in zip(
                     prompts, texts, strict=True)]),
                 "transformer": torch.sigmoid(model.score_rows(rows)).numpy()}
     assert list(judges) == list(expected)
@@ -404,7 +411,7 @@ def test_the_report_is_of_validation_and_says_which_reply_the_judge_prefers(fini
 @pytest.mark.parametrize("name", ["ppo/config.json", "sft/config.json", "ppo/metrics.jsonl"])
 def test_a_lost_or_damaged_record_of_a_run_costs_no_report(finished, world, monkeypatch, name, content):
     monkeypatch.setattr(evaluate, "open_data", lambda *_, **__: world.data)
-    monkeypatch.setattr(evaluate, "build_report", lambda *_, **__: ({"split": "val"}, None))
+    monkeypatch.setattr(evaluate, "build_report", lambda *_, **__: ({"split": "val"}, {}))
     monkeypatch.setattr(evaluate, "render_report", lambda *_, **__: "")
     (finished / name).unlink(missing_ok=True) if content is None else (finished / name).write_bytes(content)
     assert asked(finished) == 0
@@ -483,3 +490,39 @@ def test_another_reward_model_can_be_asked_for(finished):
     found, _, _ = evaluate.load_compared({"PPO": finished / "ppo"}, "cpu",
                                          reward_from=str(finished / "reward"))
     assert found.reward_model is not None
+
+
+# ---- a reward of several parts -------------------------------------------------------------------
+
+def paid_by_parts(finished, tmp_path, spec="{}:shout,length:-.1"):
+    """The run's PPO checkpoint, as if its policy had been paid by a function and length; the function's
+    file."""
+    path = tmp_path / "mine.py"
+    path.write_text("def shout(prompts, replies):\n    return [float(len(r)) for r in replies]\n")
+    model, tokenizer, state = load_checkpoint(finished / "ppo")
+    options = state["options"] | {"reward": spec.format(path)}
+    save_checkpoint(finished / "ppo", model, tokenizer, **state | {"options": options, "scales": {}})
+    return path
+
+
+def test_the_columns_are_those_of_the_reward_that_ppo_was_paid(finished, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_data", lambda *_, **__: world.data)
+    paid_by_parts(finished, tmp_path)
+    assert asked(finished, f"--json={tmp_path / 'r.json'}") == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    for row in report["policies"][:3]:
+        assert row["raw_score"] == pytest.approx(row["part_shout"] - .1 * row["part_length"], abs=1e-4)
+    assert report["columns"]["part_shout"] == "reward: shout"
+    best, sft = (next(r for r in report["policies"] if r["name"] == name) for name in ("SFT, best of 16", "SFT"))
+    assert best["part_shout"] > sft["part_shout"]  # the best by the reward that was paid
+
+
+def test_a_reward_function_that_is_gone_costs_columns_and_not_the_report(finished, world, tmp_path,
+                                                                        monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "open_data", lambda *_, **__: world.data)
+    paid_by_parts(finished, tmp_path).unlink()
+    assert asked(finished) == 0
+    text = capsys.readouterr().out
+    assert "Missing: no scores by --reward" in text
+    assert "mine.py" in text
+    assert "## Reward model" in text

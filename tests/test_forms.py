@@ -3,6 +3,7 @@ error that names the nearest."""
 import pytest
 
 from data.forms import FORMS, form_of, parse_fields
+from data.openings import cut_opening
 from data.own import own_data_set
 from data.prepare import open_data
 from data.records import load_records, records_in
@@ -33,6 +34,9 @@ TALK_PAIR = {**PAIR, "prompt": [user(Q)]}
 SYSTEM_PAIR = {**PAIR, "prompt": [SYSTEM, user(Q)]}
 LIKED = {"prompt": Q, "response": GOOD, "label": 1}
 DIALOGUE = {"messages": [user(Q), bot(GOOD)]}
+TIE = {**TALK_PAIR, "chosen": BAD, "rejected": GOOD, "tie": True}
+RATED = "It is a fine film that one can see again and again."
+OPENING = dict(zip(("prompt", "response"), cut_opening(RATED), strict=True))
 ALPACA = {"prompt": "Answer.\nWhat is the sky?", "response": GOOD}
 # The number in shared/reference/formats.md, the stage, the record, what it means.
 CASES = [
@@ -111,19 +115,51 @@ CASES = [
     ("31 LMArena", "reward", {"conversation_a": [user(Q), bot(BAD)], "winner": "model_b",
                               "conversation_b": [user(Q), bot(GOOD)]}, [TALK_PAIR]),
     ("31 LMArena, tie", "reward", {"conversation_a": [user(Q), bot(BAD)], "winner": "tie (bothbad)",
-                                   "conversation_b": [user(Q), bot(GOOD)]}, []),
+                                   "conversation_b": [user(Q), bot(GOOD)]}, [TIE]),
+    ("31 LMArena, both bad", "reward", {"conversation_a": [user(Q), bot(BAD)], "winner": "both_bad",
+                                        "conversation_b": [user(Q), bot(GOOD)]}, [TIE]),
+    ("31 LMArena 55k, tie", "reward", {"prompt": f'["{Q}"]', "response_a": f'["{BAD}"]',
+                                       "response_b": f'["{GOOD}"]', "winner_model_a": 0,
+                                       "winner_model_b": 0, "winner_tie": 1}, [TIE]),
     ("31 LMArena 55k", "reward", {"prompt": f'["{Q}"]', "response_a": f'["{GOOD}"]',
                                   "response_b": f'["{BAD}"]', "winner_model_a": 1, "winner_model_b": 0,
                                   "winner_tie": 0}, [TALK_PAIR]),
     ("32 AlpacaFarm", "reward", {"instruction": "Answer.", "input": Q, "output_1": BAD, "output_2": GOOD,
                                  "preference": 2}, [{**PAIR, "prompt": ALPACA["prompt"]}]),
-    ("33 TRL prompts", "ppo", {"prompt": Q, "solution": "4"}, [{"prompt": Q}]),
-    ("34 OpenRLHF prompts", "ppo", {"input": Q, "datasource": "x"}, [{"prompt": Q}]),
+    ("32 AlpacaEval, weighed", "reward", {"instruction": Q, "output_1": BAD, "output_2": GOOD,
+                                          "preference": 1.9}, [PAIR]),
+    ("32 AlpacaEval, the first", "reward", {"instruction": Q, "output_1": GOOD, "output_2": BAD,
+                                            "preference": 1.2}, [PAIR]),
+    *[(f"32 AlpacaEval, tie {x}", "reward", {"instruction": Q, "output_1": GOOD, "output_2": BAD,
+                                             "preference": x}, [{**PAIR, "tie": True}]) for x in (0, 1.5)],
+    ("10 ours, tie", "reward", {**PAIR, "tie": True}, [{**PAIR, "tie": True}]),
+    ("10 ours, winner", "reward", {**PAIR, "winner": "tie"}, [{**PAIR, "tie": True}]),
+    ("10 ours, no tie", "reward", {**PAIR, "tie": False, "winner": "a"}, [PAIR]),
+    ("10 ours, part", "reward", {**PAIR, "part": "relevance"}, [{**PAIR, "part": "relevance"}]),
+    ("16 with part and margin", "reward", {"instruction": Q, "chosen": GOOD, "rejected": BAD, "part": "length",
+                                           "margin": 1}, [{**PAIR, "margin": 1, "part": "length"}]),
+    ("23 Nectar, equal ranks", "reward", {"prompt": Q, "answers": [
+        {"answer": GOOD, "rank": 1}, {"answer": BAD, "rank": 1}, {"answer": GOOD, "rank": 2}]},
+     [{**PAIR, "tie": True}, {**PAIR, "chosen": BAD, "rejected": GOOD}]),
+    ("29 ours, scores", "reward", {"prompt": Q, "response": GOOD, "scores": [1, 2, 6]},
+     [{"prompt": Q, "response": GOOD, "score": 3.0, "scores": [1, 2, 6]}]),
+    ("29 ours, both", "reward", {"prompt": Q, "response": GOOD, "scores": [1, 2], "score": 1.5, "part": "x"},
+     [{"prompt": Q, "response": GOOD, "score": 1.5, "scores": [1, 2], "part": "x"}]),
+    ("labelled text", "reward", {"text": RATED, "label": True}, [{**OPENING, "label": 1}]),
+    ("rated text", "reward", {"text": RATED, "score": -2}, [{**OPENING, "score": -2}]),
+    ("text rated by several", "reward", {"text": RATED, "scores": [0, 1]},
+     [{**OPENING, "score": 0.5, "scores": [0, 1]}]),
+    ("text with a part", "reward", {"text": RATED, "label": 0, "part": "p"}, [{**OPENING, "label": 0, "part": "p"}]),
+    ("33 TRL prompts", "ppo", {"prompt": Q, "solution": "4"}, [{"prompt": Q, "extra": {"solution": "4"}}]),
+    ("34 OpenRLHF prompts", "ppo", {"input": Q, "datasource": "x"},
+     [{"prompt": Q, "extra": {"datasource": "x"}}]),
     ("34 messages", "ppo", {"input": [user(Q)]}, [{"prompt": [user(Q)]}]),
-    ("35 Alpaca", "ppo", {"instruction": Q, "output": GOOD}, [{"prompt": Q}]),
+    ("35 Alpaca", "ppo", {"instruction": Q, "output": GOOD}, [{"prompt": Q, "extra": {"output": GOOD}}]),
     ("36 minimind", "ppo", {"conversations": [user(Q), bot("")]}, [{"prompt": [user(Q)]}]),
     ("37 verl", "ppo", {"data_source": "x", "prompt": [user(Q)], "ability": "maths",
-                        "reward_model": {"style": "rule", "ground_truth": "4"}}, [{"prompt": [user(Q)]}]),
+                        "reward_model": {"style": "rule", "ground_truth": "4"}},
+     [{"prompt": [user(Q)], "extra": {"data_source": "x", "ability": "maths",
+                                      "reward_model": {"style": "rule", "ground_truth": "4"}}}]),
 ]
 
 
@@ -144,7 +180,7 @@ def test_every_form_has_a_case():
 
 
 @pytest.mark.parametrize("record,near", [
-    ({"text": "a", "label": 1}, "texts (text)"),
+    ({"text": "a", "rating": 1}, "texts (text)"),
     ({"prompt": Q, "response": GOOD, "helpfulness": 3}, "ratings (prompt, response, score)"),
     ({"article": "a", "title": "b"}, "none")])
 def test_what_has_no_form_is_an_error_that_names_the_nearest(record, near):
@@ -187,9 +223,10 @@ def test_dialogues_with_more_than_text_are_refused(record, reason):
 
 def test_what_a_file_was_read_as_is_said_once(tmp_path, capsys):
     rows = [case[2] for case in CASES if case[0] in ("31 LMArena", "31 LMArena, tie")]
-    assert len(load_records(write(tmp_path / "d.jsonl", *rows), "reward", say=True)) == 1
-    assert capsys.readouterr().out == (f"{tmp_path / 'd.jsonl'}: read as LMArena (1), "
-                                       "ties, left out (1)\n")
+    path = write(tmp_path / "d.jsonl", *rows, {**rows[0], "winner": "nobody"})
+    assert len(load_records(path, "reward", say=True)) == 2
+    assert capsys.readouterr().out == (f"{path}: 1 of 3 lines left out, which teach nothing: no choice (1)\n"
+                                       f"{path}: read as LMArena (2)\n")
 
 
 def test_fields_of_other_names_are_mapped(tmp_path):
@@ -215,6 +252,8 @@ def test_an_empty_reply_of_a_transcript_is_a_reply():
 
 
 @pytest.mark.skipif(not HH.exists(), reason="no HH file here")
-def test_published_transcripts_are_read_but_for_those_that_are_none(capsys):
-    assert len(load_records(HH, "reward", skip_bad=True)) == 1496
-    assert "4 of 1500 records left out" in capsys.readouterr().out
+def test_published_transcripts_are_read_without_a_flag_but_for_those_that_teach_nothing(capsys):
+    assert len(load_records(HH, "reward")) == 1496
+    assert capsys.readouterr().out == (
+        f"{HH}: 4 of 1,500 lines left out, which teach nothing: roles that do not alternate (3), dialogues that "
+        "differ before their last answer (1)\n")

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from data.openings import UNSPACED, cut_opening, no_records, write_stages
+from data.openings import UNSPACED, cut_opening
+from data.stages import no_records, write_stages
 
 ALPHABETS = ["abcd efg  hi\n", "这本书很好看，。 a1", "สวัสดีครับผม ", "e\u0301a\u0308 o\u0302", "👩👍",
              "👩\u200d👧👍🏽🇩🇪🇫🇷好", "한국어 영화 ", " \t\n", "नमस्ते दुनिया "]

@@ -8,7 +8,7 @@ import torch
 
 import ppo
 from data.batches import prompt_ids
-from data.judge import ngram_classifier
+from data.judge import ngram_regressions
 from data.tokenizer import train_bpe
 from model import load_checkpoint, save_checkpoint, weights_hash
 from ppo import PPOTrainer, train_ppo
@@ -288,11 +288,11 @@ def test_rollout_and_update_compute_in_one_precision(trainer_of, dtype):
 
 def test_adaptive_control_acts_once_an_update_of_the_policy(trainer_of):
     trainer = trainer_of("--updates=4", "--critic_warmup=1", "--kl_control=adaptive",
-                         "--kl_target=60", "--kl_horizon=50", "--policy_lr=.01")
+                         "--kl_target=60", "--kl_horizon=50", "--policy_lr=.01", "--kl_coef=.095")
     expected = ppo.KLController(ppo.PPOOptions.kl_coef, target=60, horizon=50)
     for step in range(4):
         logged = trainer.update(step)
-        assert logged["kl_coef"] == expected.coef, step  # as used, before it changes
+        assert logged["kl_coef"] == expected.price, step  # as used, before it changes
         if step >= 1:
             expected.update(logged["kl"], 8)
     assert trainer.control.coef == expected.coef
@@ -342,7 +342,7 @@ def test_an_independent_opinion_of_every_rollout_is_logged(trainer_of, world, mo
     replies = [tokenizer.decode(i for i in ids if i != tokenizer.eom_id)
                for ids in reply_ids(rollouts[0].generation)]
     texts = [opening + reply for opening, reply in zip(openings, replies, strict=True)]
-    probs = ngram_classifier(world.data, "judge").probs(texts)
+    probs = ngram_regressions(world.data, "judge")[""].probs(texts)
     assert logged["judge"] == pytest.approx(float(probs.mean()), abs=1e-6)
     assert logged["judged_positive"] == pytest.approx(float((probs > .5).mean()), abs=1e-6)
 

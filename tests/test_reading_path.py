@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from data.judge import ngram_classifier
+from data.judge import ngram_regressions
 from ppo import train_ppo
 from tests.conftest import ROOT
 
@@ -71,7 +71,7 @@ def test_the_path_to_the_first_step_of_ppo(command, world, monkeypatch, capsys):
     def stop(*_, **__):
         raise FirstStep
 
-    ngram_classifier(world.data, "judge")  # fitted once, by whichever test asks first
+    ngram_regressions(world.data, "judge")  # fitted once, by whichever test asks first
     monkeypatch.setattr(torch.optim.Adam, "step", stop)
     o = command("ppo", "--critic_warmup=0", "--compile=off")
     table = crossed(lambda: train_ppo(o))

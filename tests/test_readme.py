@@ -13,7 +13,8 @@ import data.sets
 import evaluate
 import sample
 import train
-from data.prepare import PrepareOptions, open_data
+from data.check import CheckOptions
+from data.prepare import ExportOptions, PrepareOptions, open_data
 from runtime.options import Common, parse, parse_all
 from tests.conftest import ROOT
 from tools import busy, trials, trials_commands
@@ -25,8 +26,9 @@ from tools.race import RaceOptions
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh.md"
 PAGES = [ENGLISH, CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
 STAGES = {name: cls for name, (cls, _) in train.STAGES.items()}
-OTHERS = [sample.SampleOptions, evaluate.EvaluateOptions, PrepareOptions, BenchOptions, PlotOptions,
-          RaceOptions, busy.BusyOptions, trials.TrialOptions, trials_commands.TrialOptions]
+OTHERS = [sample.SampleOptions, evaluate.EvaluateOptions, PrepareOptions, CheckOptions,
+          ExportOptions, BenchOptions, PlotOptions, RaceOptions, busy.BusyOptions,
+          trials.TrialOptions, trials_commands.TrialOptions]
 
 
 def text_of(page: pathlib.Path) -> str:
@@ -76,6 +78,8 @@ def understand(command: str) -> None:
     elif name == "tools.busy":
         assert all(busy.variables(word) for word in positional)
         parse(busy.BusyOptions, options, name)
+    elif name == "data.prepare" and positional[0:1] in (["check"], ["export"]):
+        parse({"check": CheckOptions, "export": ExportOptions}[positional[0]], options, name)
     elif name.startswith("tools.trials"):
         assert positional[0] in ("kill", "forge", "commands")
         parse((trials if name == "tools.trials" else trials_commands).TrialOptions, options, name)

@@ -2,11 +2,33 @@
 import numpy as np
 import pytest
 
-from data.report import (by_judge, describe, judged_by, opinions_on_labels, people_wrote,
-                         render_report, report_name, show_policies, table_row, win_rates)
+from data.report import (Measures, add_distinct, by_judge, describe, drawn_pairs, judged_by, missing,
+                         opinions_on_feedback, people_wrote, policy_columns, render_report,
+                         report_name, show_policies, splits_used, table_row, warnings_of, win_rates)
+from data.dataset import DataSet, tells
+from data.sets import DATA_SETS, register
 from data.tokenizer import train_bpe
 
 TOKENIZER = train_bpe(["好书好看的书"] * 3, 270)
+
+
+class Data:
+    """A data set with this feedback; its prompts are those of PPO."""
+
+    template = "{prompt}"
+
+    def __init__(self, feedback, sft=()):
+        self.feedback_records, self.dialogues = feedback, sft
+
+    def has(self, stage):
+        return bool(self.records(stage, "train"))
+
+    def records(self, stage, split):
+        return {"reward": self.feedback_records, "sft": self.dialogues, "judge": [],
+                "ppo": [*self.feedback_records, *self.dialogues]}[stage]
+
+    def feedback(self, split):
+        return tells(self.feedback_records)
 
 
 class Fixed:
@@ -63,7 +85,7 @@ def test_the_last_policy_is_compared_with_every_other():
 
 def test_a_judge_is_measured_on_labels():
     records = [{"prompt": "a", "response": "b", "label": i % 2} for i in range(20)]
-    found = opinions_on_labels({"n-grams": Fixed(*[.2, .7] * 10)}, records)
+    found = opinions_on_feedback({"n-grams": Fixed(*[.2, .7] * 10)}, records)
     assert found["n-grams"]["auc"].startswith("1.000 [")
 
 
@@ -71,11 +93,42 @@ def test_people_who_answer_messages_are_found():
     """Prompts may be lists of messages."""
     prompt = [{"role": "user", "content": "书"}]
 
-    class Data:
-        def records(self, stage, split):
-            return [{"prompt": prompt, "response": "好看", "label": 1}]
+    assert people_wrote(Data([{"prompt": prompt, "response": "好看", "label": 1}]), TOKENIZER,
+                        10)[0][0] == "people, liked"
 
-    assert people_wrote(Data(), TOKENIZER, 10)[0][0] == "people, liked"
+
+def test_what_people_preferred_is_found_for_every_kind_of_feedback():
+    def found(*records):
+        data = Data([{"prompt": "书", **r} for r in records])
+        return {name: [r["response"] for r in of_people]
+                for name, of_people, _ in people_wrote(data, TOKENIZER, 30)}
+
+    assert found({"response": "a", "label": 1}, {"response": "b", "label": 0}) == {
+        "people, liked": ["a"], "people, disliked": ["b"]}
+    assert found({"response": "a", "score": 3}, {"response": "b", "score": 1},
+                 {"response": "c", "score": 2.5}) == {
+        "people, preferred": ["a", "c"], "people, not preferred": ["b"]}
+    assert found({"chosen": "a", "rejected": "b"}, {"chosen": "a", "rejected": "c"},
+                 {"chosen": "d", "rejected": "e", "tie": True}) == {
+        "people, preferred": ["a"], "people, not preferred": ["b", "c"]}
+
+
+def test_without_feedback_people_are_those_of_the_dialogues():
+    dialogues = [{"prompt": "书", "response": "好"},
+                 {"messages": [{"role": "user", "content": "看"}, {"role": "assistant", "content": "书"}]}]
+    data = Data([], dialogues)
+    data.records = lambda stage, split: {"sft": dialogues, "reward": []}.get(
+        stage, [{"prompt": "书"}, {"prompt": [{"role": "user", "content": "看"}]}])
+    data.has = lambda stage: stage != "reward"
+    (name, records, _), = people_wrote(data, TOKENIZER, 10)
+    assert name == "people"
+    assert [r["response"] for r in records] == ["好", "书"]
+
+
+def test_prompts_over_the_limit_are_no_openings():
+    data = Data([{"prompt": prompt, "response": "好", "label": 1} for prompt in ("书", "书" * 40)])
+    assert len(people_wrote(data, TOKENIZER, 10)[0][1]) == 2
+    assert [r["prompt"] for r in people_wrote(data, TOKENIZER, 10, limit=20)[0][1]] == ["书"]
 
 
 def test_a_report_of_test_texts_has_a_name_of_its_own():
@@ -97,22 +150,23 @@ def line(name, **others):
 
 def test_the_table_with_all_columns_and_intervals_fits_a_terminal():
     lines = [line(name) for name in ("SFT", "PPO", "SFT, best of 16", "people, disliked")]
-    shown = show_policies(lines, ["n-grams", "transformer"]).splitlines()
+    shown = show_policies(report(policies=lines)).splitlines()
     assert max(map(len, shown)) <= 160
     assert len({len(row) for row in shown}) == 1  # columns stand below each other
     assert "0.916 ±.027" in shown[2]
 
 
 def report(**others):
-    return {"split": "val", "seed": 3, "openings": 500, "judges": ["n-grams", "transformer"],
+    made = {"split": "val", "feedback": "labels", "seed": 3, "openings": 500, "judges": ["n-grams", "transformer"],
             "samples": 1, "settings": {"reply_len": 64, "temperature": 1.0}, "first": "SFT",
             "last": "PPO", "policies": [line("SFT"), line("PPO", control=.02)], "pairs": [],
             "win_rates": [{"judge": "transformer", "policy": "PPO", "over": "SFT, best of 16",
                            "win_rate": [.6, .5, .7]}], **others}
+    return made | {"columns": policy_columns(made)}
 
 
 def test_the_report_says_split_judges_and_who_is_preferred():
-    text = render_report(report(), "reviews", {})
+    text = render_report(report(), "reviews")
     assert text.startswith("# reviews, seed 3, validation")
     assert "openings of the validation split" in text
     assert "Judged by n-grams, then by transformer" in text
@@ -123,5 +177,109 @@ def test_the_report_says_split_judges_and_who_is_preferred():
 def test_a_report_without_judges_and_labels_is_one_too():
     plain = [{key: x for key, x in row.items() if "judge" not in key} | {"intervals": {}}
              for row in report()["policies"]]
-    text = render_report(report(judges=[], policies=plain, win_rates=[]), "mine", {})
+    text = render_report(report(judges=[], policies=plain, win_rates=[]), "mine")
     assert "Judged by nobody" in text
+
+
+# ---- what a report warns of, and what it misses --------------------------------------------------
+
+def test_a_loss_of_variety_or_of_ends_is_a_warning():
+    rows = [{"name": "SFT", "distinct2": .8, "end_rate": 1.0},
+            {"name": "PPO", "distinct2": .69, "end_rate": .91},
+            {"name": "worse", "distinct2": .67, "end_rate": .89}]
+    assert warnings_of(rows, "SFT", "PPO") == []
+    variety, ends = warnings_of(rows, "SFT", "worse")
+    assert "distinct-2 of worse is 0.670, below 85% of SFT's 0.800" in variety
+    assert "ends of worse is 0.890, below 90%" in ends
+    assert f"Warning: {variety}." in render_report(report(warnings=[variety]), "x")
+
+
+def test_what_is_missing_is_said_with_what_to_bring():
+    pairs, labels = [{"chosen": "a", "rejected": "b", "prompt": ""}], [{"label": 1, "prompt": ""}] * 3
+
+    def said(data, judges=("n-grams", "transformer"), reward_model=True):
+        return " ".join(missing(data, "test", judges=judges, reward_model=reward_model))
+
+    assert said(Data(pairs)) == ""
+    assert "bring more records of feedback, or judge.jsonl" in said(Data(pairs), judges=())
+    assert "`python train.py judge` trains it" in said(Data(pairs), judges=["n-grams"])
+    assert "bring reward.jsonl" in said(Data([]))
+    assert "tells nothing apart; bring more, or reward_test.jsonl" in said(Data(labels))
+    assert "--reward_from" in said(Data(pairs), reward_model=False)
+    assert "Missing: " in render_report(report(missing=["no judge: bring one"]), "x")
+
+
+def test_a_prompt_of_messages_is_shown_turn_by_turn():
+    prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"},
+              {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Who?"}]
+    before, after = ([{"prompt": prompt, "reply": reply}, {"prompt": "书", "reply": "x"}]
+                     for reply in ("one\ntwo", "three"))
+    pairs = drawn_pairs(before, after, [0, 1])
+    assert pairs[0]["turns"] == [["System", "Be kind."], ["Human", "Hi"], ["Assistant", "Yes?"],
+                                 ["Human", "Who?"]]
+    shown = render_report(report(pairs=pairs), "x")
+    assert "**Human:** Hi\n\n**Assistant:** Yes?\n\n**Human:** Who?\n- SFT: one\n  two\n- PPO: three" in shown
+    assert "**书**\n- SFT: x" in shown
+
+
+def test_the_splits_used_are_counted():
+    counts = {"reward_train": 1000, "reward_val": 50, "judge_train": 900, "reward_left_out": 3,
+              "pretrain_train[text]": {"documents": 3}}
+    assert splits_used(counts) == {"reward": [1000, 50, 0], "judge": [900, 0, 0]}
+    assert "reward 1,000 / 50 / 0, judge 900 / 0 / 0" in render_report(report(records=splits_used(counts)), "x")
+
+
+# ---- columns -------------------------------------------------------------------------------------
+
+def test_the_columns_are_those_of_the_feedback_and_of_the_reward():
+    rows = [line("SFT")]
+    assert policy_columns(report(policies=rows))["judged_positive"] == "judged positive"
+    for kind in ("pairs", "scores"):
+        assert policy_columns(report(policies=rows, feedback=kind))["judged_positive"] == "above average"
+    rows[0]["intervals"] |= {"part_polite": [.1, .2], "rouge_l": [.3, .4]}
+    titles = policy_columns(report(policies=rows))
+    assert (titles["part_polite"], titles["rouge_l"]) == ("reward: polite", "rouge_l")
+
+
+def test_a_few_texts_by_people_do_not_cut_the_policies():
+    lines = [{"intervals": {}} for _ in range(4)]
+    answers = [[[1, 2, 3, 4, 5]] * 8, [[1, 2, 3, 4, 6]] * 8]
+    add_distinct(lines, answers, [[[1, 2, 3]] * 4, [[7, 8]]])
+    assert [line.get("bigrams") for line in lines] == [8, 8, 8, None]
+    assert "distinct2" not in lines[3]
+
+
+def test_a_data_sets_own_measures_are_columns_with_intervals(tmp_path):
+    def share(folder, prompts, texts, references):
+        assert folder == tmp_path
+        found = {"shout": [float(len(text)) if text else None for text in texts]}
+        return found | ({"known": [1.0] * len(texts)} if references else {})
+
+    data = Data([], [{"prompt": "a", "response": "x"}, {"prompt": "b", "response": "y"}])
+    data.meta, data.folder, data.has = {"data": "loud"}, tmp_path, lambda stage: True
+    register(DataSet("loud", None, None, measures=share))
+    try:
+        measures = Measures(data, "val")
+        records = [{"prompt": p, "reply": t, "tokens": 1} for p, t in (("a", "hey"), ("b", ""), ("a", "x"))]
+        metrics = {}
+        assert measures.add(metrics, records) == ["shout", "known"]
+        assert metrics["shout"] == 2  # of those that have one
+        assert [r["shout"] for r in records] == [3, None, 1]
+        assert 1 <= table_row("x", metrics, records)["intervals"]["shout"][0] <= 2
+        measures.add(metrics, elsewhere := [{"prompt": "c", "reply": "z", "tokens": 1}])
+        assert "known" not in elsewhere[0]  # no reference for this prompt
+    finally:
+        del DATA_SETS["loud"]
+
+
+# ---- opinions on feedback ------------------------------------------------------------------------
+
+def test_judges_are_measured_on_pairs_and_ratings():
+    class Length:
+        def probs(self, prompts, texts):
+            return np.array([len(text) / 100 for text in texts])
+
+    pairs = [{"prompt": "", "chosen": "aa" if i % 4 else "a", "rejected": "aa"[i % 4 > 0:]} for i in range(20)]
+    assert opinions_on_feedback({"x": Length()}, pairs)["x"]["accuracy"].startswith("0.750 [")
+    ratings = [{"prompt": "", "response": "a" * i, "score": i} for i in range(1, 20)]
+    assert opinions_on_feedback({"x": Length()}, ratings)["x"]["correlation"] == "1.000 [1.000, 1.000]"

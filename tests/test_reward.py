@@ -4,10 +4,11 @@ import math
 import pytest
 import torch
 
+from data.feedback import feedback_kind
 from model import ModelConfig
-from reward import (PythonReward, RewardConfig, RewardModel, critic_from, feedback_kind,
-                    feedback_loss, label_loss, pairwise_loss, regression_loss)
-from runtime.options import UserError
+from reward import (PythonReward, RewardConfig, RewardModel, RewardOptions, critic_from,
+                    davidson_log_probs, feedback_loss, label_loss, pairwise_loss, regression_loss)
+from runtime.options import UserError, parse
 from tests.conftest import equal, loud
 
 CONFIG = dict(vocab_size=60, n_layer=2, n_head=2, n_kv_head=2, d_model=16, d_ff=32, max_len=32)
@@ -60,7 +61,7 @@ def test_a_reward_function_must_give_finite_scores(number):
         reply_text = staticmethod(lambda ids: "h")
 
     scorer = PythonReward(lambda prompts, replies: [number] * len(replies), Letters)
-    with pytest.raises(UserError, match="the reward function gives scores.*not finite"):
+    with pytest.raises(UserError, match="no finite number"):
         scorer.scores([[72]], [[104, -1]])
 
 
@@ -223,3 +224,126 @@ def test_the_regression_loss_is_the_mean_squared_error():
 def test_an_unknown_pooling_is_refused():
     with pytest.raises(UserError, match="first"):
         RewardModel(RewardConfig(**CONFIG, pool="first"))
+
+
+# ---- ties ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("delta", [-3.0, 0.0, 0.7, 40.0])
+@pytest.mark.parametrize("tie_odds", [1e-6, 0.5, 4.0])
+def test_davidsons_three_outcomes(delta, tie_odds):
+    won, tied, lost = davidson_log_probs(torch.tensor([delta], dtype=torch.float64), tie_odds).exp()
+    assert float(won + tied + lost) == pytest.approx(1)
+    assert float(won / lost) == pytest.approx(math.exp(delta))  # as in Bradley and Terry's model
+    assert float(tied / (won * lost).sqrt()) == pytest.approx(tie_odds)
+
+
+def test_with_ever_fewer_ties_davidsons_loss_is_bradley_and_terrys():
+    chosen, rejected = torch.tensor([1.0, -2.0]).double(), torch.tensor([0.5, 0.5]).double()
+    settings = dict(margin=torch.tensor([0.3, 0.0]), label_smoothing=0.1)
+    loss = pairwise_loss(chosen, rejected, **settings, ties=torch.tensor([False, False]), tie_odds=1e-9)
+    assert float(loss) == pytest.approx(float(pairwise_loss(chosen, rejected, **settings)), rel=1e-6)
+
+
+def test_a_tie_pulls_scores_together_whatever_their_order():
+    tie = torch.tensor([True])
+    for first, second in ((2.0, -1.0), (-1.0, 2.0)):
+        scores = torch.tensor([first, second], requires_grad=True)
+        loss = pairwise_loss(scores[:1], scores[1:], label_smoothing=0.2, ties=tie, tie_odds=1.0)
+        loss.backward()
+        assert float(loss) == pytest.approx(math.log(math.exp(1.5) + 1 + math.exp(-1.5)) - 0.0, rel=1e-6)
+        assert scores.grad[scores.argmax()] > 0 > scores.grad[scores.argmin()]
+    level = pairwise_loss(torch.zeros(1), torch.zeros(1), ties=tie, tie_odds=1.0)
+    assert float(level) == pytest.approx(math.log(3))
+
+
+def test_records_say_which_pairs_are_ties_and_which_are_not_smoothed():
+    scores = torch.tensor([1.0, 2.0, 3.0, 0.5, 0.0, -1.0])
+    records = [{"chosen": "", "rejected": "", **more} for more in ({}, {"tie": True}, {"smoothing": 0.0})]
+    loss = feedback_loss("pairwise", scores, records, label_smoothing=0.2, tie_odds=0.5)
+    won, tied, lost = davidson_log_probs(scores[:3] - scores[3:], 0.5)
+    assert float(loss) == pytest.approx(float(-(.8 * won[0] + .2 * lost[0] + tied[1] + won[2]) / 3), rel=1e-6)
+
+
+# ---- parts and members ---------------------------------------------------------------------------
+
+def headed(parts=(), members=1, ensemble="mean", pool="mean") -> RewardModel:
+    model = RewardModel(RewardConfig(**CONFIG, pool=pool, parts=parts, members=members, ensemble=ensemble))
+    loud(model.backbone)
+    return model.eval()
+
+
+PROMPTS, REPLIES = [[1, 2, 3], [4, 5], [6]], [[7, 8], [9, 10, 11, 12], [13]]
+
+
+def test_a_score_is_the_mean_of_its_parts():
+    model = headed(parts=("length", "relevance"))
+    parts = model.part_scores(PROMPTS, REPLIES)
+    assert list(parts) == ["length", "relevance"]
+    assert torch.allclose(model.scores(PROMPTS, REPLIES), (parts["length"] + parts["relevance"]) / 2, atol=1e-6)
+    assert (parts["length"] - parts["relevance"]).abs().min() > 1e-3
+    assert reward_model("mean").part_scores(PROMPTS, REPLIES) == {}
+
+
+def test_each_row_has_the_score_of_the_part_that_is_asked_for():
+    model = headed(parts=("length", "relevance"))
+    rows = [(p + r, [False] * len(p) + [True] * len(r)) for p, r in zip(PROMPTS, REPLIES, strict=True)]
+    parts, whole = model.part_scores(PROMPTS, REPLIES), model.scores(PROMPTS, REPLIES)
+    asked = model.score_rows(rows, ["relevance", "length", "beauty"])
+    assert torch.equal(asked, torch.stack((parts["relevance"][0], parts["length"][1], whole[2])))
+    plain = reward_model("mean")
+    assert torch.equal(plain.score_rows(rows, ["relevance"] * 3), plain.score_rows(rows))
+
+
+@pytest.mark.parametrize("parts", [(), ("a", "b")])
+def test_an_ensembles_score_is_its_members_mean_minimum_or_mean_less_spread(parts):
+    scored = {}
+    for ensemble in ("mean", "min", "lower"):
+        model = headed(parts, 5, ensemble)  # equal weights: the seed alone draws them
+        scored[ensemble] = model.scores(PROMPTS, REPLIES)
+        spread = model.part_scores(PROMPTS, REPLIES)["spread"]
+    rows = [(p + r, [False] * len(p) + [True] * len(r)) for p, r in zip(PROMPTS, REPLIES, strict=True)]
+    heads = model.score_heads(rows).view(max(1, len(parts)), 5, 3)
+    assert torch.allclose(scored["mean"], heads.mean((0, 1)), atol=1e-6)
+    assert torch.allclose(scored["min"], heads.amin(1).mean(0), atol=1e-6)
+    assert torch.allclose(scored["lower"], scored["mean"] - spread, atol=1e-6)
+    assert spread.min() > 1e-3
+    with torch.no_grad():
+        for parameter in model.score_head.parameters():  # members that agree
+            parameter.copy_(parameter[:1].expand_as(parameter))
+    assert float(model.part_scores(PROMPTS, REPLIES)["spread"].max()) < 1e-6
+
+
+def test_the_critic_of_parts_and_members_is_their_mean():
+    model = headed(("a", "b"), 3)
+    critic = critic_from(model, mean=2.0, std=0.5)
+    tokens, ones = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.bool)
+    assert critic.score_head.weight.shape == (1, 16)
+    assert torch.allclose(critic(tokens, ones), (model(tokens, ones) - 2.0) / 0.5, atol=1e-5)
+    assert critic.head_values(critic.backbone.hidden(tokens)).shape == (2, 6)
+    fresh = RewardModel(critic.config)
+    fresh.load_state_dict(critic.state_dict())  # its config is that of its weights
+
+
+def test_a_record_that_does_not_count_for_a_member_teaches_it_nothing():
+    scores = torch.zeros(2, 3, requires_grad=True)  # two members, three records
+    weights = torch.tensor([[1.0, 0.0, 2.0], [1.0, 1.0, 1.0]])
+    for kind, record in (("label", {"label": 1}), ("regression", {"score": 1.0})):
+        gradient, = torch.autograd.grad(feedback_loss(kind, scores, [record] * 3, weights=weights), scores)
+        assert gradient[0, 1] == 0
+        assert float(gradient[0, 2]) == pytest.approx(2 * float(gradient[1, 2]))
+    both = torch.zeros(2, 6, requires_grad=True)
+    loss = feedback_loss("pairwise", both, [{"chosen": "", "rejected": ""}] * 3, weights=weights)
+    gradient, = torch.autograd.grad(loss, both)
+    assert gradient[0, 1] == gradient[0, 4] == 0
+    assert (gradient[1] != 0).all()
+
+
+@pytest.mark.parametrize("words,said", [
+    (["--ensemble=min"], "--ensemble has no effect without --members"),
+    (["--flip_share=.1"], "--flip_share has no effect without --strength_from"),
+    (["--adaptive_margin"], "--adaptive_margin has no effect without --strength_from"),
+    (["--strength_from=x"], "--strength_from has no effect alone"),
+    (["--strength_from=x", "--smooth_share=.1"], "--smooth_share has no effect without --label_smoothing")])
+def test_options_without_effect_are_refused(words, said):
+    with pytest.raises(UserError, match=said):
+        parse(RewardOptions, words, "x")

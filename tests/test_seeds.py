@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from runtime.options import UserError
-from runtime.statistics import paired_auc_difference
+from runtime.statistics import auc, paired_difference
 from tools.seeds import main, reward_rows
 
 
@@ -41,9 +41,9 @@ def test_both_splits_are_printed_where_they_were_measured(runs, capsys):
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_the_difference_is_over_runs_and_texts(runs, split):
     scores = [json.loads((folder / f"reward_{split}_scores.json").read_text()) for folder in runs]
-    value, low, high = paired_auc_difference([s["scores"] for s in scores], scores[0]["baseline"],
+    value, low, high = paired_difference(auc, [s["scores"] for s in scores], scores[0]["baseline"],
                                              scores[0]["labels"])
-    rows, sentence = reward_rows(runs, split)
+    rows, sentence, _ = reward_rows(runs, split)
     assert f"{value:+.4f} [{low:+.4f}, {high:+.4f}]" in sentence
     assert "1 to 2 words" in rows[-1]["name"]
 

@@ -78,7 +78,7 @@ def test_bad_lines_are_left_out_and_named(tmp_path, capsys):
     bad = {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c", "rejected": "\n\nHuman: a\n\nAssistant: d"}
     source = write(tmp_path / "some.jsonl", [*map(pair, range(150)), bad])
     open_data("hh", source=str(source), vocab_size=400, cache=tmp_path)
-    assert "1 of 151 records left out" in capsys.readouterr().out
+    assert "1 of 151 lines left out, which teach nothing" in capsys.readouterr().out
 
 
 def test_a_limit_takes_that_many_pairs(folder, tmp_path):

@@ -1,4 +1,6 @@
 """tools/show.py prints the loss mask in colour."""
+import re
+
 import pytest
 
 from data.tokenizer import train_bpe
@@ -34,6 +36,14 @@ def test_a_prepared_folder_gives_tokenizer_and_template(file, reviews_source, tm
     shown = capsys.readouterr().out
     plain = "".join(piece.partition("m")[2] for piece in ("\033[0m" + shown).split("\033[")[1:]).replace("·", "")
     assert data.template.replace("{prompt}", "问") in plain
+
+
+def test_what_people_judged_is_shown_below_its_prompt(tmp_path, reviews_source, capsys):
+    data = open_data("reviews", source=str(reviews_source), vocab_size=400, cache=tmp_path)
+    main([str(data.folder / "reward_val.jsonl")])
+    shown = capsys.readouterr().out
+    assert len(re.findall("^(not )?liked: ", shown, re.MULTILINE)) == min(5, len(data.records("reward", "val")))
+    assert " judged" in shown
 
 
 def test_wrong_words_show_the_usage(file):

@@ -9,6 +9,7 @@ import torch
 
 import train
 from data.batches import dialogue_rows, eval_windows, reward_batch, reward_rows
+from data.feedback import chance_warnings
 from data.prepared import Documents
 from model import limit_length, load_checkpoint, load_parent, open_run, save_checkpoint
 from reward import RewardModel, RewardTask, label_loss, pairwise_loss, reward_model_from, train_reward
@@ -190,20 +191,19 @@ def test_ties_count_half_and_constant_scores_have_figures(task_of):
     for task.kind, figures in expected.items():
         measured = task.agreement(rated, flat)
         assert measured == pytest.approx(figures)
-        assert len(task.chance_warnings(rated, measured)) == 1
+        assert len(chance_warnings(task.kind, rated, measured)) == 1
 
 
 @pytest.mark.parametrize("kind,name,n,enough,too_little", [
     ("pairwise", "val_accuracy", 100, .59, .57), ("pairwise", "val_accuracy", 1, None, 1.0),
     ("regression", "val_correlation", 101, .17, .16), ("regression", "val_correlation", 2, None, 1.0),
     ("label", "val_auc", 100, .60, .59), ("label", "val_auc", 2, None, 1.0)])
-def test_agreement_that_luck_reaches_is_warned_of(task_of, kind, name, n, enough, too_little):
-    task, records = task_of("reward"), [{"label": i % 2} for i in range(n)]
-    task.kind = kind
-    (warning,) = task.chance_warnings(records, {name: too_little})
+def test_agreement_that_luck_reaches_is_warned_of(kind, name, n, enough, too_little):
+    records = [{"label": i % 2} for i in range(n)]
+    (warning,) = chance_warnings(kind, records, {name: too_little})
     assert name in warning and f"over {n} records" in warning
-    assert enough is None or task.chance_warnings(records, {name: enough}) == []
-    assert len(task.chance_warnings(records, {})) == 1  # what could not be measured
+    assert enough is None or chance_warnings(kind, records, {name: enough}) == []
+    assert len(chance_warnings(kind, records, {})) == 1  # what could not be measured
 
 
 def test_a_reward_model_that_learned_nothing_is_said_by_it_and_by_what_builds_on_it(

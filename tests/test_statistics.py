@@ -7,7 +7,7 @@ import pytest
 from runtime.options import UserError
 from runtime.statistics import (accuracy, auc, bootstrap, calibration_error, correlation, cut_alike,
                                 distinct_interval, distinct_n, interval, mean_interval,
-                                paired_auc_difference, positive_share, reply_statistics, share_above,
+                                paired_difference, positive_share, reply_statistics, share_above,
                                 win_rate)
 
 
@@ -114,7 +114,7 @@ def test_a_paired_interval_is_narrower_than_an_unpaired_one():
     labels = rng.integers(0, 2, 500)
     shared = labels + rng.normal(0, 1, 500)
     a, b = shared + rng.normal(0, .1, 500) + .1 * labels, shared + rng.normal(0, .1, 500)
-    value, low, high = paired_auc_difference([a, a], b, labels, n=300)
+    value, low, high = paired_difference(auc, [a, a], b, labels, n=300)
     alone = bootstrap(auc, a, labels, n=300)
     assert value == pytest.approx(auc(a, labels) - auc(b, labels))
     assert low < value < high
@@ -125,7 +125,7 @@ def test_the_interval_over_several_runs_is_that_of_another_run_on_other_texts():
     rng = np.random.default_rng(3)
     labels = rng.integers(0, 2, 2000)
     good, bad, base = (labels + rng.normal(0, spread, 2000) for spread in (.5, 2, 1))
-    value, low, high = paired_auc_difference([good, bad], base, labels, n=300)
+    value, low, high = paired_difference(auc, [good, bad], base, labels, n=300)
     alone = [auc(s, labels) - auc(base, labels) for s in (good, bad)]
     assert value == pytest.approx(np.mean(alone))
     assert high > alone[0] - .01  # a quarter of the draws is one run twice
@@ -134,7 +134,7 @@ def test_the_interval_over_several_runs_is_that_of_another_run_on_other_texts():
 
 def test_the_difference_is_that_of_the_mean_auc_over_systems():
     labels, good, bad, base = [0, 1, 0, 1], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 1, 0]
-    assert paired_auc_difference([good, bad], base, labels,
+    assert paired_difference(auc, [good, bad], base, labels,
                                  n=10)[0] == pytest.approx(.5 - auc(base, labels))
 
 

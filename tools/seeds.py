@@ -15,18 +15,14 @@ import sys
 
 import numpy as np
 
+from data.agreement import FEEDBACK, TITLES, columns, main_measure, measured
 from data.report import COLUMNS
 from runtime.options import UserError, run_main
-from runtime.statistics import accuracy, auc, calibration_error, paired_auc_difference
+from runtime.statistics import paired_difference
 from runtime.tables import table
 
 RATIOS = ("distinct2", "length")  # to the run's own SFT policy
-POLICY = {"name": "", "judged_positive": "judged positive",
-          "judged_positive_transformer": "… transformer"}
-for key, title in COLUMNS.items():
-    POLICY |= {key: title, **({f"{key}_ratio": "… / SFT's"} if key in RATIOS else {})}
-REWARD = {"name": "", "auc": "AUC", "accuracy": "accuracy", "calibration": "calibration error",
-          "half": "AUC on first halves"}
+JUDGED = {"judged_positive": "judged positive", "judged_positive_transformer": "… transformer"}
 
 
 def read(folder: pathlib.Path, name: str) -> dict:
@@ -55,44 +51,61 @@ def mean_and_range(rows: list[dict], name: str) -> dict:
     return row
 
 
-def policy_rows(folders: list[pathlib.Path], report: str) -> list[dict]:
-    """SFT, PPO and what people wrote, for each run's `report`; ratios are to the run's own SFT policy."""
+def policy_columns(report: dict) -> dict[str, str]:
+    """Key and title of the policies' columns, ratios to SFT beside what they are of. A report of an
+    earlier version names no columns."""
+    titles = {}
+    for key, title in report.get("columns", {"name": "", **JUDGED, **COLUMNS}).items():
+        titles |= {key: title, **({f"{key}_ratio": "… / SFT's"} if key in RATIOS else {})}
+    titles.pop("replies", None)
+    return titles
+
+
+def policy_rows(reports: list[dict], folders: list[pathlib.Path]) -> list[dict]:
+    """SFT, PPO and what people wrote, for the report of each run; ratios are to the run's own SFT
+    policy."""
     by_name: dict[str, list[dict]] = {}
-    for folder in folders:
-        rows = read(folder, report)["policies"]
+    for report, folder in zip(reports, folders, strict=True):
+        rows, titles = report["policies"], policy_columns(report)
         sft = next(r for r in rows if r["name"] == "SFT")
         for row in rows:
-            row = {k: v for k, v in row.items() if k in POLICY}
-            row |= {f"{k}_ratio": row[k] / sft[k] for k in RATIOS}
+            row = {k: v for k, v in row.items() if k in titles}
+            row |= {f"{k}_ratio": row[k] / sft[k] for k in RATIOS if k in row and sft[k]}
             by_name.setdefault(row["name"], []).append({**row, "name": f"{row['name']}, {folder}"})
     return [row for name, rows in by_name.items()
             for row in [*(rows if "kl" in rows[0] else []),
                         mean_and_range(rows, f"**{name}**, mean [range]")]]
 
 
-def reward_rows(folders: list[pathlib.Path], split: str) -> tuple[list[dict], str]:
-    """The reward models and the baseline on a split, and a sentence on their difference."""
+def reward_rows(folders: list[pathlib.Path], split: str) -> tuple[list[dict], str, dict[str, str]]:
+    """The reward models and the baseline on a split, a sentence on their difference, and the titles
+    of the columns."""
     scores = [read(folder, f"reward_{split}_scores.json") for folder in folders]
-    labels, baseline = scores[0]["labels"], scores[0]["baseline"]
-    if any(s["labels"] != labels or not np.allclose(s["baseline"], baseline, atol=0.01)
-           for s in scores):
+    scores = [{"kind": "labels", "truth": s.get("labels"), **s} for s in scores]  # "labels": older ones
+    kind, truth, baseline = (scores[0].get(key) for key in ("kind", "truth", "baseline"))
+    if any(s["truth"] != truth or (s.get("baseline") is None) != (baseline is None)
+           or baseline and not np.allclose(s["baseline"], baseline, atol=0.01) for s in scores):
         raise UserError("these runs were measured on different texts: give runs on the same data "
                         "set")
+    main, measures = main_measure(kind), measured(scores[0])
 
     def row(name: str, s: dict, key: str, half: str) -> dict:
-        probs = 1 / (1 + np.exp(-np.array(s[key])))
-        return {"name": name, "auc": auc(s[key], labels), "accuracy": accuracy(probs, labels),
-                "calibration": calibration_error(probs, labels), "half": auc(s[half], labels)}
+        return {"name": name, "half": measures[main](s[half], truth)} | {
+            column: measure(s[key], truth) for column, measure in measures.items()}
 
     rows = [row(f"reward model, {folder}", s, "scores", "half_scores")
             for folder, s in zip(folders, scores, strict=True)]
-    value, low, high = paired_auc_difference([s["scores"] for s in scores], baseline, labels)
-    rows += [mean_and_range(rows, "**reward model**, mean [range]"),
-             row(f"n-gram regression, same labels ({scores[0].get('form', 'untuned')})", scores[0],
-                 "baseline", "half_baseline")]
-    return rows, (f"Mean AUC of {len(folders)} reward models − the baseline's, on {len(labels)} "
-                  f"texts of {split} (paired; seeds and texts resampled): {value:+.4f} "
-                  f"[{low:+.4f}, {high:+.4f}]")
+    rows.append(mean_and_range(rows, "**reward model**, mean [range]"))
+    titles = {key: title for key, title in columns(kind).items() if key not in ("texts", "length")}
+    if baseline is None:
+        return rows, "", titles
+    rows.append(row(f"n-gram regression, same {FEEDBACK[kind]} ({scores[0].get('form', 'untuned')})",
+                    scores[0], "baseline", "half_baseline"))
+    value, low, high = paired_difference(measures[main], [s["scores"] for s in scores], baseline, truth,
+                                         groups=scores[0].get("groups"))
+    return rows, (f"Mean {TITLES[main]} of {len(folders)} reward models − the baseline's, on {len(truth)} "
+                  f"{'pairs' if kind == 'pairs' else 'texts'} of {split} (paired; seeds and texts "
+                  f"resampled): {value:+.4f} [{low:+.4f}, {high:+.4f}]"), titles
 
 
 def main(argv: list[str]) -> None:
@@ -102,11 +115,12 @@ def main(argv: list[str]) -> None:
     folders = [pathlib.Path(word) for word in argv]
     for name, split in (("report.json", "validation"), ("report_test.json", "test")):
         if split == "validation" or all((folder / name).exists() for folder in folders):
-            print(f"{split}\n\n{table(policy_rows(folders, name), POLICY)}\n")
-    for split in ("val", "test"):  # feedback in pairs or scores has neither
+            reports = [read(folder, name) for folder in folders]
+            print(f"{split}\n\n{table(policy_rows(reports, folders), policy_columns(reports[0]))}\n")
+    for split in ("val", "test"):
         if any((folder / f"reward_{split}_scores.json").exists() for folder in folders):
-            rows, difference = reward_rows(folders, split)
-            print(f"\n{table(rows, REWARD)}\n\n{difference}")
+            rows, difference, titles = reward_rows(folders, split)
+            print(f"\n{table(rows, titles)}\n\n{difference}")
 
 
 if __name__ == "__main__":

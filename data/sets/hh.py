@@ -54,8 +54,8 @@ def download(name: str, downloads: pathlib.Path) -> pathlib.Path:
 
 def build(folder: pathlib.Path, files: Sequence[pathlib.Path], vocab_size: int, limit: int,
           judge_share: float) -> DataWriter:
-    """Read the pairs, leaving out and naming those that are no two replies to one dialogue; the rest is
-    that of files of the user's own. limit: so many pairs of the training file."""
+    """Read the pairs, leaving out and counting those that are no two replies to one dialogue; the rest
+    is that of files of the user's own. limit: so many pairs of the training file."""
     places = [("reward", split_of_file(file)) for file in files]
     if limit:
         files = [write_some(files[0], limit, folder / "limited.jsonl"), *files[1:]]

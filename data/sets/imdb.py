@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data.dataset import SPLITS, DataSet, DataWriter, Part, split_of, text_hash
 from data.downloads import Package, raw_files, read_files
 from data.groups import group_by_shared_runs, word_key
-from data.openings import Placed, half_of, records_of, write_stages
+from data.stages import Placed, half_of, records_of, write_stages
 from data.records import as_messages
 from data.tokenizer import Tokenizer, train_bpe
 from runtime.options import UserError

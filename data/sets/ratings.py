@@ -18,7 +18,7 @@ from typing import NamedTuple
 from data.dataset import SPLITS, DataSet, DataWriter, Part, split_of, text_hash
 from data.downloads import Package, raw_files, read_archive, read_files, text_lines
 from data.groups import group_by_shared_runs, word_key
-from data.openings import Placed, half_of, records_of, write_stages
+from data.stages import Placed, half_of, records_of, write_stages
 from data.records import as_messages
 from data.tokenizer import train_bpe
 from runtime.options import UserError

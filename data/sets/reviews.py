@@ -20,7 +20,7 @@ from data.tokenizer import train_bpe
 from data.dataset import SPLITS, DataSet, DataWriter, Part, split_of, text_hash
 from data.downloads import Package, raw_files, read_files, text_lines
 from data.groups import group_by_shared_runs, text_key
-from data.openings import no_records, write_stages
+from data.stages import no_records, write_stages
 from data.records import as_messages
 from data.tokenizer import Tokenizer
 

@@ -1,0 +1,69 @@
+"""The price of an unwanted quantity, steered so that the quantity comes near a target."""
+import math
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+class KLController:
+    """The price of KL, fixed or steered so that a reply's KL comes near a target.
+
+    Steered, it is coef · exp(3 · clip(KL / target − 1, ± 1)): cheap far below the target, dear above
+    it, at once; and coef follows slowly (`update`). Ziegler's rule alone, fast enough for 40 updates,
+    swings around the target, for the policy takes a dozen updates to follow a price.
+    """
+
+    GAIN = 3.0
+
+    def __init__(self, coef: float, target: float | None = None, horizon: float = 1_000, kl: float = 0.0):
+        """kl: of a reply, in the update before."""
+        self.coef, self.target, self.horizon, self.kl = coef, target, horizon, kl
+
+    @property
+    def price(self) -> float:
+        """What the next update pays for a nat.
+
+        >>> [round(KLController(0.2, target=6, kl=kl).price, 3) for kl in (0, 6, 7, 99)]
+        [0.01, 0.2, 0.33, 4.017]
+        """
+        if self.target is None:
+            return self.coef
+        return self.coef * math.exp(self.GAIN * min(max(self.kl / self.target - 1, -1), 1))
+
+    def update(self, kl_per_reply: float, n_replies: int) -> None:
+        """coef *= max(0.1, 1 + clip(KL / target − 1, ± 0.2) · replies / horizon) (Ziegler 2019): it stays
+        above 0, from where it would never move.
+
+        >>> control = KLController(0.2, target=6, horizon=10_000)
+        >>> control.update(9.0, 256)
+        >>> round(control.coef, 6)
+        0.201024
+        """
+        self.kl = kl_per_reply
+        if self.target is not None:
+            error = min(max(kl_per_reply / self.target - 1, -0.2), 0.2)
+            self.coef *= max(0.1, 1 + error * n_replies / self.horizon)
+
+    @classmethod
+    def starting(cls, o: Any, spread: float, state: dict[str, float] | None = None) -> "KLController":
+        """As a run begins, or goes on from the `state()` of a checkpoint. o: PPO's options, with
+        kl_control resolved; spread: of what the starting policy's replies are paid.
+
+        Were scores of that spread normal, their optimum π_ref · exp(score / β) would be spread² / 2β²
+        nats away. Without a --kl_coef, adaptive control starts at the β for which that is the target.
+        """
+        if o.kl_control != "adaptive":
+            if not state and o.reward and spread > 10 * o.kl_coef > 0:
+                tqdm.write(f"warning: the spread of what the starting policy is paid is {spread:.3g}, "
+                           f"{spread / o.kl_coef:.0f} times --kl_coef {o.kl_coef:g}: the policy will go far; try "
+                           f"--kl_coef {spread / math.sqrt(12):.2g}", file=sys.stderr)
+            return cls(o.kl_coef)
+        start = o.kl_coef
+        if "kl_coef" not in o.explicit and o.kl_coef == type(o).kl_coef and spread > 0:
+            start = spread / math.sqrt(2 * o.kl_target)
+        return cls(**{"coef": start, "target": o.kl_target, "horizon": o.kl_horizon, **(state or {})})
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"coef": self.coef, "kl": self.kl}
