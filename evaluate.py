@@ -254,16 +254,15 @@ def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str 
     """
     loaded = {name: load_checkpoint(folder, device) for name, folder in folders.items()}
     beside = checkpoint_path(next(iter(folders.values()))).parent.parent
-    of = {stage: {folders[name]: s for name, (_, _, s) in loaded.items() if s.get("stage") == stage}
-          for stage in ("best", "ppo")}
-    states = of["best"] | of["ppo"]
+    states = {folders[name]: s for stage in ("best", "ppo") for name, (_, _, s) in loaded.items()
+              if s.get("stage") == stage}
+    ppos = {folder: s for folder, s in states.items() if s["stage"] == "ppo"}
     last = [*states.values()][-1] if states else {}
-    started, path = last.get("options", {}), beside / "sft"
-    if of["ppo"] or not checkpoint_path(path).exists():
-        path = started.get("init_from") or path
-    path = reference or path
+    started = last.get("options", {})
+    from_own = ppos or not checkpoint_path(beside / "sft").exists()
+    path = reference or (from_own and started.get("init_from")) or beside / "sft"
     model, tokenizer, state = load_checkpoint(path, device)
-    require_parent(of["ppo"], "init", path, state, "reference")
+    require_parent(ppos, "init", path, state, "reference")
     for name, (_, other, _) in loaded.items():
         tokenizer.require_same(other, f"{path} and {folders[name]}")
     compared = Compared({name: policy for name, (policy, _, _) in loaded.items()}, model, tokenizer,

@@ -318,8 +318,7 @@ class Run:
                 self.warned.add(name)
                 tqdm.write(f"{self.stage}: warning: {name} is {x} at step {step}; metrics.jsonl says "
                            "null", file=sys.stderr)
-        numbers = {name: float(f"{x:.6g}") if isinstance(x, float) else x
-                   for name, x in metrics.items()}
+        numbers = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in metrics.items()}
         self.folder.append("metrics.jsonl", [{"step": step, **numbers}])
         self.board.add({"step": step, **numbers})
         return_freed_memory()
