@@ -41,8 +41,8 @@ from data.batches import (Rows, drop_long_prompts, held_out_prompts, make_rows, 
 from data.prepare import open_stage
 from data.prepared import Prepared
 from data.functions import RewardError
-from data.rewards import (Part, RewardSum, ScoreScale, chosen_reward_norm as chosen_reward_norm, digests,
-                          needs_model, part_means, read_reward, resolved)
+from data.rewards import (Part, RewardSum, ScoreScale, needs_model, part_scores, read_reward,
+                          resolved)
 from model import Transformer, load_parent, next_token_loss, open_run, token_logprobs
 from reward import RewardModel, Scorer, critic_from, critic_of_policy
 from runtime.control import KLController
@@ -429,14 +429,16 @@ def collect_rollout(networks: Networks, prompts: Sequence[list[int]], o: PPOOpti
     written = time.perf_counter()
     prediction, ref_logprobs = score_replies(networks, replies, o)
     device = replies.tokens.device
+    ids = reply_ids(replies.generation)
     with precision(networks.actor_critic.dtype, device.type):
-        raw_scores = scorer.scores(repeated, reply_ids(replies.generation)).to(device)
+        raw_scores = scorer.scores(repeated, ids).to(device)
+        parts = {name: float(x.mean()) for name, x in part_scores(scorer, repeated, ids).items()}
     scores = scale.paid(raw_scores, replies.ended, o)
     rewards = token_rewards(scores, prediction.logprobs, ref_logprobs, replies.response_mask,
                             kl_coef if o.kl_in == "reward" else 0.0)
     scored = ScoredReplies(**vars(replies), **prediction._asdict(), ref_logprobs=ref_logprobs,
                            raw_scores=raw_scores, scores=scores, rewards=rewards, kl_coef=kl_coef,
-                           parts=part_means(scorer, repeated, reply_ids(replies.generation)))
+                           parts=parts)
     advantages, returns = estimator(scored, o)
     spread = 1.0
     if o.whiten:
@@ -684,7 +686,7 @@ class PPOTrainer:
         self.run, self.o, self.template, self.loss = run, run.o, data.template, loss
         o, state = run.o, run.state
         if o.reward_norm == "auto":
-            raise ValueError("PPOTrainer: resolve reward_norm first, by chosen_reward_norm or resolved")
+            raise ValueError("PPOTrainer: resolve reward_norm first, by data.rewards.resolved")
         self.estimator = estimator or (gae_estimator if o.advantage == "gae" else group_estimator)
         reference = copy.deepcopy(reference)
         self.reward_model = reward_model
@@ -711,7 +713,8 @@ class PPOTrainer:
         if critic is None:
             nn.init.constant_(actor_critic.value_head.bias, paid)
         self.networks = Networks(actor_critic.to(run.device), reference, run.tokenizer.eom_id)
-        for trunk in self.trained_trunks():
+        self.trunks = [run.model, *([critic.backbone] if critic is not None else [])]  # those that learn
+        for trunk in self.trunks:
             trunk.recompute = o.recompute
         groups = [{"params": list(run.model.parameters()), "lr": o.policy_lr},
                   {"params": list(actor_critic.value_module.parameters()), "lr": o.critic_lr}]
@@ -782,17 +785,13 @@ class PPOTrainer:
         with precision(self.run.dtype, self.run.device):
             return next_token_loss(self.run.model, *batch)
 
-    def trained_trunks(self) -> list[Transformer]:
-        critic = self.networks.actor_critic.critic
-        return [self.run.model, *([critic.backbone] if critic is not None else [])]
-
     def prepare_decoder(self) -> None:
         """Make the policy ready to write; where compiling pays, compile the networks' trunks, too.
         """
         compiles = self.run.compute.compile == "on"
         if compiles:
             scoring = [self.reward_model.backbone] if self.reward_model is not None else []
-            compile_trunks(self.networks.reference, *scoring, *self.trained_trunks())
+            compile_trunks(self.networks.reference, *scoring, *self.trunks)
         self.networks.decoder = Decoder(self.run.model, self.decoder_dtype, compile=compiles)
 
     def update(self, step: int) -> dict[str, float]:
@@ -876,10 +875,11 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     fixed for a scorer. Returns the finished run, or None if it was finished before.
     """
     data, o = open_stage(o, "ppo")
-    terms = read_reward(o.reward)
+    terms = read_reward(o.reward) if o.reward else []
     policy, tokenizer, state = load_parent(o, data, "sft", o.init_from)
-    parents, reward_model, feedback = {"init": state["hash"], **digests(terms)}, None, "scores of any kind"
-    if needs_model(o, terms):
+    parents, reward_model, feedback = {"init": state["hash"]}, None, "scores of any kind"
+    parents |= {f"file {term.path}": term.digest for term in terms if term.path is not None}
+    if not terms or needs_model(o, terms):
         reward_model, reward_tokenizer, reward_state = load_parent(o, data, "reward", o.reward_from, RewardModel)
         tokenizer.require_same(reward_tokenizer, "the policy and the reward model")
         parents["reward"] = reward_state["hash"]

@@ -291,7 +291,7 @@ class Run:
         self.folder.begin(self.step if self.state else -1, self.state.get("recovered", False))
         self.total = total
         self.write_config(finished=False)
-        self.board = Board(self.folder.path, self.o.tensorboard)
+        self.board = Board(self.folder.path) if self.o.tensorboard else None
         with Progress(self.stage, self.step, total) as bar:
             try:
                 yield bar
@@ -320,7 +320,8 @@ class Run:
                            "null", file=sys.stderr)
         numbers = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in metrics.items()}
         self.folder.append("metrics.jsonl", [{"step": step, **numbers}])
-        self.board.add({"step": step, **numbers})
+        if self.board is not None:
+            self.board.add({"step": step, **numbers})
         return_freed_memory()
 
     def samples(self, step: int, records: list[dict]) -> None:
