@@ -197,16 +197,18 @@ class RunFolder:
         return file
 
     def begin(self, step: int, recovered: bool = False) -> None:
-        """Make the folder this run's, from `step` on. Not before training begins: had anything been
-        wrong until then, an earlier run would still be there.
+        """Make the folder this run's, from `step` on; −1: from the beginning. Not before training
+        begins: had anything been wrong until then, an earlier run would still be there.
 
         recovered: it goes on from the older checkpoint, which takes the damaged one's place, so that
         the next save does not keep the damaged one instead.
         """
-        if self.o.fresh:
-            for name in (self.older.name, "config.json", self.checkpoint.name, "metrics.jsonl",
-                         "samples.jsonl"):
+        if step < 0:  # a new run: whatever is there is another's
+            for name in (self.older.name, "config.json", self.checkpoint.name):
                 (self.path / name).unlink(missing_ok=True)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                replace_text(self.path / name, "")
+            return
         if recovered:  # first the record: a kill in between must not leave the older one as finished
             self.write_config({**self.record, "finished": False})
             keep(self.older, self.checkpoint)
