@@ -197,16 +197,18 @@ class RunFolder:
         return file
 
     def begin(self, step: int, recovered: bool = False) -> None:
-        """Make the folder this run's, from `step` on. Not before training begins: had anything been
-        wrong until then, an earlier run would still be there.
+        """Make the folder this run's, from `step` on; −1: from the beginning. Not before training
+        begins: had anything been wrong until then, an earlier run would still be there.
 
         recovered: it goes on from the older checkpoint, which takes the damaged one's place, so that
         the next save does not keep the damaged one instead.
         """
-        if self.o.fresh:
-            for name in (self.older.name, "config.json", self.checkpoint.name, "metrics.jsonl",
-                         "samples.jsonl"):
+        if step < 0:  # a new run: whatever is there is another's
+            for name in (self.older.name, "config.json", self.checkpoint.name):
                 (self.path / name).unlink(missing_ok=True)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                replace_text(self.path / name, "")
+            return
         if recovered:  # first the record: a kill in between must not leave the older one as finished
             self.write_config({**self.record, "finished": False})
             keep(self.older, self.checkpoint)
@@ -291,7 +293,7 @@ class Run:
         self.folder.begin(self.step if self.state else -1, self.state.get("recovered", False))
         self.total = total
         self.write_config(finished=False)
-        self.board = Board(self.folder.path, self.o.tensorboard)
+        self.board = Board(self.folder.path) if self.o.tensorboard else None
         with Progress(self.stage, self.step, total) as bar:
             try:
                 yield bar
@@ -320,7 +322,8 @@ class Run:
                            "null", file=sys.stderr)
         numbers = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in metrics.items()}
         self.folder.append("metrics.jsonl", [{"step": step, **numbers}])
-        self.board.add({"step": step, **numbers})
+        if self.board is not None:
+            self.board.add({"step": step, **numbers})
         return_freed_memory()
 
     def samples(self, step: int, records: list[dict]) -> None:
