@@ -70,6 +70,15 @@ def replace_text(path: pathlib.Path, text: str) -> None:
         file.write(text.encode())
 
 
+def require_place(path: pathlib.Path, flag: str) -> None:
+    """UserError unless a file can be written there: asked before the work whose result it takes."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder: name a file in it")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{flag} {path}: {path.parent} is no folder that can be written to: make it, or name "
+                        "another")
+
+
 # ---- payloads with a digest ----------------------------------------------------------------------
 # torch.save writes a zip archive, which ends with a record of 22 bytes whose last two are the length
 # of a comment. The digest is that comment, so any version of torch.load reads the file. It covers
@@ -159,7 +168,8 @@ def save_whole(path: pathlib.Path, payload: Any, previous: pathlib.Path | None =
                 keep(path, previous)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         kept = " (the previous one is kept)" if path.exists() else ""
-        raise UserError(f"{path}: cannot be written: {error}{kept}; check the path, the rights and "
+        reason = error if isinstance(error, OSError) else "the drive took only a part of it"
+        raise UserError(f"{path}: cannot be written: {reason}{kept}; check the path, the rights and "
                         "the free space, or choose another --out") from error
 
 
