@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from runtime.options import UserError
+from runtime.terminal import advice
 
 
 class Damaged(UserError):
@@ -59,6 +60,10 @@ def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # a write does not know its file
+            error.filename = str(path)
+        raise
     finally:  # gone after the renaming; after an error, which goes on to the caller, half a file
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -168,9 +173,10 @@ def save_whole(path: pathlib.Path, payload: Any, previous: pathlib.Path | None =
                 keep(path, previous)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         kept = " (the previous one is kept)" if path.exists() else ""
-        reason = error if isinstance(error, OSError) else "the drive took only a part of it"
-        raise UserError(f"{path}: cannot be written: {reason}{kept}; check the path, the rights and "
-                        "the free space, or choose another --out") from error
+        reason, remedy = "the drive took only a part of it", "check the free space, or choose another drive"
+        if isinstance(error, OSError):
+            reason, remedy = error.strerror or error, advice(error)
+        raise UserError(f"{path}: cannot be written: {reason}{kept}; {remedy}") from error
 
 
 def previous_of(path: pathlib.Path) -> pathlib.Path:
