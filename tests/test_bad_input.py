@@ -690,7 +690,8 @@ def test_a_reward_function_that_fails_later_costs_no_update(user, place):
 def test_a_run_at_which_another_process_works_is_left_alone(user, place):
     lock = place / "out/mine/sft/.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1); sys.stdout.flush(); sys.stdin.read()"
+    code = ("import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
+            "print(1, flush=True); sys.stdin.read()")
     with subprocess.Popen([sys.executable, "-c", code, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         done = user(f"{SFT} --init_from runs/mine/pretrain")
