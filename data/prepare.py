@@ -58,9 +58,10 @@ def find_data_set(data: str, fields: str = "", template: str = "") -> DataSet:
             refuse_zip(path)
             return own_data_set(path, fields, template)
     near = difflib.get_close_matches(data, DATA_SETS, 1)
-    raise UserError(f"unknown data set {data!r}{f'; did you mean {near[0]}?' if near else ''}: use "
-                    f"{' or '.join(DATA_SETS)}, the path of a .jsonl, .json, .csv or .tsv file or of a folder "
-                    "of them, or - for standard input")
+    raise UserError(f"unknown data set {data!r}, and no file or folder is called so"
+                    f"{f'; did you mean {near[0]}?' if near else ''}: use {' or '.join(DATA_SETS)}, "
+                    "the path of a .jsonl, .json, .csv or .tsv file or of a folder of them, or - for "
+                    "standard input")
 
 
 def kept_input(data: str) -> str:
