@@ -180,11 +180,11 @@ def open_for(o: Options, data: str) -> Prepared:
 
 def suited(o: T, stage: str, data: Prepared) -> T:
     """A stage's options with the values that suit the data, where neither a flag nor a preset says
-    otherwise. What changes is printed."""
+    otherwise. What changes is printed. A preset's --max_len gives way: longer rows would not fit."""
     suggested = data.meta.get("defaults", {}).get(stage)
     if not suggested:
         return o
-    asked = {*o.explicit, *presets_of(type(o)).get(o.preset, {})}
+    asked = o.explicit | set(presets_of(type(o)).get(o.preset, {})) - {"max_len"}
     values = {name: value for name, value in suggested.items() if name not in asked and getattr(o, name) != value}
     if values:
         print(f"{stage}: by the data: {'  '.join(f'{name}={x}' for name, x in values.items())}", flush=True)
