@@ -27,6 +27,7 @@ import torch
 
 from data.agreement import feedback_table as feedback_table, reward_tables, show_agreement, summary
 from data.batches import held_out_prompts, make_rows, pad_left, prompt_ids, scatter_tokens
+from data.html import write_page
 from data.judge import ModelJudge, NgramJudge, ngram_regressions, shown_to_people
 from data.prepare import SETTINGS, find_data_set, open_data
 from data.prepared import Prepared
@@ -41,7 +42,7 @@ from runtime.device import pick_device, precision
 from runtime.lines import logged
 from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
-from runtime.run import record_of
+from runtime.run import read_config, record_of
 from runtime.storage import replace_text, require_place
 from runtime.tables import text_plot, to_json
 from runtime.terminal import for_terminal, memory_advice
@@ -244,20 +245,24 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
 
 def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str = "",
                   reward_from: str = "") -> tuple[Compared, dict[str, Any], dict[str, Any]]:
-    """(checkpoints by name with reference and reward model, the reference's state, the last PPO
-    checkpoint's or {}).
+    """(checkpoints by name with reference and reward model, the reference's state, the state of the last
+    checkpoint of ppo, else of best, else {}).
 
     Reference and reward model are where the PPO checkpoint has them from, else beside the first
-    folder. UserError if the reference, or a reward model that is not asked for, is another one.
+    folder, else where the checkpoint of best has them from. UserError if the reference, or a reward model
+    that is not asked for, is another one.
     """
     loaded = {name: load_checkpoint(folder, device) for name, folder in folders.items()}
     beside = checkpoint_path(next(iter(folders.values()))).parent.parent
-    states = {folders[name]: s for name, (_, _, s) in loaded.items() if s.get("stage") == "ppo"}
-    ppo = list(states.values())[-1] if states else {}
-    started = ppo.get("options", {})
-    path = reference or started.get("init_from") or beside / "sft"
+    states = {folders[name]: s for stage in ("best", "ppo") for name, (_, _, s) in loaded.items()
+              if s.get("stage") == stage}
+    ppos = {folder: s for folder, s in states.items() if s["stage"] == "ppo"}
+    last = [*states.values()][-1] if states else {}
+    started = last.get("options", {})
+    from_own = ppos or not checkpoint_path(beside / "sft").exists()
+    path = reference or (from_own and started.get("init_from")) or beside / "sft"
     model, tokenizer, state = load_checkpoint(path, device)
-    require_parent(states, "init", path, state, "reference")
+    require_parent(ppos, "init", path, state, "reference")
     for name, (_, other, _) in loaded.items():
         tokenizer.require_same(other, f"{path} and {folders[name]}")
     compared = Compared({name: policy for name, (policy, _, _) in loaded.items()}, model, tokenizer,
@@ -269,7 +274,7 @@ def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str 
             require_parent(states, "reward", path, reward_state, "reward_from")
         compared = dataclasses.replace(compared, reward_model=scorer, max_len=longest,
                                        ratings=reward_state.get("ratings"))
-    return compared, state, ppo
+    return compared, state, last
 
 
 def require_parent(states: dict[Any, dict], kind: str, path: Any, state: dict, flag: str) -> None:
@@ -311,9 +316,12 @@ def load_judges(data: Prepared, folder: str | os.PathLike | None = None,
 # ---- the report ----------------------------------------------------------------------------------
 
 def run_policies(root: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Where the policy before PPO and that after it are, in a run's folder."""
-    started = record_of(root / "ppo").get("options", {}).get("init_from")
-    return {"SFT": pathlib.Path(started or root / "sft"), "PPO": root / "ppo"}
+    """Where the policy before PPO, that of rejection sampling and that after PPO are, in a run's folder."""
+    ppo, best = record_of(root / "ppo"), read_config(root / "best") or {}
+    started = ppo.get("options", {}).get("init_from")
+    alike = best.get("finished") and best["parents"].get("reward") == ppo.get("parents", {}).get("reward")
+    return {"SFT": pathlib.Path(started or root / "sft"), **({"best": root / "best"} if alike else {}),
+            "PPO": root / "ppo"}
 
 
 def write_report(data: Prepared, root: pathlib.Path, *, seed: int, settings: ReplySettings,
@@ -368,7 +376,7 @@ def save_report(report: dict[str, Any], scores: dict[str, dict[str, Any]], root:
                 seconds: float = 0.0) -> None:
     """Write a run's report, with the seconds of each stage, and print it."""
     split, report["seconds"] = report["split"], {}
-    for stage in ("pretrain", "sft", "reward", "ppo", "judge"):
+    for stage in ("pretrain", "sft", "reward", "ppo", "judge", "best"):
         if checkpoint_path(root / stage).exists():
             report["seconds"][stage] = round(record_of(root / stage).get("seconds", 0), 1)
     # also after a resume
@@ -377,14 +385,14 @@ def save_report(report: dict[str, Any], scores: dict[str, dict[str, Any]], root:
     for name, of_split in scores.items():
         replace_text(root / f"reward_{name}_scores.json", json.dumps(of_split))
     replace_text(root / report_name("report.json", split), to_json(report))
-    replace_text(path, text + "\n")
+    replace_text(path, text + "\n" + write_page(report, root))
     print("\n" + for_terminal(text))
     for key, title in (("score", "reward per reply, by update"),
                        ("kl", "KL in nats per reply, by update")):
         print("\n" + text_plot(logged(root / "ppo" / "metrics.jsonl", key), title))
     plot, ppo = shlex.quote(str(root)), shlex.quote(str(root / "ppo"))
-    print(f"\nwritten: {path}; curves: python -m tools.plot {plot}; try it: python sample.py --from "
-          f"{ppo} --prompt …")
+    print(f"\nwritten: {path} and {path.stem}.html; curves: python -m tools.plot {plot}; try it: python sample.py "
+          f"--from {ppo} --prompt …")
 
 
 def print_validation_table(folder: str | os.PathLike, data: Prepared, device: str = "cpu") -> None:

@@ -7,10 +7,10 @@ One update: `collect_rollout` lets the policy reply to prompts, scores every tok
 reference and critic, and every reply with the reward model; `token_rewards` spreads the score and
 the KL penalty over tokens; `gae` turns rewards and values into advantages; `update` passes over
 these replies with `ppo_loss`. The file has the formulas first, then the rollout, then learning; what
-a raw score is worth stands in reward.py (`ScoreScale`). `PPOTrainer` carries what one update hands
-to the next, and `train_ppo` is the stage. To change one idea, pass your own function:
-`collect_rollout(…, estimator=, scorer=)`, `update(…, loss=)`, or all three to `PPOTrainer` or
-`train_ppo`.
+a raw score is worth stands in data/rewards.py (`ScoreScale`), and rewards without a model, too.
+`PPOTrainer` carries what one update hands to the next, and `train_ppo` is the stage. To change one
+idea, pass your own function: `collect_rollout(…, estimator=, scorer=)`, `update(…, loss=)`, or all
+three to `PPOTrainer` or `train_ppo`.
 
 Papers, by the names that --help uses: Schulman 2016 (GAE), Schulman 2017 (PPO), Schulman 2020
 (estimates of KL), Ziegler 2019 (PPO on language), MOSS (MOSS-RLHF parts I and II), N+ (Huang 2024,
@@ -100,7 +100,7 @@ class PPOOptions(Common):
     kl_control: str = option("auto", "adaptive steers the coefficient towards --kl_target; auto: fixed for models "
                                      "of labels, for functions alone and if --kl_coef is given, else adaptive",
                              choices=("auto", "fixed", "adaptive"), source="Ziegler 2019")
-    kl_target: float = option(6.0, "nats per reply to aim at", source="Ziegler 2019", low=0.01)
+    kl_target: float = option(2.0, "nats per reply to aim at", source="measured; Ziegler 2019: 6", low=0.01)
     kl_horizon: float = option(1_000.0, "replies over which it acts slowly", source="Ziegler 2019: 10,000", low=1)
     # Advantages and loss.
     advantage: str = option("gae", "gae needs a critic, the others have none: a reply's reward less the mean of the "

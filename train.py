@@ -7,23 +7,29 @@
     python train.py reward          judge: predict what people liked
     python train.py ppo             improve: reply so that the reward model likes it
     python train.py judge           check: predict what other people liked, for the report alone
+    python train.py best            after that: learn the best of n replies, by the reward model
+    python train.py --list          stages, data sets, presets, and what exists under out/
     python train.py ppo --help      a stage's options, with default, meaning and source
 
 The first two stages are written out here, `reward` in reward.py and `ppo` in ppo.py; `judge` is
-`reward` on the judge's half of the labels. All but `ppo` share the loop of runtime/fit.py. A stage
+`reward` on the judge's half of the labels, and `best` is `sft` on replies of its own. All but `ppo`
+share the loop of runtime/fit.py. A stage
 reads the checkpoints of its parents and leaves checkpoint.pt, config.json, metrics.jsonl and
 samples.jsonl in OUT/<data>/<stage>/. A new stage is a function of its options, added to STAGES here
 and, for its random draws, in runtime/draws.py.
 """
 import runtime  # noqa: F401 (before torch: it sets how threads wait)
+import copy
 import dataclasses
 import difflib
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,8 +37,10 @@ import evaluate
 from data.agreement import show_agreement, summary
 from data.batches import dialogue_rows, eval_windows, held_out_prompts, pack_rows, prompt_ids, text_batches
 from data.dataset import SPLITS, feedback_of, require_one_feedback
+from data.drawn import drawn_prompts, mark_of, written_before
 from data.feedback import require_varied
 from data.forms import parse_fields
+from data.overview import ListOptions, overview
 from data.prepare import kept_input, open_for, open_stage, suited
 from data.prepared import Prepared
 from data.records import load_records
@@ -41,14 +49,17 @@ from model import (ModelConfig, Transformer, checkpoint_path, cross_entropy_sum,
                    load_checkpoint, load_parent, next_token_loss, open_run)
 from ppo import PPOOptions, train_ppo
 from reward import RewardModel, RewardOptions, longest_row, train_reward
+from runtime.boards import require_tensorboard
 from runtime.device import compute_alike, pick_device, precision
-from runtime.draws import batch_indices, torch_seed
+from runtime.draws import batch_indices, key, torch_seed
 from runtime.fit import fit
 from runtime.machine import Interrupt, Interrupted, keep_freed_memory
 from runtime.options import Common, MaximumLikelihoodOptions, UserError, option, parse, parse_all, run_main
+from runtime.products import use_products
+from runtime.progress import Progress
 from runtime.run import Run, read_config, run_folder
 from runtime.terminal import memory_advice
-from sample import reply_texts, reply_to
+from sample import reply_ids, reply_texts, reply_to
 
 
 # ---- stage 1: pretraining ------------------------------------------------------------------------
@@ -219,7 +230,7 @@ class SFTTask:
 
     def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
         """Mean −log π over the batch's learned tokens."""
-        index = batch_indices(len(self.rows), self.o.batch, step, self.o.seed, "sft")
+        index = batch_indices(len(self.rows), self.o.batch, step, self.o.seed, self.run.stage)
         nats, n = self.nats([self.rows[i] for i in index])
         yield nats / n, n
 
@@ -322,6 +333,117 @@ def judge(o: JudgeOptions) -> Run | None:
     return train_reward(o, stage="judge", parent="pretrain")
 
 
+# ---- the fourth step: rejection sampling ---------------------------------------------------------
+
+@dataclasses.dataclass
+class BestOptions(SFTOptions):
+    """`python train.py best`"""
+
+    PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
+        "smoke": dict(n=4, prompts=64, reply_len=16),
+    }
+
+    n: int = option(8, "replies to each prompt; the reward model's favourite is learned", low=2, high=10_000)
+    prompts: int = option(2000, "training prompts to reply to, at most; the seed draws them", low=20, high=10**8)
+    reply_len: int = option(0, "longest reply in tokens; 0: PPO's default on this data", low=0)
+    temperature: float = option(1.0, "of sampling", low=0.001)
+
+
+class BestTask(SFTTask):
+    """Batches, loss and measures of `best`: those of fine-tuning, on a tenth of the replies that the
+    reward model chose as validation, and PPO's measures of held-out prompts."""
+
+    def __init__(self, run: Run, data: Prepared, records: list[dict], held_out: evaluate.HeldOutPrompts):
+        o = self.o = run.o
+        self.run, self.template, self.held_out = run, data.template, held_out
+        parts = [[r for i, r in enumerate(records) if (i % 10 == 0) == val] for val in (False, True)]
+        (self.rows, left_out), (self.val_rows, _) = (
+            dialogue_rows(part, run.tokenizer, data.template, o.max_len) for part in parts)
+        if not self.rows or not self.val_rows:
+            raise UserError(f"best: {len(records)} of the prompts got a reply that ends, too few of them within "
+                            f"{o.max_len} tokens with the prompt: raise --reply_len, --prompts or --max_len")
+        self.left_out, self.n_steps = left_out, math.ceil(o.epochs * len(self.rows) / o.batch)
+        self.reply_len, self.examples = o.reply_len, list(held_out.prompts[:8])
+        self.extra, self.best_by = {"example_prompts": self.examples}, ("val_loss", -1)
+
+    def measure(self, step: int) -> dict[str, float]:
+        """SFT's measures, and scores, KL and variety of replies to held-out prompts."""
+        return super().measure(step) | self.held_out.measure(self.run.model)[0]
+
+
+def best_of_prompts(run: Run, policy: Transformer, scorer: RewardModel, prompts: list,
+                    first: int) -> list[dict[str, Any]]:
+    """For each prompt, of n replies by the policy the one that the reward model scores highest, with its
+    score and the mean of all. One that is cut off never stands before one that ends: it does not show how
+    to end. first: the first prompt's number; a reply's random numbers follow from it."""
+    o, tokenizer = run.o, run.tokenizer
+    ids = [prompt_ids(tokenizer, prompt, run.template) for prompt in prompts for _ in range(o.n)]
+    replies = reply_ids(reply_to(policy, tokenizer, ids, o.reply_len, batch_size=128, dtype=run.dtype,
+                                 temperature=o.temperature, seed=key(o.seed, "best", "reply"),
+                                 rows=range(first * o.n, first * o.n + len(ids))))
+    with torch.no_grad(), precision(run.dtype, run.device):
+        scores = scorer.scores(ids, replies).cpu().view(-1, o.n)
+    ended = torch.tensor([reply[-1] == tokenizer.eom_id for reply in replies]).view(-1, o.n)
+    chosen = torch.where(ended | ~ended.any(1, keepdim=True), scores, -torch.inf).argmax(1).tolist()
+    return [{"prompt": prompt, "response": tokenizer.reply_text(replies[i * o.n + j]),
+             "score": round(float(scores[i, j]), 4), "mean_score": round(float(scores[i].mean()), 4),
+             "ended": bool(ended[i, j])} for i, (prompt, j) in enumerate(zip(prompts, chosen, strict=True))]
+
+
+def best_records(run: Run, policy: Transformer, scorer: RewardModel, data: Prepared,
+                 at_once: int = 64) -> list[dict[str, Any]]:
+    """`best_of_prompts` of the training prompts that the seed draws.
+
+    They stand in best.jsonl, which grows by `at_once` prompts at a time: a stop loses little, and what it wrote
+    is used again, as it would be drawn again (--fresh included).
+    """
+    o, path = run.o, run.folder.path / "best.jsonl"
+    room = min(policy.config.max_len, scorer.config.max_len) - o.reply_len
+    prompts = drawn_prompts(data, run.tokenizer, room, o.prompts, o.seed)
+    mark = mark_of(o.n, o.reply_len, o.temperature, o.seed, sorted(run.folder.parents.items()))
+    records = written_before(path, mark, len(prompts), at_once)
+    with Progress("best: replies", len(records) // at_once, math.ceil(len(prompts) / at_once)) as bar:
+        for first in range(len(records), len(prompts), at_once):
+            new = best_of_prompts(run, policy, scorer, prompts[first:first + at_once], first)
+            run.folder.append(path.name, new := [record | {"of": mark} for record in new])
+            records += new
+            bar.update()
+    return records
+
+
+@memory_advice("lower --batch, --max_len or --reply_len, or add --recompute")
+def best(o: BestOptions) -> Run | None:
+    """Reply n times to each prompt, keep the reply that the reward model scores highest, and learn
+    it as sft learns the replies of dialogues (rejection sampling: MOSS's fourth step)."""
+    refuse_judge(o.reward_from)
+    data, o = open_stage(o, "sft")
+    of_ppo = data.meta.get("defaults", {}).get("ppo", {})
+    o = o.replace(reply_len=o.reply_len or of_ppo.get("reply_len", PPOOptions.reply_len))
+    policy, tokenizer, state = load_parent(o, data, "sft", o.init_from)
+    scorer, other, of_reward = load_parent(o, data, "reward", o.reward_from, RewardModel)
+    tokenizer.require_same(other, "the policy and the reward model")
+    o = limit_length(o, policy.config)
+    reference = copy.deepcopy(policy)
+    run = open_run("best", o, data, {"init": state["hash"], "reward": of_reward["hash"]}, policy, tokenizer)
+    if run is None:
+        return None
+    for network in (reference.requires_grad_(False), scorer.requires_grad_(False)):
+        use_products(network.to(run.device), run.compute.products)
+    records = best_records(run, reference, scorer, data)
+    kept = [r for r in records if r["ended"]]
+    held_out = evaluate.HeldOutPrompts(
+        data, tokenizer, held_out_prompts(data, "val", tokenizer, min(
+            policy.config.max_len, scorer.config.max_len) - o.reply_len, 128), reference, scorer,
+        evaluate.ReplySettings(o.reply_len, o.temperature, dtype=run.dtype))
+    task = BestTask(run, data, kept, held_out)
+    print(f"best: {len(records)} prompts, {o.n} replies each; mean score "
+          f"{np.mean([r['mean_score'] for r in records]):.3f}, of the best {np.mean([r['score'] for r in kept]):.3f}; "
+          f"{len(records) - len(kept)} prompts without a reply that ends, {task.left_out} dialogues of over "
+          f"{o.max_len} tokens left out; {task.n_steps} steps of {o.batch}", flush=True)
+    run.finish(**fit(run, task))
+    return run
+
+
 # ---- all stages ----------------------------------------------------------------------------------
 
 STAGES: dict[str, tuple[type, Callable[[Any], Run | None]]] = {
@@ -330,7 +452,9 @@ STAGES: dict[str, tuple[type, Callable[[Any], Run | None]]] = {
     "reward": (RewardOptions, reward),
     "ppo": (PPOOptions, ppo),
     "judge": (JudgeOptions, judge),
+    "best": (BestOptions, best),
 }
+ROAD = {stage: cls for stage, (cls, _) in STAGES.items() if stage != "best"}  # what `all` runs
 
 
 def run_all(options: dict[str, Common]) -> None:
@@ -341,7 +465,7 @@ def run_all(options: dict[str, Common]) -> None:
     brought = {"pretrain": init_from, "reward": reward_from}
     data = open_for(options["ppo"], options["ppo"].data)
     reads_model = needs_model(options["ppo"], read_reward(options["ppo"].reward))
-    stages = [stage for stage in STAGES if (stage != "judge" or data.has("judge"))
+    stages = [stage for stage in ROAD if (stage != "judge" or data.has("judge"))
               and (stage != "reward" or reads_model)]
     require_inputs(data, [stage for stage in stages if not brought.get(stage)], reward_from)
     for stage in stages:
@@ -379,6 +503,11 @@ def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
 
 
 def main(argv: list[str]) -> int:
+    if "--list" in argv:
+        o = parse(ListOptions, argv, "train.py --list")
+        meanings = dict(re.findall(r"^    python train\.py (\w+) {2,}(.*)$", __doc__ or "", re.MULTILINE))
+        print(overview({stage: (meanings.get(stage, ""), cls) for stage, (cls, _) in STAGES.items()}, o.out))
+        return 0
     stage, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("all", argv)
     if stage not in (*STAGES, "all"):
         near = difflib.get_close_matches(stage, [*STAGES, "all"], 1)
@@ -388,8 +517,7 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     try:
         if stage == "all":
-            options = parse_all(Common, {name: cls for name, (cls, _) in STAGES.items()}, rest,
-                                "train.py")
+            options = parse_all(Common, ROAD, rest, "train.py")
             for name in ("reward", "judge"):
                 options[name].refuse("evaluate", why="in a run of all stages: give it to this stage alone")
             data = kept_input(options["ppo"].data)
@@ -400,7 +528,9 @@ def main(argv: list[str]) -> int:
             o = o.replace(data=kept_input(o.data))
             o.refuse("report_prompts", why=f"on {stage} alone: it is for the report of `train.py "
                                            "all`")
-        pick_device(o.device)  # fail early on a missing device
+        pick_device(o.device)  # fail early on a missing device, or package
+        if o.tensorboard:
+            require_tensorboard()
         if o.deterministic:
             compute_alike()
         if stage == "all":

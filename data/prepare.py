@@ -282,7 +282,7 @@ def main(argv: list[str]) -> int | None:
     print(data.folder)
     for name, count in data.meta["counts"].items():
         print(f"  {name}: {count}")
-    if lengths := data.meta["lengths"]:
+    if lengths := data.meta.get("lengths"):
         rows = [{"name": name, **x, "fits": f"{x['fits']:.0%}"} for name, x in lengths.items()]
         print(table(rows, {"name": "tokens of", "half": "half have", "95": "95 %", "most": "at most",
                            "option": "option", "value": "is", "fits": "so many fit"}))

@@ -12,6 +12,7 @@ that learns from a record. runtime/rows.py reads the kinds of files, data/forms.
 tools. Every line is checked before anything is trained.
 """
 import collections
+import contextlib
 import json
 import math
 import os
@@ -153,8 +154,9 @@ def _label(record: dict) -> int:
     if isinstance(label, int | float) and label in (0, 1):
         return int(label)
     mend = "write 1 for what is liked and 0 for what is not"
-    if str(label).replace(".", "").isdecimal():
-        mend = "ratings are read as scores: --fields score=label"
+    with contextlib.suppress(TypeError, ValueError):
+        if abs(float(label)) != 1:
+            mend = "ratings are read as scores: --fields score=label"
     raise ValueError(f'"label" must be 0 or 1 (true or false), is {json.dumps(label)[:40]}: {mend}')
 
 

@@ -160,6 +160,8 @@ def add_distinct(lines: Sequence[dict], answers: Sequence[list[list[int]]],
     enough = min(sizes[:len(answers)]) / 4
     kept = [n >= enough for n in sizes]
     cut = cut_alike(answers, [rows for rows, keep in zip(others, kept[len(answers):], strict=True) if keep])
+    for line in lines:  # `describe` took it of all their text
+        line.pop("distinct2", None)
     for line, rows in zip(itertools.compress(lines, kept), cut, strict=True):
         line["distinct2"], *line["intervals"]["distinct2"] = distinct_interval(rows)
         line["bigrams"] = sum(max(0, len(row) - 1) for row in rows)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STAGES = {"pretrain": 1, "sft": 2, "reward": 3, "ppo": 4, "judge": 5}
+STAGES = {"pretrain": 1, "sft": 2, "reward": 3, "ppo": 4, "judge": 5, "best": 6}
 
 PURPOSES = {
     "order": 1,  # order of the records in an epoch
-    "plan": 2,  # order of the documents in pretraining
+    "plan": 2,  # order of the documents in pretraining, choice of the prompts of best
     "window": 3,  # windows of a single long text
     "weights": 4,  # initial weights
     "dropout": 5,

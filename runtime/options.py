@@ -303,6 +303,8 @@ class Common(Options):
     save_every: int = option(200, "steps (PPO: updates) between checkpoints", low=1)
     resume: bool = option(False, "resume the run in this folder", compared=False)
     fresh: bool = option(False, "delete the run in this folder and start again", compared=False)
+    tensorboard: bool = option(False, "write the numbers of metrics.jsonl as TensorBoard's event files, too",
+                               compared=False)
     traceback: bool = option(False, "show where in the code an error arose", compared=False)
     # The machine.
     device: str = option("auto", "device to compute on", choices=("auto", "cpu", "cuda", "mps"))

@@ -234,7 +234,7 @@ def keep_input(stream: BinaryIO, folder: pathlib.Path) -> pathlib.Path:
         raise UserError(f"standard input cannot be kept in {folder}: {error}; {advice(error)}") from None
     finally:
         part.unlink(missing_ok=True)
-    print(f"standard input: {size / 1e6:.1f} MB, kept as {path}", flush=True)
+    print(f"standard input: {size:,} bytes, kept as {path}", flush=True)
     return path
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from runtime.boards import Board
 from runtime.device import ALIKE, compile_pays, pick_device, pick_dtype
 from runtime.lines import parse_line
 from runtime.machine import (Interrupt, Interrupted, peak_memory_mb, resume_command,
@@ -295,6 +296,7 @@ class Run:
         self.folder.begin(self.step if self.state else -1, self.state.get("recovered", False))
         self.total = total
         self.write_config(finished=False)
+        self.board = Board(self.folder.path, self.o.tensorboard)
         with Progress(self.stage, self.step, total) as bar:
             try:
                 yield bar
@@ -321,9 +323,9 @@ class Run:
                 self.warned.add(name)
                 tqdm.write(f"{self.stage}: warning: {name} is {x} at step {step}; metrics.jsonl says "
                            "null", file=sys.stderr)
-        numbers = {name: float(f"{x:.6g}") if isinstance(x, float) else x
-                   for name, x in metrics.items()}
+        numbers = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in metrics.items()}
         self.folder.append("metrics.jsonl", [{"step": step, **numbers}])
+        self.board.add({"step": step, **numbers})
         return_freed_memory()
 
     def samples(self, step: int, records: list[dict]) -> None:

@@ -543,3 +543,39 @@ def test_a_reply_that_would_command_the_terminal_is_escaped_there(root, monkeypa
         assert run_main(importlib.import_module("sample").main, ["--from", str(root / "ppo"), *words]) == 0
         assert not set(screen.getvalue()) & set(evil[:1] + "\x07\r\x9b")
         assert "\\u001b" in screen.getvalue()
+
+
+# ---- the fourth step -----------------------------------------------------------------------------
+
+def test_the_fourth_step_and_both_in_turn_are_compared(root, reviews_source, tmp_path):
+    shutil.copytree(root, tmp_path / "reviews")
+    run = tmp_path / "reviews"
+    done = train("best", source=reviews_source, out=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "mean score" in done.stdout
+    after_ppo = ("--init_from", run / "ppo", "--reward_from", run / "reward")
+    done = train("best", *after_ppo, source=reviews_source, out=tmp_path / "both")
+    assert done.returncode == 0, done.stderr
+    both = tmp_path / "both" / "reviews" / "best"
+    words = "--prompts", 20, "--source", reviews_source, "--json", "-"
+    done = mosslet("evaluate.py", run / "sft", run / "best", run / "ppo", both, *words)
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads(done.stdout)["policies"]}
+    names = [str(run / "sft"), str(run / "best"), str(run / "ppo"), str(both)]
+    assert [*rows][:4] == names
+    assert abs(rows[names[0]]["kl"]) < 1e-4 < rows[names[1]]["kl"]  # against sft
+    # alone: reference and reward model are where it has them from
+    for folder in (run / "best", both):
+        done = mosslet("evaluate.py", folder, *words)
+        assert done.returncode == 0, done.stderr
+        assert "raw_score" in json.loads(done.stdout)["policies"][0]
+    refused(train("best", "--fresh", "--reward_from", run / "judge", source=reviews_source, out=tmp_path),
+            "this is the judge")
+    refused(train("--best.n=2", source=reviews_source, out=tmp_path), "unknown option --best.n")
+
+
+def test_the_report_of_a_run_is_also_a_page_with_curves(root):
+    page = (root / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") >= 10
+    assert "![curves](report.svg)" in (root / "report.md").read_text(encoding="utf-8")
+    assert (root / "report.svg").stat().st_size > 5000

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from data.curves import read_metrics, series
 from runtime.options import UserError
-from tools.plot import main, read_metrics, series
+from tools.plot import main
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """The formulas of PPO: values published elsewhere or derived by hand, and no pad counts."""
 import math
+import types
 
 import numpy as np
 import pytest
 import torch
 
-from ppo import KLController, ScoreScale, gae, kl_estimate, masked_mean, token_rewards, whiten
+from ppo import (KLController, ScoreScale, gae, group_estimator, kl_estimate, masked_mean, token_rewards,
+                 whiten)
 from runtime.options import UserError
 from runtime.statistics import RunningMoments
 from tests.conftest import noise
@@ -76,15 +78,60 @@ def test_an_unknown_estimator_is_refused():
 @pytest.mark.parametrize("kl,factor", [(9, 1 + .2 * 256 / 1e4), (0, 1 - .2 * 256 / 1e4),
                                        (6.6, 1 + .1 * 256 / 1e4), (6, 1)])
 def test_adaptive_kl_is_proportional_to_the_error_and_clipped_on_both_sides(kl, factor):
-    control = KLController(.2, target=6)
+    control = KLController(.2, target=6, horizon=1e4)
     control.update(kl, 256)
     assert control.coef == pytest.approx(.2 * factor, abs=1e-9)
+    assert control.price == pytest.approx(control.coef * math.exp(3 * min(max(kl / 6 - 1, -1), 1)))
+
+
+def test_steered_kl_comes_to_its_target_and_stays():
+    """A policy that moves at a bounded speed: one update shifts it towards the optimum of its price."""
+    def steered(control: KLController, speed: float) -> list[float]:
+        shift, seen = 0.0, []
+        for _ in range(40):
+            seen.append(shift * shift / 2)  # KL of a normal score shifted by that many spreads
+            control.update(seen[-1], 144)
+            shift += speed * math.tanh(2 * (1 - control.price * shift))
+        return seen
+
+    for start, speed in ((.3, .4), (.5, .3), (.4, .25)):
+        seen = steered(KLController(start, target=5), speed)
+        assert max(seen) < 1.25 * 5
+        assert all(abs(kl / 5 - 1) < .1 for kl in seen[-8:])
+    slow = KLController(.3, target=5, horizon=144)
+    slow.GAIN = 0.0  # Ziegler's rule alone, as fast as it would have to be
+    assert max(steered(slow, .4)) > 2 * 5
 
 
 def test_a_fixed_price_of_kl_stays():
     control = KLController(.2)
     control.update(9, 256)
-    assert control.coef == .2
+    assert control.coef == control.price == .2
+
+
+# ---- advantages without a critic -------------------------------------------------------------------
+
+@pytest.mark.parametrize("advantage,expected", [
+    # the rewards of two groups' replies, summed: 1, 2, 6 and 0, 0, 3
+    ("rloo", [1 - 4, 2 - 3.5, 6 - 1.5, -1.5, -1.5, 3]),
+    ("grpo", [-2 / math.sqrt(14 / 3), -1 / math.sqrt(14 / 3), 3 / math.sqrt(14 / 3),
+              -1 / math.sqrt(2), -1 / math.sqrt(2), 2 / math.sqrt(2)]),
+    ("reinforce", [-1, 0, 4, -2, -2, 1])])
+def test_group_advantages_by_hand(advantage, expected):
+    mask = bools([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]])
+    rewards = torch.tensor([[-1., 2, 0], [0, 1, 1], [6, 0, 0], [0, 0, 0], [-2, 2, 0], [1, 1, 1]])
+    scored = types.SimpleNamespace(rewards=rewards, response_mask=mask)
+    o = options(batch=6, samples_per_prompt=3, minibatches=2, advantage=advantage)
+    advantages, returns = group_estimator(scored, o)
+    assert torch.allclose(advantages, torch.tensor(expected).float()[:, None] * mask, atol=1e-3)
+    assert torch.equal(returns, torch.tensor([1., 2, 6, 0, 0, 3])[:, None] * mask)
+
+
+def test_equal_replies_of_a_group_have_no_advantage():
+    scored = types.SimpleNamespace(rewards=torch.ones(4, 2), response_mask=torch.ones(4, 2).bool())
+    for advantage in ("rloo", "grpo", "reinforce"):
+        o = options(batch=4, samples_per_prompt=2, advantage=advantage)
+        assert not group_estimator(scored, o)[0].any()
 
 
 # ---- scores and rewards --------------------------------------------------------------------------

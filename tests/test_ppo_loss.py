@@ -47,6 +47,15 @@ def test_the_loss_of_a_minibatch_is_the_sum_of_its_micro_batches():
 
 # ---- the clips -----------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("ratio,advantage,loss,moves", [
+    (5, -2, 6, False),  # −A · ratio would be 10: at most −A · 3
+    (2.5, -2, 5, True), (5, 2, -2.4, False), (.5, -2, 1.6, False), (.5, 2, -1, True)])
+def test_dual_clip_by_hand(ratio, advantage, loss, moves):
+    value, _, gradient, _ = one(math.log(ratio), advantage, value_coef=0, dual_clip=3.0)
+    assert float(value) == pytest.approx(loss, rel=1e-5)
+    assert bool(gradient) == moves
+
+
 def one(logprob, advantage, value=0., old_value=0., ret=0., **changes):
     """(loss, metrics, the log-probability's gradient, the value's) of a single token whose old
     log-probability is 0."""

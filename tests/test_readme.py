@@ -14,6 +14,7 @@ import evaluate
 import sample
 import train
 from data.check import CheckOptions
+from data.overview import ListOptions
 from data.prepare import ExportOptions, PrepareOptions, open_data
 from runtime.options import Common, parse, parse_all
 from tests.conftest import ROOT
@@ -26,7 +27,7 @@ from tools.race import RaceOptions
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh.md"
 PAGES = [ENGLISH, CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
 STAGES = {name: cls for name, (cls, _) in train.STAGES.items()}
-OTHERS = [sample.SampleOptions, evaluate.EvaluateOptions, PrepareOptions, CheckOptions,
+OTHERS = [ListOptions, sample.SampleOptions, evaluate.EvaluateOptions, PrepareOptions, CheckOptions,
           ExportOptions, BenchOptions, PlotOptions, RaceOptions, busy.BusyOptions,
           trials.TrialOptions, trials_commands.TrialOptions]
 
@@ -68,8 +69,10 @@ def understand(command: str) -> None:
     rest = words[2:] if words[0] == "-m" else words[1:]
     n = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
     positional, options = rest[:n], rest[n:]
-    if name == "train.py" and not positional:
-        parse_all(Common, STAGES, options, name)
+    if name == "train.py" and "--list" in options:
+        parse(ListOptions, options, name)
+    elif name == "train.py" and not positional:
+        parse_all(Common, train.ROAD, options, name)
     elif name == "train.py":
         parse(STAGES[positional[0]], options, name)
     elif name == "tools.bench":

@@ -242,7 +242,7 @@ def test_the_columns_are_those_of_the_feedback_and_of_the_reward():
 
 
 def test_a_few_texts_by_people_do_not_cut_the_policies():
-    lines = [{"intervals": {}} for _ in range(4)]
+    lines = [{"intervals": {}, "distinct2": .1} for _ in range(4)]
     answers = [[[1, 2, 3, 4, 5]] * 8, [[1, 2, 3, 4, 6]] * 8]
     add_distinct(lines, answers, [[[1, 2, 3]] * 4, [[7, 8]]])
     assert [line.get("bigrams") for line in lines] == [8, 8, 8, None]

@@ -378,3 +378,43 @@ def test_all_stages_leave_out_the_reward_model_where_nothing_reads_it(world, tmp
     monkeypatch.setattr(train.evaluate, "write_report", lambda *_, **__: None)
     assert train.main(["--preset=smoke", f"--out={tmp_path}", "--ppo.reward=length:-1"]) == 0
     assert ran == ["pretrain", "sft", "ppo", "judge"]
+
+
+def test_keep_best_ends_with_the_policy_that_held_out_opinion_found_best(command, tmp_path, monkeypatch, capsys):
+    opinions = iter([.5, .9, .4, .6])
+
+    def measure(self, policy):
+        share = next(opinions)
+        return {"eval_judged_positive": share, "eval_distinct2": .9, "eval_kl": share}, []
+
+    monkeypatch.setattr("evaluate.HeldOutPrompts.measure", measure)
+    run = train_ppo(command("ppo", "--updates=3", "--eval_every=1", "--keep=best", "--policy_lr=.01"))
+    assert "kept the weights of step 1: eval_judged_positive 0.9, at the end 0.6" in capsys.readouterr().out
+    kept = weights_hash(run.model)
+    opinions = iter([.5, .9, .4, .6])
+    last = train_ppo(command("ppo", "--updates=3", "--eval_every=1", "--policy_lr=.01", "--fresh"))
+    assert weights_hash(last.model) != kept
+
+
+def test_what_repeats_is_not_kept_and_nobodys_opinion_is_an_error(command, monkeypatch):
+    opinions = iter([(.5, .9), (.95, .5), (.6, .9)])  # (liked, distinct-2)
+
+    def measure(self, policy):
+        liked, distinct = next(opinions)
+        return {"eval_judged_positive": liked, "eval_distinct2": distinct}, []
+
+    monkeypatch.setattr("evaluate.HeldOutPrompts.measure", measure)
+    monkeypatch.setattr("ppo.PPOTrainer.save", lambda self, step: seen.append(self.best.state["step"]))
+    seen: list[int] = []
+    train_ppo(command("ppo", "--updates=2", "--eval_every=1", "--keep=best"))
+    assert seen == [0, 2]
+    monkeypatch.setattr("evaluate.HeldOutPrompts.measure", lambda self, policy: ({"eval_distinct2": .9}, []))
+    with pytest.raises(UserError, match="--keep best goes by eval_judged_positive, which these data do not give"):
+        train_ppo(command("ppo", "--updates=2", "--keep=best", "--fresh"))
+
+
+def test_finished_ppo_goes_on(command, tmp_path):
+    train_ppo(command("ppo", "--updates=2"))
+    assert train_ppo(command("ppo", "--updates=4", "--resume")).step == 2
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3, 4]
+    assert train_ppo(command("ppo", "--updates=4", "--resume")) is None

@@ -79,6 +79,22 @@ def test_a_finished_run_is_not_opened_again(open_sft, capsys):
     assert "finished already" in capsys.readouterr().out
 
 
+def test_a_finished_run_goes_on_to_a_larger_total_if_that_is_asked_for(open_sft, capsys):
+    run = open_sft("--epochs=1")
+    begin(run, 4)
+    run.finish(val_loss=1.0)
+    with pytest.raises(UserError, match="epochs was 1.0, is 0.5"):  # not back
+        open_sft("--resume", "--epochs=.5")
+    with pytest.raises(UserError, match="the run there differs .lr was 0.005, is 0.3."):
+        open_sft("--resume", "--epochs=3", "--lr=.3")
+    longer = open_sft("--resume", "--epochs=3")
+    assert longer.step == 4
+    assert "sft: goes on: epochs was 1.0, is 3.0; from here on learning rates are" in capsys.readouterr().out
+    begin(longer, 9)
+    longer.finish(val_loss=.9)
+    assert open_sft("--resume", "--epochs=3") is None
+
+
 def test_a_resumed_run_keeps_the_precision_that_auto_chose(open_sft):
     run = open_sft("--dtype=auto")
     run.compute.dtype = "bfloat16"

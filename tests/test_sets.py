@@ -125,7 +125,7 @@ def test_a_mixture_of_parts_that_are_not_written_is_an_error(registry, tmp_path)
 
 
 def test_every_file_of_the_folder_is_a_data_set():
-    assert list(DATA_SETS) == ["hh", "imdb", "ratings", "reviews", "shakespeare"]
+    assert list(DATA_SETS) == ["headlines", "headlines-en", "hh", "imdb", "ratings", "reviews", "shakespeare"]
     assert all(name == data_set.name for name, data_set in DATA_SETS.items())
 
 

@@ -4,7 +4,7 @@
     python -m tools.plot seed0/reviews seed1/reviews seed2/reviews
 
 One run's page is out/reviews/curves.png; several runs become the mean and a min–max band over the
-steps in common. Reads metrics.jsonl of each stage (pretrain, sft, reward, ppo) and draws the
+steps in common. Reads metrics.jsonl of each stage (data/curves.py says which) and draws the
 metrics that are there. Solid lines are training batches, dots are held-out texts or prompts. Needs
 matplotlib (an extra); without it the terminal shows the main curves.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtime.lines import parse_line, read_lines
+from data.curves import COLORS, HELD_OUT_PREFIXES, Panel, Run, read_metrics, to_draw
 from runtime.options import UserError, option, parse, run_main
 from runtime.tables import text_plot
 
@@ -24,132 +24,8 @@ if TYPE_CHECKING:  # matplotlib is an extra: imported where it is used
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Run = dict[str, dict[str, dict[int, float]]]  # stage → metric → step → value
-
-
-@dataclasses.dataclass(frozen=True)
-class Panel:
-    """One small plot: metrics of one stage that share a scale."""
-
-    stage: str
-    title: str
-    unit: str
-    keys: tuple[str, ...]
-    labels: tuple[str, ...] = ()  # a legend, only where two training curves share the panel
-    floor: float = -math.inf  # the axis ends here, if curves begin far below
-    text: bool = False  # drawn without matplotlib, too
-
-
-PANELS = (
-    Panel("pretrain", "Loss", "nats per token", ("loss", "val_loss"), text=True),
-    Panel("pretrain", "Bits per byte", "bits", ("val_bpb",)),
-    Panel("pretrain", "Learning rate", "", ("lr",)),
-    Panel("pretrain", "Speed", "tokens/s", ("tokens_per_s",)),
-    Panel("sft", "Loss on replies", "nats per token", ("loss", "val_loss"), text=True),
-    Panel("reward", "Loss", "nats, LM loss included", ("loss",), text=True),
-    Panel("reward", "AUC", "area under ROC curve", ("val_auc",)),
-    Panel("reward", "Accuracy", "share of texts", ("val_accuracy",)),
-    Panel("ppo", "Score", "reward per reply", ("score",), text=True),
-    Panel("ppo", "Objective", "score − β · KL, per reply", ("objective",)),
-    # eval_raw_score is logged raw, without normalisation, clip and end penalty: its partner is
-    # raw_score, not score.
-    Panel("ppo", "Raw score", "reward model's logit", ("raw_score", "eval_raw_score")),
-    Panel("ppo", "Judge", "mean P(liked)", ("judge", "eval_judge")),
-    Panel("ppo", "Judged positive", "share of replies",
-          ("judged_positive", "eval_judged_positive")),
-    Panel("ppo", "KL", "nats per reply", ("kl", "eval_kl"), text=True),
-    Panel("ppo", "KL coefficient", "reward per nat", ("kl_coef",)),
-    Panel("ppo", "Reference perplexity", "per token", ("ref_perplexity", "eval_ref_perplexity")),
-    Panel("ppo", "Entropy", "nats per token", ("entropy",)),
-    Panel("ppo", "Length", "tokens per reply", ("length", "eval_length")),
-    Panel("ppo", "Replies that end", "share of replies", ("end_rate", "eval_end_rate")),
-    Panel("ppo", "Distinct-2", "share of bigrams", ("eval_distinct2",)),
-    Panel("ppo", "Explained variance", "1 is perfect", ("explained_variance",), floor=-1.0),
-    Panel("ppo", "Value bias", "mean V − mean return", ("value_bias",)),
-    Panel("ppo", "Value loss", "squared reward", ("value_loss",)),
-    Panel("ppo", "Approximate KL of an update", "nats per token", ("approx_kl",)),
-    Panel("ppo", "Clipped ratios", "share of tokens", ("clip_frac",)),
-    Panel("ppo", "Gradient norm", "before clipping", ("policy_grad_norm", "critic_grad_norm"),
-          ("policy", "critic")),
-)
-STAGES = tuple(dict.fromkeys(panel.stage for panel in PANELS))
-COLORS = {"pretrain": "#33689e", "sft": "#2b8a78", "reward": "#c46f1f", "ppo": "#7650a4"}
 SECOND, HELD_OUT, FAINT = "#c2528b", "#222222", "#7a7a7a"
 COLUMNS = 4
-
-
-# ---- reading -------------------------------------------------------------------------------------
-
-def read_stage(path: pathlib.Path) -> dict[str, dict[int, float]]:
-    """metrics.jsonl as metric → step → value. What is no finite number is left out, and so is a
-    last line cut short: the run is still writing it. Another line that is no record raises
-    UserError with file and line."""
-    curves: dict[str, dict[int, float]] = {}
-    for number, line in read_lines(path):
-        try:
-            record = parse_line(line)
-            step = record.pop("step")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            if not line.endswith(b"\n"):
-                break
-            raise UserError(f'{path}:{number}: not a record of metrics ({{"step": …}}): '
-                            "delete the line, or run the stage again") from None
-        for key, value in record.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                curves.setdefault(key, {})[step] = value
-    return curves
-
-
-def read_metrics(folder: pathlib.Path) -> Run:
-    """The curves of a run's stages; a folder with nothing that a panel shows raises UserError."""
-    paths = {stage: folder / stage / "metrics.jsonl" for stage in STAGES}
-    run = {stage: read_stage(path) for stage, path in paths.items() if path.is_file()}
-    if not any(key in run.get(panel.stage, {}) for panel in PANELS for key in panel.keys):
-        inner = sorted(str(path.parent.parent) for path in folder.glob("*/*/metrics.jsonl"))
-        raise UserError(f"{folder}: nothing to draw: no metrics in "
-                        f"{', '.join(f'{stage}/' for stage in STAGES)}; "
-                        + (f"did you mean {inner[0]}?" if inner
-                           else "give the folder of a run, such as out/reviews"))
-    return run
-
-
-def series(runs: list[Run], stage: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps (S,), values (R, S)) of the R runs that logged this metric, at the steps that all of
-    these share.
-
-    >>> a, b = {"ppo": {"kl": {1: 0.0, 2: 1.0}}}, {"ppo": {"kl": {2: 3.0, 3: 9.0}}}
-    >>> series([a, b, {}], "ppo", "kl")
-    (array([2]), array([[1.],
-           [3.]]))
-    """
-    curves = [run[stage][key] for run in runs if run.get(stage, {}).get(key)]
-    steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
-    return np.array(steps, int), np.array([[curve[step] for step in steps] for curve in curves],
-                                          float)
-
-
-def to_draw(runs: list[Run],
-            titles: str = "") -> list[tuple[Panel, dict[str, tuple[np.ndarray, np.ndarray]]]]:
-    """The panels that have something to show, each with its curves; UserError if there are none.
-
-    titles: those to draw, separated by commas; empty: all.
-    """
-    wanted = [title.strip().lower() for title in titles.split(",") if title.strip()]
-    if unknown := set(wanted) - {panel.title.lower() for panel in PANELS}:
-        raise UserError(f"--panels: there is no {', '.join(sorted(unknown))}; the panels are "
-                        f"{', '.join(dict.fromkeys(panel.title for panel in PANELS))}")
-    panels = []
-    for panel in PANELS:
-        if wanted and panel.title.lower() not in wanted:
-            continue
-        curves = {key: series(runs, panel.stage, key) for key in panel.keys}
-        curves = {key: (steps, values) for key, (steps, values) in curves.items() if len(steps)}
-        if curves:
-            panels.append((panel, curves))
-    if not panels:
-        raise UserError("nothing to draw: these runs share no step of any metric; draw them one by "
-                        "one")
-    return panels
 
 
 # ---- drawing -------------------------------------------------------------------------------------
@@ -159,7 +35,7 @@ def draw_panel(ax: "Axes", panel: Panel, curves: dict[str, tuple[np.ndarray, np.
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     for key, (steps, values) in curves.items():
-        held_out, mean = key.startswith(("val_", "eval_")), values.mean(0)
+        held_out, mean = key.startswith(HELD_OUT_PREFIXES), values.mean(0)
         second = panel.labels and key != panel.keys[0]
         color = HELD_OUT if held_out else SECOND if second else COLORS[panel.stage]
         style = {"linewidth": 1.6}

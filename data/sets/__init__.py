@@ -1,4 +1,5 @@
-"""The data sets that --data knows by name. Each file in this folder defines one as DATA_SET."""
+"""The data sets that --data knows by name. Each file in this folder defines one as DATA_SET,
+or several as DATA_SETS."""
 import importlib
 import pkgutil
 
@@ -14,5 +15,7 @@ def register(data_set: DataSet) -> None:
     DATA_SETS[data_set.name] = data_set
 
 
-for _module in pkgutil.iter_modules(__path__):
-    register(importlib.import_module(f"{__name__}.{_module.name}").DATA_SET)
+for _info in pkgutil.iter_modules(__path__):
+    _module = importlib.import_module(f"{__name__}.{_info.name}")
+    for _data_set in getattr(_module, "DATA_SETS", ()) or (_module.DATA_SET,):
+        register(_data_set)

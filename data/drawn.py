@@ -1,0 +1,38 @@
+"""What rejection sampling (`train.py best`) replies to, and best.jsonl, where it writes what it keeps."""
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from data.batches import drop_long_prompts
+from data.curves import read_log
+from data.prepared import Prepared
+from data.records import prompt_text
+from data.tokenizer import Tokenizer
+from runtime.draws import key
+from runtime.storage import replace_text
+
+
+def drawn_prompts(data: Prepared, tokenizer: Tokenizer, limit: int, n: int, seed: int) -> list:
+    """Up to n different training prompts of PPO that have at most `limit` tokens, drawn by the seed."""
+    fitting = drop_long_prompts(data.records("ppo", "train"), tokenizer, data.template, limit)
+    distinct = list({prompt_text(record["prompt"]): record["prompt"] for record in fitting}.values())
+    order = np.random.default_rng(key(seed, "best", "plan")).permutation(len(distinct))
+    return [distinct[i] for i in order[:n]]
+
+
+def mark_of(*drawn_by: Any) -> str:
+    """A short mark of all that replies are drawn by: lines with another one are of another draw."""
+    return hashlib.sha256(json.dumps(drawn_by).encode()).hexdigest()[:12]
+
+
+def written_before(path: pathlib.Path, mark: str, total: int, at_once: int) -> list[dict[str, Any]]:
+    """The records {…, "of": mark} that an earlier process wrote: all `total`, or those of whole groups of
+    `at_once`, to which the file is cut."""
+    records = [record for record in read_log(path) if record.get("of") == mark][:total]
+    if len(records) != total:
+        records = records[:len(records) // at_once * at_once]
+        replace_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    return records
