@@ -905,16 +905,18 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
         if start:
             run.log(0, **trainer.measure(0, start))
         for step in range(run.step, o.updates):
+            metrics, done, last = {}, step + 1, step + 1 == o.updates
             try:
                 metrics = trainer.update(step)
-            except RewardError as error:  # this update has changed nothing yet, and no earlier one is lost
-                trainer.save(step)
-                raise UserError(f"{error}; saved after update {step}; then `{resume_command(o)}`") from error
-            done, last = step + 1, step + 1 == o.updates
-            if run.compute.starts_compiling(done, o.updates, o.critic_warmup + 3, o.critic_warmup):
-                trainer.prepare_decoder()
-            if last or done % o.eval_every == 0:
-                metrics |= trainer.measure(done)
+                if run.compute.starts_compiling(done, o.updates, o.critic_warmup + 3, o.critic_warmup):
+                    trainer.prepare_decoder()
+                if last or done % o.eval_every == 0:
+                    metrics |= trainer.measure(done)
+            except RewardError as error:
+                if not metrics:  # this update has changed nothing yet, and no earlier one is lost
+                    trainer.save(step)
+                raise UserError(f"{error}; saved after update {run.saved_step or 0}; then "
+                                f"`{resume_command(o)}`") from error
             run.log(done, **metrics, seconds=run.seconds())
             if last and trainer.best:
                 metrics |= trainer.best.restore(run, {name: x for name, x in metrics.items() if name[:5] == "eval_"})
