@@ -43,7 +43,7 @@ from runtime.lines import logged
 from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
 from runtime.run import read_config, record_of
-from runtime.storage import replace_text
+from runtime.storage import replace_text, require_place
 from runtime.tables import text_plot, to_json
 from runtime.terminal import for_terminal, memory_advice
 from sample import Generation, reply_ids, reply_texts, reply_to
@@ -431,6 +431,8 @@ def main(argv: list[str]) -> None:
                                                             "evaluate.py DIR…")
     if not folders:
         raise UserError("which checkpoints? python evaluate.py out/reviews/sft out/reviews/ppo")
+    if o.json not in ("", "-"):
+        require_place(pathlib.Path(o.json), "--json")
     with contextlib.redirect_stdout(sys.stderr if o.json == "-" else sys.stdout):
         report = measure(folders, o)
     if o.json == "-":

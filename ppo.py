@@ -98,7 +98,7 @@ class PPOOptions(Common):
                         choices=("reward", "loss"), source="reward in MOSS, N+")
     kl_control: str = option("auto", "adaptive steers the coefficient towards --kl_target; auto: by the feedback",
                              choices=("auto", "fixed", "adaptive"), source="Ziegler 2019")
-    kl_target: float = option(2.0, "nats per reply to aim at", source="measured; Ziegler 2019: 6", low=0.01)
+    kl_target: float = option(4.0, "nats per reply to aim at", source="measured; Ziegler 2019: 6", low=0.01)
     kl_horizon: float = option(1_000.0, "replies over which it acts slowly", source="Ziegler 2019: 10,000", low=1)
     # Advantages and loss.
     advantage: str = option("gae", "gae has a critic; the others compare a reply with those to its prompt, or "

@@ -96,9 +96,9 @@ STAGES = tuple(dict.fromkeys(panel.stage for panel in PANELS))
 
 def read_log(path: pathlib.Path) -> list[dict[str, Any]]:
     """The records of a log that a killed process may have left, up to the first line that is none; []
-    without a file."""
+    without a file that can be read."""
     records = []
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, UserError):
         for _, line in read_lines(path) if path.is_file() else ():
             if not isinstance(record := parse_line(line), dict):
                 break

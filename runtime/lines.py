@@ -103,9 +103,10 @@ def logged(path: pathlib.Path, key: str) -> list[float]:
     """A metric's values in a run's metrics.jsonl. No log is worth a report: without one there are
     none, and lines that are no record are left out."""
     values = []
-    for _, line in read_lines(path) if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            record = parse_line(line)
-            if isinstance(record, dict) and isinstance(record.get(key), int | float):
-                values.append(record[key])
+    with contextlib.suppress(UserError):  # it cannot be read
+        for _, line in read_lines(path) if path.is_file() else ():
+            with contextlib.suppress(ValueError):
+                record = parse_line(line)
+                if isinstance(record, dict) and isinstance(record.get(key), int | float):
+                    values.append(record[key])
     return values

@@ -32,6 +32,7 @@ from runtime.progress import Progress
 from runtime.same import is_longer, require_same
 from runtime.storage import is_whole, keep, open_plain, previous_of, replace_text, stored_state
 from runtime.tables import finite
+from runtime.terminal import advice
 
 try:
     import fcntl
@@ -148,7 +149,11 @@ class RunFolder:
         self.o, self.stage, self.parents, self.path = o, stage, parents, run_folder(o, stage)
         self.options = {name: value for name, value in as_dict(o).items()
                         if name not in o.not_compared()}
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {o.out}: {self.path} cannot be made: {error.strerror}; "
+                            f"{advice(error)}") from None
         self.lock = self._lock()
         self.checkpoint = self.path / "checkpoint.pt"
         self.older = previous_of(self.checkpoint)

@@ -407,12 +407,13 @@ def test_the_report_is_of_validation_and_says_which_reply_the_judge_prefers(fini
     assert {p["after"]["reply"] for p in report["pairs"]} <= {r["reply"] for r in replies["PPO"]}
 
 
-@pytest.mark.parametrize("content", [None, b"", b'{"fini', b"[1]\n", b"{}\n", b"\xff\n"])
+@pytest.mark.parametrize("content", [None, b"", b'{"fini', b"[1]\n", b"{}\n", b"\xff\n", b"\xff\xfe\n"])
 @pytest.mark.parametrize("name", ["ppo/config.json", "sft/config.json", "ppo/metrics.jsonl"])
 def test_a_lost_or_damaged_record_of_a_run_costs_no_report(finished, world, monkeypatch, name, content):
     monkeypatch.setattr(evaluate, "open_data", lambda *_, **__: world.data)
-    monkeypatch.setattr(evaluate, "build_report", lambda *_, **__: ({"split": "val"}, {}))
-    monkeypatch.setattr(evaluate, "render_report", lambda *_, **__: "")
+    monkeypatch.setattr(evaluate, "build_report", lambda *_, **__: ({"split": "val", "pairs": []}, {}))
+    for where in ("evaluate", "data.html"):
+        monkeypatch.setattr(f"{where}.render_report", lambda *_, **__: "")
     (finished / name).unlink(missing_ok=True) if content is None else (finished / name).write_bytes(content)
     assert asked(finished) == 0
     seconds = json.loads((finished / "report.json").read_text())["seconds"]

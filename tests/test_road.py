@@ -111,8 +111,9 @@ def test_preferred_replies_are_chosen_liked_or_above_the_mean():
     assert [len(preferred(records, None)) for records in (PAIRS * 2, LABELS, RATINGS)] == [200, 200, 200]
 
 
-@pytest.mark.parametrize("text,dialogue,share", [(0, 100, None), (100, 0, None), (100, 100, None),
-                                                 (9_000, 1_000, .3), (999_000, 1_000, .003)])
+@pytest.mark.parametrize("text,dialogue,share", [
+    (0, 100_000, None), (100_000, 0, None), (100_000, 100_000, None), (90_000, 10_000, .2), (50_000, 20_000, .3),
+    (999_000_000, 1_000_000, .3), (999_000_000, 10_000, .03)])
 def test_dialogues_beside_much_text_get_a_share(text, dialogue, share):
     counts = {f"pretrain_train[{name}]": {"tokens": n} for name, n in (("text", text), ("dialogue", dialogue)) if n}
     found = mixture(counts)
@@ -149,7 +150,8 @@ def test_flags_and_presets_win_over_what_suits_the_data(opened, capsys):
     assert suited(parse(SFTOptions, [], "x"), "sft", data).max_len == meant["sft"]["max_len"] != 128
     assert f"max_len={meant['sft']['max_len']}" in capsys.readouterr().out
     assert suited(parse(SFTOptions, ["--max_len=77"], "x"), "sft", data).max_len == 77
-    assert suited(parse(PretrainOptions, ["--preset=smoke"], "x"), "pretrain", data).tokens == 20_000
+    smoke = suited(parse(PretrainOptions, ["--preset=smoke"], "x"), "pretrain", data)
+    assert (smoke.tokens, smoke.max_len) == (20_000, meant["pretrain"]["max_len"])  # else long rows would not fit
     assert suited(parse(PPOOptions, [], "x"), "ppo", data).reply_len == meant["ppo"]["reply_len"]
 
 
