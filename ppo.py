@@ -41,8 +41,8 @@ from data.batches import (Rows, drop_long_prompts, held_out_prompts, make_rows, 
 from data.prepare import open_stage
 from data.prepared import Prepared
 from data.functions import RewardError
-from data.rewards import (Part, RewardSum, ScoreScale, needs_model, part_scores, read_reward,
-                          resolved)
+from data.rewards import (Part, RewardSum, ScoreScale, needs_model, part_scores, read_reward, resolved,
+                          starting_scale)
 from model import Transformer, load_parent, next_token_loss, open_run, token_logprobs
 from reward import RewardModel, Scorer, critic_from, critic_of_policy
 from runtime.control import KLController
@@ -77,17 +77,16 @@ class PPOOptions(Common):
     batch: int = option(144, "replies per rollout", low=1, high=1_000_000)
     samples_per_prompt: int = option(1, "replies to each prompt, a group (for RLOO)", low=1)
     reply_len: int = option(64, "longest reply in tokens; a truncated one is terminal: no bootstrap value", low=1)
-    temperature: float = option(1.0, "of sampling and of every log-probability alike; top-k and the like are for "
-                                     "chatting only", source="N+: else the ratio does not start at 1", low=0.001)
+    temperature: float = option(1.0, "of sampling and of every log-probability alike", low=0.001,
+                                source="N+: else the ratio does not start at 1")
     rollout_rows: int = option(64, "replies written at a time; ended ones make room", low=1)
     rollout_dtype: str = option("auto", "of writing; auto: as --dtype; int8: CPU only",
                                 choices=("auto", "float32", "bfloat16", "int8"))
     # Rewards.
     reward: str = option("", "what is paid: parts NAME or NAME:WEIGHT, separated by commas; names: model, "
                              "model.HEAD, length (tokens of a reply), FILE.py:FUNCTION; empty: the model")
-    reward_norm: str = option("auto", "fixed: (raw − mean) / spread of the starting policy's scores; running: also "
-                                      "over the running spread; for models of labels also logsigmoid: log P(liked) "
-                                      "(their auto; else fixed), and sigmoid: 2 P(liked) − 1",
+    reward_norm: str = option("auto", "fixed: (raw − mean) / spread at the start; running: also over the running "
+                                      "spread; of labels: logsigmoid (auto), log P(liked), or sigmoid, 2 P(liked) − 1",
                               choices=("auto", "fixed", "running", "sigmoid", "logsigmoid"), source="MOSS: running")
     norm_replies: int = option(512, "replies that give raw scores their mean and spread", low=2, high=100_000)
     reward_clip: float = option(10.0, "clip scores to ± this; 0 disables", source="MOSS 10", low=0)
@@ -97,15 +96,13 @@ class PPOOptions(Common):
                             source="validation; MOSS 0.05, swept .05 to .2; N+ 0.05", low=0)
     kl_in: str = option("reward", "k1 of each token in its reward, or k2 of each reply in the loss",
                         choices=("reward", "loss"), source="reward in MOSS, N+")
-    kl_control: str = option("auto", "adaptive steers the coefficient towards --kl_target; auto: fixed for models "
-                                     "of labels, for functions alone and if --kl_coef is given, else adaptive",
+    kl_control: str = option("auto", "adaptive steers the coefficient towards --kl_target; auto: by the feedback",
                              choices=("auto", "fixed", "adaptive"), source="Ziegler 2019")
     kl_target: float = option(4.0, "nats per reply to aim at", source="measured; Ziegler 2019: 6", low=0.01)
     kl_horizon: float = option(1_000.0, "replies over which it acts slowly", source="Ziegler 2019: 10,000", low=1)
     # Advantages and loss.
-    advantage: str = option("gae", "gae needs a critic, the others have none: a reply's reward less the mean of the "
-                                   "others to its prompt (rloo), less its group's mean, by their spread (grpo), less "
-                                   "the rollout's mean (reinforce)", choices=("gae", "rloo", "grpo", "reinforce"),
+    advantage: str = option("gae", "gae has a critic; the others compare a reply with those to its prompt, or "
+                                   "(reinforce) with all", choices=("gae", "rloo", "grpo", "reinforce"),
                             source="Schulman 2016; Ahmadian 2024; Shao 2024; Williams 1992")
     gamma: float = option(1.0, "discount per token", source="N+, MOSS", low=0, high=1)
     lam: float = option(0.95, "GAE's trade of bias for variance",
@@ -114,11 +111,9 @@ class PPOOptions(Common):
     clip_range: float = option(0.2, "policy ratio clip", source="Schulman 2017, N+, MOSS", low=0)
     dual_clip: float = option(0.0, "where A < 0 no gradient above this ratio; 0 disables", source="Ye 2020: 3", low=0)
     value_clip: float = option(0.2, "value clip around the rollout's values; 0 disables", source="N+, MOSS", low=0)
-    value_coef: float = option(0.1, "weight of the value loss beside the policy's on a shared trunk; a separate critic "
-                                    "feels it only by --max_grad_norm and --adam_eps", source="N+", low=0)
+    value_coef: float = option(0.1, "weight of the value loss, for a critic on a shared trunk", source="N+", low=0)
     entropy_coef: float = option(0.0, "entropy bonus", source="MOSS: not recommended")
-    ptx_coef: float = option(0.0, "weight, in each step of the policy, of the loss on pretraining text",
-                             source="InstructGPT's PPO-ptx: 27.8; MOSS-RLHF part I", low=0)
+    ptx_coef: float = option(0.0, "weight of the loss on pretraining text", source="InstructGPT: 27.8", low=0)
     # Optimisation.
     epochs: int = option(1, "passes over a rollout", source="MOSS 1; 4 in N+", low=1)
     minibatches: int = option(4, "optimizer steps per pass", source="1 in N+", low=1)
@@ -134,8 +129,8 @@ class PPOOptions(Common):
                               source="measured here; MOSS 5e-7 at 7B, Ziegler's code 1e-5 at 124M")
     critic_lr: float = option(5e-4, "Adam's rate for the critic", source="measured here; MOSS 1.65e-6 at 7B", low=0)
     adam_eps: float = option(1e-8, "Adam's; keep it below gradients, 1e-6 to 1e-5 here", source="N+: 1e-5", low=0)
-    warmup: float = option(0.3, "share of its updates over which the policy's rate rises; the critic's rises while it "
-                                "learns alone", source="validation; MOSS 0.1", low=0, high=1)
+    warmup: float = option(0.3, "share of its updates over which the policy's rate rises", low=0, high=1,
+                           source="validation; MOSS 0.1")
     final_lr: float = option(0.1, "then rates fall to this share of themselves", source="N+: 0", low=0, high=1)
     max_grad_norm: float = option(1.0, "clip each network's gradients to this norm; 0 disables", low=0)
     max_approx_kl: float = option(0.0, "above it the policy skips the rest of an update; 0 disables", low=0,
@@ -735,32 +730,17 @@ class PPOTrainer:
         self.best = Best(*evaluate.OPINION, state.get("best")) if o.keep == "best" else None
 
     def measure_start(self) -> tuple[ScoreScale, tuple[float, float], float, float]:
-        """(the scale of scores, (mean, std) for `critic_from`, mean and spread of what is paid), on
-        replies that the starting policy writes as PPO will.
-
-        With that mean and std, the critic starts at the mean and the spread of what is paid,
-        penalties included. The replies are drawn from the streams of the reward stage, which
-        measured this in earlier versions.
-        """
-        o, run, model = self.o, self.run, self.reward_model
+        """`starting_scale` on replies that the starting policy writes as PPO will. They are drawn from
+        the streams of the reward stage, which measured this in earlier versions."""
+        o, run = self.o, self.run
         index = batch_indices(len(self.prompts), o.norm_replies, 0, o.seed, "reward")
         ids = [prompt_ids(run.tokenizer, self.prompts[i], self.template) for i in index]
         replies = reply_ids(reply_to(run.model, run.tokenizer, ids, o.reply_len,
                                      temperature=o.temperature, batch_size=128,
                                      seed=key(o.seed, "reward", "reply")))
-        with torch.no_grad(), precision(run.dtype, run.device):
-            own = scale = ScoreScale.of(raw := model.scores(ids, replies)) if model is not None else ScoreScale()
-            if isinstance(self.scorer, RewardSum):
-                self.scorer.measure(ids, replies)
-            if self.scorer is not model:
-                raw, scale = self.scorer.scores(ids, replies), ScoreScale()
-                if "sigmoid" not in o.reward_norm and not isinstance(self.scorer, RewardSum):
-                    scale = ScoreScale.of(raw, "the scorer")
         ended = torch.tensor([reply[-1] == run.tokenizer.eom_id for reply in replies])
-        paid = ScoreScale(scale.mean, scale.std).paid(raw.cpu(), ended, self.paying)
-        mean, spread = float(paid.mean()), float(paid.std(correction=0))
-        std = own.std / max(1e-6, spread)
-        return scale, (own.mean - mean * std, std), mean, spread
+        with torch.no_grad(), precision(run.dtype, run.device):
+            return starting_scale(self.scorer, self.reward_model, (ids, replies), ended, self.paying)
 
     def rates(self, step: int) -> tuple[float, float]:
         """Rates of (policy, critic) in this update: each rises from its own first update on, and
@@ -905,16 +885,18 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
         if start:
             run.log(0, **trainer.measure(0, start))
         for step in range(run.step, o.updates):
+            metrics, done, last = {}, step + 1, step + 1 == o.updates
             try:
                 metrics = trainer.update(step)
-            except RewardError as error:  # this update has changed nothing yet, and no earlier one is lost
-                trainer.save(step)
-                raise UserError(f"{error}; saved after update {step}; then `{resume_command(o)}`") from error
-            done, last = step + 1, step + 1 == o.updates
-            if run.compute.starts_compiling(done, o.updates, o.critic_warmup + 3, o.critic_warmup):
-                trainer.prepare_decoder()
-            if last or done % o.eval_every == 0:
-                metrics |= trainer.measure(done)
+                if run.compute.starts_compiling(done, o.updates, o.critic_warmup + 3, o.critic_warmup):
+                    trainer.prepare_decoder()
+                if last or done % o.eval_every == 0:
+                    metrics |= trainer.measure(done)
+            except RewardError as error:
+                if not metrics:  # this update has changed nothing yet, and no earlier one is lost
+                    trainer.save(step)
+                raise UserError(f"{error}; saved after update {run.saved_step or 0}; then "
+                                f"`{resume_command(o)}`") from error
             run.log(done, **metrics, seconds=run.seconds())
             if last and trainer.best:
                 metrics |= trainer.best.restore(run, {name: x for name, x in metrics.items() if name[:5] == "eval_"})

@@ -23,7 +23,6 @@ import copy
 import dataclasses
 import difflib
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -506,8 +505,7 @@ def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
 def main(argv: list[str]) -> int:
     if "--list" in argv:
         o = parse(ListOptions, argv, "train.py --list")
-        meanings = dict(re.findall(r"^    python train\.py (\w+) {2,}(.*)$", __doc__ or "", re.MULTILINE))
-        print(overview({stage: (meanings.get(stage, ""), cls) for stage, (cls, _) in STAGES.items()}, o.out))
+        print(overview({stage: cls for stage, (cls, _) in STAGES.items()}, __doc__ or "", o.out))
         return 0
     stage, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("all", argv)
     if stage not in (*STAGES, "all"):

@@ -149,11 +149,12 @@ def baseline_scores(baselines: dict[str, NgramRegression], records: Sequence[dic
 def people_alike(records: Sequence[dict]) -> dict[str, Any]:
     """How far people agree on ratings: the correlation of two random halves of each text's raters,
     and the ceiling that follows for any model; {} unless most records have several raters."""
-    raters = [r["scores"] for r in records if len(r.get("scores", ())) > 1]
-    if len(raters) < max(3, len(records) / 2):
+    several = [r for r in records if len(r.get("scores", ())) > 1]
+    if len(several) < max(3, len(records) / 2):
         return {}
-    halves = rater_halves(raters)
-    value, low, high = bootstrap(mean_correlation, *halves, n=200)
+    raters = [r["scores"] for r in several]
+    groups = [prompt_text(r["prompt"]) for r in several]
+    value, low, high = bootstrap(mean_correlation, *rater_halves(raters), n=200, groups=groups)
     return {"texts": len(raters), "raters": float(np.mean([len(r) for r in raters])),
             "halves": [value, low, high], "ceiling": [ceiling(x) for x in (value, low, high)]}
 

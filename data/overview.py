@@ -5,6 +5,7 @@
 """
 import dataclasses
 import pathlib
+import re
 from typing import Any
 
 from data.curves import read_log
@@ -29,11 +30,13 @@ class ListOptions(Options):
     traceback: bool = option(False, "show where in the code an error arose")
 
 
-def overview(stages: dict[str, tuple[str, type]], out: str) -> str:
-    """Stages, data sets, presets and runs as text. stages: meaning and class of options, by name."""
+def overview(stages: dict[str, type], about: str, out: str) -> str:
+    """Stages, data sets, presets and runs as text. stages: classes of options, by name. about: a text
+    with a line `python train.py STAGE   meaning` for each."""
+    meanings = dict(re.findall(r"^ *python train\.py (\w+) {2,}(.*)$", about, re.MULTILINE))
     presets = next(f for f in dataclasses.fields(Common) if f.name == "preset").metadata["help"].split("; ")
     own = {"FILE or FOLDER": "your own texts, dialogues and feedback (docs/data.md)"}
-    parts = {"Stages": {name: meaning for name, (meaning, _) in stages.items()},
+    parts = {"Stages": {name: meanings.get(name, "") for name in stages},
              "Data sets (--data)": {name: known.summary for name, known in DATA_SETS.items()} | own,
              "Presets (--preset)": dict(preset.split(": ", 1) for preset in presets)}
     lines = []
@@ -43,10 +46,10 @@ def overview(stages: dict[str, tuple[str, type]], out: str) -> str:
     return "\n".join([*lines, f"Runs in {out}/", show_runs(stages, pathlib.Path(out))])
 
 
-def show_runs(stages: dict[str, tuple[str, type]], out: pathlib.Path) -> str:
+def show_runs(stages: dict[str, type], out: pathlib.Path) -> str:
     """The runs in a folder as a table: how far they are, what they were told, and their last figures."""
     rows = [row for folder in (sorted(out.iterdir()) if out.is_dir() else ()) if folder.is_dir()
-            for stage, (_, cls) in stages.items() if (row := run_row(folder / stage, cls))]
+            for stage, cls in stages.items() if (row := run_row(folder / stage, cls))]
     if not rows:
         return "  none: python train.py begins one"
     titles = {"run": "run", "state": "state", "seconds": "seconds", "figures": "last figures", "options": "options"}

@@ -168,21 +168,22 @@ def add_distinct(lines: Sequence[dict], answers: Sequence[list[list[int]]],
 
 
 def opinions_on_feedback(judges: dict[str, Any], records: list[dict]) -> dict[str, dict[str, str]]:
-    """How right every judge is about people's feedback of one kind, with intervals: AUC and accuracy
-    on labels, accuracy on pairs, correlation with ratings."""
+    """How right every judge is about people's feedback of one kind, with intervals over prompts: AUC
+    and accuracy on labels, accuracy on pairs, correlation with ratings."""
     kind = feedback_of(records[0])
     fields = ("chosen", "rejected") if kind == "pairs" else ("response",)
     opinions, prompts = {}, [r["prompt"] for r in records]
+    groups = [prompt_text(prompt) for prompt in prompts]
     for name, judge in judges.items():
         probs = [np.asarray(judge.probs(prompts, [r[field] for r in records])) for field in fields]
         if kind == "labels":
             truth = truth_of(records)
-            opinions[name] = {"auc": interval(auc, probs[0], truth),
-                              "accuracy": interval(accuracy, probs[0], truth)}
+            opinions[name] = {"auc": interval(auc, probs[0], truth, groups=groups),
+                              "accuracy": interval(accuracy, probs[0], truth, groups=groups)}
         else:
             main = main_measure(kind)
             difference = probs[0] - probs[-1] if kind == "pairs" else probs[0]
-            opinions[name] = {main: interval(MEASURES[kind][main], difference, truth_of(records))}
+            opinions[name] = {main: interval(MEASURES[kind][main], difference, truth_of(records), groups=groups)}
     return opinions
 
 

@@ -229,6 +229,29 @@ def reward_paid(ppo: dict[str, Any], data: Prepared, split: str, model: Any,
                      records=data.records("ppo", split), scales=ppo.get("scales")), []
 
 
+def starting_scale(scorer: Any, model: Any, replies: tuple[Sequence[list[int]], Sequence[list[int]]],
+                   ended: Tensor, o: Any) -> tuple[ScoreScale, tuple[float, float], float, float]:
+    """(the scale of a scorer's scores, (mean, std) for `critic_from`, mean and spread of what is paid),
+    on the starting policy's replies.
+
+    scorer: the reward model (`model`, or None without one), a `RewardSum`, which takes its own scales
+    here, or one of the user's. replies: prompts and replies as lists of ids. ended (B,): those with an
+    end token. o: PPO's options, as `ScoreScale.paid` reads them. With that mean and std the critic starts
+    at the mean and the spread of what is paid, penalties included.
+    """
+    own = scale = ScoreScale.of(raw := model.scores(*replies)) if model is not None else ScoreScale()
+    if isinstance(scorer, RewardSum):
+        scorer.measure(*replies)
+    if scorer is not model:
+        raw, scale = scorer.scores(*replies), ScoreScale()
+        if "sigmoid" not in o.reward_norm and not isinstance(scorer, RewardSum):
+            scale = ScoreScale.of(raw, "the scorer")
+    paid = ScoreScale(scale.mean, scale.std).paid(raw.cpu(), ended, o)
+    mean, spread = float(paid.mean()), float(paid.std(correction=0))
+    std = own.std / max(1e-6, spread)
+    return scale, (own.mean - mean * std, std), mean, spread
+
+
 # ---- what options mean for a reward --------------------------------------------------------------
 
 def needs_model(o: Any, terms: Sequence[Part]) -> bool:

@@ -53,16 +53,18 @@ class KLController:
 
         Were scores of that spread normal, their optimum π_ref · exp(score / β) would be spread² / 2β²
         nats away. Without a --kl_coef, adaptive control starts at the β for which that is the target.
+        A fixed price at which a sum of parts would go more than 50 nats away is said, with that β.
         """
+        fitting = spread / math.sqrt(2 * o.kl_target)
         if o.kl_control != "adaptive":
             if not state and o.reward and spread > 10 * o.kl_coef > 0:
                 tqdm.write(f"warning: the spread of what the starting policy is paid is {spread:.3g}, "
                            f"{spread / o.kl_coef:.0f} times --kl_coef {o.kl_coef:g}: the policy will go far; try "
-                           f"--kl_coef {spread / math.sqrt(12):.2g}", file=sys.stderr)
+                           f"--kl_coef {fitting:.2g}, for some {o.kl_target:g} nats", file=sys.stderr)
             return cls(o.kl_coef)
         start = o.kl_coef
         if "kl_coef" not in o.explicit and o.kl_coef == type(o).kl_coef and spread > 0:
-            start = spread / math.sqrt(2 * o.kl_target)
+            start = fitting
         return cls(**{"coef": start, "target": o.kl_target, "horizon": o.kl_horizon, **(state or {})})
 
     def state(self) -> dict[str, float]:

@@ -208,17 +208,17 @@ class RunFolder:
         recovered: it goes on from the older checkpoint, which takes the damaged one's place, so that
         the next save does not keep the damaged one instead.
         """
-        if step < 0:  # a new run: whatever is there is another's
+        if self.o.fresh:
             for name in (self.older.name, "config.json", self.checkpoint.name):
                 (self.path / name).unlink(missing_ok=True)
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                replace_text(self.path / name, "")
-            return
         if recovered:  # first the record: a kill in between must not leave the older one as finished
             self.write_config({**self.record, "finished": False})
             keep(self.older, self.checkpoint)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            self._drop_lines_after(self.path / name, step)
+        for path in (self.path / "metrics.jsonl", self.path / "samples.jsonl"):
+            if step < 0:  # a new run: what is there is another's
+                open_plain(path, "w").close()
+            else:
+                self._drop_lines_after(path, step)
 
     def _drop_lines_after(self, path: pathlib.Path, step: int) -> None:
         """Drop lines past the checkpoint's step, which a resumed run writes again, and lines cut

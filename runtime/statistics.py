@@ -188,6 +188,9 @@ def positive_share(probs: Sequence[float]) -> float:
 
 # ---- intervals -----------------------------------------------------------------------------------
 
+FEW_GROUPS = 10
+
+
 def bootstrap(measure: Callable[..., float], *arrays: Sequence, n: int = 1000, seed: int = 0,
               basic: bool = False, runs: bool = False,
               groups: Sequence | None = None) -> tuple[float, float, float]:
@@ -200,10 +203,12 @@ def bootstrap(measure: Callable[..., float], *arrays: Sequence, n: int = 1000, s
     such as a calibration error, which resampling raises and which is never below 0.
     runs: the first array is (texts, runs), and each resample draws as many of the runs, too.
     groups: what each text belongs to, such as its prompt; texts of a group are drawn together, for
-    they are alike.
+    they are alike. Fewer than FEW_GROUPS of them are no sample of groups: the interval is then that
+    over texts of these very groups.
     """
     arrays = _as_arrays(*arrays)
-    members = members_of(groups) if groups is not None and len(set(groups)) < len(groups) else None
+    grouped = groups is not None and FEW_GROUPS <= len(set(groups)) < len(groups)
+    members = members_of(groups) if grouped else None
     rng, resampled = np.random.default_rng(seed), []
     for _ in range(n):
         index = rng.integers(len(members or arrays[0]), size=len(members or arrays[0]))

@@ -1,4 +1,6 @@
 """What is said of replies: figures and intervals, and a report that fits a terminal."""
+import re
+
 import numpy as np
 import pytest
 
@@ -281,5 +283,10 @@ def test_judges_are_measured_on_pairs_and_ratings():
 
     pairs = [{"prompt": "", "chosen": "aa" if i % 4 else "a", "rejected": "aa"[i % 4 > 0:]} for i in range(20)]
     assert opinions_on_feedback({"x": Length()}, pairs)["x"]["accuracy"].startswith("0.750 [")
+    once = [{"prompt": str(i), "chosen": "aa" if i % 4 else "a", "rejected": "aa"[i % 4 > 0:]} for i in range(80)]
+    alone, nine = ([float(x) for x in re.findall(r"[.\d]+", opinions_on_feedback({"x": Length()}, r)["x"]["accuracy"])]
+                   for r in (once, once * 9))  # a prompt's pairs are resampled together
+    assert nine == pytest.approx(alone, abs=.03)
+    assert alone[2] - alone[0] > .06
     ratings = [{"prompt": "", "response": "a" * i, "score": i} for i in range(1, 20)]
     assert opinions_on_feedback({"x": Length()}, ratings)["x"]["correlation"] == "1.000 [1.000, 1.000]"

@@ -14,7 +14,7 @@ from data.functions import PythonReward, RewardError, load_function
 from data.records import records_in
 from data.rewards import RewardSum, needs_model, part_scores, read_reward, resolved
 from model import ModelConfig, weights_hash
-from ppo import KLController, PPOOptions, train_ppo
+from ppo import KLController, PPOOptions, PPOTrainer, train_ppo
 from reward import RewardModel
 from runtime.machine import Interrupted
 from runtime.options import UserError
@@ -271,7 +271,8 @@ def test_adaptive_control_starts_where_normal_scores_would_have_the_target(comma
     assert KLController.starting(o, 2.0, {"coef": .3, "kl": 1}).state() == {"coef": .3, "kl": 1}  # a resumed run's
     assert KLController.starting(command("ppo", "--kl_control=adaptive", "--kl_coef=.2"), 2.0).coef == .2
     assert KLController.starting(command("ppo", "--reward=length").replace(kl_control="fixed"), 24.0).coef == .095
-    assert "253 times --kl_coef 0.095: the policy will go far; try --kl_coef 6.9" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "253 times --kl_coef 0.095: the policy will go far; try --kl_coef 12, for some 2 nats" in said
 
 
 # ---- the stage -----------------------------------------------------------------------------------
@@ -362,6 +363,27 @@ def test_a_function_that_fails_in_the_middle_loses_nothing(stage, file, tmp_path
     file("def f(prompts, replies): return [3] * len(replies)")
     with pytest.raises(UserError, match="the run there differs .file .*my.py was"):  # a finished one stays as it is
         stage(*words, "--resume")
+
+
+def test_a_function_that_fails_on_held_out_prompts_loses_what_the_next_process_repeats(
+        stage, file, tmp_path, monkeypatch):
+    bad = ("import os\ndef f(prompts, replies):\n    if os.path.exists(%r): raise ValueError('full')\n"
+           "    return [1] * len(replies)")
+    words = (f"--reward={file(bad % str(tmp_path / 'flag'))}:f", "--updates=4", "--save_every=2", "--eval_every=3")
+    real = PPOTrainer.measure
+
+    def measure(self, step, *measured):
+        if step == 3:
+            (tmp_path / "flag").touch()
+        return real(self, step, *measured)
+
+    monkeypatch.setattr(PPOTrainer, "measure", measure)
+    with pytest.raises(UserError, match="my.py:f, line 3: ValueError: full.*saved after update 2; then .*--resume"):
+        stage(*words)
+    file("def f(prompts, replies): return [2] * len(replies)")
+    assert stage(*words, "--resume") == 0
+    assert [round(line["raw_score"]) for line in lines(tmp_path)[1:]] == [1, 1, 2, 2]
+    assert "eval_raw_score" in lines(tmp_path)[3]
 
 
 def test_other_fields_of_prompts_reach_a_function(file):
