@@ -3,6 +3,7 @@ rated texts with a small model; the Chinese page has the same commands."""
 import importlib
 import itertools
 import json
+import pathlib
 import re
 import shlex
 
@@ -69,10 +70,22 @@ def test_the_walk_of_the_pages_runs(tmp_path, monkeypatch, capsys):
     assert {win["over"] for win in report["win_rates"]} >= {"SFT", "best"}
     assert (tmp_path / "mine/rated/report_test.html").exists()
     assert "pretrain: skipped" in said[3]
+    assert unexplained(tmp_path / "mine/rated", report) == set()
 
 
-@pytest.mark.parametrize("phrase", ["all is well", "prefers the reply of", "itself, on", "best of 16", "Before and after",
-                                    "kept the weights of step", "above average", "Missing", "Warning"])
+def unexplained(run_folder: pathlib.Path, report: dict) -> set[str]:
+    """The names in a run's metrics.jsonl and report.json that docs/metrics.md does not have."""
+    logged = {name for path in run_folder.glob("*/metrics.jsonl") for line in path.read_text().splitlines()
+              for name in json.loads(line)}
+    logged |= {*report, *(name for row in report["policies"] for name in row if name != "name")}
+    known = set(re.findall(r"`([a-z0-9_*]+)`", text_of(ROOT / "docs/metrics.md")))
+    alike = [name.replace("*", ".*") for name in known if "*" in name] + [r"judge(d_positive)?_transformer"]
+    return {name for name in logged - known if not any(re.fullmatch(x, name) for x in alike)}
+
+
+@pytest.mark.parametrize("phrase", [
+    "all is well", "prefers the reply of", "itself, on", "best of 16", "Before and after", "kept the weights of step",
+    "above average", "Missing", "Warning"])
 def test_what_the_page_quotes_is_said_by_the_program(phrase):
     code = "".join(text_of(path) for folder in (".", "data", "runtime") for path in (ROOT / folder).glob("*.py"))
     assert phrase in " ".join(text_of(ROOT / "docs/data.md").split())
