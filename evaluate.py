@@ -34,7 +34,7 @@ from data.prepared import Prepared
 from data.report import (Measures, add_distinct, describe, drawn_pairs, judged_by, missing, opinions_on_feedback,
                          people_wrote, policy_columns, render_report, report_name, splits_used, table_row, warnings_of,
                          win_rates)
-from data.rewards import reward_paid
+from data.rewards import part_scores, reward_paid
 from data.tokenizer import Tokenizer
 from model import Transformer, checkpoint_path, compared_logprobs, load_checkpoint
 from reward import RewardModel, longest_row
@@ -43,7 +43,7 @@ from runtime.lines import logged
 from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
 from runtime.run import read_config, record_of
-from runtime.storage import replace_text
+from runtime.storage import replace_text, require_place
 from runtime.tables import text_plot, to_json
 from runtime.terminal import for_terminal, memory_advice
 from sample import Generation, reply_ids, reply_texts, reply_to
@@ -106,23 +106,13 @@ def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Token
     logprobs, ref_logprobs, kl = reply_logprobs(policy, reference, ids, replies, settings)
     rows = reply_ids(replies)
     with torch.no_grad(), precision(settings.dtype, policy.embedding.weight.device.type):
-        scores = raw_scores(reward_model, ids, rows) if reward_model is not None else {}
+        scores = {} if reward_model is None else {
+            "raw_score": reward_model.scores(ids, rows), **part_scores(reward_model, ids, rows)}
     metrics, records = describe(prompts, reply_texts(tokenizer, replies), rows, tokenizer,
                                 judges or {}, {"kl": kl.sum(1), **scores,
                                                "kl_k1": (logprobs - ref_logprobs).sum(1)})
     metrics["ref_perplexity"] = math.exp(-float(ref_logprobs.sum()) / int(replies.mask.sum()))
     return metrics, records, rows
-
-
-def raw_scores(reward_model: Any, ids: Sequence[list[int]],
-               rows: Sequence[list[int]]) -> dict[str, torch.Tensor]:
-    """(B,) of each reply: `raw_score`, and by a scorer with parts `part_<name>`."""
-    config, parts = getattr(reward_model, "config", None), {}
-    if hasattr(reward_model, "part_scores") and (  # of a model with one head they would say nothing more
-            config is None or getattr(config, "parts", ()) or getattr(config, "members", 1) > 1):
-        parts = reward_model.part_scores(ids, rows)
-    return {"raw_score": reward_model.scores(ids, rows)} | {
-        f"part_{name}": scores for name, scores in parts.items() if name}
 
 
 OPINION = ("eval_judged_positive", 1)  # what PPO's --keep best goes by, and that higher is better
@@ -228,7 +218,7 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
         rows, scores = best_of(BEST_OF, c, ids, settings)
         name, texts = f"{c.reference_name}, best of {BEST_OF}", [tokenizer.reply_text(row) for row in rows]
         metrics, replies[name] = describe(prompts, texts, rows, tokenizer, c.judges,
-                                           raw_scores(c.scorer, ids, rows) | {"raw_score": scores})
+                                           {"raw_score": scores, **part_scores(c.scorer, ids, rows)})
         measures.add(metrics, replies[name])
         metrics["kl_bound"] = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
         lines.append(table_row(name, metrics, replies[name]))
@@ -441,6 +431,8 @@ def main(argv: list[str]) -> None:
                                                             "evaluate.py DIR…")
     if not folders:
         raise UserError("which checkpoints? python evaluate.py out/reviews/sft out/reviews/ppo")
+    if o.json not in ("", "-"):
+        require_place(pathlib.Path(o.json), "--json")
     with contextlib.redirect_stdout(sys.stderr if o.json == "-" else sys.stdout):
         report = measure(folders, o)
     if o.json == "-":

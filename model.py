@@ -557,8 +557,9 @@ def read_checkpoint(path: pathlib.Path,
         model.load_state_dict(weights)
     # load_state_dict is strict: a reward head that was not saved must not score as noise.
     except (RuntimeError, TypeError, LookupError, ValueError, AttributeError, UserError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise Damaged(f"{path}: its parts do not fit this version of Mosslet, or each other: "
-                      f"{' '.join(str(error).split())[:200]}") from error
+                      f"{reason[:200]}") from error
     return model, tokenizer, state
 
 
@@ -583,8 +584,8 @@ def load_parent(o: Common, data: Prepared, stage: str, path: str,
         print(f"{where}: warning: {warning}", file=sys.stderr)
     differs = data.tokenizer is not None and data.tokenizer.to_state() != tokenizer.to_state()
     if "vocab_size" in o.explicit and differs:
-        raise UserError(f"--vocab_size {o.vocab_size} contradicts {where}, whose vocabulary of "
-                        f"{c.vocab_size} tokens is used: leave it out, or pretrain again")
+        raise UserError(f"--vocab_size {o.vocab_size} contradicts {where}, whose own vocabulary, "
+                        f"of {c.vocab_size} tokens, is used: leave it out, or pretrain again")
     return model, tokenizer, state
 
 

@@ -41,8 +41,8 @@ from data.batches import (Rows, drop_long_prompts, held_out_prompts, make_rows, 
 from data.prepare import open_stage
 from data.prepared import Prepared
 from data.functions import RewardError
-from data.rewards import (Part, RewardSum, ScoreScale, chosen_reward_norm as chosen_reward_norm, digests,
-                          needs_model, part_means, read_reward, resolved)
+from data.rewards import (Part, RewardSum, ScoreScale, needs_model, part_scores, read_reward,
+                          resolved)
 from model import Transformer, load_parent, next_token_loss, open_run, token_logprobs
 from reward import RewardModel, Scorer, critic_from, critic_of_policy
 from runtime.control import KLController
@@ -100,7 +100,7 @@ class PPOOptions(Common):
     kl_control: str = option("auto", "adaptive steers the coefficient towards --kl_target; auto: fixed for models "
                                      "of labels, for functions alone and if --kl_coef is given, else adaptive",
                              choices=("auto", "fixed", "adaptive"), source="Ziegler 2019")
-    kl_target: float = option(2.0, "nats per reply to aim at", source="measured; Ziegler 2019: 6", low=0.01)
+    kl_target: float = option(4.0, "nats per reply to aim at", source="measured; Ziegler 2019: 6", low=0.01)
     kl_horizon: float = option(1_000.0, "replies over which it acts slowly", source="Ziegler 2019: 10,000", low=1)
     # Advantages and loss.
     advantage: str = option("gae", "gae needs a critic, the others have none: a reply's reward less the mean of the "
@@ -271,16 +271,17 @@ class Prediction(NamedTuple):
 
 class ActorCritic(nn.Module):
     """Policy and critic. The critic is a network of its own, or (critic=None) a scalar head on the
-    policy's trunk. dtype: of both networks' matrix products."""
+    policy's trunk, which says `value` until it learns. dtype: of both networks' matrix products."""
 
-    def __init__(self, policy: Transformer, critic: RewardModel | None = None, dtype: str = "float32"):
+    def __init__(self, policy: Transformer, critic: RewardModel | None = None, dtype: str = "float32",
+                 value: float = 0.0):
         super().__init__()
         self.policy, self.critic, self.dtype = policy, critic, dtype
         self.value_head = None
         if critic is None:
             self.value_head = nn.Linear(policy.config.d_model, 1)
             nn.init.zeros_(self.value_head.weight)
-            nn.init.zeros_(self.value_head.bias)
+            nn.init.constant_(self.value_head.bias, value)
         for module in self.modules():  # PPO runs without dropout, whatever mode is set
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -364,8 +365,8 @@ class ScoredReplies(Replies):
     scores: Tensor  # (B,): normalised, clipped, less the penalty for a missing end
     rewards: Tensor  # (B, R)
     kl_coef: float  # the price of KL, in the rewards or in the loss
-    # mean of each part of the reward, by the names of metrics
-    parts: dict[str, float] = dataclasses.field(default_factory=dict, kw_only=True)
+    # (B,) each: the parts of the reward, by the names of metrics
+    parts: dict[str, Tensor] = dataclasses.field(default_factory=dict, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -429,14 +430,16 @@ def collect_rollout(networks: Networks, prompts: Sequence[list[int]], o: PPOOpti
     written = time.perf_counter()
     prediction, ref_logprobs = score_replies(networks, replies, o)
     device = replies.tokens.device
+    ids = reply_ids(replies.generation)
     with precision(networks.actor_critic.dtype, device.type):
-        raw_scores = scorer.scores(repeated, reply_ids(replies.generation)).to(device)
+        raw_scores = scorer.scores(repeated, ids).to(device)
+        parts = part_scores(scorer, repeated, ids)
     scores = scale.paid(raw_scores, replies.ended, o)
     rewards = token_rewards(scores, prediction.logprobs, ref_logprobs, replies.response_mask,
                             kl_coef if o.kl_in == "reward" else 0.0)
     scored = ScoredReplies(**vars(replies), **prediction._asdict(), ref_logprobs=ref_logprobs,
                            raw_scores=raw_scores, scores=scores, rewards=rewards, kl_coef=kl_coef,
-                           parts=part_means(scorer, repeated, reply_ids(replies.generation)))
+                           parts=parts)
     advantages, returns = estimator(scored, o)
     spread = 1.0
     if o.whiten:
@@ -463,8 +466,9 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "ref_perplexity": torch.exp(-masked_mean(rollout.ref_logprobs, mask)),
         "sampler_gap": masked_mean(gap, mask), "sampler_gap_max": gap.max(),
         "explained_variance": 1 - masked_variance(error, mask) / spread, "value_bias": masked_mean(error, mask)}
-    return {**{name: float(x) for name, x in metrics.items()}, **rollout.parts,
-            "kl_coef": rollout.kl_coef, "reply_tokens": int(mask.sum())}
+    metrics |= {name: x.mean() for name, x in rollout.parts.items()}
+    return {**{name: float(x) for name, x in metrics.items()}, "kl_coef": rollout.kl_coef,
+            "reply_tokens": int(mask.sum())}
 
 
 # ---- learning ------------------------------------------------------------------------------------
@@ -684,7 +688,7 @@ class PPOTrainer:
         self.run, self.o, self.template, self.loss = run, run.o, data.template, loss
         o, state = run.o, run.state
         if o.reward_norm == "auto":
-            raise ValueError("PPOTrainer: resolve reward_norm first, by chosen_reward_norm or resolved")
+            raise ValueError("PPOTrainer: resolve reward_norm first, by data.rewards.resolved")
         self.estimator = estimator or (gae_estimator if o.advantage == "gae" else group_estimator)
         reference = copy.deepcopy(reference)
         self.reward_model = reward_model
@@ -701,17 +705,18 @@ class PPOTrainer:
         if terms:
             self.scorer = RewardSum(terms, reward_model, run.tokenizer, o, template=data.template,
                                     records=[*records, *data.records("ppo", "val")], scales=state.get("scales"))
+        # The options as `ScoreScale.paid` reads them: the sum of --reward has its scale, and keeps it.
+        self.paying = o.replace(reward_norm="fixed") if isinstance(self.scorer, RewardSum) else o
         # The scale of scores and the critic's first values; a checkpoint has both.
         self.scale, from_raw, paid, spread = ScoreScale(**state.get("scale", {})), (0.0, 1.0), 0.0, 1.0
         if not state:
             self.scale, from_raw, paid, spread = self.measure_start()
         critic = None if o.critic == "shared" else (
             critic_from(reward_model, *from_raw) if reward_model is not None else critic_of_policy(run.model, paid))
-        actor_critic = ActorCritic(run.model, critic, run.dtype)
-        if critic is None:
-            nn.init.constant_(actor_critic.value_head.bias, paid)
+        actor_critic = ActorCritic(run.model, critic, run.dtype, paid)
         self.networks = Networks(actor_critic.to(run.device), reference, run.tokenizer.eom_id)
-        for trunk in self.trained_trunks():
+        self.trunks = [run.model, *([critic.backbone] if critic is not None else [])]  # those that learn
+        for trunk in self.trunks:
             trunk.recompute = o.recompute
         groups = [{"params": list(run.model.parameters()), "lr": o.policy_lr},
                   {"params": list(actor_critic.value_module.parameters()), "lr": o.critic_lr}]
@@ -725,18 +730,9 @@ class PPOTrainer:
         self.prepare_decoder()
         settings = evaluate.ReplySettings(o.reply_len, o.temperature, dtype=run.dtype)
         self.alarms = Alarms("ppo", self.ALARMS, state.get("alarms"))
-        if o.ptx_coef:
-            data.require_tokenizer().require_same(run.tokenizer, "pretraining text and policy")
-            rows, window = self.TEXT_ROWS, min(128, run.model.config.max_len)
-            tokens = o.updates * o.epochs * o.minibatches * rows * window
-            self.text = text_batches(data, window, rows, tokens, o.seed)
+        self.text = self.pretraining_text(data) if o.ptx_coef else None
         self.held_out = evaluate.HeldOutPrompts(data, run.tokenizer, held_out, reference, self.scorer, settings)
         self.best = Best(*evaluate.OPINION, state.get("best")) if o.keep == "best" else None
-
-    @property
-    def paying(self) -> PPOOptions:
-        """The options as `ScoreScale.paid` reads them: the sum of --reward has its scale, and keeps it."""
-        return self.o.replace(reward_norm="fixed") if isinstance(self.scorer, RewardSum) else self.o
 
     def measure_start(self) -> tuple[ScoreScale, tuple[float, float], float, float]:
         """(the scale of scores, (mean, std) for `critic_from`, mean and spread of what is paid), on
@@ -769,12 +765,19 @@ class PPOTrainer:
     def rates(self, step: int) -> tuple[float, float]:
         """Rates of (policy, critic) in this update: each rises from its own first update on, and
         then falls to the last."""
-        def factor(step: int, n_steps: int, rise: float) -> float:
-            return learning_rate(step, n_steps, rise, 1 - rise, self.o.final_lr)
-
         o, first = self.o, self.o.critic_warmup
-        policy = factor(step - first, o.updates - first, o.warmup) if step >= first else 0.0
-        return o.policy_lr * policy, o.critic_lr * factor(step, o.updates, first / o.updates)
+        policy, rise = 0.0, first / o.updates
+        if step >= first:
+            policy = learning_rate(step - first, o.updates - first, o.warmup, 1 - o.warmup, o.final_lr)
+        critic = learning_rate(step, o.updates, rise, 1 - rise, o.final_lr)
+        return o.policy_lr * policy, o.critic_lr * critic
+
+    def pretraining_text(self, data: Prepared) -> Any:
+        """Batches of pretraining text, one for each step of the policy."""
+        o, run = self.o, self.run
+        data.require_tokenizer().require_same(run.tokenizer, "pretraining text and policy")
+        rows, window = self.TEXT_ROWS, min(128, run.model.config.max_len)
+        return text_batches(data, window, rows, o.updates * o.epochs * o.minibatches * rows * window, o.seed)
 
     def text_loss(self, k: int) -> Tensor:
         """Mean −log π of the next token over the k-th batch of pretraining text."""
@@ -782,17 +785,13 @@ class PPOTrainer:
         with precision(self.run.dtype, self.run.device):
             return next_token_loss(self.run.model, *batch)
 
-    def trained_trunks(self) -> list[Transformer]:
-        critic = self.networks.actor_critic.critic
-        return [self.run.model, *([critic.backbone] if critic is not None else [])]
-
     def prepare_decoder(self) -> None:
         """Make the policy ready to write; where compiling pays, compile the networks' trunks, too.
         """
         compiles = self.run.compute.compile == "on"
         if compiles:
             scoring = [self.reward_model.backbone] if self.reward_model is not None else []
-            compile_trunks(self.networks.reference, *scoring, *self.trained_trunks())
+            compile_trunks(self.networks.reference, *scoring, *self.trunks)
         self.networks.decoder = Decoder(self.run.model, self.decoder_dtype, compile=compiles)
 
     def update(self, step: int) -> dict[str, float]:
@@ -814,21 +813,26 @@ class PPOTrainer:
             o = o.replace(value_clip=0.0, epochs=o.critic_epochs)
         learned = update(self.networks.actor_critic, self.optimizer, rollout, o, step,
                          train_policy=train_policy, loss=self.loss,
-                         text_loss=self.text_loss if o.ptx_coef else None)
+                         text_loss=self.text_loss if self.text is not None else None)
         metrics = rollout_metrics(rollout) | learned | self.independent_opinion(prompts, rollout)
         if train_policy:
             self.control.update(metrics["kl"], o.batch)
+        return self.watched(step, metrics) | {
+            **{f"seconds_{name}": x for name, x in rollout.seconds.items()},
+            "lr": rates[0], "critic_lr": rates[1],
+            "generate_tokens_per_s": metrics["reply_tokens"] / rollout.seconds["generate"],
+            "train_tokens_per_s": metrics["trained_tokens"] / metrics["seconds_train"]}
+
+    def watched(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics of an update as they are logged; warns of what went wrong in it."""
+        o = self.o
         if o.kl_control == "adaptive" and step + 1 > .6 * o.updates:  # before, it may still be on its way
             metrics["kl_of_target"] = metrics["kl"] / o.kl_target
         if o.advantage != "gae":  # the head that stands for a critic learns nothing
             metrics = {name: x for name, x in metrics.items() if "value" not in name and "explained" not in name}
         self.check_gaps(metrics, step)
         self.alarms.check(step + 1, metrics)
-        seconds = {f"seconds_{name}": x for name, x in rollout.seconds.items()}
-        return metrics | seconds | {
-            "lr": rates[0], "critic_lr": rates[1],
-            "generate_tokens_per_s": metrics["reply_tokens"] / seconds["seconds_generate"],
-            "train_tokens_per_s": metrics["trained_tokens"] / metrics["seconds_train"]}
+        return metrics
 
     def independent_opinion(self, prompts: Sequence, rollout: Rollout) -> dict[str, float]:
         """What evaluate.py says of the rollout's replies. It is logged, and reaches no reward."""
@@ -876,10 +880,11 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     fixed for a scorer. Returns the finished run, or None if it was finished before.
     """
     data, o = open_stage(o, "ppo")
-    terms = read_reward(o.reward)
+    terms = read_reward(o.reward) if o.reward else []
     policy, tokenizer, state = load_parent(o, data, "sft", o.init_from)
-    parents, reward_model, feedback = {"init": state["hash"], **digests(terms)}, None, "scores of any kind"
-    if needs_model(o, terms):
+    parents, reward_model, feedback = {"init": state["hash"]}, None, "scores of any kind"
+    parents |= {f"file {term.path}": term.digest for term in terms if term.path is not None}
+    if not terms or needs_model(o, terms):
         reward_model, reward_tokenizer, reward_state = load_parent(o, data, "reward", o.reward_from, RewardModel)
         tokenizer.require_same(reward_tokenizer, "the policy and the reward model")
         parents["reward"] = reward_state["hash"]

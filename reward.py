@@ -8,7 +8,7 @@ where people also said that neither is), how good one is (`regression_loss`), li
 (`label_loss`). A reward of several parts has a head for each, an ensemble several for the same. What
 PPO pays for a score, data/rewards.py says (`ScoreScale`). The chapter ends in the stage, `train_reward`.
 
-Letters for shapes: B rows, T positions, D width, N selected tokens, H heads.
+Letters for shapes: B rows, T positions, D width, N selected tokens.
 """
 import dataclasses
 import copy
@@ -93,13 +93,13 @@ class RewardModel(nn.Module):
         return self.backbone.matrix_parameters()
 
     def heads(self, hidden: Tensor) -> Tensor:
-        """(…, D) -> (H, …): every head, in float32 whatever the trunk's precision."""
+        """(…, D) -> (parts, members, …): every head, in float32 whatever the trunk's precision."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.score_head(hidden.float()).movedim(-1, 0)
+            return self.score_head(hidden.float()).movedim(-1, 0).unflatten(0, (-1, self.config.members))
 
     def head_values(self, hidden: Tensor) -> Tensor:
         """(…, D) -> (…): the mean of the heads, of which a critic has one."""
-        return self.heads(hidden).mean(0)
+        return self.heads(hidden).mean((0, 1))
 
     def pooled(self, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
         """Mask (B, T) of the tokens whose head outputs are averaged: the reply's tokens, or only
@@ -122,25 +122,21 @@ class RewardModel(nn.Module):
         return torch.where(chosen, values, 0).sum(-1) / chosen.sum(1)
 
     def head_scores(self, tokens: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
-        """Every head's score of each row: tokens, mask and reply_mask (B, T) -> (H, B) float32."""
+        """Every head's score of each row: tokens, mask and reply_mask (B, T) -> (parts, members, B)
+        float32."""
         chosen = self.pooled(mask, reply_mask)
         right_padded = bool((mask[:, :-1] | ~mask[:, 1:]).all())  # then causality hides the padding
         values = self.heads(self.backbone.hidden(tokens, None if right_padded else mask,
                                                  where=chosen.flatten().nonzero()[:, 0]))
-        everywhere = values.new_zeros(len(values), *mask.shape).masked_scatter(chosen, values)
+        everywhere = values.new_zeros(*values.shape[:2], *mask.shape).masked_scatter(chosen, values)
         return everywhere.sum(-1) / chosen.sum(1)
 
     def forward(self, tokens: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
         """Raw score of each row: tokens, mask and reply_mask (B, T) -> (B,) float32."""
         return self.of_parts(self.head_scores(tokens, mask, reply_mask)).mean(0)
 
-    def by_member(self, scores: Tensor) -> Tensor:
-        """Scores (H, B) of all heads -> (parts, members, B)."""
-        return scores.unflatten(0, (-1, self.config.members))
-
     def of_parts(self, scores: Tensor) -> Tensor:
-        """Scores (H, B) of all heads -> (parts, B), the members combined."""
-        scores = self.by_member(scores)
+        """Scores (parts, members, B) of all heads -> (parts, B), the members combined."""
         if self.config.ensemble == "min":
             return scores.amin(1)
         mean = scores.mean(1)
@@ -159,7 +155,7 @@ class RewardModel(nn.Module):
     def scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
         """Raw score (B,) float32 of each reply, prompts and replies as lists of the very ids
         sampled."""
-        return self.score_rows(flagged_rows(prompts, replies))
+        return self.of_parts(self.score_heads(flagged_rows(prompts, replies))).mean(0)
 
     def part_scores(self, prompts: Sequence[list[int]],
                     replies: Sequence[list[int]]) -> dict[str, Tensor]:
@@ -168,7 +164,7 @@ class RewardModel(nn.Module):
         if not self.config.parts and self.config.members == 1:
             return {}
         scores = self.score_heads(flagged_rows(prompts, replies))
-        spread = {"spread": self.by_member(scores).std(1, correction=0).mean(0)}
+        spread = {"spread": scores.std(1, correction=0).mean(0)}
         return (spread if self.config.members > 1 else {}) | dict(
             zip(self.config.parts, self.of_parts(scores), strict=bool(self.config.parts)))
 
@@ -179,14 +175,14 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def score_heads(self, rows: Sequence[Row]) -> Tensor:
-        """Every head's score of each row, (H, n) float32, in batches of similar length."""
+        """Every head's score of each row, (parts, members, n) float32, in batches of similar length."""
         order = np.argsort([len(ids) for ids, _ in rows], kind="stable")
-        weight = self.score_head.weight
-        scores = torch.zeros(len(weight), len(rows), device=weight.device)
+        members, weight = self.config.members, self.score_head.weight
+        scores = torch.zeros(len(weight) // members, members, len(rows), device=weight.device)
         for i in range(0, len(rows), self.rows_at_once):
             index = order[i:i + self.rows_at_once]
             batch = reward_batch([rows[j] for j in index], weight.device)
-            scores[:, torch.from_numpy(index).to(weight.device)] = self.head_scores(*batch).float()
+            scores[..., torch.from_numpy(index).to(weight.device)] = self.head_scores(*batch).float()
         return require_finite(scores, "scores of the reward model")
 
 
@@ -472,9 +468,9 @@ class RewardTask:
         _, real, reply = reward_batch(rows, run.device)
         with precision(run.dtype, run.device):
             hidden = model.backbone.hidden(tokens, docs=docs)
-            scores = model.pool(model.heads(hidden).flatten(1)[:, where], real, reply)  # (H, rows)
+            scores = model.pool(model.heads(hidden).flatten(2)[..., where], real, reply)
             parts = [record.get("part", "") for record in batch] * (len(rows) // len(batch))
-            scores = model.own_part(model.by_member(scores), parts)  # (members, rows)
+            scores = model.own_part(scores, parts)  # (members, rows)
             loss = feedback_loss(self.kind, scores, batch, o.label_smoothing, self.tie_odds, weights)
             if o.lm_coef:
                 # of a pair, only the chosen reply is imitated

@@ -614,7 +614,7 @@ def main(argv: list[str]) -> None:
     if o.chat:
         o.refuse("prompt", "file", "compare", why="with --chat")
     if o.compare:
-        o.refuse("checkpoint", why="(--from) with --compare, which names two")
+        o.refuse("checkpoint", why="with --compare, which names two")
     if o.temperature == 0:
         o.refuse("top_k", "top_p", why="with --temperature 0, which takes the likeliest token")
     if o.best_of == 1:

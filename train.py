@@ -464,7 +464,8 @@ def run_all(options: dict[str, Common]) -> None:
     init_from, reward_from = options["sft"].init_from, options["ppo"].reward_from
     brought = {"pretrain": init_from, "reward": reward_from}
     data = open_for(options["ppo"], options["ppo"].data)
-    reads_model = needs_model(options["ppo"], read_reward(options["ppo"].reward))
+    terms = read_reward(options["ppo"].reward)
+    reads_model = not terms or needs_model(options["ppo"], terms)
     stages = [stage for stage in ROAD if (stage != "judge" or data.has("judge"))
               and (stage != "reward" or reads_model)]
     require_inputs(data, [stage for stage in stages if not brought.get(stage)], reward_from)

@@ -38,7 +38,7 @@ def load_function(path: pathlib.Path, name: str) -> Callable:
     The file's folder is importable from then on, after all others. No __pycache__ is written.
     """
     if not path.is_file():
-        raise UserError(f"--reward {path}: no such file")
+        raise UserError(f"--reward {path}: no such file: give the path of a .py file")
     module = types.ModuleType("_reward_" + re.sub(r"\W", "_", str(path.resolve())))
     module.__file__ = str(path)
     sys.dont_write_bytecode = True

@@ -6,7 +6,6 @@ share it is a judge: PPO is measured by feedback that it was never trained again
 is a transformer that learned the same share; both are asked alike, by probs(prompts, texts).
 """
 import functools
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,7 +81,7 @@ class Judge:
         return True
 
     def centre_on(self, people: Sequence[tuple[Any, str]]) -> None:
-        """Let the mean score of these (prompt, reply) be neutral; without any a score of 0 is."""
+        """Let the mean score of these (prompt, reply) be neutral, as far as they can be read."""
         if read := [pair for pair in people if self.reads(pair[0])]:
             self.centre = float(np.mean(self.scores(*zip(*read, strict=True)), dtype=np.float64))
 
@@ -92,16 +91,16 @@ class NgramJudge(Judge):
     the reward, their mean."""
 
     def __init__(self, regressions: dict[str, NgramRegression], people: Sequence[tuple[Any, str]] = ()):
-        """people: (prompt, reply) pairs whose mean score is neutral."""
+        """people: (prompt, reply) pairs whose mean score is neutral; without any a score of 0 is."""
         self.regressions = regressions
-        self.centre_on(people)
+        if people:
+            self.centre_on(people)
 
     def scores(self, prompts: Sequence, texts: Sequence[str]) -> np.ndarray:
         found = []
         for regression in self.regressions.values():
             read = texts if regression.kind == "pairs" else [
-                plain_text({"prompt": prompt, "response": text})
-                for prompt, text in zip(prompts, texts, strict=True)]
+                prompt_text(prompt) + text for prompt, text in zip(prompts, texts, strict=True)]
             found.append(regression.scores(read))
         return np.mean(found, axis=0)
 
@@ -112,10 +111,11 @@ class ModelJudge(Judge):
     def __init__(self, model: Any, tokenizer: Tokenizer, template: str, max_len: int,
                  people: Sequence[tuple[Any, str]] = ()):
         """model: whatever has score_rows, such as a RewardModel. max_len: the longest row it was
-        trained on. people: (prompt, reply) pairs whose mean score is neutral."""
+        trained on. people: as of `NgramJudge`."""
         self.model, self.max_len = model, max_len
         self.tokenizer, self.template = tokenizer, template
-        self.centre_on(people)
+        if people:
+            self.centre_on(people)
 
     def scores(self, prompts: Sequence, texts: Sequence[str]) -> np.ndarray:
         """Each reply is read as a finished text, cut to max_len with its prompt."""
@@ -179,15 +179,18 @@ def fit_best(train: list[dict], val: list[dict], most: int = 20_000) -> NgramReg
 
 def ngram_regressions(data: Prepared, share: str) -> dict[str, NgramRegression]:
     """The regressions of one share of the feedback, by part of the reward ("" where records name
-    none), fitted once and kept in the data set's folder.
+    none), fitted once and kept in the data set's folder; again if that file is damaged.
 
     share: "reward" for the reward model's baseline, "judge" for the judge. The form is the best on
     validation. A judge of labels has one fixed form, so that its figures stay comparable; and so has
     what validation cannot choose.
     """
-    path = data.folder / f"ngrams_{share}.pt"
-    state = stored_state(path)
-    if state is not None and state.get("choice") == repr((FORMS, L2S)):  # of others another is chosen
+    path, state = data.folder / f"ngrams_{share}.pt", {}
+    try:
+        state = load_whole(path) if path.exists() else {}
+    except Damaged:
+        print(f"{path}: damaged, fitted again")
+    if state.get("choice") == repr((FORMS, L2S)):  # of others another is chosen
         return {part: NgramRegression.from_state(x) for part, x in state["parts"].items()}
     fitted, val = {}, by_part(data.records("reward", "val") if data.has("reward") else [])
     for part, train in by_part(data.records(share, "train")).items():
@@ -198,15 +201,3 @@ def ngram_regressions(data: Prepared, share: str) -> dict[str, NgramRegression]:
     save_whole(path, {"choice": repr((FORMS, L2S)),
                       "parts": {part: x.state_dict() for part, x in fitted.items()}})
     return fitted
-
-
-def stored_state(path: pathlib.Path) -> dict[str, Any] | None:
-    """Regressions as they were written; None if there are none. A damaged file is said, and counts
-    as none: they can be fitted again."""
-    if not path.exists():
-        return None
-    try:
-        return load_whole(path)
-    except Damaged:
-        print(f"{path}: damaged, fitted again")
-        return None

@@ -16,15 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def code_points(text: str) -> np.ndarray:
-    """(characters,): the number of each character in Unicode."""
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-
-
-def word_checksums(text: str) -> np.ndarray:
-    """(words,): a number for each word, whatever its case, and for each sign that is no space."""
+def unit_numbers(text: str, unit: str) -> np.ndarray:
+    """(units,) uint64: the Unicode number of each of a text's characters; or a checksum of each of its
+    words, whatever their case, and of each sign that is no space."""
+    if unit == "characters":
+        return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     words = re.findall(r"\w+|[^\w\s]", text.lower())
-    return np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words], np.uint32)
+    return np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words], np.uint64)
 
 
 Entries = tuple[Tensor, Tensor, Tensor]  # (row, feature number, value) of all that is not zero
@@ -61,7 +59,7 @@ class NgramRegression:
         """Feature number -> count of the text's n-grams. The number is a hash of the code points
         (of words: of their checksums) and is the same on every machine; different n-grams may share
         one."""
-        points = (word_checksums if self.unit == "words" else code_points)(text).astype(np.uint64)
+        points = unit_numbers(text, self.unit)
         counts: Counter[int] = Counter()
         for n in self.orders:
             h = np.full(max(0, len(points) - n + 1), n, np.uint64)

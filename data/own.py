@@ -69,8 +69,10 @@ def find_files(path: pathlib.Path, fields: dict[str, str] | None = None) -> File
         file = path / file_name(stage, split).replace(".jsonl", ending)
         if os.path.lexists(file) and (other := files.setdefault((stage, split), file)) != file:
             raise UserError(f"{path}: {other.name} is there, and so is {file.name}: keep one of them")
-    if not any(split == "train" for _, split in files):
-        raise UserError(f"{path}: none of {', '.join(f'{s}.jsonl' for s in FIELDS)} is there")
+    if not any((stage, "train") in files for stage in FIELDS):
+        there = ", ".join(sorted(file.name for file in path.iterdir())[:4]) or "nothing"
+        raise UserError(f"{path}: none of {', '.join(f'{s}.jsonl' for s in FIELDS)} is there, but {there}: name "
+                        "a file to train on by its stage, or give the file itself")
     say_unread(path, tuple(sorted({file for ending in endings for file in path.glob("*" + ending)}
                                   - {*files.values()})))
     return files

@@ -58,9 +58,10 @@ def find_data_set(data: str, fields: str = "", template: str = "") -> DataSet:
             refuse_zip(path)
             return own_data_set(path, fields, template)
     near = difflib.get_close_matches(data, DATA_SETS, 1)
-    raise UserError(f"unknown data set {data!r}{f'; did you mean {near[0]}?' if near else ''}: use "
-                    f"{' or '.join(DATA_SETS)}, the path of a .jsonl, .json, .csv or .tsv file or of a folder "
-                    "of them, or - for standard input")
+    raise UserError(f"unknown data set {data!r}, and no file or folder is called so"
+                    f"{f'; did you mean {near[0]}?' if near else ''}: use {' or '.join(DATA_SETS)}, "
+                    "the path of a .jsonl, .json, .csv or .tsv file or of a folder of them, or - for "
+                    "standard input")
 
 
 def kept_input(data: str) -> str:
@@ -179,10 +180,12 @@ def open_for(o: Options, data: str) -> Prepared:
 
 def suited(o: T, stage: str, data: Prepared) -> T:
     """A stage's options with the values that suit the data, where neither a flag nor a preset says
-    otherwise. What changes is printed."""
-    asked = {*o.explicit, *presets_of(type(o)).get(o.preset, {})}
-    values = {name: value for name, value in data.meta.get("defaults", {}).get(stage, {}).items()
-              if name not in asked and getattr(o, name) != value}
+    otherwise. What changes is printed. A preset's --max_len gives way: longer rows would not fit."""
+    suggested = data.meta.get("defaults", {}).get(stage)
+    if not suggested:
+        return o
+    asked = o.explicit | set(presets_of(type(o)).get(o.preset, {})) - {"max_len"}
+    values = {name: value for name, value in suggested.items() if name not in asked and getattr(o, name) != value}
     if values:
         print(f"{stage}: by the data: {'  '.join(f'{name}={x}' for name, x in values.items())}", flush=True)
     return o.replace(**values)

@@ -16,7 +16,6 @@ from data.dataset import tells
 from data.folders import damage
 from data.records import FIELDS
 from data.tokenizer import Tokenizer
-from runtime.lines import parse_line, read_lines
 from runtime.options import UserError
 
 
@@ -84,7 +83,8 @@ class Prepared:
             raise UserError(f"data set {self.meta['data']} has nothing for the stage {stage}: it "
                             f"holds {', '.join(self.meta['stages'])}; a {stage} record has "
                             f"{FIELDS.get(stage, FIELDS['reward'])}")
-        return [parse_line(line) for _, line in read_lines(path)]  # checked when they were prepared
+        with open(path, "rb") as file:  # lines were checked when they were prepared, the file by `load`
+            return [json.loads(line) for line in file]
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; UserError without text to pretrain on."""

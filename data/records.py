@@ -172,8 +172,11 @@ def records_in(record: Any, kind: str, fields: dict[str, str] | None = None) -> 
     try:
         try:
             found = form.read(record)
-        except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"has the fields of {form}, but not their values: {error!r}"[:300]) from None
+        except KeyError as error:
+            raise ValueError(f"has the fields of {form}, but {error} is missing in one of them"[:300]) from None
+        except (LookupError, TypeError, AttributeError, json.JSONDecodeError):
+            raise ValueError(f"has the fields of {form}, but a value of another kind than that form: "
+                             "docs/data.md shows it") from None
         return form.name, [checked(one | kept, kind) for one in found]
     except Useless as reason:
         if form.ours and not transcript(record.get("prompt")):

@@ -35,7 +35,8 @@ def tokenizer_at(place: pathlib.Path) -> tuple[Tokenizer, str]:
         return data.require_tokenizer(), data.template
     path = place if place.suffix == ".pt" else place / "checkpoint.pt"
     if not path.exists():
-        raise UserError(f"{place}: neither a prepared folder nor a checkpoint: name one that exists")
+        raise UserError(f"{place}: neither a prepared folder nor a checkpoint: name one that exists, by "
+                        "--from")
     payload = load_whole(path)
     try:
         return (Tokenizer.from_state(payload["tokenizer"]),

@@ -93,6 +93,7 @@ class Part(NamedTuple):
     head: str | None = None  # of the reward model: "" is its whole score; None: no part of it
     function: Callable | None = None
     path: pathlib.Path | None = None  # of the function's file
+    digest: str = ""  # a hash of that file; what it imports is not in it
 
 
 def read_reward(text: str) -> list[Part]:
@@ -127,7 +128,9 @@ def read_part(word: str) -> Part:
         raise UserError(f"--reward: {word!r} has no effect with the weight 0: leave it out")
     if is_file:
         path = pathlib.Path(file + ".py")
-        return Part(name, number, function=load_function(path, name), path=path)
+        function = load_function(path, name)
+        return Part(name, number, function=function, path=path,
+                    digest=hashlib.sha256(path.read_bytes()).hexdigest()[:12])
     if name == "length":
         return Part(name, number)
     if name == "model" or name.startswith("model."):
@@ -135,12 +138,6 @@ def read_part(word: str) -> Part:
     raise UserError(f"--reward: unknown part {name!r}: use model, model.HEAD, length, or "
                     "FILE.py:FUNCTION, each with :WEIGHT if need be, separated by commas (so a "
                     "file's path must hold none)")
-
-
-def digests(parts: Sequence[Part]) -> dict[str, str]:
-    """{"file my.py": a hash} of the files that functions come from. What they import is not in it."""
-    paths = dict.fromkeys(part.path for part in parts if part.path is not None)
-    return {f"file {path}": hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths}
 
 
 # ---- sums ----------------------------------------------------------------------------------------
@@ -209,14 +206,11 @@ class RewardSum:
         return sum(term.weight * parts[term.name] for term in self.terms)
 
 
-def part_means(scorer: Any, prompts: Sequence[list[int]], replies: Sequence[list[int]],
-               prefix: str = "part_") -> dict[str, float]:
-    """Mean of each part of a scorer that has parts; {} for one that has none."""
-    config = getattr(scorer, "config", None)
-    if not hasattr(scorer, "part_scores") or (config is not None and not getattr(config, "parts", ())
-                                              and getattr(config, "members", 1) == 1):
-        return {}
-    return {prefix + name: float(x.float().mean()) for name, x in scorer.part_scores(prompts, replies).items()}
+def part_scores(scorer: Any, prompts: Sequence[list[int]],
+                replies: Sequence[list[int]]) -> dict[str, Tensor]:
+    """{"part_<name>": (B,)} of a scorer that has parts; {} for one that has none."""
+    parts = scorer.part_scores(prompts, replies) if hasattr(scorer, "part_scores") else {}
+    return {f"part_{name}": x.float() for name, x in parts.items()}
 
 
 def reward_paid(ppo: dict[str, Any], data: Prepared, split: str, model: Any,
@@ -238,8 +232,8 @@ def reward_paid(ppo: dict[str, Any], data: Prepared, split: str, model: Any,
 # ---- what options mean for a reward --------------------------------------------------------------
 
 def needs_model(o: Any, terms: Sequence[Part]) -> bool:
-    """Whether a reward has a part of the reward model; UserError for options that then say nothing."""
-    if not terms or any(term.head is not None for term in terms):
+    """Whether --reward has a part of the reward model; UserError for options that then say nothing."""
+    if any(term.head is not None for term in terms):
         return True
     o.refuse("reward_from", "reward_norm", why=f"with --reward {o.reward}, which has no part of a reward model")
     return False
@@ -255,7 +249,7 @@ def resolved(o: Any, terms: Sequence[Part], feedback: str) -> Any:
         raise UserError("--reward_norm running is for a reward model alone, not for the parts of --reward: use fixed")
     control = o.kl_control
     if control == "auto":
-        several = len(terms) > 1 and needs_model(o, terms)
+        several = len(terms) > 1 and any(term.head is not None for term in terms)
         steers = (several or feedback not in ("label", "scores of any kind")) and "kl_coef" not in o.explicit
         control = "adaptive" if steers or {"kl_target", "kl_horizon"} & o.explicit else "fixed"
     without = {} if o.advantage == "gae" else {"critic": "shared", "critic_warmup": 0, "value_coef": 0.0}

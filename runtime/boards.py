@@ -24,13 +24,9 @@ def require_tensorboard() -> Any:
 
 
 class Board:
-    """Event files of one run: first the lines of metrics.jsonl that are there, then every new one. Off, it
-    writes nothing."""
+    """Event files of one run: first the lines of metrics.jsonl that are there, then every new one."""
 
-    def __init__(self, folder: pathlib.Path, on: bool):
-        self.writer = None
-        if not on:
-            return
+    def __init__(self, folder: pathlib.Path):
         writer, events = require_tensorboard(), folder / FOLDER
         for old in events.glob("events.out.tfevents.*"):  # of the process before: its lines come again
             old.unlink()
@@ -41,8 +37,7 @@ class Board:
 
     def add(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl; what is no number is left out."""
-        for name, value in record.items() if self.writer else ():
+        for name, value in record.items():
             if name != "step" and isinstance(value, int | float):
                 self.writer.add_scalar(name, value, record["step"])
-        if self.writer:
-            self.writer.flush()
+        self.writer.flush()

@@ -70,9 +70,10 @@ class Options:
 
     def refuse(self, *names: str, why: str) -> None:
         """UserError if one of these was given as a flag: an option without effect is an error."""
+        flags = {f.name: f.metadata.get("flag", f.name) for f in dataclasses.fields(self)}
         for name in names:
             if name in self.explicit:
-                raise UserError(f"--{name} has no effect {why}")
+                raise UserError(f"--{flags[name]} has no effect {why}")
 
     def not_compared(self) -> set[str]:
         """Names of options that say how a run is started or reported, not what it computes."""

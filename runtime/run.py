@@ -32,6 +32,7 @@ from runtime.progress import Progress
 from runtime.same import is_longer, require_same
 from runtime.storage import is_whole, keep, open_plain, previous_of, replace_text, stored_state
 from runtime.tables import finite
+from runtime.terminal import advice
 
 try:
     import fcntl
@@ -148,7 +149,11 @@ class RunFolder:
         self.o, self.stage, self.parents, self.path = o, stage, parents, run_folder(o, stage)
         self.options = {name: value for name, value in as_dict(o).items()
                         if name not in o.not_compared()}
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {o.out}: {self.path} cannot be made: {error.strerror}; "
+                            f"{advice(error)}") from None
         self.lock = self._lock()
         self.checkpoint = self.path / "checkpoint.pt"
         self.older = previous_of(self.checkpoint)
@@ -197,16 +202,18 @@ class RunFolder:
         return file
 
     def begin(self, step: int, recovered: bool = False) -> None:
-        """Make the folder this run's, from `step` on. Not before training begins: had anything been
-        wrong until then, an earlier run would still be there.
+        """Make the folder this run's, from `step` on; −1: from the beginning. Not before training
+        begins: had anything been wrong until then, an earlier run would still be there.
 
         recovered: it goes on from the older checkpoint, which takes the damaged one's place, so that
         the next save does not keep the damaged one instead.
         """
-        if self.o.fresh:
-            for name in (self.older.name, "config.json", self.checkpoint.name, "metrics.jsonl",
-                         "samples.jsonl"):
+        if step < 0:  # a new run: whatever is there is another's
+            for name in (self.older.name, "config.json", self.checkpoint.name):
                 (self.path / name).unlink(missing_ok=True)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                replace_text(self.path / name, "")
+            return
         if recovered:  # first the record: a kill in between must not leave the older one as finished
             self.write_config({**self.record, "finished": False})
             keep(self.older, self.checkpoint)
@@ -291,7 +298,7 @@ class Run:
         self.folder.begin(self.step if self.state else -1, self.state.get("recovered", False))
         self.total = total
         self.write_config(finished=False)
-        self.board = Board(self.folder.path, self.o.tensorboard)
+        self.board = Board(self.folder.path) if self.o.tensorboard else None
         with Progress(self.stage, self.step, total) as bar:
             try:
                 yield bar
@@ -320,7 +327,8 @@ class Run:
                            "null", file=sys.stderr)
         numbers = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in metrics.items()}
         self.folder.append("metrics.jsonl", [{"step": step, **numbers}])
-        self.board.add({"step": step, **numbers})
+        if self.board is not None:
+            self.board.add({"step": step, **numbers})
         return_freed_memory()
 
     def samples(self, step: int, records: list[dict]) -> None:

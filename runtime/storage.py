@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from runtime.options import UserError
+from runtime.terminal import advice
 
 
 class Damaged(UserError):
@@ -59,6 +60,10 @@ def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # a write does not know its file
+            error.filename = str(path)
+        raise
     finally:  # gone after the renaming; after an error, which goes on to the caller, half a file
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -68,6 +73,15 @@ def replace_text(path: pathlib.Path, text: str) -> None:
     """Write a file atomically: under a temporary name, synced, then renamed."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def require_place(path: pathlib.Path, flag: str) -> None:
+    """UserError unless a file can be written there: asked before the work whose result it takes."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder: name a file in it")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{flag} {path}: {path.parent} is no folder that can be written to: make it, or name "
+                        "another")
 
 
 # ---- payloads with a digest ----------------------------------------------------------------------
@@ -159,8 +173,10 @@ def save_whole(path: pathlib.Path, payload: Any, previous: pathlib.Path | None =
                 keep(path, previous)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         kept = " (the previous one is kept)" if path.exists() else ""
-        raise UserError(f"{path}: cannot be written: {error}{kept}; check the path, the rights and "
-                        "the free space, or choose another --out") from error
+        reason, remedy = "the drive took only a part of it", "check the free space, or choose another drive"
+        if isinstance(error, OSError):
+            reason, remedy = error.strerror or error, advice(error)
+        raise UserError(f"{path}: cannot be written: {reason}{kept}; {remedy}") from error
 
 
 def previous_of(path: pathlib.Path) -> pathlib.Path:

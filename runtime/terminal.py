@@ -96,7 +96,12 @@ def advice(error: OSError) -> str:
              "EACCES": "check the rights", "EPERM": "check the rights",
              "EROFS": "that drive is read-only: choose another",
              "EIO": "the drive fails: check it and its cable, and take the file from a copy",
-             "EISDIR": "a folder is where a file belongs: move it, or name another"}
+             "EISDIR": "a folder is where a file belongs: move it, or name another",
+             "ENOTDIR": "a file is where a folder belongs: move it, or name another",
+             "EEXIST": "what is there is no folder: move it, or name another",
+             "ENAMETOOLONG": "give a shorter name",
+             "EFBIG": "no file may be that long there: raise the limit (ulimit -f), or choose another drive",
+             "ENOENT": "check the path"}
     return known.get(errno.errorcode.get(error.errno, ""), "check the path, the rights and the free "
                                                            "space")
 

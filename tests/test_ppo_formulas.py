@@ -81,7 +81,7 @@ def test_adaptive_kl_is_proportional_to_the_error_and_clipped_on_both_sides(kl, 
     control = KLController(.2, target=6, horizon=1e4)
     control.update(kl, 256)
     assert control.coef == pytest.approx(.2 * factor, abs=1e-9)
-    assert control.price == pytest.approx(control.coef * math.exp(3 * min(max(kl / 6 - 1, -1), 1)))
+    assert control.price == pytest.approx(control.coef * math.exp(min(max(kl / 6 - 1, -1), 1)))
 
 
 def test_steered_kl_comes_to_its_target_and_stays():

@@ -9,6 +9,7 @@ import torch
 import ppo
 from data.batches import prompt_ids
 from data.judge import ngram_regressions
+from data.rewards import chosen_reward_norm
 from data.tokenizer import train_bpe
 from model import load_checkpoint, save_checkpoint, weights_hash
 from ppo import PPOTrainer, train_ppo
@@ -116,12 +117,12 @@ def test_a_reward_model_that_learned_nothing_is_told_before_any_update(trainer_o
     ("auto", "unknown scores", "fixed"), ("running", "pairwise", "running"),
     ("sigmoid", "label", "sigmoid")])
 def test_the_reward_norm_follows_from_the_feedback(asked, feedback, expected):
-    assert ppo.chosen_reward_norm(asked, feedback) == expected
+    assert chosen_reward_norm(asked, feedback) == expected
 
 
 def test_log_odds_are_not_read_from_a_model_of_pairs():
     with pytest.raises(UserError, match="feedback for pairwise"):
-        ppo.chosen_reward_norm("sigmoid", "pairwise")
+        chosen_reward_norm("sigmoid", "pairwise")
 
 
 def test_the_networks_are_the_trained_ones_and_the_others_never_move(trainer_of, world):
@@ -168,7 +169,7 @@ def test_a_reward_that_is_not_needed_on_a_scale_may_start_constant(trainer_of):
 
 
 def test_a_trainer_does_not_guess_how_scores_are_normalised(trainer_of):
-    with pytest.raises(ValueError, match="chosen_reward_norm"):
+    with pytest.raises(ValueError, match="resolved"):
         trainer_of("--reward_norm=auto")
 
 

@@ -12,8 +12,8 @@ import torch
 import train
 from data.functions import PythonReward, RewardError, load_function
 from data.records import records_in
-from data.rewards import RewardSum, digests, needs_model, part_means, read_reward, resolved
-from model import weights_hash
+from data.rewards import RewardSum, needs_model, part_scores, read_reward, resolved
+from model import ModelConfig, weights_hash
 from ppo import KLController, PPOOptions, train_ppo
 from reward import RewardModel
 from runtime.machine import Interrupted
@@ -108,10 +108,11 @@ def test_the_folder_of_a_file_is_importable_and_stays_as_it_was(file):
 def test_a_file_is_a_parent_by_its_content(file):
     path = file("def f(prompts, replies): return [0]")
     parts = read_reward(f"{path}:f,length")
-    before = digests(parts)
     file("def f(prompts, replies): return [1]")
-    assert list(before) == [f"file {path}"]
-    assert digests(parts) != before
+    after = read_reward(f"{path}:f,length")
+    assert [part.path for part in parts] == [path, None]
+    assert len({parts[0].digest, after[0].digest, ""}) == 3
+    assert parts[1].digest == after[1].digest == ""
 
 
 # ---- what a function is given, and may return ----------------------------------------------------
@@ -215,7 +216,9 @@ def test_functions_and_length_enter_as_they_are_and_parts_of_the_model_normalise
     parts = reward.part_scores([[97]] * 2, replies)
     assert {name: x.tolist() for name, x in parts.items()} == {"model": [0, 3], "length": [3, 6], "f": [200, 0]}
     assert len(reward.terms[2].function.__globals__["CALLS"]) == 1  # asked once about the same replies
-    assert part_means(reward, [[97]] * 2, replies) == {"part_model": 1.5, "part_length": 4.5, "part_f": 100}
+    parts = part_scores(reward, [[97]] * 2, replies)
+    assert {name: float(x.mean()) for name, x in parts.items()} == {
+        "part_model": 1.5, "part_length": 4.5, "part_f": 100}
     again = sum_of(f"model:2,length:-.5,{path}:f:.01", Heads(), scales=reward.state())
     assert torch.equal(again.scores([[97]] * 2, replies), reward.scores([[97]] * 2, replies))
 
@@ -236,8 +239,9 @@ def test_log_odds_become_log_probabilities_in_a_sum():
     assert reward.scores([[97]], [ids("a")]).tolist() == pytest.approx([float(np.log(1 / (1 + np.exp(-2))))])
 
 
-def test_a_model_without_parts_has_no_means(world):
-    assert part_means(types.SimpleNamespace(scores=None), [], []) == {}
+def test_a_scorer_without_parts_has_no_scores_of_them():
+    assert part_scores(types.SimpleNamespace(scores=None), [], []) == {}
+    assert part_scores(RewardModel(ModelConfig(n_layer=1)), [[1]], [[2]]) == {}
 
 
 # ---- what `auto` means ---------------------------------------------------------------------------

@@ -150,7 +150,8 @@ def test_flags_and_presets_win_over_what_suits_the_data(opened, capsys):
     assert suited(parse(SFTOptions, [], "x"), "sft", data).max_len == meant["sft"]["max_len"] != 128
     assert f"max_len={meant['sft']['max_len']}" in capsys.readouterr().out
     assert suited(parse(SFTOptions, ["--max_len=77"], "x"), "sft", data).max_len == 77
-    assert suited(parse(PretrainOptions, ["--preset=smoke"], "x"), "pretrain", data).tokens == 20_000
+    smoke = suited(parse(PretrainOptions, ["--preset=smoke"], "x"), "pretrain", data)
+    assert (smoke.tokens, smoke.max_len) == (20_000, meant["pretrain"]["max_len"])  # else long rows would not fit
     assert suited(parse(PPOOptions, [], "x"), "ppo", data).reply_len == meant["ppo"]["reply_len"]
 
 

@@ -25,6 +25,8 @@ def main(argv: list[str]) -> None:
     if len(argv) not in (1, 3) or len(argv) == 3 and argv[1] != "--from":
         raise UserError("usage: python -m tools.show FILE.jsonl [--from "
                         "CHECKPOINT-OR-PREPARED-FOLDER]")
+    if not pathlib.Path(argv[0]).is_file():
+        raise UserError(f"{argv[0]}: no such file: name a JSON Lines file")
     place = pathlib.Path(argv[2] if len(argv) == 3 else pathlib.Path(argv[0]).parent)
     show(argv[0], Look(*tokenizer_at(place), dots=True))
 

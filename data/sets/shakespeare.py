@@ -46,8 +46,8 @@ def read(path: pathlib.Path) -> str:
         raise UserError(f"--source {path}: cannot be read: {error.strerror}; "
                         f"{advice(error)}") from None
     if len(text) < 1000:
-        raise UserError(f"the text has only {len(text)} characters; the yardstick is Shakespeare's "
-                        "1,115,394")
+        raise UserError(f"--source {path}: has only {len(text)} characters; the yardstick is Shakespeare's "
+                        "1,115,394: give the whole text")
     return text
 
 
