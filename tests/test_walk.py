@@ -15,8 +15,8 @@ from tests.test_readme import text_of
 # What the test changes in a command, and why.
 SMALL = ["--preset", "smoke"]  # added to those of train.py: a small model, few steps
 CHANGED = {"80": "8"}  # --updates: two more than the preset's 6
-# What must be there before: the demo's language model, here one that is trained on the same texts.
-DEMO = "python train.py pretrain --data imdb.csv --out out"
+# What must be there before: the demo's language model, here one of the same texts in its template.
+DEMO = "python train.py pretrain --data imdb.csv --out out --template 'Continue this film review: {prompt}'"
 
 
 def walk(page: str, title: str) -> list[str]:
