@@ -147,8 +147,9 @@ def test_files_that_are_named_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_that_are_named_exist(page):
-    known = {"--help", "--name", "--ppo"}.union(*map(flags, [*STAGES.values(), *OTHERS]))
-    named = set(re.findall(r"`(--[a-z_]+)", text_of(page)))
+    known = {"--help", "--name"}.union(*map(flags, [*STAGES.values(), *OTHERS]))
+    known |= {flag.replace("--", f"--{stage}.") for stage, cls in STAGES.items() for flag in flags(cls)}
+    named = set(re.findall(r"`(--[a-z_]+(?:\.[a-z_]+)?)", text_of(page)))
     assert named - known == set()
 
 
