@@ -26,7 +26,7 @@ from data.batches import (Row, drop_equal_pairs, drop_long_prompts, pack_rows, r
                           reward_rows)
 from data.feedback import (chance_warnings, denoised, feedback_kind, parts_of, rating_scale, require_varied,
                            tie_odds_of)
-from data.prepare import open_stage
+from data.prepare import open_stage, recounted
 from data.prepared import Prepared
 from data.rewards import PythonReward as PythonReward, ScoreScale as ScoreScale  # for who imports them from here
 from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, load_checkpoint,
@@ -550,7 +550,7 @@ def train_reward(o: RewardOptions, stage: str = "reward", parent: str = "sft") -
                         "--init_from names the trunk")
     data, o = open_stage(o, stage)
     trunk, tokenizer, state = load_parent(o, data, parent, o.init_from)
-    o = limit_length(o, trunk.config)
+    o = limit_length(recounted(o, stage, data, tokenizer), trunk.config)
     parents = {"init": state["hash"]}
     if o.strength_from:
         parents["strength"] = load_checkpoint(o.strength_from, "cpu", RewardModel)[2]["hash"]

@@ -40,7 +40,7 @@ from data.drawn import drawn_prompts, mark_of, written_before
 from data.feedback import require_varied
 from data.forms import parse_fields
 from data.overview import ListOptions, overview
-from data.prepare import kept_input, open_for, open_stage, suited
+from data.prepare import kept_input, open_for, open_stage, recounted, suited
 from data.prepared import Prepared
 from data.records import load_records
 from data.rewards import needs_model, read_reward
@@ -253,7 +253,7 @@ def sft(o: SFTOptions) -> Run | None:
         raise UserError("sft reads no reward model: --reward_from has no effect on it")
     data, o = open_stage(o, "sft")
     model, tokenizer, state = load_parent(o, data, "pretrain", o.init_from)
-    o = limit_length(o, model.config)
+    o = limit_length(recounted(o, "sft", data, tokenizer), model.config)
     run = open_run("sft", o, data, {"init": state["hash"]}, model, tokenizer)
     if run is None:
         return None

@@ -28,7 +28,9 @@ from data.dataset import OPTIONS, DataSet, DataWriter, Part, refuse_zip
 from data.folders import clean, file_digest, list_folders, seal, sync, temporary_folder
 from data.own import OwnOptions, own_data_set
 from data.prepared import Prepared
+from data.road import lengths, proposals
 from data.sets import DATA_SETS
+from data.tokenizer import Tokenizer
 from runtime.options import Options, UserError, option, parse, presets_of, run_main
 from runtime.tables import table
 from runtime.rows import keep_input
@@ -195,6 +197,19 @@ def open_stage(o: T, stage: str) -> tuple[Prepared, T]:
     """(the data set of a stage's options, the options that suit it)."""
     data = open_for(o, o.data)
     return data, suited(o, stage, data)
+
+
+def recounted(o: T, stage: str, data: Prepared, tokenizer: Tokenizer) -> T:
+    """The options with --max_len counted anew in tokens of this vocabulary, if the length that suits the
+    data was counted with another one. What changes is printed."""
+    own = data.tokenizer
+    if "max_len" in o.explicit or not data.meta.get("lengths") or own.to_state() == tokenizer.to_state():
+        return o
+    records = {(name, "train"): data.records(name, "train") for name in ("sft", "reward", "judge") if data.has(name)}
+    found = proposals(lengths(records, tokenizer, data.template), data.meta["counts"])[stage]["max_len"]
+    if found != o.max_len:
+        print(f"{stage}: max_len={found} in the parent's vocabulary", flush=True)
+    return o.replace(max_len=found)
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 import pytest
 
 from data.own import own_data_set
-from data.prepare import open_data, suited
+from data.prepare import open_data, recounted, suited
 from data.road import MANY, lengths, mixture, preferred, proposals, quantile
 from data.tokenizer import train_bpe
 from ppo import PPOOptions
@@ -155,3 +155,17 @@ def test_flags_and_presets_win_over_what_suits_the_data(opened, capsys):
     assert suited(parse(PPOOptions, [], "x"), "ppo", data).reply_len == meant["ppo"]["reply_len"]
 
 
+
+
+def test_lengths_are_counted_in_the_vocabulary_that_reads_them(opened, capsys):
+    """A parent's, which --init_from names, may cut the texts finer than the data's own."""
+    data = opened(PAIRS, vocab_size=500)
+    o = suited(parse(SFTOptions, [], "x"), "sft", data)
+    finer = train_bpe(["abc"], 262)
+    records = {("sft", "train"): data.records("sft", "train")}
+    longer = recounted(o, "sft", data, finer).max_len
+    assert longer >= quantile(lengths(records, finer, "{prompt}")["dialogues"], .95) > o.max_len
+    assert f"sft: max_len={longer} in the parent's vocabulary" in capsys.readouterr().out
+    assert recounted(o, "sft", data, data.tokenizer) is o
+    asked = suited(parse(SFTOptions, ["--max_len=77"], "x"), "sft", data)
+    assert recounted(asked, "sft", data, finer).max_len == 77

@@ -396,7 +396,7 @@ def test_another_kind_of_feedback_in_a_held_out_split_is_refused(world, monkeypa
 
 
 def test_test_labels_that_are_all_the_same_are_refused_before_training(world, monkeypatch):
-    train.require_inputs(world.data, list(train.STAGES), "")
+    train.require_inputs(world.data, list(train.ROAD), "")
     change(world, monkeypatch, test=lambda r: r | {"label": 1})
     train.require_inputs(world.data, ["sft", "ppo"], "")
     with pytest.raises(UserError, match="set aside for test are the same"):
@@ -410,7 +410,7 @@ def test_feedback_that_is_all_the_same_is_refused_before_training(world, monkeyp
 
     change(world, monkeypatch, train=alike, val=alike, test=alike)
     with pytest.raises(UserError, match=f"all {name}s to learn from are the same"):
-        train.require_inputs(world.data, list(train.STAGES), "")
+        train.require_inputs(world.data, list(train.ROAD), "")
 
 
 @pytest.mark.parametrize("words", [[], ["reward"]])
