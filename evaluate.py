@@ -435,8 +435,7 @@ def main(argv: list[str]) -> None:
                                                             "evaluate.py DIR…")
     if not folders:
         raise UserError("which checkpoints? python evaluate.py out/reviews/sft out/reviews/ppo")
-    if o.json not in ("", "-"):
-        require_place(pathlib.Path(o.json), "--json")
+    require_place(o.json, "--json")
     with contextlib.redirect_stdout(sys.stderr if o.json == "-" else sys.stdout):
         report = measure(folders, o)
     if o.json == "-":

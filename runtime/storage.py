@@ -75,8 +75,12 @@ def replace_text(path: pathlib.Path, text: str) -> None:
         file.write(text.encode())
 
 
-def require_place(path: pathlib.Path, flag: str) -> None:
-    """UserError unless a file can be written there: asked before the work whose result it takes."""
+def require_place(name: str, flag: str) -> None:
+    """UserError unless a file of this name can be written: asked before the work whose result it takes.
+    "" and - name none."""
+    path = pathlib.Path(name)
+    if name in ("", "-"):
+        return
     if path.is_dir():
         raise UserError(f"{flag} {path}: is a folder: name a file in it")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):

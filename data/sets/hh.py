@@ -81,6 +81,6 @@ DATA_SET = DataSet(
     # Of 1,500 pairs four prompts in five fit, and three replies in four, so that two cores need a
     # quarter of an hour; what 95 % need (512 and 96) takes twice as long.
     defaults={"pretrain": {"max_len": 320}, "sft": {"max_len": 288}, "reward": {"max_len": 288},
-              "judge": {"max_len": 288}, "ppo": {"reply_len": 64}},
+              "judge": {"max_len": 288}, "ppo": {"reply_len": 64, "updates": 36, "batch": 96, "micro_batch": 24}},
     summary="dialogues in English, of whose last replies people chose one",
 )
