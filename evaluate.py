@@ -129,7 +129,7 @@ class HeldOutPrompts:
                  reference: Transformer, reward_model: Any, settings: ReplySettings):
         self.tokenizer, self.template, self.prompts = tokenizer, data.template, prompts
         self.reference, self.reward_model, self.settings = reference, reward_model, settings
-        self.judges = load_judges(data)
+        self.judges = ngram_judges(data)
 
     def measure(self, policy: Transformer) -> tuple[dict[str, float], list[dict]]:
         """(metrics whose names begin with eval_, one record per reply)."""
@@ -287,19 +287,23 @@ def load_reward_model(path: str | os.PathLike, device: str,
     return model, longest_row(model, state), state
 
 
+def ngram_judges(data: Prepared) -> dict[str, Any]:
+    """The judge of n-grams by its name, where the data have a judge's share of the feedback."""
+    if not data.has("judge"):
+        return {}
+    return {"n-grams": NgramJudge(ngram_regressions(data, "judge"), shown_to_people(data))}
+
+
 def load_judges(data: Prepared, folder: str | os.PathLike | None = None,
                 device: str = "cpu") -> dict[str, Any]:
     """The judges by name, each with .probs(prompts, texts) -> (n,), from 0 to 1, 0.5 neutral:
-    n-grams where the data have a judge's share of the feedback, and the transformer of `folder`
-    where it was trained."""
-    found: dict[str, Any] = {}
-    shown = shown_to_people(data)
-    if data.has("judge"):
-        found["n-grams"] = NgramJudge(ngram_regressions(data, "judge"), shown)
+    `ngram_judges`, and the transformer of `folder` where it was trained."""
+    found = ngram_judges(data)
     if folder is not None and checkpoint_path(folder).exists():
         model, tokenizer, state = load_checkpoint(folder, device, RewardModel)
         template = state.get("template", data.template)
-        found["transformer"] = ModelJudge(model, tokenizer, template, longest_row(model, state), shown)
+        found["transformer"] = ModelJudge(model, tokenizer, template, longest_row(model, state),
+                                          shown_to_people(data))
     return found
 
 

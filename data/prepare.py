@@ -183,11 +183,9 @@ def open_for(o: Options, data: str) -> Prepared:
 def suited(o: T, stage: str, data: Prepared) -> T:
     """A stage's options with the values that suit the data, where neither a flag nor a preset says
     otherwise. What changes is printed. A preset's --max_len gives way: longer rows would not fit."""
-    suggested = data.meta.get("defaults", {}).get(stage)
-    if not suggested:
-        return o
     asked = o.explicit | set(presets_of(type(o)).get(o.preset, {})) - {"max_len"}
-    values = {name: value for name, value in suggested.items() if name not in asked and getattr(o, name) != value}
+    values = {name: value for name, value in data.meta.get("defaults", {}).get(stage, {}).items()
+              if name not in asked and getattr(o, name) != value}
     if values:
         print(f"{stage}: by the data: {'  '.join(f'{name}={x}' for name, x in values.items())}", flush=True)
     return o.replace(**values)
@@ -196,7 +194,7 @@ def suited(o: T, stage: str, data: Prepared) -> T:
 def open_stage(o: T, stage: str) -> tuple[Prepared, T]:
     """(the data set of a stage's options, the options that suit it)."""
     data = open_for(o, o.data)
-    return data, suited(o, stage, data)
+    return data, suited(o, stage, data) if data.meta.get("defaults") else o
 
 
 def recounted(o: T, stage: str, data: Prepared, tokenizer: Tokenizer) -> T:

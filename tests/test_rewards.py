@@ -272,7 +272,7 @@ def test_adaptive_control_starts_where_normal_scores_would_have_the_target(comma
     assert KLController.starting(command("ppo", "--kl_control=adaptive", "--kl_coef=.2"), 2.0).coef == .2
     assert KLController.starting(command("ppo", "--reward=length").replace(kl_control="fixed"), 24.0).coef == .095
     said = capsys.readouterr().err
-    assert "253 times --kl_coef 0.095: the policy will go far; try --kl_coef 12, for some 2 nats" in said
+    assert "253 times --kl_coef 0.095: the policy will go far; try --kl_coef 8.5, for some 4 nats" in said
 
 
 # ---- the stage -----------------------------------------------------------------------------------
