@@ -262,7 +262,7 @@ class Run:
         self.folder, self.o, self.stage = folder, folder.o, folder.stage
         self.tokenizer, self.template, self.state, self.write = tokenizer, template, state, write
         self.step, self.saved_step, self.total = state.get("step", 0), state.get("step"), None
-        self.machine, self.warned = this_machine(), set()
+        self.machine, self.warned, self.board = this_machine(), set(), None
         self.started = time.perf_counter() - state.get("seconds", 0.0)
         if not state:
             show(self.o, f"{self.stage}: options")

@@ -39,7 +39,7 @@ def test_what_is_missing_or_no_number_is_not_judged(capsys):
 
 
 @pytest.mark.parametrize("name,right,wrong", [
-    ("end_rate", .1, 0.0), ("kl", 19.0, 21.0), ("entropy", .2, .05), ("eval_distinct2", .5, .4),
+    ("end_rate", .1, 0.0), ("kl", 19.0, 21.0), ("entropy", .2, .05), ("eval_distinct2", .8, .7),
     ("value_loss", 10.0, 12.0)])
 def test_ppo_tells_how_training_goes_wrong(capsys, name, right, wrong):
     alarms = Alarms("ppo", PPOTrainer.ALARMS)

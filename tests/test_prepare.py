@@ -12,9 +12,9 @@ import pytest
 
 import data.dataset
 from data.own import find_files
+from data.sets import DATA_SETS
 from data.prepare import PrepareOptions, main, open_data, open_for, prepare
 from data.prepared import Prepared
-from data.sets import DATA_SETS
 from runtime.options import UserError, parse, run_main
 
 
@@ -164,8 +164,9 @@ def refused(data, *words):
 
 
 def test_limit_is_refused_where_it_has_no_effect():
-    assert refused("shakespeare", "--limit=9") == ("--limit has no effect on shakespeare: it is for hh, imdb, "
-                                                   "ratings, reviews")
+    names = ", ".join(name for name, data_set in DATA_SETS.items() if "limit" in data_set.options)
+    assert refused("shakespeare", "--limit=9") == f"--limit has no effect on shakespeare: it is for {names}"
+    assert "reviews" in names and "shakespeare" not in names
 
 
 def test_vocab_size_is_refused_where_no_vocabulary_is_trained(prompts):
@@ -174,8 +175,7 @@ def test_vocab_size_is_refused_where_no_vocabulary_is_trained(prompts):
 
 
 def test_source_is_refused_on_files_of_the_users_own(prompts):
-    assert refused(prompts, "--source=x").endswith("it names the raw files of hh, imdb, ratings, "
-                                                   "reviews, shakespeare")
+    assert refused(prompts, "--source=x").endswith(f"it names the raw files of {', '.join(DATA_SETS)}")
 
 
 def test_options_with_an_effect_are_not_refused(reviews_source, tmp_path, monkeypatch):

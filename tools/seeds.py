@@ -9,6 +9,7 @@ run, reward_test_scores.json. Prints every run, then mean and range. The reward 
 over the n-gram baseline is that of the mean AUC over the runs, with a bootstrap interval over runs
 and texts, which all runs share (paired).
 """
+import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import json
 import pathlib
 import sys
