@@ -183,7 +183,7 @@ def spoken(*roles):
 ASKED, JUDGED, COMPARED = {"prompt": "a"}, {"prompt": "a", "response": "b"}, {"prompt": "a", "chosen": "b"}
 MEND = "mend the file"
 RECORDS = [
-    of_record({"foo": 1, "bar": 2}, "fields found: foo, bar", "--fields OUR_NAME=YOUR_NAME,… maps others, ours are text"),
+    of_record({"foo": 1, "bar": 2}, "fields found: foo, bar", "--fields OUR_NAME=YOUR_NAME", "others, ours are text"),
     of_record({}, "fields found: none", "docs/data.md"),
     of_record({"text": 5}, '"text" must be a text, is 5', MEND),
     of_record({"text": ""}, '"text" is empty', MEND),
