@@ -502,7 +502,7 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
         runs = sorted(str(other.parent) for other in path.parent.glob("*/checkpoint.pt"))
         stage = path.parent.name if path.parent.name in STAGES else "all"
         advice = f"did you mean {' or '.join(runs)}?" if runs else (
-            f"make it with `python train.py {stage}` (--out says where), or name one that exists")
+            f"make it with `python train.py {stage}` (--out and --data say where), or name one that exists")
         raise UserError(f"{path}: no checkpoint there; {advice}")
     try:
         model, tokenizer, state = read_checkpoint(path, cls)

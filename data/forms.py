@@ -335,4 +335,5 @@ def form_of(record: Any, kind: str = "") -> Form:
                   key=lambda form: (missing(form), -len(form.fields)))[:5]
     raise ValueError(f"fields found: {names_of(record)}; forms that come near: "
                      + ("; ".join(map(str, near)) or "none") + "; --fields OUR_NAME=YOUR_NAME,… maps others"
+                     + f", ours are {', '.join(OURS)}" * (not near)
                      + "; a file in a folder says its stage by its name, such as ppo.jsonl" * (not kind))

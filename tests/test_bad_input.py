@@ -183,7 +183,7 @@ def spoken(*roles):
 ASKED, JUDGED, COMPARED = {"prompt": "a"}, {"prompt": "a", "response": "b"}, {"prompt": "a", "chosen": "b"}
 MEND = "mend the file"
 RECORDS = [
-    of_record({"foo": 1, "bar": 2}, "fields found: foo, bar", "--fields OUR_NAME=YOUR_NAME"),
+    of_record({"foo": 1, "bar": 2}, "fields found: foo, bar", "--fields OUR_NAME=YOUR_NAME", "others, ours are text"),
     of_record({}, "fields found: none", "docs/data.md"),
     of_record({"text": 5}, '"text" must be a text, is 5', MEND),
     of_record({"text": ""}, '"text" is empty', MEND),
@@ -299,7 +299,7 @@ def from_bad(name, *said):
 
 
 CHECKPOINTS = [
-    from_bad("nothere", "no checkpoint there", "python train.py all", "name one that exists"),
+    from_bad("nothere", "no checkpoint there", "python train.py all", "--data say where", "name one that exists"),
     from_bad("runs/mine", "no checkpoint there", "did you mean", "runs/mine/sft"),
     from_bad("mine/sft.jsonl", "no checkpoint there"),
     from_bad("runs/mine/reward", "holds a RewardModel, but a Transformer is needed", "name a stage"),
