@@ -321,7 +321,7 @@ WRONG = [
     ("d.jsonl", "reward", '{"text": "", "score": 1}\n', '"text" is empty'),
     ("d.jsonl", "reward", '{"text": "a", "score": 1, "label": 1}\n', '"label" and "score", two kinds of feedback'),
     ("d.jsonl", "reward", '{"instruction": "a", "output_1": "b", "output_2": "c", "preference": "x"}\n',
-     "but not their values"),
+     "a value of another kind"),
     ("d.jsonl", "reward", '{"chosen": "a", "rejected": "b"}\n', "must be transcripts"),
 ]
 
