@@ -499,7 +499,7 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
     path = checkpoint_path(path)
     older = previous_of(path)
     if not path.exists() and not older.exists():
-        runs = sorted(str(other.parent) for other in path.parent.glob("*/checkpoint.pt"))
+        runs = sorted(str(p.parent) for below in ("*/", "*/*/") for p in path.parent.glob(below + "checkpoint.pt"))[:6]
         stage = path.parent.name if path.parent.name in STAGES else "all"
         advice = f"did you mean {' or '.join(runs)}?" if runs else (
             f"make it with `python train.py {stage}` (--out and --data say where), or name one that exists")

@@ -301,6 +301,7 @@ def from_bad(name, *said):
 CHECKPOINTS = [
     from_bad("nothere", "no checkpoint there", "python train.py all", "--data say where", "name one that exists"),
     from_bad("runs/mine", "no checkpoint there", "did you mean", "runs/mine/sft"),
+    from_bad("runs", "no checkpoint there", "did you mean", "runs/mine/sft"),
     from_bad("mine/sft.jsonl", "no checkpoint there"),
     from_bad("runs/mine/reward", "holds a RewardModel, but a Transformer is needed", "name a stage"),
     from_bad("bad/flipped.pt", "its bytes are not those that were written", "restore it or train it again"),
