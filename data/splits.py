@@ -52,9 +52,10 @@ def messages_of(record: dict, stage: str) -> list[dict[str, str]]:
 
 
 def split_key(record: dict, stage: str) -> int:
-    """A 64-bit number that follows from the record's first user message, or from its text."""
+    """A 64-bit number that follows from the record's first user message, or from its text. Of feedback on
+    texts too short to have opening words, whose prompt is empty, it is that of the reply."""
     said = next(m["content"] for m in messages_of(record, stage) if m["role"] == "user")
-    return text_hash("split " + normalised(said))
+    return text_hash("split " + (normalised(said) or normalised(record.get("chosen", record.get("response", "")))))
 
 
 def prompt_key(prompt: str | list[dict[str, str]]) -> str:

@@ -169,3 +169,10 @@ def test_lengths_are_counted_in_the_vocabulary_that_reads_them(opened, capsys):
     assert recounted(o, "sft", data, data.tokenizer) is o
     asked = suited(parse(SFTOptions, ["--max_len=77"], "x"), "sft", data)
     assert recounted(asked, "sft", data, finer).max_len == 77
+
+
+def test_texts_too_short_for_opening_words_are_divided_one_by_one(tmp_path):
+    short = [{"text": f"good{i}", "score": i % 5} for i in range(60)]
+    data = open_data(str(write(tmp_path / "d", mine=short) / "mine.jsonl"), cache=tmp_path / "c", vocab_size=300)
+    assert questions(data, "reward", "train") == {""}
+    assert [len(data.records("reward", split)) for split in SPLITS] == [56, 2, 2]
