@@ -79,8 +79,10 @@ DATA_SET = DataSet(
     build=build,
     options=("source", "vocab_size", "limit", "judge_share"),
     # Of 1,500 pairs four prompts in five fit, and three replies in four, so that two cores need a
-    # quarter of an hour; what 95 % need (512 and 96) takes twice as long.
+    # quarter of an hour; what 95 % need (512 and 96) takes about twice as long. Its judges like short evasions,
+    # to which the policy collapses at 4 nats: distinct-2 is 66 % of SFT's there, and 89 % at 1.5.
     defaults={"pretrain": {"max_len": 320}, "sft": {"max_len": 288}, "reward": {"max_len": 288},
-              "judge": {"max_len": 288}, "ppo": {"reply_len": 64, "updates": 36, "batch": 96, "micro_batch": 24}},
+              "judge": {"max_len": 288}, "ppo": {"reply_len": 64, "updates": 36, "batch": 96, "micro_batch": 24,
+                                                     "kl_target": 1.5}},
     summary="dialogues in English, of whose last replies people chose one",
 )
