@@ -357,6 +357,8 @@ class RewardOptions(MaximumLikelihoodOptions):
 
     def check(self) -> None:
         super().check()
+        if "evaluate" in self.explicit and not self.evaluate:  # a shell's variable without a value
+            raise UserError("--evaluate: no file is named; leave the option out to train")
         if self.members == 1:
             self.refuse("ensemble", why="without --members, of which there must be several")
         by_strength = ("flip_share", "smooth_share", "adaptive_margin")

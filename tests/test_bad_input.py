@@ -339,6 +339,8 @@ CHECKPOINTS = [
     row("python train.py judge --data pairs.jsonl --preset smoke --init_from runs/mine/pretrain",
         "has nothing for the stage judge", "it holds"),
     row("python train.py reward --evaluate nothere.jsonl --init_from runs/mine/reward", "nothere.jsonl"),
+    row("python train.py reward --evaluate= --init_from runs/mine/reward", "--evaluate: no file is named",
+        "leave the option out to train"),
     row("python train.py reward --evaluate texts.jsonl --init_from runs/mine/reward", "texts.jsonl",
         "fields found: text"),
 ]
