@@ -173,19 +173,23 @@ class Compared:
 
 
 @torch.no_grad()
+def scored_replies(n: int, policy: Transformer, scorer: Any, tokenizer: Tokenizer, ids: Sequence[list[int]],
+                   settings: ReplySettings, rows: Sequence[int] | None = None) -> tuple[list[list[int]], torch.Tensor]:
+    """(n replies of the policy to each prompt, side by side; their raw scores (prompts, n)). rows: of the
+    random numbers, as in `generate`."""
+    ids = [x for x in ids for _ in range(n)]
+    replies = reply_ids(reply_to(policy, tokenizer, ids, settings.reply_len, temperature=settings.temperature,
+                                 seed=settings.seed, batch_size=settings.rows_at_once, dtype=settings.dtype, rows=rows))
+    with precision(settings.dtype, policy.embedding.weight.device.type):
+        return replies, scorer.scores(ids, replies).view(-1, n).cpu()
+
+
 def best_of(n: int, compared: Compared, ids: Sequence[list[int]],
             settings: ReplySettings) -> tuple[list[list[int]], torch.Tensor]:
     """(ids, raw score) of the reply, out of n by the reference to each prompt, that the reward
     scores highest."""
-    reference = compared.reference
-    ids = [x for x in ids for _ in range(n)]
-    rows = reply_ids(reply_to(reference, compared.tokenizer, ids, settings.reply_len,
-                              temperature=settings.temperature, seed=settings.seed,
-                              batch_size=settings.rows_at_once))
-    with precision(settings.dtype, reference.embedding.weight.device.type):
-        scores = compared.scorer.scores(ids, rows).view(-1, n).cpu()
-    best = scores.argmax(1).tolist()
-    return [rows[n * i + j] for i, j in enumerate(best)], scores.amax(1)
+    replies, scores = scored_replies(n, compared.reference, compared.scorer, compared.tokenizer, ids, settings)
+    return [replies[n * i + j] for i, j in enumerate(scores.argmax(1).tolist())], scores.amax(1)
 
 
 def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, samples: int = 1,

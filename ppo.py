@@ -37,16 +37,17 @@ from tqdm import tqdm
 
 import evaluate
 from data.batches import (Rows, drop_long_prompts, held_out_prompts, make_rows, pad_left, prompt_ids,
-                          scatter_tokens, text_batches)
+                          scatter_tokens, text_for)
 from data.prepare import open_stage
 from data.prepared import Prepared
 from data.functions import RewardError
+from data.health import ALARMS, HOPELESS, VARIETY, warn_of_gaps
 from data.rewards import (Part, RewardSum, ScoreScale, needs_model, part_scores, read_reward, resolved,
                           starting_scale)
 from model import Transformer, load_parent, next_token_loss, open_run, token_logprobs
 from reward import RewardModel, Scorer, critic_from, critic_of_policy
 from runtime.control import KLController
-from runtime.alarms import Alarm, Alarms
+from runtime.alarms import Alarms
 from runtime.device import compile_trunks, precision
 from runtime.fit import Best
 from runtime.draws import batch_indices, key
@@ -666,16 +667,7 @@ class PPOTrainer:
     your own, the reward model only initialises the critic.
     """
 
-    TEXT_ROWS = 24  # of pretraining text in a step, with --ptx_coef
-    TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2}  # of ratio_start and sampler_gap
-    ALARMS = (
-        Alarm("end_rate", lambda x, _: x == 0, "every reply is truncated: raise --reply_len or --end_penalty"),
-        Alarm("eval_end_rate", lambda x, first: x < first - .1, "fewer replies end: raise --end_penalty"),
-        Alarm("kl", lambda x, _: x > 20, "far from the reference: raise --kl_coef, or lower --policy_lr"),
-        Alarm("kl_of_target", lambda x, _: not .5 < x < 1.5, "--kl_target is not held: change --kl_horizon, --kl_coef"),
-        Alarm("entropy", lambda x, _: x < .1, "nothing is explored: raise --kl_coef or --entropy_coef"),
-        Alarm("eval_distinct2", lambda x, first: x < .85 * first, "replies repeat: raise --kl_coef, lower --updates"),
-        Alarm("value_loss", lambda x, first: x > 10 * first + 1, "the critic diverges: lower --critic_lr"))
+    ALARMS = ALARMS
 
     def __init__(self, run: Run, reference: Transformer, reward_model: RewardModel | None, data: Prepared,
                  *, terms: Sequence[Part] = (), scorer: Scorer | None = None,
@@ -725,7 +717,8 @@ class PPOTrainer:
         self.prepare_decoder()
         settings = evaluate.ReplySettings(o.reply_len, o.temperature, dtype=run.dtype)
         self.alarms = Alarms("ppo", self.ALARMS, state.get("alarms"))
-        self.text = self.pretraining_text(data) if o.ptx_coef else None
+        steps = o.updates * o.epochs * o.minibatches
+        self.text = text_for(data, run.tokenizer, steps, run.model.config.max_len, o.seed) if o.ptx_coef else None
         self.held_out = evaluate.HeldOutPrompts(data, run.tokenizer, held_out, reference, self.scorer, settings)
         self.best = Best(*evaluate.OPINION, state.get("best")) if o.keep == "best" else None
 
@@ -751,13 +744,6 @@ class PPOTrainer:
             policy = learning_rate(step - first, o.updates - first, o.warmup, 1 - o.warmup, o.final_lr)
         critic = learning_rate(step, o.updates, rise, 1 - rise, o.final_lr)
         return o.policy_lr * policy, o.critic_lr * critic
-
-    def pretraining_text(self, data: Prepared) -> Any:
-        """Batches of pretraining text, one for each step of the policy."""
-        o, run = self.o, self.run
-        data.require_tokenizer().require_same(run.tokenizer, "pretraining text and policy")
-        rows, window = self.TEXT_ROWS, min(128, run.model.config.max_len)
-        return text_batches(data, window, rows, o.updates * o.epochs * o.minibatches * rows * window, o.seed)
 
     def text_loss(self, k: int) -> Tensor:
         """Mean −log π of the next token over the k-th batch of pretraining text."""
@@ -821,12 +807,8 @@ class PPOTrainer:
 
     def check_gaps(self, metrics: dict[str, float], step: int) -> None:
         """Warn if what is scored is not what was sampled; give up a decoder that is too far off."""
-        for name, dtype in (("ratio_start", self.run.dtype), ("sampler_gap", self.decoder_dtype)):
-            limit = max(self.TOLERANCE[self.run.dtype], self.TOLERANCE[dtype])
-            if metrics.get(name, 0) > limit:
-                tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {limit:g}, at update {step + 1}: what "
-                           "is scored is not what was sampled", file=sys.stderr)
-        if metrics["sampler_gap"] > 5e-2 and self.decoder_dtype != "float32":
+        warn_of_gaps(metrics, self.run.dtype, self.decoder_dtype, step)
+        if metrics["sampler_gap"] > HOPELESS and self.decoder_dtype != "float32":
             tqdm.write("ppo: from now on replies are written in float32", file=sys.stderr)
             self.decoder_dtype = "float32"
             self.prepare_decoder()
@@ -837,7 +819,7 @@ class PPOTrainer:
         metrics, records = measured or self.held_out.measure(self.run.model)
         self.run.samples(step, records[:12])
         self.alarms.check(step, metrics)
-        if self.best is not None and metrics["eval_distinct2"] >= .85 * self.alarms.first["eval_distinct2"]:
+        if self.best is not None and metrics["eval_distinct2"] >= VARIETY * self.alarms.first["eval_distinct2"]:
             self.best.see(step, self.run.model, metrics)
         return metrics
 

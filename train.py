@@ -25,7 +25,7 @@ import difflib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,9 +35,9 @@ from torch import Tensor
 import evaluate
 from data.agreement import show_agreement, summary
 from data.batches import dialogue_rows, eval_windows, held_out_prompts, pack_rows, prompt_ids, text_batches
-from data.dataset import SPLITS, feedback_of, require_one_feedback
+from data.dataset import SPLITS, feedback_of
 from data.drawn import drawn_prompts, mark_of, written_before
-from data.feedback import require_varied
+from data.feedback import require_telling
 from data.forms import parse_fields
 from data.overview import ListOptions, overview
 from data.prepare import kept_input, open_for, open_stage, recounted, suited
@@ -58,7 +58,7 @@ from runtime.products import use_products
 from runtime.progress import Progress
 from runtime.run import Run, read_config, run_folder
 from runtime.terminal import memory_advice
-from sample import reply_ids, reply_texts, reply_to
+from sample import reply_texts, reply_to
 
 
 # ---- stage 1: pretraining ------------------------------------------------------------------------
@@ -201,16 +201,17 @@ class SFTOptions(MaximumLikelihoodOptions):
 class SFTTask:
     """Batches, loss and measures of fine-tuning, as runtime/fit.py asks for them."""
 
-    def __init__(self, run: Run, data: Prepared):
+    NOTHING = "no dialogue fits {} tokens: raise --max_len, or pretrain with a larger one"
+
+    def __init__(self, run: Run, data: Prepared, records: Sequence[list[dict]] | None = None):
+        """records: those to learn and those of validation; None: the data set's."""
         o = self.o = run.o
         self.run, self.template = run, data.template
-        self.rows, self.left_out = dialogue_rows(data.records("sft", "train"), run.tokenizer,
-                                                 data.template, o.max_len)
-        self.val_rows, _ = dialogue_rows(data.records("sft", "val"), run.tokenizer, data.template,
-                                         o.max_len)
+        (self.rows, self.left_out), (self.val_rows, _) = (
+            dialogue_rows(of_split, run.tokenizer, data.template, o.max_len)
+            for of_split in records or [data.records("sft", split) for split in SPLITS[:2]])
         if not self.rows or not self.val_rows:
-            raise UserError(f"sft: no dialogue fits {o.max_len} tokens: raise --max_len, or "
-                            "pretrain with a larger one")
+            raise UserError(f"{run.stage}: {self.NOTHING.format(o.max_len)}")
         self.n_steps = math.ceil(o.epochs * len(self.rows) / o.batch)
         self.reply_len = min(64, o.max_len // 2)
         self.examples = held_out_prompts(data, "val", run.tokenizer,
@@ -352,18 +353,14 @@ class BestTask(SFTTask):
     """Batches, loss and measures of `best`: those of fine-tuning, on a tenth of the replies that the
     reward model chose as validation, and PPO's measures of held-out prompts."""
 
+    NOTHING = ("too few prompts got a reply that ends, or too few of them within {} tokens with it: raise "
+               "--reply_len, --prompts or --max_len")
+
     def __init__(self, run: Run, data: Prepared, records: list[dict], held_out: evaluate.HeldOutPrompts):
-        o = self.o = run.o
-        self.run, self.template, self.held_out = run, data.template, held_out
-        parts = [[r for i, r in enumerate(records) if (i % 10 == 0) == val] for val in (False, True)]
-        (self.rows, left_out), (self.val_rows, _) = (
-            dialogue_rows(part, run.tokenizer, data.template, o.max_len) for part in parts)
-        if not self.rows or not self.val_rows:
-            raise UserError(f"best: {len(records)} of the prompts got a reply that ends, too few of them within "
-                            f"{o.max_len} tokens with the prompt: raise --reply_len, --prompts or --max_len")
-        self.left_out, self.n_steps = left_out, math.ceil(o.epochs * len(self.rows) / o.batch)
-        self.reply_len, self.examples = o.reply_len, list(held_out.prompts[:8])
-        self.extra, self.best_by = {"example_prompts": self.examples}, ("val_loss", -1)
+        super().__init__(run, data, [[r for i, r in enumerate(records) if (i % 10 == 0) == val]
+                                     for val in (False, True)])
+        self.held_out, self.reply_len, self.examples = held_out, run.o.reply_len, list(held_out.prompts[:8])
+        self.extra = {"example_prompts": self.examples}
 
     def measure(self, step: int) -> dict[str, float]:
         """SFT's measures, and scores, KL and variety of replies to held-out prompts."""
@@ -375,16 +372,14 @@ def best_of_prompts(run: Run, policy: Transformer, scorer: RewardModel, prompts:
     """For each prompt, of n replies by the policy the one that the reward model scores highest, with its
     score and the mean of all. One that is cut off never stands before one that ends: it does not show how
     to end. first: the first prompt's number; a reply's random numbers follow from it."""
-    o, tokenizer = run.o, run.tokenizer
-    ids = [prompt_ids(tokenizer, prompt, run.template) for prompt in prompts for _ in range(o.n)]
-    replies = reply_ids(reply_to(policy, tokenizer, ids, o.reply_len, batch_size=128, dtype=run.dtype,
-                                 temperature=o.temperature, seed=key(o.seed, "best", "reply"),
-                                 rows=range(first * o.n, first * o.n + len(ids))))
-    with torch.no_grad(), precision(run.dtype, run.device):
-        scores = scorer.scores(ids, replies).cpu().view(-1, o.n)
-    ended = torch.tensor([reply[-1] == tokenizer.eom_id for reply in replies]).view(-1, o.n)
+    o, n, tokenizer = run.o, run.o.n, run.tokenizer
+    settings = evaluate.ReplySettings(o.reply_len, o.temperature, key(o.seed, "best", "reply"), run.dtype)
+    replies, scores = evaluate.scored_replies(
+        n, policy, scorer, tokenizer, [prompt_ids(tokenizer, prompt, run.template) for prompt in prompts], settings,
+        range(first * n, (first + len(prompts)) * n))
+    ended = torch.tensor([reply[-1] == tokenizer.eom_id for reply in replies]).view(-1, n)
     chosen = torch.where(ended | ~ended.any(1, keepdim=True), scores, -torch.inf).argmax(1).tolist()
-    return [{"prompt": prompt, "response": tokenizer.reply_text(replies[i * o.n + j]),
+    return [{"prompt": prompt, "response": tokenizer.reply_text(replies[i * n + j]),
              "score": round(float(scores[i, j]), 4), "mean_score": round(float(scores[i].mean()), 4),
              "ended": bool(ended[i, j])} for i, (prompt, j) in enumerate(zip(prompts, chosen, strict=True))]
 
@@ -464,9 +459,8 @@ def run_all(options: dict[str, Common]) -> None:
     brought = {"pretrain": init_from, "reward": reward_from}
     data = open_for(options["ppo"], options["ppo"].data)
     terms = read_reward(options["ppo"].reward)
-    reads_model = not terms or needs_model(options["ppo"], terms)
-    stages = [stage for stage in ROAD if (stage != "judge" or data.has("judge"))
-              and (stage != "reward" or reads_model)]
+    needed = {"judge": data.has("judge"), "reward": needs_model(options["ppo"], terms)}
+    stages = [stage for stage in ROAD if needed.get(stage, True)]
     require_inputs(data, [stage for stage in stages if not brought.get(stage)], reward_from)
     for stage in stages:
         if brought.get(stage):
@@ -492,11 +486,7 @@ def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
         else:
             data.records(stage, "train")
     if "reward" in stages:
-        records = {split: data.records("reward", split) for split in SPLITS}
-        require_one_feedback({f"reward_{split}.jsonl": of_split for split, of_split in records.items()})
-        for split, of_split in records.items():
-            if split != "test" or feedback_of(of_split[0]) == "labels":  # scores are not measured there
-                require_varied(split, of_split)
+        require_telling({split: data.records("reward", split) for split in SPLITS})
     if reward_from:  # what the first stage starts from is soon looked at
         load_checkpoint(reward_from, "cpu", RewardModel)
     refuse_judge(reward_from)

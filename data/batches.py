@@ -254,6 +254,17 @@ def text_batches(data: Prepared, window: int, batch: int, total_tokens: int, see
                            total_tokens=total_tokens, seed=seed, shares=shares, early=early)
 
 
+TEXT_ROWS = 24  # of pretraining text beside PPO, in a step of the policy
+
+
+def text_for(data: Prepared, tokenizer: Tokenizer, steps: int, longest: int, seed: int) -> PackedDocuments:
+    """A batch of pretraining text for each step of a policy that reads rows of `longest` tokens at most;
+    UserError unless the text is in its tokenizer's ids."""
+    data.require_tokenizer().require_same(tokenizer, "pretraining text and policy")
+    window = min(128, longest)
+    return text_batches(data, window, TEXT_ROWS, steps * TEXT_ROWS * window, seed)
+
+
 def eval_windows(tokens: np.ndarray, starts: np.ndarray, window: int,
                  batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """One fixed pass over a split: each token but the first is a target once. Yields (inputs,

@@ -4,10 +4,11 @@ Which kind it is; whether it tells anything apart; its parts, ties and ratings a
 losses in reward.py need; which pairs are doubtful; which agreement chance alone would reach.
 """
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from data.dataset import feedback_of, require_one_feedback
 from runtime.options import UserError
 
 
@@ -39,6 +40,15 @@ def require_varied(split: str, records: Sequence[dict]) -> None:
                 f"{name}s {where} are the same ({records[0][name]})")
         raise UserError(f"reward: all {same}, so that nothing can be {verb}: bring more records, or a "
                         f"file {file} in which they differ")
+
+
+def require_telling(feedback: Mapping[str, Sequence[dict]]) -> None:
+    """UserError if the splits' feedback is of several kinds, or tells nothing apart where it is needed:
+    pairs and scores are not measured on test."""
+    require_one_feedback({f"reward_{split}.jsonl": of_split for split, of_split in feedback.items()})
+    for split, of_split in feedback.items():
+        if split != "test" or feedback_of(of_split[0]) == "labels":
+            require_varied(split, of_split)
 
 
 # ---- numbers -------------------------------------------------------------------------------------

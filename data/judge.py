@@ -5,6 +5,7 @@ regression (data/ngrams.py) is the baseline that a reward model has to beat. Fit
 share it is a judge: PPO is measured by feedback that it was never trained against. The second judge
 is a transformer that learned the same share; both are asked alike, by probs(prompts, texts).
 """
+import abc
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -58,7 +59,7 @@ def by_part(records: Sequence[dict]) -> dict[str, list[dict]]:
 
 # ---- judges: what no policy is trained against ---------------------------------------------------
 
-class Judge:
+class Judge(abc.ABC):
     """Its score of a text becomes a number from 0 to 1: σ(score − centre), 0.5 is neutral.
 
     labels: P(liked). ratings: the score is the predicted rating, standardised by mean and spread of
@@ -68,9 +69,9 @@ class Judge:
 
     centre = 0.0
 
+    @abc.abstractmethod
     def scores(self, prompts: Sequence, texts: Sequence[str]) -> np.ndarray:
         """(n,) float32: the score of each prompt's reply."""
-        raise NotImplementedError
 
     def probs(self, prompts: Sequence, texts: Sequence[str]) -> np.ndarray:
         """(n,), from 0 to 1: how good each prompt's reply is."""

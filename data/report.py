@@ -14,6 +14,7 @@ import numpy as np
 from data.agreement import MEASURES, TITLES, main_measure, show_agreement, truth_of
 from data.batches import prompt_ids
 from data.dataset import SPLITS, feedback_of
+from data.health import VARIETY
 from data.prepared import Prepared
 from data.records import as_messages, prompt_text
 from data.sets import DATA_SETS
@@ -212,7 +213,7 @@ def win_rates(replies: dict[str, list[dict]], policies: Sequence[str], judges: S
 def warnings_of(policies: Sequence[dict], first: str, last: str) -> list[str]:
     """What the last policy lost against the first: variety, or the ends of its replies."""
     before, after = (next(row for row in policies if row["name"] == name) for name in (first, last))
-    signs = (("distinct2", "distinct-2", 0.85, "its replies repeat each other more"),
+    signs = (("distinct2", "distinct-2", VARIETY, "its replies repeat each other more"),
              ("end_rate", "ends", 0.90, "more of its replies are cut off"))
     return [f"{title} of {last} is {after[key]:.3f}, below {share:.0%} of {first}'s {before[key]:.3f}: "
             f"{what}; a higher price of KL (--kl_coef) or fewer --updates keep it nearer to {first}"

@@ -255,8 +255,9 @@ def starting_scale(scorer: Any, model: Any, replies: tuple[Sequence[list[int]], 
 # ---- what options mean for a reward --------------------------------------------------------------
 
 def needs_model(o: Any, terms: Sequence[Part]) -> bool:
-    """Whether --reward has a part of the reward model; UserError for options that then say nothing."""
-    if any(term.head is not None for term in terms):
+    """Whether a part of --reward, or all that is paid, is the reward model's; UserError for options that
+    say nothing without it."""
+    if not terms or any(term.head is not None for term in terms):
         return True
     o.refuse("reward_from", "reward_norm", why=f"with --reward {o.reward}, which has no part of a reward model")
     return False
