@@ -168,7 +168,7 @@ DATA_SET = DataSet(
     template=TEMPLATE,
     mixture={"dialogue": Part(0.4)},  # whole reviews: what is left
     options=("source", "vocab_size", "limit"),
-    # as many steps as the demo has: there are twice as many records
-    defaults={"sft": {"epochs": 0.5}, "reward": {"epochs": 1.0}, "judge": {"epochs": 0.5}},
+    # SFT takes as many steps as the demo's; there are twice as many records.
+    defaults={"sft": {"epochs": 0.5}, "reward": {"epochs": 2.0, "dropout": 0.2}, "judge": {"epochs": 1.0}},
     summary="English film reviews, labelled as liked or not",
 )

@@ -174,7 +174,8 @@ DATA_SET = DataSet(
     template=TEMPLATE,
     mixture={"dialogue": Part(0.5)},
     options=("source", "vocab_size", "limit"),
-    # as many steps as the demo has: there are more records
-    defaults={"sft": {"epochs": 0.6}, "reward": {"epochs": 1.5}, "judge": {"epochs": 0.75}},
+    # SFT takes as many steps as the demo's. The ratings are read three times, with more dropout: correlation
+    # on validation, seed 0, .641; half as often with dropout .1 .621, and n-grams .634.
+    defaults={"sft": {"epochs": 0.6}, "reward": {"epochs": 3.0, "dropout": 0.2}, "judge": {"epochs": 0.75}},
     summary="English texts with the ratings of 15 to 99 people each",
 )
