@@ -36,7 +36,7 @@ from runtime.tables import table
 from runtime.rows import keep_input
 from runtime.terminal import advice, memory_advice, reading
 
-TOOLS = ("trl", "kto", "llama-factory")  # that data/export.py writes for
+TOOLS = ("trl", "trl-standard", "kto", "llama-factory")  # that data/export.py writes for
 T = TypeVar("T", bound=Options)
 VERSION = 4  # of the stored form; raise it to make folders prepared earlier unused
 CACHE = pathlib.Path(os.environ.get("MOSSLET_CACHE") or pathlib.Path(__file__).parent / "cache")

@@ -261,7 +261,7 @@ READING = [
     row(f"{PREPARE} export mine", "usage: python -m data.prepare export", "--out FOLDER"),
     row(f"{PREPARE} export mine --out mine", "mine/sft.jsonl is there already", "give another --out"),
     row(f"{PREPARE} export mine --out pairs.jsonl", "--out pairs.jsonl: is a file", "give another"),
-    row(f"{PREPARE} export mine --out x --to csv", "--to: 'csv' is not one of trl, kto, llama-factory"),
+    row(f"{PREPARE} export mine --out x --to csv", "--to: 'csv' is not one of trl, trl-standard, kto, llama-factory"),
     row(f"{PREPARE} export texts.jsonl --out x", "holds no record that trl has a form for"),
     row("python -m tools.show nothere.jsonl", "nothere.jsonl: no such file", "name a JSON Lines file"),
     row("python -m tools.show pairs.jsonl", "neither a prepared folder nor a checkpoint", "--from"),
