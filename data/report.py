@@ -210,6 +210,11 @@ def win_rates(replies: dict[str, list[dict]], policies: Sequence[str], judges: S
     return wins
 
 
+def stage_warnings(whose: str, state: dict[str, Any]) -> list[str]:
+    """What a stage warned of when it ended, as its checkpoint's state has it, for the report."""
+    return [f"{whose}: {warning}" for warning in state.get("warnings", ())]
+
+
 def warnings_of(policies: Sequence[dict], first: str, last: str) -> list[str]:
     """What the last policy lost against the first: variety, or the ends of its replies."""
     before, after = (next(row for row in policies if row["name"] == name) for name in (first, last))
@@ -309,9 +314,7 @@ def render_report(report: dict[str, Any], name: str) -> str:
     parts += [f"Warning: {warning}." for warning in report.get("warnings", ())]
     parts += [f"{row['control']:.1%} of the replies of {row['name']} hold control tokens other than "
               "the end; texts do not show them." for row in rows if row["control"]]
-    parts += ["The judge {judge} prefers the reply of {policy} to that of {over} on {0:.1%} of the "
-              "openings [{1:.1%}, {2:.1%}].".format(*wins["win_rate"], **wins)
-              for wins in report["win_rates"]]
+    parts += [show_wins(wins) for wins in report["win_rates"]]
     parts += [f"The judge {judge} itself, on {split} texts: "
               + ", ".join(f"{TITLES[key]} {value}" for key, value in own.items()) + "."
               for judge, own in report.get("judge", {}).items()]
@@ -328,6 +331,16 @@ def render_report(report: dict[str, Any], name: str) -> str:
         parts += ["## Seconds", ", ".join(f"{stage} {s:.0f}"
                                           for stage, s in report["seconds"].items())]
     return "\n\n".join(parts)
+
+
+def show_wins(wins: dict[str, Any]) -> str:
+    """A judge's preference in words: undecided where the interval holds one half."""
+    def share(rate: Sequence[float], of: str) -> str:
+        return "{0:.1%} of {of} [{1:.1%}, {2:.1%}]".format(*rate, of=of) + (
+            ": undecided" if rate[1] <= 0.5 <= rate[2] else "")
+
+    text = "The judge {judge} prefers the reply of {policy} to that of {over} on ".format(**wins)
+    return text + share(wins["win_rate"], "the openings") + "."
 
 
 def show_pair(pair: dict[str, Any], report: dict[str, Any]) -> str:

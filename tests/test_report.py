@@ -6,8 +6,10 @@ import pytest
 
 from data.report import (Measures, add_distinct, by_judge, describe, drawn_pairs, judged_by, missing,
                          opinions_on_feedback, people_wrote, policy_columns, render_report,
-                         report_name, show_policies, splits_used, table_row, warnings_of, win_rates)
+                         report_name, show_policies, splits_used, stage_warnings, table_row,
+                         warnings_of, win_rates)
 from data.dataset import DataSet, tells
+from data.html import page
 from data.sets import DATA_SETS, register
 from data.tokenizer import train_bpe
 
@@ -172,8 +174,16 @@ def test_the_report_says_split_judges_and_who_is_preferred():
     assert text.startswith("# reviews, seed 3, validation")
     assert "openings of the validation split" in text
     assert "Judged by n-grams, then by transformer" in text
-    assert "PPO to that of SFT, best of 16 on 60.0% of the openings [50.0%, 70.0%]" in text
+    assert "PPO to that of SFT, best of 16 on 60.0% of the openings [50.0%, 70.0%]: undecided" in text
     assert "2.0% of the replies of PPO hold control tokens" in text
+
+
+@pytest.mark.parametrize("low,high,undecided", [(.51, .7, False), (.3, .49, False), (.4, .6, True)])
+def test_a_preference_whose_interval_holds_one_half_is_undecided(low, high, undecided):
+    wins = {"judge": "j", "policy": "PPO", "over": "SFT", "win_rate": [.5, low, high]}
+    made = report(win_rates=[wins])
+    assert ("undecided" in render_report(made, "x")) == undecided
+    assert ("undecided" in page(made, "x", {})) == undecided
 
 
 def test_a_report_without_judges_and_labels_is_one_too():
@@ -194,6 +204,14 @@ def test_a_loss_of_variety_or_of_ends_is_a_warning():
     assert "distinct-2 of worse is 0.670, below 85% of SFT's 0.800" in variety
     assert "ends of worse is 0.890, below 90%" in ends
     assert f"Warning: {variety}." in render_report(report(warnings=[variety]), "x")
+
+
+def test_what_a_stage_warned_of_is_said_again_in_the_report():
+    warnings = stage_warnings("the reward model", {"warnings": ["val_auc 0.5 is no better than chance"]})
+    made = report(warnings=warnings)
+    assert "Warning: the reward model: val_auc 0.5 is no better than chance." in render_report(made, "x")
+    assert '<p class="warning">Warning: the reward model: val_auc 0.5' in page(made, "x", {})
+    assert stage_warnings("the judge", {}) == []
 
 
 def test_what_is_missing_is_said_with_what_to_bring():
