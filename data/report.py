@@ -20,7 +20,7 @@ from data.records import as_messages, prompt_text
 from data.sets import DATA_SETS
 from data.tokenizer import Tokenizer
 from runtime.statistics import (accuracy, auc, cut_alike, distinct_interval, distinct_n, interval,
-                                mean_interval, positive_share, reply_statistics, win_rate)
+                                mean_interval, positive_share, reply_statistics, win_rate, win_rate_of_alike)
 from runtime.tables import table
 
 
@@ -191,22 +191,26 @@ def opinions_on_feedback(judges: dict[str, Any], records: list[dict]) -> dict[st
 def win_rates(replies: dict[str, list[dict]], policies: Sequence[str], judges: Sequence[str],
               samples: int = 1) -> list[dict[str, Any]]:
     """How often each judge prefers the last policy's replies to those of the others, on the same
-    openings.
+    openings; and how often among pairs of about equal length, for a judge may like short replies, or
+    long ones.
 
     samples: replies of a policy to an opening. Best-of-n has one each, and may have fewer openings.
     """
     policy = policies[-1]
 
-    def opinion(name: str, judge: str) -> np.ndarray:
-        probs = [r[by_judge("judge", judge)] for r in replies[name]]
-        return np.reshape(probs, (-1, samples if name in policies else 1))
+    def column(name: str, key: str) -> np.ndarray:
+        return np.reshape([r[key] for r in replies[name]], (-1, samples if name in policies else 1))
+
+    def both(name: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+        return column(policy, key)[:len(theirs := column(name, key))], theirs
 
     wins = []
     for name in replies:
         for judge in judges if name != policy else ():
-            theirs = opinion(name, judge)
-            rate = win_rate(opinion(policy, judge)[:len(theirs)], theirs)
-            wins.append({"judge": judge, "policy": policy, "over": name, "win_rate": list(rate)})
+            opinions = both(name, by_judge("judge", judge))
+            n, alike = win_rate_of_alike(*opinions, both(name, "tokens"))
+            wins.append({"judge": judge, "policy": policy, "over": name, "win_rate": list(win_rate(*opinions)),
+                         "alike": n, "alike_win_rate": list(alike or ())})
     return wins
 
 
@@ -340,7 +344,11 @@ def show_wins(wins: dict[str, Any]) -> str:
             ": undecided" if rate[1] <= 0.5 <= rate[2] else "")
 
     text = "The judge {judge} prefers the reply of {policy} to that of {over} on ".format(**wins)
-    return text + share(wins["win_rate"], "the openings") + "."
+    text += share(wins["win_rate"], "the openings")
+    if not wins.get("alike_win_rate"):
+        return text + "; no two replies are of about equal length."
+    return text + "; among replies of about equal length on " + share(
+        wins["alike_win_rate"], f"{wins['alike']} openings") + "."
 
 
 def show_pair(pair: dict[str, Any], report: dict[str, Any]) -> str:
