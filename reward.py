@@ -157,6 +157,10 @@ class RewardModel(nn.Module):
         sampled."""
         return self.of_parts(self.score_heads(flagged_rows(prompts, replies))).mean(0)
 
+    def mean_scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
+        """The mean (B,) of all heads, whatever the ensemble: what a critic's one head says of a reply."""
+        return self.score_heads(flagged_rows(prompts, replies)).mean((0, 1))
+
     def part_scores(self, prompts: Sequence[list[int]],
                     replies: Sequence[list[int]]) -> dict[str, Tensor]:
         """Raw score (B,) of each reply by each part of the reward, and, of an ensemble, its members'
