@@ -45,7 +45,7 @@ from runtime.options import Options, UserError, option, parse, run_main
 from runtime.run import read_config, record_of
 from runtime.storage import replace_text, require_place
 from runtime.tables import text_plot, to_json
-from runtime.terminal import for_terminal, memory_advice
+from runtime.terminal import for_terminal, lacking, memory_advice
 from sample import Generation, reply_ids, reply_texts, reply_to
 
 
@@ -435,6 +435,7 @@ class EvaluateOptions(Options):
     traceback: bool = option(False, "show where in the code an error arose")
 
 
+@lacking("skip_bad", "fields", "template")
 @memory_advice("lower --prompts or --reply_len")
 def main(argv: list[str]) -> None:
     n = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))

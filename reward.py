@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.batches import (Row, drop_equal_pairs, drop_long_prompts, pack_rows, reward_batch,
+from data.batches import (IN_A_ROW, Row, drop_equal_pairs, drop_long_prompts, pack_rows, reward_batch,
                           reward_rows)
 from data.feedback import (chance_warnings, denoised, feedback_kind, parts_of, rating_scale, require_varied,
                            tie_odds_of)
@@ -384,7 +384,7 @@ class RewardTask:
         self.run, self.o = run, run.o
         self.render = dict(tokenizer=run.tokenizer, template=data.template, max_len=run.o.max_len)
         self.records, self.val = (
-            drop_long_prompts(data.records(*name), run.tokenizer, data.template, run.o.max_len - 8)
+            drop_long_prompts(data.records(*name), run.tokenizer, data.template, run.o.max_len - 8, IN_A_ROW)
             for name in ((run.stage, "train"), ("reward", "val")))
         self.kind = self.checked_kind()
         self.best_by = ({"pairwise": "val_accuracy", "regression": "val_correlation",

@@ -239,6 +239,7 @@ class ExportOptions(ReadingOptions):
     out: str = option("", "folder to write to, one file a split; none of them may be there yet")
 
 
+@memory_advice("check a smaller part of the file")
 def check_command(name: str, argv: list[str]) -> int:
     """`check`: 0 if all is well with the user's files, 1 if not."""
     from data.check import CheckOptions, check  # here: it imports torch, which preparing does without
