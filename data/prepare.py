@@ -191,6 +191,16 @@ def suited(o: T, stage: str, data: Prepared) -> T:
     return o.replace(**values)
 
 
+def known_max_len(o: Options, data: Prepared | None = None) -> int | None:
+    """Pretraining's --max_len as `suited` will have it; None while only the data could tell."""
+    if "max_len" in o.explicit:
+        return o.max_len
+    if data is None and o.data not in DATA_SETS:
+        return None
+    defaults = DATA_SETS[o.data].defaults if data is None else data.meta.get("defaults", {})
+    return defaults.get("pretrain", {}).get("max_len", o.max_len)
+
+
 def open_stage(o: T, stage: str) -> tuple[Prepared, T]:
     """(the data set of a stage's options, the options that suit it)."""
     data = open_for(o, o.data)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batches import prompt_ids
+from data.feedback import feedback_kind
 from data.functions import PythonReward, load_function
 from data.prepared import Prepared
 from runtime.options import UserError
@@ -262,6 +263,15 @@ def needs_model(o: Any, terms: Sequence[Part]) -> bool:
         return True
     o.refuse("reward_from", "reward_norm", why=f"with --reward {o.reward}, which has no part of a reward model")
     return False
+
+
+def settled(o: Any, terms: Sequence[Part], data: Prepared) -> bool:
+    """`needs_model`, in a run of all stages: UserError, before anything is trained, for a --reward_norm that
+    does not fit the reward, or the feedback from which the reward model will learn."""
+    needed = needs_model(o, terms)
+    if needed and "reward_norm" in o.explicit and not o.reward_from and data.has("reward"):
+        resolved(o, terms, feedback_kind(data.records("reward", "train")[0]))
+    return needed
 
 
 def resolved(o: Any, terms: Sequence[Part], feedback: str) -> Any:
