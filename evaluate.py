@@ -32,8 +32,8 @@ from data.judge import ModelJudge, NgramJudge, ngram_regressions, shown_to_peopl
 from data.prepare import SETTINGS, find_data_set, open_data
 from data.prepared import Prepared
 from data.report import (Measures, add_distinct, describe, drawn_pairs, judged_by, missing, opinions_on_feedback,
-                         people_wrote, policy_columns, render_report, report_name, splits_used, table_row, warnings_of,
-                         win_rates)
+                         people_wrote, policy_columns, render_report, report_name, splits_used, stage_warnings,
+                         table_row, warnings_of, win_rates)
 from data.rewards import part_scores, reward_paid
 from data.tokenizer import Tokenizer
 from model import Transformer, checkpoint_path, compared_logprobs, load_checkpoint
@@ -45,7 +45,7 @@ from runtime.options import Options, UserError, option, parse, run_main
 from runtime.run import read_config, record_of
 from runtime.storage import replace_text, require_place
 from runtime.tables import text_plot, to_json
-from runtime.terminal import for_terminal, memory_advice
+from runtime.terminal import for_terminal, lacking, memory_advice
 from sample import Generation, reply_ids, reply_texts, reply_to
 
 
@@ -165,6 +165,7 @@ class Compared:
     reference_name: str = "SFT"
     reward: Any = None  # what PPO was paid, if that was not the reward model alone: a scorer
     missing: Sequence[str] = ()  # what could not be loaded, in words
+    warnings: Sequence[str] = ()  # what the reward model's stage warned of
 
     @property
     def scorer(self) -> Any:
@@ -267,7 +268,8 @@ def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str 
         if not reward_from:
             require_parent(states, "reward", path, reward_state, "reward_from")
         compared = dataclasses.replace(compared, reward_model=scorer, max_len=longest,
-                                       ratings=reward_state.get("ratings"))
+                                       ratings=reward_state.get("ratings"),
+                                       warnings=stage_warnings("the reward model", reward_state))
     return compared, state, last
 
 
@@ -307,7 +309,7 @@ def load_judges(data: Prepared, folder: str | os.PathLike | None = None,
         model, tokenizer, state = load_checkpoint(folder, device, RewardModel)
         template = state.get("template", data.template)
         found["transformer"] = ModelJudge(model, tokenizer, template, longest_row(model, state),
-                                          shown_to_people(data))
+                                          shown_to_people(data), stage_warnings("the judge transformer", state))
     return found
 
 
@@ -362,7 +364,8 @@ def build_report(compared: Compared, data: Prepared, *, seed: int, n_prompts: in
             judge.reads(r["prompt"]) for judge in c.judges.values())] if kind else []:
         report["judge"] = opinions_on_feedback(c.judges, records)
     report["win_rates"] = win_rates(replies, list(c.policies), list(c.judges), samples)
-    report["warnings"] = warnings_of(policies, first, last)
+    report["warnings"] = [*warnings_of(policies, first, last), *c.warnings,
+                          *(line for judge in c.judges.values() for line in getattr(judge, "warnings", ()))]
     report["missing"] = [*c.missing, *missing(data, split, judges=list(c.judges),
                                               reward_model=c.scorer is not None)]
     drawn = np.random.default_rng([seed, 77]).permutation(report["openings"])[:10]
@@ -432,6 +435,7 @@ class EvaluateOptions(Options):
     traceback: bool = option(False, "show where in the code an error arose")
 
 
+@lacking("skip_bad", "fields", "template")
 @memory_advice("lower --prompts or --reply_len")
 def main(argv: list[str]) -> None:
     n = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))

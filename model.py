@@ -589,6 +589,39 @@ def load_parent(o: Common, data: Prepared, stage: str, path: str,
     return model, tokenizer, state
 
 
+PARENTS = {"sft": "pretrain", "reward": "sft", "judge": "pretrain", "ppo": "sft", "best": "sft"}
+
+
+def longest_at(path: str | os.PathLike) -> int | None:
+    """The max_len of the checkpoint at this path; None if none is there, or none that can be read: who loads
+    it says why."""
+    try:
+        return int(load_whole(checkpoint_path(path))["config"]["max_len"])
+    except (UserError, OSError, LookupError, TypeError, ValueError):
+        return None
+
+
+def require_lengths(options: dict[str, Common], pretrained: int | None = None) -> None:
+    """UserError for a --max_len or --reply_len that a flag asks for and the model will not be made for. It
+    is called before anything is prepared or trained, and looks at nothing but options and checkpoints.
+
+    options: of each stage that runs. pretrained: the max_len of pretraining, where that is one of them; None:
+    not known yet.
+    """
+    for stage in [stage for stage in PARENTS if stage in options]:
+        o, flag = options[stage], f"--{stage}." if len(options) > 1 else "--"
+        starts = [o.init_from] if o.init_from or len(options) > 1 else [run_folder(o, PARENTS[stage])]
+        limits = [(longest_at(path), f"the parent model {path}, which was made for rows of at most {{}} tokens")
+                  if path else (pretrained, "--pretrain.max_len {}, for which the model is made")
+                  for path in (*starts, *[o.reward_from] * bool(o.reward_from))]
+        for name, prompt in (("max_len", 0), ("reply_len", 1)):  # a prompt has a token at least
+            for most, whose in limits[:1 + prompt]:  # the reward model only has to read replies
+                if name in o.explicit and most is not None and getattr(o, name) + prompt > most:
+                    whose = whose.format(most) + ", the prompt included" * prompt
+                    raise UserError(f"{flag}{name} {getattr(o, name)} contradicts {whose}: lower it, or pretrain with "
+                                    "a larger --max_len")
+
+
 def limit_length(o: Common, config: ModelConfig) -> Common:
     """The options with --max_len at most what the model was made for; UserError if a flag asks for
     more."""

@@ -48,7 +48,7 @@ from model import Transformer, load_parent, next_token_loss, open_run, token_log
 from reward import RewardModel, Scorer, critic_from, critic_of_policy
 from runtime.control import KLController
 from runtime.alarms import Alarms
-from runtime.device import compile_trunks, precision
+from runtime.device import compile_trunks, pick_device, precision
 from runtime.fit import Best
 from runtime.draws import batch_indices, key
 from runtime.machine import resume_command
@@ -154,6 +154,8 @@ class PPOOptions(Common):
             self.refuse("kl_target", "kl_horizon", why="with --kl_control fixed")
         elif self.kl_coef == 0 and (self.kl_control == "adaptive" or {"kl_target", "kl_horizon"} & self.explicit):
             raise UserError("ppo: adaptive control multiplies --kl_coef: from 0 it would never move")
+        if self.rollout_dtype == "int8" and pick_device(self.device) != "cpu":
+            raise UserError(f"ppo: --rollout_dtype int8 is for a CPU: on {pick_device(self.device)} use bfloat16")
         if 0 < self.dual_clip <= 1:
             raise UserError(f"ppo: --dual_clip {self.dual_clip:g} must be above 1, or 0 for none")
         if self.advantage != "gae":
@@ -856,8 +858,6 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     if run is None:
         return None
     o = run.o
-    if o.rollout_dtype == "int8" and run.device != "cpu":
-        raise UserError(f"--rollout_dtype int8 is for a CPU: on {run.device} use bfloat16")
     trainer, metrics = PPOTrainer(run, policy, reward_model, data, terms=terms, **seams), {}
     # Measured before training begins, which makes the folder this run's: until then nothing changes.
     start = trainer.held_out.measure(run.model) if run.step == 0 else None

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.batches import (Row, drop_equal_pairs, drop_long_prompts, pack_rows, reward_batch,
+from data.batches import (IN_A_ROW, Row, drop_equal_pairs, drop_long_prompts, pack_rows, reward_batch,
                           reward_rows)
 from data.feedback import (chance_warnings, denoised, feedback_kind, parts_of, rating_scale, require_varied,
                            tie_odds_of)
@@ -156,6 +156,10 @@ class RewardModel(nn.Module):
         """Raw score (B,) float32 of each reply, prompts and replies as lists of the very ids
         sampled."""
         return self.of_parts(self.score_heads(flagged_rows(prompts, replies))).mean(0)
+
+    def mean_scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:
+        """The mean (B,) of all heads, whatever the ensemble: what a critic's one head says of a reply."""
+        return self.score_heads(flagged_rows(prompts, replies)).mean((0, 1))
 
     def part_scores(self, prompts: Sequence[list[int]],
                     replies: Sequence[list[int]]) -> dict[str, Tensor]:
@@ -380,7 +384,7 @@ class RewardTask:
         self.run, self.o = run, run.o
         self.render = dict(tokenizer=run.tokenizer, template=data.template, max_len=run.o.max_len)
         self.records, self.val = (
-            drop_long_prompts(data.records(*name), run.tokenizer, data.template, run.o.max_len - 8)
+            drop_long_prompts(data.records(*name), run.tokenizer, data.template, run.o.max_len - 8, IN_A_ROW)
             for name in ((run.stage, "train"), ("reward", "val")))
         self.kind = self.checked_kind()
         self.best_by = ({"pairwise": "val_accuracy", "regression": "val_correlation",

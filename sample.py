@@ -35,7 +35,7 @@ from runtime.device import pick_device, pick_dtype
 from runtime.draws import uniform_numbers
 from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
-from runtime.terminal import for_terminal, memory_advice, writes_unicode
+from runtime.terminal import for_terminal, lacking, memory_advice, writes_unicode
 
 # ---- choosing one token --------------------------------------------------------------------------
 
@@ -605,6 +605,7 @@ def compare(folders: list[str], prompts: list, o: SampleOptions) -> None:
             print(for_terminal(f"  {folder}: {reply}"))
 
 
+@lacking("skip_bad", "fields", "template")
 @memory_advice("lower --max_new_tokens or --best_of, or try --dtype bfloat16")
 def main(argv: list[str]) -> None:
     """`python sample.py`: check the options, then do what they ask for."""
@@ -647,8 +648,7 @@ def main(argv: list[str]) -> None:
     elif o.prompt:
         session.stream(session.ids(o.prompt), before=o.prompt)
     else:
-        raise UserError("nothing to do: give --prompt TEXT, --chat, --file FILE or --compare DIR "
-                        "DIR")
+        raise UserError("nothing to do: give --prompt TEXT, --chat, --file FILE or --compare DIR DIR")
 
 
 if __name__ == "__main__":

@@ -40,12 +40,12 @@ from data.drawn import drawn_prompts, mark_of, written_before
 from data.feedback import require_telling
 from data.forms import parse_fields
 from data.overview import ListOptions, overview
-from data.prepare import kept_input, open_for, open_stage, recounted, suited
+from data.prepare import kept_input, known_max_len, open_for, open_stage, recounted, suited
 from data.prepared import Prepared
 from data.records import load_records
-from data.rewards import needs_model, read_reward
+from data.rewards import read_reward, settled
 from model import (ModelConfig, Transformer, checkpoint_path, cross_entropy_sum, limit_length,
-                   load_checkpoint, load_parent, next_token_loss, open_run)
+                   load_checkpoint, load_parent, next_token_loss, open_run, require_lengths)
 from ppo import PPOOptions, train_ppo
 from reward import RewardModel, RewardOptions, longest_row, train_reward
 from runtime.boards import require_tensorboard
@@ -78,12 +78,10 @@ class PretrainOptions(MaximumLikelihoodOptions):
     # The model.
     n_layer: int = option(4, "number of blocks", low=1, high=1000)
     n_head: int = option(4, "query heads", low=1, high=1000)
-    n_kv_head: int = option(4, "key and value heads, each shared by a group of query heads", low=1,
-                             high=1000)
+    n_kv_head: int = option(4, "key and value heads, each shared by a group of query heads", low=1, high=1000)
     d_model: int = option(192, "width of the residual stream", low=2, high=100_000)
     d_ff: int = option(512, "width inside the MLP", low=1, high=1_000_000)
-    max_len: int = option(256, "longest row that the model supports, in tokens", low=16,
-                         high=1_000_000)
+    max_len: int = option(256, "longest row that the model supports, in tokens", low=16, high=1_000_000)
     # The training.
     tokens: int = option(2_000_000, "tokens to train on", low=1)
     window: int = option(128, "tokens per row", low=2, high=1_000_000)
@@ -93,6 +91,18 @@ class PretrainOptions(MaximumLikelihoodOptions):
                               "other parts take what is left; empty: the data set's own")
     eval_every: int = option(250, "steps between full passes over validation", low=1)
 
+    def check(self) -> None:
+        super().check()
+        self.shape(known_max_len(self) or max(self.max_len, self.window))
+
+    def shape(self, max_len: int, vocab_size: int = 4096) -> ModelConfig:
+        """The model's; UserError if it does not divide, or has no room for --window."""
+        if self.window > max_len:
+            raise UserError(f"pretrain: --window {self.window} contradicts --max_len {max_len}, the longest row that "
+                            "the model is made for: lower --window, or raise --max_len")
+        sizes = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff")}
+        return ModelConfig(vocab_size=vocab_size, max_len=max_len, **sizes)
+
 
 class PretrainTask:
     """Batches, loss and measures of pretraining, as runtime/fit.py asks for them."""
@@ -100,8 +110,7 @@ class PretrainTask:
     def __init__(self, run: Run, data: Prepared):
         o = self.o = run.o
         self.run, self.val = run, data.documents("val")
-        self.batches = text_batches(data, o.window, o.batch * o.accumulate, o.tokens, o.seed,
-                                    o.mixture)
+        self.batches = text_batches(data, o.window, o.batch * o.accumulate, o.tokens, o.seed, o.mixture)
         self.n_steps, self.extra, self.best_by = self.batches.n_steps, {}, ("val_loss", -1)
 
     def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
@@ -124,8 +133,7 @@ class PretrainTask:
     def validation_nats(self) -> tuple[float, int]:
         """(Σ −log π over a fixed full pass, the number of targets)."""
         nats, n, model, device = 0.0, 0, self.run.model, self.run.device
-        for arrays in eval_windows(self.val.tokens, self.val.starts, self.o.window,
-                                   4 * self.o.batch):
+        for arrays in eval_windows(self.val.tokens, self.val.starts, self.o.window, 4 * self.o.batch):
             tokens, targets, docs, real = (x.to(device) for x in arrays)
             with precision(self.run.dtype, device):
                 hidden = model.hidden(tokens, docs=None if self.val.single else docs)
@@ -137,15 +145,12 @@ class PretrainTask:
         """What the model writes after the token that begins a document."""
         tokenizer = self.run.tokenizer
         return reply_texts(tokenizer, reply_to(self.run.model, tokenizer, [[tokenizer.eot_id]] * n,
-                                               self.o.window // 2,
-                                               seed=self.o.seed, temperature=0.8))
+                                               self.o.window // 2, seed=self.o.seed, temperature=0.8))
 
 
 def new_model(o: PretrainOptions, vocab_size: int) -> Transformer:
     """An untrained model of the options' shape, its weights drawn by the seed."""
-    shape = {name: getattr(o, name) for name in ("n_layer", "n_head", "n_kv_head", "d_model",
-                                                 "d_ff", "max_len")}
-    model = Transformer(ModelConfig(vocab_size=vocab_size, **shape))
+    model = Transformer(o.shape(o.max_len, vocab_size))
     model.initialise(torch_seed(o.seed, "pretrain", "weights"))
     return model
 
@@ -188,13 +193,11 @@ class SFTOptions(MaximumLikelihoodOptions):
 
     epochs: float = option(1.0, "passes over the dialogues", low=0.01, high=1e6)
     batch: int = option(32, "dialogues per step", low=1, high=1_000_000)
-    max_len: int = option(128, "longest dialogue in tokens; longer ones are dropped, never "
-                               "truncated", low=16, high=1_000_000)
-    lr: float = option(0.005, "learning rate of block matrices (muon) or of everything (adamw)",
-                       low=0)
+    max_len: int = option(128, "longest dialogue in tokens; longer ones are dropped, never truncated", low=16,
+                          high=1_000_000)
+    lr: float = option(0.005, "learning rate of block matrices (muon) or of everything (adamw)", low=0)
     adam_lr: float = option(0.002, "AdamW's learning rate for embeddings and norms", low=0)
-    decay: float = option(0.9, "share of the steps, at the end, over which it falls to 0", low=0,
-                          high=1)
+    decay: float = option(0.9, "share of the steps, at the end, over which it falls to 0", low=0, high=1)
     eval_every: int = option(150, "steps between measurements on validation", low=1)
 
 
@@ -214,8 +217,7 @@ class SFTTask:
             raise UserError(f"{run.stage}: {self.NOTHING.format(o.max_len)}")
         self.n_steps = math.ceil(o.epochs * len(self.rows) / o.batch)
         self.reply_len = min(64, o.max_len // 2)
-        self.examples = held_out_prompts(data, "val", run.tokenizer,
-                                         run.model.config.max_len - self.reply_len, 8)
+        self.examples = held_out_prompts(data, "val", run.tokenizer, run.model.config.max_len - self.reply_len, 8)
         self.extra, self.best_by = {"example_prompts": self.examples}, ("val_loss", -1)
 
     def nats(self, rows: list) -> tuple[Tensor, int]:
@@ -458,8 +460,9 @@ def run_all(options: dict[str, Common]) -> None:
     init_from, reward_from = options["sft"].init_from, options["ppo"].reward_from
     brought = {"pretrain": init_from, "reward": reward_from}
     data = open_for(options["ppo"], options["ppo"].data)
+    require_lengths(options, known_max_len(options["pretrain"], data))
     terms = read_reward(options["ppo"].reward)
-    needed = {"judge": data.has("judge"), "reward": needs_model(options["ppo"], terms)}
+    needed = {"judge": data.has("judge"), "reward": settled(options["ppo"], terms, data)}
     stages = [stage for stage in ROAD if needed.get(stage, True)]
     require_inputs(data, [stage for stage in stages if not brought.get(stage)], reward_from)
     for stage in stages:
@@ -467,14 +470,13 @@ def run_all(options: dict[str, Common]) -> None:
             print(f"{stage}: skipped, its model is {brought[stage]}")
             continue
         o = options[stage]  # sft and the judge start from the pretrained model, the others from sft
-        STAGES[stage][1](o.replace(
-            resume=not o.fresh, init_from=init_from if stage in ("sft", "judge") else "",
-            reward_from=reward_from if stage == "ppo" else ""))
+        STAGES[stage][1](o.replace(resume=not o.fresh, init_from=init_from if stage in ("sft", "judge") else "",
+                                   reward_from=reward_from if stage == "ppo" else ""))
     o = suited(options["ppo"], "ppo", data)
     settings = evaluate.ReplySettings(o.reply_len, o.temperature)
     evaluate.write_report(data, run_folder(o, ""), seed=o.seed, settings=settings,
-                          n_prompts=o.report_prompts,
-                          device=pick_device(o.device), seconds=time.perf_counter() - start)
+                          n_prompts=o.report_prompts, device=pick_device(o.device),
+                          seconds=time.perf_counter() - start)
 
 
 def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
@@ -515,8 +517,9 @@ def main(argv: list[str]) -> int:
         else:
             o = parse(STAGES[stage][0], rest, f"train.py {stage}")
             o = o.replace(data=kept_input(o.data))
-            o.refuse("report_prompts", why=f"on {stage} alone: it is for the report of `train.py "
-                                           "all`")
+            o.refuse("report_prompts", why=f"on {stage} alone: it is for the report of `train.py all`")
+        require_lengths(options if stage == "all" else {stage: o},
+                        known_max_len(options["pretrain"]) if stage == "all" else None)
         pick_device(o.device)  # fail early on a missing device, or package
         if o.tensorboard:
             require_tensorboard()

@@ -71,16 +71,19 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str | list[dict[str, str]],
     return tokenizer.render_chat(prompt, reply=True)[0]
 
 
-def drop_long_prompts(records: Sequence[dict], tokenizer: Tokenizer, template: str,
-                      limit: int) -> list[dict]:
+BESIDE_A_REPLY = ("the model's max_len leaves beside a reply: allow shorter replies (--reply_len of ppo, best and "
+                  "evaluate.py), bring shorter prompts, or pretrain with a larger --max_len")
+IN_A_ROW = "the reward model's max_len leaves: bring shorter prompts, or train it with a larger --max_len"
+
+
+def drop_long_prompts(records: Sequence[dict], tokenizer: Tokenizer, template: str, limit: int,
+                      room: str = BESIDE_A_REPLY) -> list[dict]:
     """The records whose prompt has at most `limit` tokens; prints how many are dropped. UserError
-    if all are."""
+    if all are: room says what leaves so few, and what to do."""
     short = [r for r in records if len(prompt_ids(tokenizer, r["prompt"], template)) <= limit]
     if not short:
-        raise UserError(f"none of {len(records)} prompts fits: each has over {max(limit, 0)} "
-                        "tokens, which is what the model's max_len leaves beside a reply "
-                        "(--reply_len): allow shorter replies, bring shorter prompts, or pretrain "
-                        "with a larger --max_len")
+        raise UserError(f"none of {len(records)} prompts fits: each has over {max(limit, 0)} tokens, which is what "
+                        + room)
     if len(short) < len(records):
         print(f"{len(records) - len(short)} of {len(records)} records left out: their prompts "
               f"have over {limit} tokens")

@@ -3,6 +3,7 @@
     python -m data.prepare export FOLDER|NAME|FILE.jsonl --to trl --out EXPORTED
 
     trl             messages; prompt, chosen and rejected; prompt, completion and label: lists of messages
+    trl-standard    prompt and completion; prompt, chosen and rejected; prompt, completion and label: texts
     kto             the same, but each pair as a reply that is liked and one that is not
     llama-factory   ShareGPT's conversations, and the dataset_info.json that lists the files
 
@@ -70,8 +71,11 @@ def converted(records: list[dict], stage: str, to: str, template: str,
             lost["ties are left out: no form says that two replies are equally good"] += 1
         elif stage in ("reward", "judge") and feedback_of(record) == "scores":
             lost["ratings are left out: the forms are for pairs and labels"] += 1
+        elif to == "trl-standard" and len(dialogue_of(record, template)) > 2:
+            lost["records of several turns, or with a system message, are left out: a plain text has one "
+                 "prompt and one reply"] += 1
         else:
-            if margins and to == "trl":
+            if margins and to in ("trl", "trl-standard"):
                 record = record | {"margin": float(record.get("margin", 0))}
             elif "margin" in record:
                 lost["margins are left out: the form has none; their pairs are written"] += 1
@@ -84,6 +88,11 @@ def converted(records: list[dict], stage: str, to: str, template: str,
 def prompt_messages(record: dict, template: str) -> Messages:
     """A record's prompt as messages; a text stands in its template."""
     return as_messages({"prompt": record["prompt"], "response": ""}, template)[:-1]
+
+
+def dialogue_of(record: dict, template: str) -> Messages:
+    """A record of any stage as messages; where it has several replies, or none, the answer is empty."""
+    return as_messages({"response": "", **record}, template)
 
 
 def answer(text: str) -> Messages:
@@ -108,6 +117,18 @@ def unpaired(prompt: dict, record: dict, replies: list[tuple[str, int]]) -> list
     part = {"part": record["part"]} if "part" in record else {}
     return [prompt | {"completion": answer(record[field]), "label": bool(label)} | part
             for field, label in replies]
+
+
+def trl_standard(record: dict, stage: str, template: str) -> list[dict]:
+    """TRL's standard forms: prompt and replies as plain texts, which TRL joins as they are. The record has
+    one turn."""
+    prompt, reply = (message["content"] for message in dialogue_of(record, template))
+    if stage == "sft":
+        return [{"prompt": prompt, "completion": reply}]
+    if "label" in record:
+        part = {"part": record["part"]} if "part" in record else {}
+        return [{"prompt": prompt, "completion": reply, "label": bool(record["label"])} | part]
+    return [record | {"prompt": prompt}]
 
 
 def kto(record: dict, stage: str, template: str) -> list[dict]:
@@ -142,4 +163,4 @@ def entry(file: str, record: dict) -> dict:
             **({"ranking": True} if "chosen" in record else {})}
 
 
-TOOLS = {"trl": trl, "kto": kto, "llama-factory": llama_factory}
+TOOLS = {"trl": trl, "trl-standard": trl_standard, "kto": kto, "llama-factory": llama_factory}

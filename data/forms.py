@@ -22,6 +22,7 @@ from data.dialogues import (DIFFER, EQUAL, NO_ANSWER, Messages, Useless, alpaca,
                             prompt, reply, transcript, turns, unanswered, waiting_for)
 from data.openings import cut_opening
 from runtime.options import UserError
+from runtime.terminal import remedy
 from runtime.rows import Cells
 
 OURS = ("text", "messages", "prompt", "response", "chosen", "rejected", "label", "score", "margin", "scores",
@@ -299,8 +300,8 @@ def renamed(record: Any, fields: dict[str, str] | None) -> Any:
         return from_cells(record) if isinstance(record, Cells) else record
     theirs = {name: ours for ours, name in fields.items()}
     if not set(theirs) & set(record):
-        raise ValueError(f"fields found: {names_of(record)}; --fields names "
-                         f"{', '.join(theirs)}")
+        whose = remedy("fields", "--fields names", "the run was trained on")
+        raise ValueError(f"fields found: {names_of(record)}; {whose} {', '.join(theirs)}")
     rest = {name: x for name, x in record.items() if name not in theirs and name not in fields}
     found = rest | {theirs[name]: x for name, x in record.items() if name in theirs}
     return from_cells(found) if isinstance(record, Cells) else found
@@ -334,6 +335,7 @@ def form_of(record: Any, kind: str = "") -> Form:
     near = sorted((form for form in stated if missing(form) < len(form.fields)),
                   key=lambda form: (missing(form), -len(form.fields)))[:5]
     raise ValueError(f"fields found: {names_of(record)}; forms that come near: "
-                     + ("; ".join(map(str, near)) or "none") + "; --fields OUR_NAME=YOUR_NAME,… maps others"
+                     + ("; ".join(map(str, near)) or "none")
+                     + remedy("fields", "; --fields OUR_NAME=YOUR_NAME,… maps others", "; rename the fields")
                      + f", ours are {', '.join(OURS)}" * (not near)
                      + "; a file in a folder says its stage by its name, such as ppo.jsonl" * (not kind))

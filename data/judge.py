@@ -110,10 +110,10 @@ class ModelJudge(Judge):
     """A transformer that learned the judge's share (`train.py judge`). It reads tokens, in order."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer, template: str, max_len: int,
-                 people: Sequence[tuple[Any, str]] = ()):
+                 people: Sequence[tuple[Any, str]] = (), warnings: Sequence[str] = ()):
         """model: whatever has score_rows, such as a RewardModel. max_len: the longest row it was
-        trained on. people: as of `NgramJudge`."""
-        self.model, self.max_len = model, max_len
+        trained on. people: as of `NgramJudge`. warnings: of its training, for reports."""
+        self.model, self.max_len, self.warnings = model, max_len, warnings
         self.tokenizer, self.template = tokenizer, template
         if people:
             self.centre_on(people)

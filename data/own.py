@@ -26,6 +26,7 @@ from data.splits import ONE_IN, HeldOutReplies, assign, prompt_key, replies_in, 
 from data.texts import Texts
 from runtime.options import Options, UserError, option
 from runtime.rows import ENDINGS, read_rows
+from runtime.terminal import remedy
 
 READING = ("skip_bad", "fields")  # options that all files have
 KINDS = {"judge": "reward"}  # the stage whose records a file has, where its name is another
@@ -112,8 +113,9 @@ def build(places: Sequence[tuple[str, str]], template: str, folder: pathlib.Path
     out lines that are no record. fields, judge_share: what these options say.
     """
     records, left_out = divide(dict(zip(places, files, strict=True)), skip_bad, parse_fields(fields))
-    if template != "{prompt}" and not any(isinstance(r.get("prompt"), str) for of_stage in records.values()
-                                          if not isinstance(of_stage, Texts) for r in of_stage):
+    given = remedy("template", template, "{prompt}")  # a checkpoint's, of other data, may be without effect
+    if given != "{prompt}" and not any(isinstance(r.get("prompt"), str) for of_stage in records.values()
+                                       if not isinstance(of_stage, Texts) for r in of_stage):
         raise UserError(f"--template has no effect on {files[0]}: every prompt is a list of messages")
     dialogues = {split: dialogues_of(records, split, template) for split in SPLITS}
     if reason := keep_for_judges(records, judge_share):

@@ -36,7 +36,7 @@ from runtime.tables import table
 from runtime.rows import keep_input
 from runtime.terminal import advice, memory_advice, reading
 
-TOOLS = ("trl", "kto", "llama-factory")  # that data/export.py writes for
+TOOLS = ("trl", "trl-standard", "kto", "llama-factory")  # that data/export.py writes for
 T = TypeVar("T", bound=Options)
 VERSION = 4  # of the stored form; raise it to make folders prepared earlier unused
 CACHE = pathlib.Path(os.environ.get("MOSSLET_CACHE") or pathlib.Path(__file__).parent / "cache")
@@ -191,6 +191,16 @@ def suited(o: T, stage: str, data: Prepared) -> T:
     return o.replace(**values)
 
 
+def known_max_len(o: Options, data: Prepared | None = None) -> int | None:
+    """Pretraining's --max_len as `suited` will have it; None while only the data could tell."""
+    if "max_len" in o.explicit:
+        return o.max_len
+    if data is None and o.data not in DATA_SETS:
+        return None
+    defaults = DATA_SETS[o.data].defaults if data is None else data.meta.get("defaults", {})
+    return defaults.get("pretrain", {}).get("max_len", o.max_len)
+
+
 def open_stage(o: T, stage: str) -> tuple[Prepared, T]:
     """(the data set of a stage's options, the options that suit it)."""
     data = open_for(o, o.data)
@@ -239,6 +249,7 @@ class ExportOptions(ReadingOptions):
     out: str = option("", "folder to write to, one file a split; none of them may be there yet")
 
 
+@memory_advice("check a smaller part of the file")
 def check_command(name: str, argv: list[str]) -> int:
     """`check`: 0 if all is well with the user's files, 1 if not."""
     from data.check import CheckOptions, check  # here: it imports torch, which preparing does without

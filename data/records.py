@@ -25,6 +25,7 @@ from data.dialogues import NO_ANSWER, NO_TURNS, Useless, transcript
 from data.forms import TIES, as_flag, form_of, renamed
 from runtime.options import UserError
 from runtime.rows import read_rows
+from runtime.terminal import remedy
 
 FIELDS = {"pretrain": "text", "sft": "prompt and response, or messages",
           "reward": "prompt with response and label, score or scores, or chosen and rejected",
@@ -156,7 +157,7 @@ def _label(record: dict) -> int:
     mend = "write 1 for what is liked and 0 for what is not"
     with contextlib.suppress(TypeError, ValueError):
         if abs(float(label)) != 1:
-            mend = "ratings are read as scores: --fields score=label"
+            mend = "ratings are read as scores: " + remedy("fields", "--fields score=label", 'call the field "score"')
     raise ValueError(f'"label" must be 0 or 1 (true or false), is {json.dumps(label)[:40]}: {mend}')
 
 
@@ -282,8 +283,8 @@ def report_bad(path: str | os.PathLike, kind: str, bad: list[str], n_good: int,
     more = f"; … {len(bad)} bad lines in all" if len(bad) > SHOWN else ""
     first = "; ".join(bad[:SHOWN]) + more
     if bad and not (skip_bad and n_good):
-        raise UserError(f"{path}, {first}; a {kind} record has {FIELDS[kind]}; mend the "
-                        "file, or let train.py leave such lines out (--skip_bad)")
+        raise UserError(f"{path}, {first}; a {kind} record has {FIELDS[kind]}; mend the file"
+                        + remedy("skip_bad", ", or leave such lines out with --skip_bad"))
     useless = {name.removeprefix(LEFT_OUT): n for name, n in forms.items() if name.startswith(LEFT_OUT)}
     reasons = ", ".join(f"{reason} ({n:,})" for reason, n in useless.items())
     if useless and not n_good:

@@ -20,7 +20,7 @@ from data.records import as_messages, prompt_text
 from data.sets import DATA_SETS
 from data.tokenizer import Tokenizer
 from runtime.statistics import (accuracy, auc, cut_alike, distinct_interval, distinct_n, interval,
-                                mean_interval, positive_share, reply_statistics, win_rate)
+                                mean_interval, positive_share, reply_statistics, win_rate, win_rate_of_alike)
 from runtime.tables import table
 
 
@@ -191,23 +191,32 @@ def opinions_on_feedback(judges: dict[str, Any], records: list[dict]) -> dict[st
 def win_rates(replies: dict[str, list[dict]], policies: Sequence[str], judges: Sequence[str],
               samples: int = 1) -> list[dict[str, Any]]:
     """How often each judge prefers the last policy's replies to those of the others, on the same
-    openings.
+    openings; and how often among pairs of about equal length, for a judge may like short replies, or
+    long ones.
 
     samples: replies of a policy to an opening. Best-of-n has one each, and may have fewer openings.
     """
     policy = policies[-1]
 
-    def opinion(name: str, judge: str) -> np.ndarray:
-        probs = [r[by_judge("judge", judge)] for r in replies[name]]
-        return np.reshape(probs, (-1, samples if name in policies else 1))
+    def column(name: str, key: str) -> np.ndarray:
+        return np.reshape([r[key] for r in replies[name]], (-1, samples if name in policies else 1))
+
+    def both(name: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+        return column(policy, key)[:len(theirs := column(name, key))], theirs
 
     wins = []
     for name in replies:
         for judge in judges if name != policy else ():
-            theirs = opinion(name, judge)
-            rate = win_rate(opinion(policy, judge)[:len(theirs)], theirs)
-            wins.append({"judge": judge, "policy": policy, "over": name, "win_rate": list(rate)})
+            opinions = both(name, by_judge("judge", judge))
+            n, alike = win_rate_of_alike(*opinions, both(name, "tokens"))
+            wins.append({"judge": judge, "policy": policy, "over": name, "win_rate": list(win_rate(*opinions)),
+                         "alike": n, "alike_win_rate": list(alike or ())})
     return wins
+
+
+def stage_warnings(whose: str, state: dict[str, Any]) -> list[str]:
+    """What a stage warned of when it ended, as its checkpoint's state has it, for the report."""
+    return [f"{whose}: {warning}" for warning in state.get("warnings", ())]
 
 
 def warnings_of(policies: Sequence[dict], first: str, last: str) -> list[str]:
@@ -309,9 +318,7 @@ def render_report(report: dict[str, Any], name: str) -> str:
     parts += [f"Warning: {warning}." for warning in report.get("warnings", ())]
     parts += [f"{row['control']:.1%} of the replies of {row['name']} hold control tokens other than "
               "the end; texts do not show them." for row in rows if row["control"]]
-    parts += ["The judge {judge} prefers the reply of {policy} to that of {over} on {0:.1%} of the "
-              "openings [{1:.1%}, {2:.1%}].".format(*wins["win_rate"], **wins)
-              for wins in report["win_rates"]]
+    parts += [show_wins(wins) for wins in report["win_rates"]]
     parts += [f"The judge {judge} itself, on {split} texts: "
               + ", ".join(f"{TITLES[key]} {value}" for key, value in own.items()) + "."
               for judge, own in report.get("judge", {}).items()]
@@ -328,6 +335,20 @@ def render_report(report: dict[str, Any], name: str) -> str:
         parts += ["## Seconds", ", ".join(f"{stage} {s:.0f}"
                                           for stage, s in report["seconds"].items())]
     return "\n\n".join(parts)
+
+
+def show_wins(wins: dict[str, Any]) -> str:
+    """A judge's preference in words: undecided where the interval holds one half."""
+    def share(rate: Sequence[float], of: str) -> str:
+        return "{0:.1%} of {of} [{1:.1%}, {2:.1%}]".format(*rate, of=of) + (
+            ": undecided" if rate[1] <= 0.5 <= rate[2] else "")
+
+    text = "The judge {judge} prefers the reply of {policy} to that of {over} on ".format(**wins)
+    text += share(wins["win_rate"], "the openings")
+    if not wins.get("alike_win_rate"):
+        return text + "; no two replies are of about equal length."
+    return text + "; among replies of about equal length on " + share(
+        wins["alike_win_rate"], f"{wins['alike']} openings") + "."
 
 
 def show_pair(pair: dict[str, Any], report: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batches import prompt_ids
+from data.feedback import feedback_kind
 from data.functions import PythonReward, load_function
 from data.prepared import Prepared
 from runtime.options import UserError
@@ -237,17 +238,18 @@ def starting_scale(scorer: Any, model: Any, replies: tuple[Sequence[list[int]], 
     scorer: the reward model (`model`, or None without one), a `RewardSum`, which takes its own scales
     here, or one of the user's. replies: prompts and replies as lists of ids. ended (B,): those with an
     end token. o: PPO's options, as `ScoreScale.paid` reads them. With that mean and std the critic starts
-    at the mean and the spread of what is paid, penalties included.
+    at the mean and the spread of what is paid, penalties included. The critic copies the mean of the
+    heads; where an ensemble pays less than that, it is the heads' mean that is brought to what is paid.
     """
     own = scale = ScoreScale.of(raw := model.scores(*replies)) if model is not None else ScoreScale()
     if isinstance(scorer, RewardSum):
         scorer.measure(*replies)
     if scorer is not model:
-        raw, scale = scorer.scores(*replies), ScoreScale()
-        if "sigmoid" not in o.reward_norm and not isinstance(scorer, RewardSum):
-            scale = ScoreScale.of(raw, "the scorer")
+        raw, bare = scorer.scores(*replies), "sigmoid" in o.reward_norm or isinstance(scorer, RewardSum)
+        scale = ScoreScale() if bare else ScoreScale.of(raw, "the scorer")
     paid = ScoreScale(scale.mean, scale.std).paid(raw.cpu(), ended, o)
     mean, spread = float(paid.mean()), float(paid.std(correction=0))
+    own = own if model is None or model.config.ensemble == "mean" else ScoreScale.of(model.mean_scores(*replies))
     std = own.std / max(1e-6, spread)
     return scale, (own.mean - mean * std, std), mean, spread
 
@@ -261,6 +263,15 @@ def needs_model(o: Any, terms: Sequence[Part]) -> bool:
         return True
     o.refuse("reward_from", "reward_norm", why=f"with --reward {o.reward}, which has no part of a reward model")
     return False
+
+
+def settled(o: Any, terms: Sequence[Part], data: Prepared) -> bool:
+    """`needs_model`, in a run of all stages: UserError, before anything is trained, for a --reward_norm that
+    does not fit the reward, or the feedback from which the reward model will learn."""
+    needed = needs_model(o, terms)
+    if needed and "reward_norm" in o.explicit and not o.reward_from and data.has("reward"):
+        resolved(o, terms, feedback_kind(data.records("reward", "train")[0]))
+    return needed
 
 
 def resolved(o: Any, terms: Sequence[Part], feedback: str) -> Any:

@@ -260,10 +260,11 @@ def _help(classes: dict[str, type], prog: str) -> str:
 
 
 def show(options: Any, title: str) -> None:
-    """Print the options that differ from their defaults; config.json holds all."""
-    defaults = {f.name: f.default for f in dataclasses.fields(options)}
-    words = [f"{name}={value}" for name, value in as_dict(options).items()
-             if value != defaults[name]]
+    """Print the options that differ from their defaults; config.json holds all. One that says how a run
+    is started, such as resume, is shown only if it was given: a run of all stages sets some itself."""
+    words = [f"{f.name}={getattr(options, f.name)}" for f in dataclasses.fields(options)
+             if getattr(options, f.name) != f.default
+             and (f.name in options.explicit or f.metadata.get("compared", True))]
     print(f"{title}: {'  '.join(words) or 'the defaults'}", flush=True)
 
 

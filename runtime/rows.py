@@ -214,8 +214,8 @@ def keep_input(stream: BinaryIO, folder: pathlib.Path) -> pathlib.Path:
     """A file in the folder with all that a stream has, named by its digest, so that it can be read
     again; a printed line says where. Its kind is told by how it begins. UserError if it is empty."""
     if stream.isatty():
-        raise UserError("the data is standard input (-), and nothing is piped into it: "
-                        "python train.py --data - < FILE")
+        raise UserError("the data is standard input (-), and nothing is piped into it: end the command with "
+                        "< FILE, or give the file's name in place of -")
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"stdin-{os.getpid()}.part"
     digest, head, size = hashlib.sha256(), b"", 0

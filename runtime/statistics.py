@@ -266,6 +266,13 @@ def mean_interval(values: Sequence[float], per_prompt: int = 1,
     return bootstrap(lambda x: float(x.mean()), means, **settings)
 
 
+def meetings(a: Sequence, b: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    """a and b, each (n,) or (n, samples), so that of several replies to a prompt every one of a meets
+    every one of b: (n, samples of a, 1) and (n, 1, samples of b)."""
+    a, b = (x.reshape(len(x), -1) for x in _as_arrays(a, b))
+    return a[:, :, None], b[:, None, :]
+
+
 def win_rate(a: Sequence, b: Sequence, **settings: Any) -> tuple[float, float, float]:
     """(value, low, high): share of prompts on which a's reply scores above b's; ties count one
     half.
@@ -273,9 +280,22 @@ def win_rate(a: Sequence, b: Sequence, **settings: Any) -> tuple[float, float, f
     a (n,) or (n, samples): of several replies to a prompt every one of a meets every one of b.
     settings: those of `bootstrap`.
     """
-    a, b = (x.reshape(len(x), -1) for x in _as_arrays(a, b))
-    a, b = a[:, :, None], b[:, None, :]
+    a, b = meetings(a, b)
     return mean_interval(((a > b) + (a == b) / 2).mean((1, 2)), **settings)
+
+
+def win_rate_of_alike(a: Sequence, b: Sequence, lengths: tuple[Sequence, Sequence],
+                      share: float = 0.2) -> tuple[int, tuple[float, float, float] | None]:
+    """(prompts with such a pair, `win_rate`; None without any), among the pairs of replies whose lengths
+    differ by at most that share of the longer one. lengths: of a's and b's replies.
+
+    >>> win_rate_of_alike([1, 1, 1], [0, 2, 0], ([10, 10, 30], [8, 12, 10]))[0]
+    2
+    """
+    (a, b), (long, short) = meetings(a, b), meetings(*lengths)
+    alike = np.abs(long - short) <= share * np.maximum(long, short)
+    wins = np.ma.masked_array((a > b) + (a == b) / 2, ~alike).mean((1, 2)).compressed()
+    return len(wins), mean_interval(wins) if len(wins) else None
 
 
 # ---- what replies look like ----------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Between a command and its terminal: how it ends, which characters its output takes, and a model's
 text without power over the terminal. This module has no project imports."""
 import contextlib
+import contextvars
 import errno
 import os
 import re
@@ -14,6 +15,34 @@ from typing import Any
 class UserError(Exception):
     """Something that the user can mend: one line that says what is wrong, where, and how to mend
     it."""
+
+
+# ---- which options an error may name --------------------------------------------------------------
+
+LACKED: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("LACKED", default=frozenset())
+
+
+@contextlib.contextmanager
+def lacking(*options: str) -> Iterator[None]:
+    """Within this block, or a function that it decorates, the command has none of these options, so that
+    no error offers them as a remedy (`remedy`)."""
+    token = LACKED.set(LACKED.get() | set(options))
+    try:
+        yield
+    finally:
+        LACKED.reset(token)
+
+
+def remedy(option: str, text: str, otherwise: str = "") -> str:
+    """The text that names this option, or, in a command that lacks it, another one.
+
+    >>> remedy("skip_bad", "leave it out with --skip_bad", "mend it")
+    'leave it out with --skip_bad'
+    >>> with lacking("skip_bad"):
+    ...     remedy("skip_bad", "leave it out with --skip_bad", "mend it")
+    'mend it'
+    """
+    return otherwise if option in LACKED.get() else text
 
 
 # ---- how a command ends --------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import resource
 import shlex
 import shutil
@@ -29,10 +30,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from data.prepare import open_data
+from data.check import CheckOptions
+from data.prepare import ExportOptions, PrepareOptions, open_data
+from evaluate import EvaluateOptions
 from model import ModelConfig, Transformer, save_checkpoint
 from reward import RewardConfig, RewardModel
-from runtime.options import run_main
+from runtime.options import Common, run_main
+from sample import SampleOptions
 from tests.conftest import loud, signals_restored
 
 SFT = "python train.py sft --data mine --preset smoke --dtype float32"
@@ -92,7 +96,25 @@ OPTIONS = [
         "at most 64 tokens", "lower it"),
     row(f"{PPO} --reward length --minibatches 7", "--batch 8 does not divide into --minibatches 7"),
     row(f"{PPO} --reward length --updates 1", "--critic_warmup", "change one of them"),
-    row(f"{PPO} --reward length --reply_len 100", "none of", "prompts fits", "allow shorter replies"),
+    row(f"{PPO} --reward length --reply_len 100", "--reply_len 100 contradicts the parent model runs/mine/sft",
+        "at most 64 tokens, the prompt included", "lower it, or pretrain with a larger --max_len"),
+    row(f"{PPO} --reward length --reply_len 63", "none of", "prompts fits", "allow shorter replies"),
+    row("python train.py pretrain --data mine --window 512 --max_len 256", "--window 512 contradicts --max_len 256",
+        "lower --window, or raise --max_len"),
+    row("python train.py pretrain --window 400", "--window 400 contradicts --max_len 256"),
+    row("python train.py pretrain --data hh --window 400", "--window 400 contradicts --max_len 320"),
+    row("python train.py pretrain --data mine --preset smoke --window 400", "--window 400 contradicts --max_len 256"),
+    row("python train.py --data mine --pretrain.max_len 128 --sft.max_len 200",
+        "--sft.max_len 200 contradicts --pretrain.max_len 128", "lower it"),
+    row("python train.py --data mine --judge.max_len 300", "--judge.max_len 300 contradicts --pretrain.max_len 256"),
+    row("python train.py --reward.max_len 300", "--reward.max_len 300 contradicts --pretrain.max_len 256"),
+    row("python train.py --ppo.reply_len 256", "--ppo.reply_len 256 contradicts --pretrain.max_len 256", "the prompt"),
+    row("python train.py --data mine --init_from runs/mine/pretrain --sft.max_len 65",
+        "--sft.max_len 65 contradicts the parent model runs/mine/pretrain", "at most 64 tokens"),
+    row("python train.py --data mine --ppo.reward_norm running --ppo.reward model:1,length:.1",
+        "--reward_norm running is for a reward model alone"),
+    row("python train.py --data pairs.jsonl --ppo.reward_norm sigmoid", "--reward_norm sigmoid reads raw scores",
+        "feedback for pairwise"),
     row(f"{PPO} --reward length --advantage rloo", "needs --samples_per_prompt 2 or more"),
     row(f"{PPO} --reward length --kl_control fixed --kl_target 3", "--kl_target has no effect",
         "--kl_control fixed"),
@@ -261,7 +283,7 @@ READING = [
     row(f"{PREPARE} export mine", "usage: python -m data.prepare export", "--out FOLDER"),
     row(f"{PREPARE} export mine --out mine", "mine/sft.jsonl is there already", "give another --out"),
     row(f"{PREPARE} export mine --out pairs.jsonl", "--out pairs.jsonl: is a file", "give another"),
-    row(f"{PREPARE} export mine --out x --to csv", "--to: 'csv' is not one of trl, kto, llama-factory"),
+    row(f"{PREPARE} export mine --out x --to csv", "--to: 'csv' is not one of trl, trl-standard, kto, llama-factory"),
     row(f"{PREPARE} export texts.jsonl --out x", "holds no record that trl has a form for"),
     row("python -m tools.show nothere.jsonl", "nothere.jsonl: no such file", "name a JSON Lines file"),
     row("python -m tools.show pairs.jsonl", "neither a prepared folder nor a checkpoint", "--from"),
@@ -370,6 +392,19 @@ PROMPTS = [
     row(f"{SAMPLE} --file mine", "mine: cannot be read", "a folder is where a file belongs"),
     row(f"{SAMPLE} --file d.jsonl", "d.jsonl: holds no records", d=""),
     row(f"{SAMPLE} --file d.jsonl", "d.jsonl, line 2", "fields found: text", d='{"prompt": "a"}\n{"text": 1}\n'),
+    row(f"{SAMPLE} --file d.jsonl", "line 1: not JSON", "a ppo record has prompt; mend the file", d='{\n'),
+    row("python sample.py --compare runs/mine/sft,runs/mine/ppo --file d.jsonl", "fields found: q", "rename the fields",
+        d='{"q": "a"}\n'),
+    row("python evaluate.py runs/mine/sft --data d.jsonl", "line 2: not JSON", "mend the file",
+        d='{"prompt": "a"}\n{\n'),
+    row("python evaluate.py runs/mine/sft --data d.jsonl", "line 1: \"label\" must be 0 or 1", 'call the field "score"',
+        d='{"prompt": "a", "response": "b", "label": 4}\n'),
+    row("python -m tools.show d.jsonl --from runs/mine/sft", "line 2: not JSON", "mend the file",
+        d='{"prompt": "a"}\n{\n'),
+    row(f"{PREPARE} export d.jsonl --out x", "line 2: not JSON", "leave such lines out with --skip_bad",
+        d='{"prompt": "a"}\n{\n'),
+    row(f"{REWARD} --data odd/long_label.jsonl --max_len 32", "prompts fits", "the reward model's max_len",
+        "train it with a larger --max_len"),
     row(f"{SAMPLE} --file d.jsonl", "d.jsonl, line 1: a lone surrogate", d='{"prompt": "\\ud800"}\n'),
     row(f"{SAMPLE} --file d.jsonl", "d.jsonl, line 1: roles ['assistant']", "in turn",
         d='{"prompt": [{"role": "assistant", "content": "x"}]}\n'),
@@ -493,6 +528,8 @@ def odd_files() -> dict[str, str]:
         "odd/messages.jsonl": lines({"messages": [{"role": "user", "content": f"q{i}"}, spoken_[1]]} for i in many),
         "odd/liked.jsonl": lines({"prompt": f"p{i}", "response": "r", "label": 1} for i in many),
         "odd/three.jsonl": lines({"prompt": f"p{i}", "response": "r", "score": 3} for i in many),
+        "odd/long_label.jsonl": lines({"prompt": f"p{i} " + "a long question " * 80, "response": "r", "label": i % 2}
+                                      for i in many),
         "odd/long.jsonl": lines({"prompt": f"p{i} " + "a long question " * 80, "response": "r"} for i in many),
         "odd/syntax.py": "def f(:\n", "odd/fails.py": "\nimport no_such_module\n", "odd/outfile/mine/sft": "x",
         "odd/outlost/mine/sft/checkpoint.pt": "damaged"}
@@ -597,6 +634,17 @@ def require_told(done: types.SimpleNamespace, said: tuple[str, ...]) -> None:
         assert words in last
 
 
+def options_lacked(command: str, error: str) -> set[str]:
+    """Options for reading data that an error names, and that neither the command nor its --help has."""
+    reading = {"skip_bad", "fields", "template", "judge_share", "source", "limit", "vocab_size", "from"}
+    own = {"sample.py": SampleOptions, "evaluate.py": EvaluateOptions, f"{PREPARE} check": CheckOptions,
+           f"{PREPARE} export": ExportOptions, PREPARE: PrepareOptions, "train.py": Common}
+    cls = next(cls for name, cls in own.items() if name in command)
+    known = {f.metadata.get("flag") or f.name for f in dataclasses.fields(cls)}
+    named = set(re.findall(r"--([a-z_]+)", error))
+    return {name for name in named & reading - known if f"--{name}" not in command}
+
+
 # ---- the tests -----------------------------------------------------------------------------------
 
 def name_of(case: Case) -> str:
@@ -614,6 +662,8 @@ def test_what_is_wrong_is_said_and_nothing_is_lost_or_left(user, place, case):
         (place / name).unlink()
     require_told(done, case.said)
     assert after == before
+    if not case.command.startswith("python -m tools."):
+        assert options_lacked(case.command, done.err) == set()
 
 
 def test_the_table_is_long_enough():

@@ -407,6 +407,21 @@ def test_the_report_is_of_validation_and_says_which_reply_the_judge_prefers(fini
     assert {p["after"]["reply"] for p in report["pairs"]} <= {r["reply"] for r in replies["PPO"]}
 
 
+def test_what_the_stages_of_reward_model_and_judge_warned_of_stands_in_the_report(finished, world, tmp_path):
+    """As their checkpoints have it; config.json may be lost."""
+    for stage in ("reward", "judge"):
+        model, tokenizer, _ = load_checkpoint(finished / "reward", cls=RewardModel)
+        save_checkpoint(finished / stage, model, tokenizer, stage=stage, feedback="label", template=world.data.template,
+                        options={"max_len": 128}, warnings=[f"val_auc of {stage} is no better than chance"])
+    evaluate.write_report(world.data, finished, seed=0, n_prompts=20, settings=ReplySettings(reply_len=16))
+    text = (finished / "report.md").read_text()
+    for whose, stage in (("the reward model", "reward"), ("the judge transformer", "judge")):
+        warning = f"{whose}: val_auc of {stage} is no better than chance"
+        assert warning in json.loads((finished / "report.json").read_text())["warnings"]
+        assert f"Warning: {warning}." in text
+        assert f"Warning: {warning}." in (finished / "report.html").read_text()
+
+
 @pytest.mark.parametrize("content", [None, b"", b'{"fini', b"[1]\n", b"{}\n", b"\xff\n", b"\xff\xfe\n"])
 @pytest.mark.parametrize("name", ["ppo/config.json", "sft/config.json", "ppo/metrics.jsonl"])
 def test_a_lost_or_damaged_record_of_a_run_costs_no_report(finished, world, monkeypatch, name, content):

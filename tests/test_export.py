@@ -86,8 +86,42 @@ def test_our_own_loader_reads_back_what_was_exported(tmp_path, to, kind):
         assert read == [in_messages(record, stage) for record in of_stage]
 
 
+@pytest.mark.parametrize("kind", FEEDBACK)
+def test_for_trl_there_are_plain_texts_too_and_what_has_several_turns_is_counted(tmp_path, capsys, kind):
+    """A prompt that is a text stands in its template; one of messages must be a single question."""
+    asked = [{"role": "user", "content": "who?"}]
+    more = {"sft": [{"messages": [*asked, {"role": "assistant", "content": "me"}]}], "ppo": [{"prompt": asked}]}
+    stages = {stage: [*records, *more[stage]] for stage, records in STAGES.items()} | {"reward": FEEDBACK[kind]}
+    export(prepared(tmp_path / "in", **stages), "trl-standard", tmp_path / "out")
+
+    def plain(record, stage):
+        messages = in_messages(record, stage)["messages" if stage == "sft" else "prompt"]
+        if len(messages) > 1 + (stage == "sft"):
+            return None
+        text = {"prompt": messages[0]["content"]}
+        if stage == "sft":
+            return text | {"completion": messages[1]["content"]}
+        record = record | text
+        if "label" in record:
+            record = record | {"completion": record.pop("response"), "label": bool(record["label"])}
+        return record
+
+    lost = 0
+    for stage, records in stages.items():
+        expected = [plain(record, stage) for record in records]
+        lost += 3 * expected.count(None)
+        if kind == "margins" and stage == "reward":
+            expected = [r and r | {"margin": r.get("margin", 0)} for r in expected]
+        path = tmp_path / "out" / f"{stage}.jsonl"
+        assert lines(path) == [r for r in expected if r]
+        assert len(load_records(path, stage)) == len(lines(path))
+    assert lost >= 15  # three of the dialogues and two of the prompts, in each split
+    assert f"{lost} records of several turns, or with a system message, are left out" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("to,fields", [
     ("trl", {"sft": {"messages"}, "ppo": {"prompt"}, "reward": {"prompt", "chosen", "rejected"}}),
+    ("trl-standard", {"sft": {"prompt", "completion"}, "ppo": {"prompt"}, "reward": {"prompt", "chosen", "rejected"}}),
     ("kto", {"sft": {"messages"}, "ppo": {"prompt"}, "reward": {"prompt", "completion", "label"}}),
     ("llama-factory", {"sft": {"conversations"}, "ppo": {"conversations"},
                        "reward": {"conversations", "chosen", "rejected"}})])
@@ -98,7 +132,7 @@ def test_the_fields_are_those_of_the_tool(tmp_path, to, fields):
 
 
 def test_labels_are_true_or_false_for_tools_that_test_their_type(tmp_path):
-    for to, name in (("trl", "label"), ("kto", "label"), ("llama-factory", "kto_tag")):
+    for to, name in (("trl", "label"), ("trl-standard", "label"), ("kto", "label"), ("llama-factory", "kto_tag")):
         export(prepared(tmp_path / f"in-{to}", reward=FEEDBACK["labels"]), to, tmp_path / to)
         assert {type(r[name]) for r in lines(tmp_path / to / "reward.jsonl")} == {bool}
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 
-from runtime.options import (Options, UserError, as_dict, bounds, option, parse, parse_all,
+from runtime.options import (Common, Options, UserError, as_dict, bounds, option, parse, parse_all,
                              presets_of, show)
 from tests.conftest import ROOT
 
@@ -163,6 +163,15 @@ def test_only_options_that_differ_from_their_defaults_are_shown(capsys):
     assert capsys.readouterr().out == "ppo: updates=5\n"
     show(parse(Stage, [], "x"), "ppo")
     assert capsys.readouterr().out == "ppo: the defaults\n"
+
+
+def test_what_a_run_of_all_stages_sets_itself_is_not_shown_as_an_option_that_was_given(capsys):
+    """`resume` above all: it says how a run is started, and so is shown only to who gave it."""
+    show(parse(Common, ["--seed=3", "--out=here"], "x").replace(resume=True), "sft: options")
+    assert capsys.readouterr().out == "sft: options: out=here  seed=3\n"
+    show(parse(Common, ["--resume"], "x"), "sft: options")
+    assert capsys.readouterr().out == "sft: options: resume=True\n"
+
 
 
 def test_all_options_are_in_the_record():

@@ -13,7 +13,7 @@ from data.rewards import chosen_reward_norm
 from data.tokenizer import train_bpe
 from model import load_checkpoint, save_checkpoint, weights_hash
 from ppo import PPOTrainer, train_ppo
-from reward import RewardModel
+from reward import RewardModel, flagged_rows
 from runtime.draws import batch_indices, key
 from runtime.machine import Interrupted
 from runtime.options import UserError
@@ -81,6 +81,30 @@ def test_the_critic_starts_on_the_scale_that_is_paid(trainer_of, norm, critic):
         assert float(values.std(correction=0)) == pytest.approx(float(paid.std(correction=0)),
                                                                 rel=1e-3)
     assert trainer.scale.moments.state() == RunningMoments().state()  # nothing was paid yet
+
+
+@pytest.mark.parametrize("norm", ["fixed", "logsigmoid"])
+@pytest.mark.parametrize("ensemble", ["mean", "min", "lower"])
+def test_the_critic_of_an_ensemble_starts_on_the_scale_that_is_paid(trainer_of, world, ensemble, norm):
+    """It copies the mean of the heads, while an ensemble may pay their lowest score, or less than their
+    mean: mean and spread of its values are those of what is paid all the same."""
+    trunk, _, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
+    model = RewardModel(dataclasses.replace(trunk.config, members=5, ensemble=ensemble))
+    model.backbone.load_state_dict(trunk.backbone.state_dict())
+    trainer = trainer_of(f"--reward_norm={norm}", "--norm_replies=32", "--end_penalty=2", reward_model=model)
+    o, run = trainer.o, trainer.run
+    ids = [prompt_ids(run.tokenizer, trainer.prompts[i], trainer.template)
+           for i in batch_indices(len(trainer.prompts), 32, 0, 0, "reward")]
+    replies = reply_ids(reply_to(run.model, run.tokenizer, ids, o.reply_len, seed=key(0, "reward", "reply")))
+    ended = torch.tensor([reply[-1] == run.tokenizer.eom_id for reply in replies])
+    raw, heads = model.scores(ids, replies), model.score_heads(flagged_rows(ids, replies))
+    mean_of_heads = heads.mean((0, 1))
+    assert (float((mean_of_heads - raw).mean()) > .1) == (ensemble != "mean")
+    assert trainer.scale.mean == pytest.approx(float(raw.mean()), rel=1e-4)  # what is paid stays as it was
+    paid = ppo.ScoreScale(trainer.scale.mean, trainer.scale.std).paid(raw, ended, o)
+    values = trainer.networks.actor_critic.critic.scores(ids, replies)
+    assert float(values.mean()) == pytest.approx(float(paid.mean()), abs=1e-3)
+    assert float(values.std(correction=0)) == pytest.approx(float(paid.std(correction=0)), rel=1e-3)
 
 
 def test_the_scale_is_kept_in_the_checkpoint_and_not_measured_again(command, tmp_path, monkeypatch):

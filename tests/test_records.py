@@ -7,6 +7,7 @@ import pytest
 
 from data.records import as_messages, load_records, prompt_text, write_records
 from runtime.options import UserError
+from runtime.terminal import lacking
 from tests.conftest import ROOT
 
 GOOD = {"pretrain": {"text": "a"}, "sft": {"prompt": "a", "response": "b"},
@@ -176,3 +177,23 @@ def test_messages_are_used_as_they_are():
 def test_a_prompt_of_messages_is_joined_to_a_text():
     assert prompt_text([{"role": "user", "content": "a"},
                         {"role": "assistant", "content": "b"}]) == "a\nb"
+
+
+def test_an_error_offers_no_option_that_the_command_lacks(tmp_path):
+    """sample.py, evaluate.py and tools.show have no --skip_bad, no --fields and no --template."""
+    bad = write(tmp_path / "d.jsonl", {"prompt": "a"}, "{", {"question": "b"})
+    rated = write(tmp_path / "e.jsonl", {"prompt": "a", "response": "b", "label": 4})
+    mapped = write(tmp_path / "f.jsonl", {"prompt": "a"})
+
+    def errors():
+        for path, kind, fields in ((bad, "ppo", {}), (rated, "reward", {}), (mapped, "ppo", {"prompt": "question"})):
+            with pytest.raises(UserError) as caught:
+                load_records(path, kind, fields=fields)
+            yield str(caught.value)
+
+    offered, lacked = list(errors()), []
+    with lacking("skip_bad", "fields", "template"):
+        lacked = list(errors())
+    assert ["--skip_bad" in text and "--fields" in text for text in offered] == [True] * 3
+    assert ["--" in text for text in lacked] == [False] * 3
+    assert ["mend the file" in text for text in lacked] == [True] * 3

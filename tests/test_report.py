@@ -6,8 +6,10 @@ import pytest
 
 from data.report import (Measures, add_distinct, by_judge, describe, drawn_pairs, judged_by, missing,
                          opinions_on_feedback, people_wrote, policy_columns, render_report,
-                         report_name, show_policies, splits_used, table_row, warnings_of, win_rates)
+                         report_name, show_policies, show_wins, splits_used, stage_warnings, table_row,
+                         warnings_of, win_rates)
 from data.dataset import DataSet, tells
+from data.html import page
 from data.sets import DATA_SETS, register
 from data.tokenizer import train_bpe
 
@@ -78,11 +80,38 @@ def test_intervals_are_over_openings():
 
 def test_the_last_policy_is_compared_with_every_other():
     replies = {"A": [.1, .4], "SFT, best of 16": [.4], "C": [.9, .3]}
-    replies = {name: [{"judge": p} for p in probs] for name, probs in replies.items()}
+    replies = {name: [{"judge": p, "tokens": 5} for p in probs] for name, probs in replies.items()}
     wins = win_rates(replies, ["A", "C"], ["n-grams"])
     assert [(w["over"], w["win_rate"][0]) for w in wins] == [("A", .5), ("SFT, best of 16", 1)]
     wins = win_rates(replies, ["A", "C"], ["n-grams"], samples=2)  # two replies to one opening
     assert [(w["over"], w["win_rate"][0]) for w in wins] == [("A", .75), ("SFT, best of 16", .5)]
+
+
+def test_a_judge_who_merely_likes_short_replies_is_undecided_among_those_of_equal_length():
+    lengths = {"SFT": [40] * 30 + [12, 8, 10, 10], "PPO": [10] * 34}
+    replies = {name: [{"judge": 1 / n, "tokens": n} for n in of_policy] for name, of_policy in lengths.items()}
+    (wins,) = win_rates(replies, list(replies), ["n-grams"])
+    assert wins["win_rate"][0] == pytest.approx(32 / 34)
+    assert wins["alike"] == 4  # 12 is a fifth longer at most, 8 a fifth shorter
+    assert wins["alike_win_rate"][0] == .5
+    text = show_wins(wins)
+    assert re.fullmatch(r"The judge n-grams prefers the reply of PPO to that of SFT on 94\.1% of the openings "
+                        r"\[.*%\]; among replies of about equal length on 50\.0% of 4 openings \[.*\]: undecided\.",
+                        text)
+    replies["SFT"] = replies["SFT"][:30]
+    replies["PPO"] = replies["PPO"][:30]
+    (wins,) = win_rates(replies, list(replies), ["n-grams"])
+    assert (wins["alike"], wins["alike_win_rate"]) == (0, [])
+    assert show_wins(wins).endswith("[100.0%, 100.0%]; no two replies are of about equal length.")
+
+
+def test_each_of_several_replies_meets_only_those_of_about_its_length():
+    """One opening, two replies of each policy: two of the four pairs are alike, and C wins one of them."""
+    replies = {"A": [{"judge": .5, "tokens": 10}, {"judge": .5, "tokens": 50}],
+               "C": [{"judge": .9, "tokens": 11}, {"judge": .1, "tokens": 49}]}
+    (wins,) = win_rates(replies, ["A", "C"], ["n-grams"], samples=2)
+    assert wins["alike"] == 1
+    assert wins["alike_win_rate"][0] == .5
 
 
 def test_a_judge_is_measured_on_labels():
@@ -172,8 +201,16 @@ def test_the_report_says_split_judges_and_who_is_preferred():
     assert text.startswith("# reviews, seed 3, validation")
     assert "openings of the validation split" in text
     assert "Judged by n-grams, then by transformer" in text
-    assert "PPO to that of SFT, best of 16 on 60.0% of the openings [50.0%, 70.0%]" in text
+    assert "PPO to that of SFT, best of 16 on 60.0% of the openings [50.0%, 70.0%]: undecided" in text
     assert "2.0% of the replies of PPO hold control tokens" in text
+
+
+@pytest.mark.parametrize("low,high,undecided", [(.51, .7, False), (.3, .49, False), (.4, .6, True)])
+def test_a_preference_whose_interval_holds_one_half_is_undecided(low, high, undecided):
+    wins = {"judge": "j", "policy": "PPO", "over": "SFT", "win_rate": [.5, low, high]}
+    made = report(win_rates=[wins])
+    assert ("undecided" in render_report(made, "x")) == undecided
+    assert ("undecided" in page(made, "x", {})) == undecided
 
 
 def test_a_report_without_judges_and_labels_is_one_too():
@@ -194,6 +231,14 @@ def test_a_loss_of_variety_or_of_ends_is_a_warning():
     assert "distinct-2 of worse is 0.670, below 85% of SFT's 0.800" in variety
     assert "ends of worse is 0.890, below 90%" in ends
     assert f"Warning: {variety}." in render_report(report(warnings=[variety]), "x")
+
+
+def test_what_a_stage_warned_of_is_said_again_in_the_report():
+    warnings = stage_warnings("the reward model", {"warnings": ["val_auc 0.5 is no better than chance"]})
+    made = report(warnings=warnings)
+    assert "Warning: the reward model: val_auc 0.5 is no better than chance." in render_report(made, "x")
+    assert '<p class="warning">Warning: the reward model: val_auc 0.5' in page(made, "x", {})
+    assert stage_warnings("the judge", {}) == []
 
 
 def test_what_is_missing_is_said_with_what_to_bring():

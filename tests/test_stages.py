@@ -1,5 +1,6 @@
 """The stages: what each step learns from, what is measured, and what is refused before any
 training."""
+import dataclasses
 import json
 import math
 
@@ -10,8 +11,9 @@ import torch
 import train
 from data.batches import dialogue_rows, eval_windows, reward_batch, reward_rows
 from data.feedback import chance_warnings
+from data.prepare import known_max_len
 from data.prepared import Documents
-from model import limit_length, load_checkpoint, load_parent, open_run, save_checkpoint
+from model import limit_length, load_checkpoint, load_parent, open_run, require_lengths, save_checkpoint
 from reward import RewardModel, RewardTask, label_loss, pairwise_loss, reward_model_from, train_reward
 from runtime.draws import batch_indices, key
 from runtime.options import UserError, run_main
@@ -333,6 +335,43 @@ def test_rows_are_capped_at_what_the_parent_was_made_for(command, world):
     assert limit_length(command("sft").replace(max_len=500), config).max_len == 128
     with pytest.raises(UserError, match="contradicts the parent model"):
         limit_length(command("sft", "--max_len=500"), config)
+
+
+def test_a_window_that_only_the_data_make_too_long_is_refused_before_a_run_is_opened(command, world, tmp_path):
+    """A file of one's own may raise max_len, so that the options alone do not tell."""
+    (tmp_path / "mine.jsonl").write_text('{"text": "a"}\n')
+    o = command("pretrain", "--data", tmp_path / "mine.jsonl", "--window=500")
+    with pytest.raises(UserError, match="--window 500 contradicts --max_len 128.*lower --window, or raise --max_len"):
+        train.pretrain(o)
+    assert not (tmp_path / "mine").exists()
+    raised = dataclasses.replace(world.data, meta=world.data.meta | {"defaults": {"pretrain": {"max_len": 600}}})
+    assert known_max_len(o) is None
+    assert known_max_len(o, world.data) == 128
+    assert known_max_len(o, raised) == 600
+    assert known_max_len(command("pretrain", "--max_len=200"), raised) == 200
+
+
+def test_writing_in_8_bits_is_refused_at_once_where_it_would_not_be_used(command, monkeypatch):
+    monkeypatch.setattr("ppo.pick_device", lambda device: "cuda")
+    with pytest.raises(UserError, match="--rollout_dtype int8 is for a CPU: on cuda use bfloat16"):
+        command("ppo", "--rollout_dtype=int8")
+    assert command("ppo", "--rollout_dtype=bfloat16").rollout_dtype == "bfloat16"
+
+
+def test_lengths_are_compared_with_checkpoints_before_anything_is_done(command, world, tmp_path):
+    require_lengths({"sft": command("sft", "--max_len=128")})
+    require_lengths({"sft": command("sft").replace(max_len=129)})  # nobody asked for it: it is lowered
+    require_lengths({"ppo": command("ppo", "--reply_len=127")})
+    require_lengths({"sft": command("sft", "--max_len=500", "--init_from", tmp_path / "none")})  # who loads it says so
+    for stage, word in (("sft", "--max_len=129"), ("reward", "--max_len=129"), ("judge", "--max_len=129"),
+                        ("ppo", "--reply_len=128")):
+        with pytest.raises(UserError, match=f"{word.replace('=', ' ')} contradicts the parent model .* at most 128"):
+            require_lengths({stage: command(stage, word)})
+    scorer, tokenizer, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
+    small = RewardModel(dataclasses.replace(scorer.config, max_len=32))
+    save_checkpoint(tmp_path / "small", small, tokenizer, stage="reward", step=1)
+    with pytest.raises(UserError, match="--reply_len 32 contradicts .*small.* at most 32 tokens, the prompt included"):
+        require_lengths({"ppo": command("ppo", "--reply_len=32", "--reward_from", tmp_path / "small")})
 
 
 @pytest.mark.parametrize("stage,words", [

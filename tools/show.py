@@ -12,6 +12,7 @@ from data.own import stage_of
 from data.records import load_records
 from data.render import Look, tokenizer_at
 from runtime.options import UserError, run_main
+from runtime.terminal import lacking
 
 
 def show(path: str, look: Look, n: int = 5) -> None:
@@ -21,6 +22,7 @@ def show(path: str, look: Look, n: int = 5) -> None:
         print(look.show(record, stage) + "\n")
 
 
+@lacking("skip_bad", "fields", "template")
 def main(argv: list[str]) -> None:
     if len(argv) not in (1, 3) or len(argv) == 3 and argv[1] != "--from":
         raise UserError("usage: python -m tools.show FILE.jsonl [--from "
