@@ -131,7 +131,7 @@ FILES = [
     prepared("odd/kinds", "reward.jsonl has pairs", "judge.jsonl has labels", "bring one kind"),
     prepared("odd/named_pairs", "its name says pairs, but it holds labels", "name it reward_labels"),
     prepared("odd/one_kind", "reward.jsonl has pairs, and so has", "reward_pairs.jsonl", "join the two in one file"),
-    prepared("odd/parts", "some records name a \"part\"", "let all name one, or none"),
+    row(f"{PREPARE} odd/parts", "some records name a \"part\"", "let all name one, or none"),
     prepared("odd/same", "sft.jsonl", "too few", "bring at least 20 different ones"),
     of_content("empty.jsonl", "", "holds no records", "docs/data.md"),
     of_content("blank.jsonl", "\n \n\n", "holds no records", "docs/data.md"),
