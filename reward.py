@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.batches import (IN_A_ROW, Row, drop_equal_pairs, drop_long_prompts, pack_rows, reward_batch,
+from data.batches import (IN_A_ROW, Row, different_pairs, drop_long_prompts, pack_rows, reward_batch,
                           reward_rows)
-from data.feedback import (chance_warnings, denoised, feedback_kind, parts_of, rating_scale, require_varied,
-                           tie_odds_of)
+from data.feedback import (by_kind, chance_warnings, denoised, feedback_beside, feedback_kind, parts_of,
+                           rating_scale, require_varied, standardised, tie_odds_of)
 from data.prepare import open_stage, recounted
 from data.prepared import Prepared
 from data.rewards import PythonReward as PythonReward, ScoreScale as ScoreScale  # for who imports them from here
@@ -296,6 +296,19 @@ def feedback_loss(kind: str, scores: Tensor, records: list[dict], label_smoothin
     return loss(scores, column(name), weights)
 
 
+def mixed_loss(scores: Tensor, records: list[dict], label_smoothing: float = 0.0, tie_odds: float = 0.0,
+               weights: Tensor | None = None) -> Tensor:
+    """Mean over records of one kind or several, each by its own kind's `feedback_loss`; pairs stand first.
+    scores (…, n + pairs): of each record its only or its chosen reply, then each pair's rejected one."""
+    n, loss = len(records), 0.0
+    for kind, index in by_kind(records).items():
+        replies = index + [n + i for i in index if kind == "pairwise"]
+        loss = loss + len(index) / n * feedback_loss(
+            kind, scores[..., replies], [records[i] for i in index], label_smoothing, tie_odds,
+            None if weights is None else weights[:, index])
+    return loss
+
+
 @dataclasses.dataclass
 class RewardOptions(MaximumLikelihoodOptions):
     """`python train.py reward`"""
@@ -383,38 +396,35 @@ class RewardTask:
     def __init__(self, run: Run, data: Prepared):
         self.run, self.o = run, run.o
         self.render = dict(tokenizer=run.tokenizer, template=data.template, max_len=run.o.max_len)
-        self.records, self.val = (
-            drop_long_prompts(data.records(*name), run.tokenizer, data.template, run.o.max_len - 8, IN_A_ROW)
-            for name in ((run.stage, "train"), ("reward", "val")))
-        self.kind = self.checked_kind()
+        # The main kind's records first; what other kinds a folder has is learned, but not measured.
+        self.records, self.val, beside = (
+            records and drop_long_prompts(records, run.tokenizer, data.template, run.o.max_len - 8, IN_A_ROW)
+            for records in (data.records(run.stage, "train"), data.records("reward", "val"),
+                            feedback_beside(data, run.stage)))
+        self.kind = self.checked_kind(beside)
         self.best_by = ({"pairwise": "val_accuracy", "regression": "val_correlation",
                          "label": "val_auc"}[self.kind], 1)
         self.extra: dict[str, Any] = {"feedback": self.kind,
                                       "warnings": run.state.get("warnings", [])}
         self.tie_odds = 0.0
+        groups = [[records[i] for i in index] for records in (self.records, beside)
+                  for index in by_kind(records).values()]
+        self.records = [record for of_kind in groups for record in self.learnable(of_kind)]
         if self.kind == "pairwise":
-            self.records, self.val = (self.differing(split, pairs) for split, pairs
-                                      in (("training", self.records), ("validation", self.val)))
-        require_varied("train", self.records)
+            self.val = self.differing("validation", self.val)
+            self.extra["tie_odds"] = self.tie_odds
         require_varied("val", self.val)
-        if self.kind == "pairwise":
-            self.tie_odds = self.extra["tie_odds"] = tie_odds_of(self.records)
-        if run.o.strength_from:
-            self.denoise()
         if self.kind == "regression":
-            # Ratings of any scale become numbers of mean 0 and spread 1 over the training records:
-            # what the heads and their learning rate are made for.
-            scale = self.extra["ratings"] = rating_scale(self.records)
-            self.records, self.val = ([r | {"score": (r["score"] - scale["mean"]) / scale["spread"]}
-                                       for r in records] for records in (self.records, self.val))
+            self.val = standardised(self.val, self.extra["ratings"])
         # How often each record counts for each member of an ensemble: a bootstrap (Oza 2001).
         rng = np.random.default_rng(key(run.o.seed, run.stage, "bootstrap"))
         self.weights = None if run.o.members == 1 else torch.from_numpy(
             rng.poisson(1, (run.o.members, len(self.records))).astype(np.float32))
         self.n_steps = math.ceil(run.o.epochs * len(self.records) / run.o.batch)
 
-    def checked_kind(self) -> str:
-        """Which loss the records are for; UserError if the options or the records do not fit it."""
+    def checked_kind(self, beside: list[dict]) -> str:
+        """Which loss the main records are for; UserError if the options or the records do not fit it, nor
+        those of the kinds beside it."""
         kind = feedback_kind(self.records[0])
         if self.o.loss not in ("auto", kind):
             raise UserError(f"--loss {self.o.loss} does not fit these records, which are for "
@@ -423,61 +433,69 @@ class RewardTask:
         if unknown:
             raise UserError(f"{self.run.stage}: validation has records of the part {min(unknown)!r}, but "
                             "training has none: bring some, or leave these out")
-        if kind != "pairwise":
+        if "pairwise" not in by_kind([self.records[0], *beside]):
             self.o.refuse("label_smoothing", "strength_from", why=f"on records for {kind}: it is for pairs")
         return kind
 
-    def differing(self, split: str, pairs: list[dict]) -> list[dict]:
-        """The pairs whose replies differ within max_len; the others would teach nothing. Prints how
-        many are left out and which option keeps them; UserError if all are."""
-        kept, needed = drop_equal_pairs(pairs, **self.render)
-        if len(kept) < len(pairs):
-            where = "" if needed <= self.run.model.config.max_len else "in pretraining and here "
-            text = (f"{self.run.stage}: {len(pairs) - len(kept)} of {len(pairs)} {split} pairs left out: "
-                    f"chosen and rejected are equal in their first {self.o.max_len} tokens; "
-                    f"--max_len {needed} {where}would keep all")
-            if not kept:
-                raise UserError(text)
-            print(text, flush=True)
-        return kept
+    def learnable(self, records: list[dict]) -> list[dict]:
+        """The training records of one kind as its loss takes them; UserError if they teach nothing."""
+        kind = feedback_kind(records[0])
+        if kind == "pairwise":
+            records = self.differing("training", records)
+        require_varied("train", records)
+        if kind == "pairwise":
+            self.tie_odds = tie_odds_of(records)
+            return self.denoise(records) if self.o.strength_from else records
+        if kind == "label":
+            return records
+        scale = rating_scale(records)
+        if self.kind == kind:  # by which what the model says becomes people's ratings again
+            self.extra["ratings"] = scale
+        return standardised(records, scale)
 
-    def denoise(self) -> None:
+    def differing(self, split: str, pairs: list[dict]) -> list[dict]:
+        """`different_pairs` of a split."""
+        return different_pairs(pairs, self.run.stage, split, self.run.model.config.max_len, **self.render)
+
+    def denoise(self, pairs: list[dict]) -> list[dict]:
         """Let the strength of the training pairs, by another reward model, say which to turn round, to
         smooth, and how large a margin to ask for."""
         o = self.o
-        if o.adaptive_margin and any("margin" in pair for pair in self.records):
+        if o.adaptive_margin and any("margin" in pair for pair in pairs):
             raise UserError("--adaptive_margin would replace the margins that these pairs have: leave "
                             "it out, or the margins")
         model, tokenizer, _ = load_checkpoint(o.strength_from, self.run.device, RewardModel)
         tokenizer.require_same(self.run.tokenizer, f"{o.strength_from} and the trunk")
-        chosen, rejected = (self.raw_scores(self.records, field, model) for field in ("chosen", "rejected"))
+        chosen, rejected = (self.raw_scores(pairs, field, model) for field in ("chosen", "rejected"))
         strength = chosen - rejected
         print(f"{self.run.stage}: strength of {len(strength)} pairs by {o.strength_from}: mean "
               f"{strength.mean():.2f}, below 0 {(strength < 0).mean():.1%}", flush=True)
-        self.records = denoised(self.records, strength, o.flip_share, o.smooth_share, o.adaptive_margin)
+        return denoised(pairs, strength, o.flip_share, o.smooth_share, o.adaptive_margin)
 
     def losses(self, step: int) -> Iterator[tuple[Tensor, int]]:
         """The loss of one batch: that of the feedback, and a share of the language model's on the
         same text."""
         o, run, model = self.o, self.run, self.run.model
-        index = batch_indices(len(self.records), o.batch, step, o.seed, run.stage)
+        index = sorted(batch_indices(len(self.records), o.batch, step, o.seed, run.stage),
+                       key=lambda i: "chosen" not in self.records[i])  # pairs first
         batch = [self.records[i] for i in index]
         weights = None if self.weights is None else self.weights[:, index].to(run.device)
-        # Rows of replies; of pairs all chosen ones before all rejected ones, cut alike by equal
-        # random numbers.
-        rows = []
-        for field in ("chosen", "rejected") if self.kind == "pairwise" else ("response",):
+        # Rows of replies: each record's only or chosen one before all rejected ones; those of a pair are
+        # cut alike by equal random numbers.
+        pairs, rows = [r for r in batch if "chosen" in r], []
+        replies = [{"response": r.get("chosen"), **r} for r in batch]
+        for records, field in ((replies, "response"), (pairs, "rejected")):
             rng = np.random.default_rng(key(o.seed, run.stage, "prefix", step))
-            rows += reward_rows(batch, **self.render, field=field, prefix_share=o.prefix_share,
+            rows += reward_rows(records, **self.render, field=field, prefix_share=o.prefix_share,
                                 rng=rng)
         tokens, learned, docs, where = (x.to(run.device) for x in pack_rows(rows, o.max_len))
         _, real, reply = reward_batch(rows, run.device)
         with precision(run.dtype, run.device):
             hidden = model.backbone.hidden(tokens, docs=docs)
             scores = model.pool(model.heads(hidden).flatten(2)[..., where], real, reply)
-            parts = [record.get("part", "") for record in batch] * (len(rows) // len(batch))
+            parts = [record.get("part", "") for record in (*batch, *pairs)]
             scores = model.own_part(scores, parts)  # (members, rows)
-            loss = feedback_loss(self.kind, scores, batch, o.label_smoothing, self.tie_odds, weights)
+            loss = mixed_loss(scores, batch, o.label_smoothing, self.tie_odds, weights)
             if o.lm_coef:
                 # of a pair, only the chosen reply is imitated
                 targets = (learned & (docs < len(batch)))[:, 1:]
@@ -560,13 +578,13 @@ def train_reward(o: RewardOptions, stage: str = "reward", parent: str = "sft") -
     parents = {"init": state["hash"]}
     if o.strength_from:
         parents["strength"] = load_checkpoint(o.strength_from, "cpu", RewardModel)[2]["hash"]
-    parts = parts_of(data.records(stage, "train"))
+    parts = parts_of([*data.records(stage, "train"), *feedback_beside(data, stage)])
     run = open_run(stage, o, data, parents, reward_model_from(trunk, o, stage, parts), tokenizer)
     if run is None:
         return None
     task = RewardTask(run, data)
-    print(f"{stage}: {len(task.records)} records ({task.kind}), {task.n_steps} steps of {o.batch}",
-          flush=True)
+    print(f"{stage}: {len(task.records)} records ({' + '.join(by_kind(task.records))}), "
+          f"{task.n_steps} steps of {o.batch}", flush=True)
     run.finish(**fit(run, task))
     for warning in task.extra["warnings"]:
         print(f"{stage}: warning: {warning}", file=sys.stderr)

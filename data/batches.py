@@ -6,7 +6,7 @@ the batches of the uninterrupted one.
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -137,6 +137,21 @@ def drop_equal_pairs(records: Sequence[dict], tokenizer: Tokenizer, template: st
         if shared < max_len:
             kept.append(record)
     return kept, needed
+
+
+def different_pairs(pairs: Sequence[dict], stage: str, split: str, longest: int, **render: Any) -> list[dict]:
+    """The pairs whose replies differ within max_len; the others would teach nothing. Prints how many are
+    left out and which option keeps them; UserError if all are. longest: tokens of a row that the model can
+    read. render: the other arguments of `drop_equal_pairs`."""
+    kept, needed = drop_equal_pairs(pairs, **render)
+    if len(kept) < len(pairs):
+        where = "" if needed <= longest else "in pretraining and here "
+        text = (f"{stage}: {len(pairs) - len(kept)} of {len(pairs)} {split} pairs left out: chosen and rejected "
+                f"are equal in their first {render['max_len']} tokens; --max_len {needed} {where}would keep all")
+        if not kept:
+            raise UserError(text)
+        print(text, flush=True)
+    return kept
 
 
 def reward_batch(rows: Sequence[Row], device: str) -> tuple[Tensor, Tensor, Tensor]:

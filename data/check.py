@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from data.dataset import SPLITS, feedback_of, text_hash
+from data.feedback import settle_beside
 from data.forms import parse_fields
 from data.own import KINDS, Files, OwnOptions, divide, find_files
 from data.records import LEFT_OUT, SHOWN, as_messages, prompt_text, read_records
@@ -240,11 +241,13 @@ def report_splits(files: Files, o: CheckOptions) -> str:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # what it says stands above already
             records, left_out = divide(files, True, parse_fields(o.fields))
+        dialogues = {split: dialogues_of(records, split, "{prompt}") for split in SPLITS}
+        reason = keep_for_judges(records, o.judge_share)
+        several = settle_beside(records)
     except UserError as error:
         return str(error)
-    dialogues = {split: dialogues_of(records, split, "{prompt}") for split in SPLITS}
-    if reason := keep_for_judges(records, o.judge_share):
-        print(f"judges: {reason}")
+    for line in filter(None, (reason and f"judges: {reason}", several)):
+        print(line)
     rows = [{"stage": stage, "left": left_out[stage],
              **{split: len(records.get((stage, split), ())) for split in SPLITS}}
             for stage in dict.fromkeys(stage for stage, _ in records)]

@@ -18,6 +18,7 @@ import pathlib
 
 from data.dataset import SPLITS, feedback_of
 from data.dialogues import Messages
+from data.feedback import BESIDE
 from data.own import file_name
 from data.prepared import Prepared
 from data.records import FIELDS, as_messages
@@ -50,6 +51,9 @@ def export(data: Prepared, to: str, out: pathlib.Path) -> None:
                                 for record in records)
             print(f"{path}: {len(records):,} records")
             info[f"{name}_{path.stem}"] = entry(path.name, records[0])
+    for kind in (kind for name, kind in BESIDE.items() if data.has(name)):
+        lost[f"{kind} beside the main feedback are not written: your own file has them"] += len(
+            data.records(f"reward_{kind}", "train"))
     for reason, n in lost.items():
         print(f"{n:,} {reason}")
     if data.tokenizer is not None:

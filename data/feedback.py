@@ -1,15 +1,24 @@
 """People's feedback before a model learns it, and what to think of a model's agreement with it.
 
-Which kind it is; whether it tells anything apart; its parts, ties and ratings as numbers that the
-losses in reward.py need; which pairs are doubtful; which agreement chance alone would reach.
+Which kind it is, and which is the main one where there are several; whether it tells anything apart;
+its parts, ties and ratings as numbers that the losses in reward.py need; which pairs are doubtful; which
+agreement chance alone would reach.
 """
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from data.dataset import feedback_of, require_one_feedback
+from data.prepared import Prepared
+from data.splits import split_key
 from runtime.options import UserError
+
+# Files of feedback beside the main kind, and what each must hold. The reward model learns it, too; it
+# is in no other stage, and nothing is measured on it.
+BESIDE = {"reward_pairs": "pairs", "reward_scores": "scores", "reward_labels": "labels"}
+MAIN = ("reward", "train")
 
 
 # ---- kinds and parts -----------------------------------------------------------------------------
@@ -17,6 +26,18 @@ from runtime.options import UserError
 def feedback_kind(record: dict) -> str:
     """Which of the three losses a record is for."""
     return "pairwise" if "chosen" in record else "regression" if "score" in record else "label"
+
+
+def by_kind(records: Sequence[dict]) -> dict[str, list[int]]:
+    """The places of the records of each kind, kinds in the order in which they come.
+
+    >>> by_kind([{"chosen": "a"}, {"label": 1}, {"chosen": "b"}])
+    {'pairwise': [0, 2], 'label': [1]}
+    """
+    found: dict[str, list[int]] = {}
+    for i, record in enumerate(records):
+        found.setdefault(feedback_kind(record), []).append(i)
+    return found
 
 
 def parts_of(records: Sequence[dict]) -> tuple[str, ...]:
@@ -28,16 +49,17 @@ def parts_of(records: Sequence[dict]) -> tuple[str, ...]:
     return tuple(sorted(parts - {""}))
 
 
-def require_varied(split: str, records: Sequence[dict]) -> None:
-    """UserError if the labels or scores of a split's records are all the same, or all pairs ties."""
+def require_varied(split: str, records: Sequence[dict], name: str = "reward") -> None:
+    """UserError if the labels or scores of a split's records are all the same, or all pairs ties. name:
+    that of the file to train on, without its ending."""
     kind = feedback_kind(records[0])
-    name = {"pairwise": "tie", "regression": "score", "label": "label"}[kind]
-    if len({r.get(name) for r in records}) == 1 and name in records[0]:
-        where, verb, file = {"train": ("to learn from", "learned", "reward.jsonl"),
+    field = {"pairwise": "tie", "regression": "score", "label": "label"}[kind]
+    if len({r.get(field) for r in records}) == 1 and field in records[0]:
+        where, verb, file = {"train": ("to learn from", "learned", f"{name}.jsonl"),
                              "val": ("set aside for validation", "measured", "reward_val.jsonl"),
                              "test": ("set aside for test", "measured", "reward_test.jsonl")}[split]
-        same = (f"pairs {where} are ties" if name == "tie" else
-                f"{name}s {where} are the same ({records[0][name]})")
+        same = (f"pairs {where} are ties" if field == "tie" else
+                f"{field}s {where} are the same ({records[0][field]})")
         raise UserError(f"reward: all {same}, so that nothing can be {verb}: bring more records, or a "
                         f"file {file} in which they differ")
 
@@ -49,6 +71,59 @@ def require_telling(feedback: Mapping[str, Sequence[dict]]) -> None:
     for split, of_split in feedback.items():
         if split != "test" or feedback_of(of_split[0]) == "labels":
             require_varied(split, of_split)
+
+
+# ---- several kinds in a folder -------------------------------------------------------------------
+
+def with_main_kind(files: Mapping[tuple[str, str], Any],
+                   records: Mapping[tuple[str, str], Any]) -> tuple[dict, dict]:
+    """(files, their records), by (stage, split), with a main kind of feedback: that of reward.jsonl, and
+    without it the file of BESIDE with the most records takes its place. UserError for a file whose name
+    says another kind than it holds, or whose kind is the main one."""
+    beside = [place for place in records if place[0] in BESIDE]
+    for place in beside:
+        if (kind := feedback_of(records[place][0])) != (said := BESIDE[place[0]]):
+            raise UserError(f"{files[place]}: its name says {said}, but it holds {kind}: name it reward_{kind}")
+    if beside and MAIN not in records:
+        most = max(beside, key=lambda place: len(records[place]))
+        beside.remove(most)
+        files, records = ({MAIN if place == most else place: x for place, x in of.items()}
+                          for of in (files, records))
+    for place in beside:
+        if BESIDE[place[0]] == (kind := feedback_of(records[MAIN][0])):
+            raise UserError(f"{files[MAIN]} has {kind}, and so has {files[place]}: join the two in one file")
+    return dict(files), dict(records)
+
+
+def settle_beside(records: dict[tuple[str, str], Any]) -> str:
+    """Leave out of the kinds beside the main one what begins as a record of the judges does. Returns a
+    line that says what is learned beside what, "" for one kind. UserError if nothing is left of a kind,
+    if it tells nothing apart, or if only some records name a part."""
+    judged = {split_key(record, "reward") for record in records.get(("judge", "train"), [])}
+    said = []
+    for name, kind in BESIDE.items():
+        if not (own := records.get((name, "train"))):
+            continue
+        kept = [record for record in own if split_key(record, "reward") not in judged]
+        if not kept:
+            raise UserError(f"{name}.jsonl: nothing is left to train on: its prompts are those of the judges; "
+                            "bring others, or keep none for judges (--judge_share 0)")
+        require_varied("train", kept, name)
+        records[name, "train"] = kept
+        left = f" ({len(own) - len(kept):,} left out, whose prompts are the judges')" * (len(kept) < len(own))
+        said.append(f"{len(kept):,} {kind}{left}")
+    if not said:
+        return ""
+    main = records[MAIN]
+    parts_of([*main, *(record for name in BESIDE for record in records.get((name, "train"), []))])
+    return (f"feedback: the reward model learns {len(main):,} {feedback_of(main[0])} and {' and '.join(said)}; "
+            f"validation, test, judges and PPO go by the {feedback_of(main[0])} alone")
+
+
+def feedback_beside(data: Prepared, stage: str) -> list[dict]:
+    """The training records of the other kinds that a stage learns beside its own, which reward has."""
+    return [record for name in BESIDE if stage == "reward" and data.has(name)
+            for record in data.records(name, "train")]
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -65,6 +140,12 @@ def rating_scale(records: Sequence[dict]) -> dict[str, float]:
     ratings = np.array([r["score"] for r in records], float)
     size = float(np.ptp(ratings))  # divided out first: squares of 1e-200 are 0
     return {"mean": float((ratings / size).mean()) * size, "spread": float((ratings / size).std()) * size}
+
+
+def standardised(records: Sequence[dict], scale: Mapping[str, float]) -> list[dict]:
+    """The records with ratings on the scale on which those of `rating_scale` have mean 0 and spread 1:
+    what the heads and their learning rate are made for."""
+    return [r | {"score": (r["score"] - scale["mean"]) / scale["spread"]} for r in records]
 
 
 # ---- doubtful pairs ------------------------------------------------------------------------------

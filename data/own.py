@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from data.tokenizer import train_bpe
 from data.dataset import (SPLITS, DataSet, DataWriter, feedback_of, require_one_feedback,
                           text_hash)
+from data.feedback import BESIDE, settle_beside, with_main_kind
 from data.forms import OURS, form_of, parse_fields, renamed
 from data.records import FIELDS, load_records
 from data.road import (PARTS, Records, described, dialogues_of, fill, keep_for_judges, lengths, mixture,
@@ -29,7 +30,8 @@ from runtime.rows import ENDINGS, read_rows
 from runtime.terminal import remedy
 
 READING = ("skip_bad", "fields")  # options that all files have
-KINDS = {"judge": "reward"}  # the stage whose records a file has, where its name is another
+# the stage whose records a file has, where its name is another; they are for training alone
+KINDS = dict.fromkeys(("judge", *BESIDE), "reward")
 Files = dict[tuple[str, str], pathlib.Path]  # (stage, split) -> file
 
 
@@ -51,7 +53,7 @@ def own_data_set(path: pathlib.Path, fields: str = "", template: str = "") -> Da
         raise UserError(f"--template {template}: must have {{prompt}} once, where the prompt goes")
     files = find_files(path, parse_fields(fields))
     stages = {stage for stage, _ in files}
-    words = {"vocab_size": stages != {"ppo"}, "template": True, "judge_share": "reward" in stages}
+    words = {"vocab_size": stages != {"ppo"}, "template": True, "judge_share": bool(stages & {"reward", *BESIDE})}
     template = template or "{prompt}"
     return DataSet("own", source=lambda path, downloads: list(files.values()), template=template,
                    build=functools.partial(build, list(files), template), version=7,
@@ -64,13 +66,13 @@ def find_files(path: pathlib.Path, fields: dict[str, str] | None = None) -> File
     if path.is_file():
         return {(stage_of(path, fields), "train"): path}
     files: Files = {}
-    places = [*itertools.product(FIELDS, SPLITS), ("judge", "train")]
+    places = [*itertools.product(FIELDS, SPLITS), *((stage, "train") for stage in KINDS)]
     endings = [ending + zipped for ending in ENDINGS for zipped in ("", ".gz")]
     for (stage, split), ending in itertools.product(places, endings):
         file = path / file_name(stage, split).replace(".jsonl", ending)
         if os.path.lexists(file) and (other := files.setdefault((stage, split), file)) != file:
             raise UserError(f"{path}: {other.name} is there, and so is {file.name}: keep one of them")
-    if not any((stage, "train") in files for stage in FIELDS):
+    if not any((stage, "train") in files for stage in (*FIELDS, *BESIDE)):
         there = ", ".join(sorted(file.name for file in path.iterdir())[:4]) or "nothing"
         raise UserError(f"{path}: none of {', '.join(f'{s}.jsonl' for s in FIELDS)} is there, but {there}: name "
                         "a file to train on by its stage, or give the file itself")
@@ -120,6 +122,8 @@ def build(places: Sequence[tuple[str, str]], template: str, folder: pathlib.Path
     dialogues = {split: dialogues_of(records, split, template) for split in SPLITS}
     if reason := keep_for_judges(records, judge_share):
         print(f"judges: {reason}", flush=True)
+    if several := settle_beside(records):
+        print(several, flush=True)
     texts = {split: records.pop(("pretrain", split), []) for split in SPLITS}
     out = DataWriter(folder, None)
     if all(len(texts[split]) or dialogues[split] for split in SPLITS):
@@ -149,8 +153,9 @@ def divide(files: Files, skip_bad: bool = False,
     loaded = {(stage, split): Texts(path, skip_bad, fields) if stage == "pretrain" else
               load_records(path, KINDS.get(stage, stage), skip_bad, fields, say=True)
               for (stage, split), path in files.items()}
+    files, loaded = with_main_kind(files, loaded)
     require_one_feedback({files[place]: of_file for place, of_file in loaded.items()
-                          if KINDS.get(place[0], place[0]) == "reward"})
+                          if place[0] in ("reward", "judge")})
     keys = {(stage, split): array("Q", (split_key(record, stage) for record in of_file))
             for (stage, split), of_file in loaded.items()}
     splits = held_out_keys(loaded, keys)
@@ -159,7 +164,7 @@ def divide(files: Files, skip_bad: bool = False,
     for stage in (stage for stage, split in loaded if split == "train"):
         drawn = [splits.get(key, "train") for key in keys[stage, "train"]]
         for split, count in collections.Counter(drawn).items():
-            if split != "train" and (stage == "judge" or (stage, split) in files):
+            if split != "train" and (stage in KINDS or (stage, split) in files):
                 left_out[stage] += count
             else:
                 records[stage, split] = those(loaded[stage, "train"], (d == split for d in drawn))
@@ -199,7 +204,7 @@ def held_out_keys(loaded: Records, keys: dict[tuple[str, str], array]) -> dict[i
                 by_group[group].append(key)
         groups |= by_group
         wanted |= dict.fromkeys(by_group, {split for split in SPLITS
-                                           if (stage, split) not in loaded and stage != "judge"})
+                                           if (stage, split) not in loaded and stage not in KINDS})
     return assign(groups, wanted, fixed)
 
 
@@ -228,7 +233,7 @@ def leave_out_replies(records: Records, left_out: collections.Counter[str]) -> N
 def require_splits(stage: str, records: Records, files: Files, left_out: int) -> None:
     """UserError if a split of the stage has no records."""
     path = files.get((stage, "train"))
-    for split in (*SPLITS[1:], "train") if stage != "judge" else ("train",):
+    for split in (*SPLITS[1:], "train") if stage not in KINDS else ("train",):
         if records.get((stage, split)):
             continue
         if path is None:

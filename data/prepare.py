@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 from data.downloads import url_name, web_download
 from data.dataset import OPTIONS, DataSet, DataWriter, Part, refuse_zip
+from data.feedback import BESIDE
 from data.folders import clean, file_digest, list_folders, seal, sync, temporary_folder
 from data.own import OwnOptions, own_data_set
 from data.prepared import Prepared
@@ -213,7 +214,8 @@ def recounted(o: T, stage: str, data: Prepared, tokenizer: Tokenizer) -> T:
     own = data.tokenizer
     if "max_len" in o.explicit or not data.meta.get("lengths") or own.to_state() == tokenizer.to_state():
         return o
-    records = {(name, "train"): data.records(name, "train") for name in ("sft", "reward", "judge") if data.has(name)}
+    records = {(name, "train"): data.records(name, "train") for name in ("sft", "reward", "judge", *BESIDE)
+               if data.has(name)}
     found = proposals(lengths(records, tokenizer, data.template), data.meta["counts"])[stage]["max_len"]
     if found != o.max_len:
         print(f"{stage}: max_len={found} in the parent's vocabulary", flush=True)

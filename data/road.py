@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 
 from data.dataset import SPLITS, DataWriter, Part, feedback_of, text_hash
+from data.feedback import BESIDE
 from data.records import as_messages
 from data.splits import split_key
 from data.texts import PIECE, SAMPLE, Texts, sample
@@ -161,7 +162,7 @@ def lengths(records: Records, tokenizer: Tokenizer, template: str, most: int = 2
         messages = as_messages(record, template)
         found["dialogues"].append(size(messages))
         found["replies"].append(len(tokenizer.encode(messages[-1]["content"])) + 1)
-    for record in drawn("reward", "judge"):
+    for record in drawn("reward", *BESIDE, "judge"):
         found["feedback"] += [size(as_messages({**record, "response": record[name]}, template))
                               for name in ("chosen", "rejected", "response") if name in record]
     for record in drawn("ppo"):
@@ -202,7 +203,7 @@ def proposals(sizes: dict[str, list[int]], counts: dict) -> dict[str, dict[str, 
         found["pretrain"] = {"max_len": max(256, min(LONGEST, rows + LONGEST_REPLY)),
                              "tokens": tokens_to_read(tokens)}
     for stage, name, steps in (("sft", "dialogues", 40), ("reward", "feedback", 100), ("judge", "feedback", 60)):
-        n = counts.get(f"{stage}_train", 0)
+        n = sum(counts.get(f"{name}_train", 0) for name in (stage, *(BESIDE if stage == "reward" else ())))
         if name in sizes and n:
             epochs = round(max(1.0 if stage != "reward" else 2.0, min(4.0, steps * 32 / n)), 2)
             total = -(-int(epochs * n) // 32)

@@ -151,6 +151,9 @@ FILES = [
     prepared("odd/twice", "sft.jsonl is there, and so is sft.csv", "keep one of them"),
     prepared("odd/stage", "ppo.jsonl, line 1", "fields found: text", "mend the file"),
     prepared("odd/kinds", "reward.jsonl has pairs", "judge.jsonl has labels", "bring one kind"),
+    prepared("odd/named_pairs", "its name says pairs, but it holds labels", "name it reward_labels"),
+    prepared("odd/one_kind", "reward.jsonl has pairs, and so has", "reward_pairs.jsonl", "join the two in one file"),
+    row(f"{PREPARE} odd/parts", "some records name a \"part\"", "let all name one, or none"),
     prepared("odd/same", "sft.jsonl", "too few", "bring at least 20 different ones"),
     of_content("empty.jsonl", "", "holds no records", "docs/data.md"),
     of_content("blank.jsonl", "\n \n\n", "holds no records", "docs/data.md"),
@@ -523,6 +526,12 @@ def odd_files() -> dict[str, str]:
         "odd/twice/sft.jsonl": lines([answered]), "odd/twice/sft.csv": TABLE + "a,b\n",
         "odd/kinds/reward.jsonl": lines({"prompt": f"p{i}", "chosen": "r", "rejected": "s"} for i in many),
         "odd/kinds/judge.jsonl": lines([answered | {"label": 1}]),
+        "odd/named_pairs/reward_pairs.jsonl": lines([answered | {"label": 1}]),
+        **{f"odd/{folder}/reward{name}.jsonl": lines(
+            {"prompt": f"p{i}", "chosen": "r", "rejected": "s"} for i in many)
+           for folder, name in (("one_kind", ""), ("one_kind", "_pairs"), ("parts", ""))},
+        "odd/parts/reward_labels.jsonl": lines(
+            {"prompt": f"p{i}", "response": "r", "label": i % 2, "part": "a"} for i in many),
         "odd/same/sft.jsonl": lines(answered | {"prompt": f"p{i}"} for i in many),
         "odd/same/sft_val.jsonl": lines(answered | {"prompt": f"p{i}"} for i in many),
         "odd/messages.jsonl": lines({"messages": [{"role": "user", "content": f"q{i}"}, spoken_[1]]} for i in many),
