@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.batches import (IN_A_ROW, Row, different_pairs, drop_long_prompts, pack_rows, reward_batch,
-                          reward_rows)
+from data.batches import IN_A_ROW, Row, different_pairs, drop_long_prompts, pack_rows, reward_batch, reward_rows
 from data.feedback import (by_kind, chance_warnings, denoised, feedback_beside, feedback_kind, parts_of,
                            rating_scale, require_varied, standardised, tie_odds_of)
 from data.prepare import open_stage, recounted
@@ -394,7 +393,7 @@ class RewardTask:
     """Batches, loss and measures of `train_reward`, as runtime/fit.py asks for them."""
 
     def __init__(self, run: Run, data: Prepared):
-        self.run, self.o = run, run.o
+        self.run, self.o, self.longest = run, run.o, run.model.config.max_len
         self.render = dict(tokenizer=run.tokenizer, template=data.template, max_len=run.o.max_len)
         # The main kind's records first; what other kinds a folder has is learned, but not measured.
         self.records, self.val, beside = (
@@ -411,7 +410,7 @@ class RewardTask:
                   for index in by_kind(records).values()]
         self.records = [record for of_kind in groups for record in self.learnable(of_kind)]
         if self.kind == "pairwise":
-            self.val = self.differing("validation", self.val)
+            self.val = different_pairs(self.val, run.stage, "validation", self.longest, **self.render)
             self.extra["tie_odds"] = self.tie_odds
         require_varied("val", self.val)
         if self.kind == "regression":
@@ -441,7 +440,7 @@ class RewardTask:
         """The training records of one kind as its loss takes them; UserError if they teach nothing."""
         kind = feedback_kind(records[0])
         if kind == "pairwise":
-            records = self.differing("training", records)
+            records = different_pairs(records, self.run.stage, "training", self.longest, **self.render)
         require_varied("train", records)
         if kind == "pairwise":
             self.tie_odds = tie_odds_of(records)
@@ -452,10 +451,6 @@ class RewardTask:
         if self.kind == kind:  # by which what the model says becomes people's ratings again
             self.extra["ratings"] = scale
         return standardised(records, scale)
-
-    def differing(self, split: str, pairs: list[dict]) -> list[dict]:
-        """`different_pairs` of a split."""
-        return different_pairs(pairs, self.run.stage, split, self.run.model.config.max_len, **self.render)
 
     def denoise(self, pairs: list[dict]) -> list[dict]:
         """Let the strength of the training pairs, by another reward model, say which to turn round, to
