@@ -56,6 +56,17 @@ def test_runs_on_other_texts_are_refused(runs):
         reward_rows(runs, "val")
 
 
+def test_win_rates_of_all_runs_stand_side_by_side(runs, capsys):
+    for folder, rate in zip(runs, (.7, .8), strict=True):
+        report = json.loads((folder / "report.json").read_text())
+        wins = [{"judge": "n-grams", "policy": "PPO", "over": "SFT", "win_rate": [rate, 0, 1],
+                 "alike_win_rate": [.5, 0, 1] if rate == .7 else []}]
+        (folder / "report.json").write_text(json.dumps(report | {"win_rates": wins}))
+    main([*map(str, runs)])
+    line = next(x for x in capsys.readouterr().out.splitlines() if "n-grams: PPO to SFT" in x)
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == ["0.700", "0.800", "0.750"]
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff"])
 def test_a_damaged_report_is_refused(runs, content):
     (runs[0] / "report.json").write_bytes(content)

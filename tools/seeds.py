@@ -78,6 +78,20 @@ def policy_rows(reports: list[dict], folders: list[pathlib.Path]) -> list[dict]:
                         mean_and_range(rows, f"**{name}**, mean [range]")]]
 
 
+def win_rows(reports: list[dict], folders: list[pathlib.Path]) -> list[dict]:
+    """How often each judge prefers the last policy's reply, by whose it is compared with: a column for
+    each run, and the mean; and the same among replies of about equal length, where it was measured."""
+    rows: dict[str, dict] = {}
+    for report, folder in zip(reports, folders, strict=True):
+        for win in report.get("win_rates", ()):
+            name = f"{win['judge']}: {win['policy']} to {win['over']}"
+            for key, suffix in (("win_rate", ""), ("alike_win_rate", ", of about equal length")):
+                if win.get(key):
+                    rows.setdefault(name + suffix, {"name": name + suffix})[str(folder)] = win[key][0]
+    return [row | {"mean": float(np.mean([row[str(folder)] for folder in folders]))}
+            for row in rows.values() if len(row) > len(folders)]
+
+
 def reward_rows(folders: list[pathlib.Path], split: str) -> tuple[list[dict], str, dict[str, str]]:
     """The reward models and the baseline on a split, a sentence on their difference, and the titles
     of the columns."""
@@ -118,6 +132,9 @@ def main(argv: list[str]) -> None:
         if split == "validation" or all((folder / name).exists() for folder in folders):
             reports = [read(folder, name) for folder in folders]
             print(f"{split}\n\n{table(policy_rows(reports, folders), policy_columns(reports[0]))}\n")
+            if wins := win_rows(reports, folders):
+                print(table(wins, {"name": "share preferred by", **{str(x): str(x) for x in folders}, "mean": "mean"})
+                      + "\n")
     for split in ("val", "test"):
         if any((folder / f"reward_{split}_scores.json").exists() for folder in folders):
             rows, difference, titles = reward_rows(folders, split)
