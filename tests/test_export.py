@@ -243,21 +243,23 @@ def test_trl_reads_what_is_exported_for_it(tmp_path):
     """TRL's own functions take the files for what they are, and unpair pairs as we do."""
     datasets = pytest.importorskip("datasets", reason="reading by TRL needs `pip install trl`")
     trl = pytest.importorskip("trl.data_utils", reason="reading by TRL needs `pip install trl`")
-    for kind, to in (("pairs", "trl"), ("margins", "trl"), ("labels", "trl"), ("pairs", "kto")):
+    for kind, to in (("pairs", "trl"), ("margins", "trl"), ("labels", "trl"), ("pairs", "kto"),
+                     ("pairs", "trl-standard"), ("labels", "trl-standard")):
         out = tmp_path / f"{kind}-{to}"
         export(prepared(tmp_path / f"in-{kind}-{to}", **STAGES, reward=FEEDBACK[kind]), to, out)
         for path in out.iterdir():
             read = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "hub"))
             assert read.to_list() == lines(path)
             for record in read:
-                assert trl.is_conversational(record)
+                assert trl.is_conversational(record) == (to != "trl-standard")
                 assert trl.maybe_extract_prompt(record) == record  # the prompt is told already
     by_trl = trl.unpair_preference_dataset(datasets.Dataset.from_list(lines(tmp_path / "pairs-trl" / "reward.jsonl")))
     by_us = lines(tmp_path / "pairs-kto" / "reward.jsonl")
     assert sorted(map(str, by_trl.to_list())) == sorted(map(str, by_us))
 
 
-def test_trls_reward_trainer_trains_on_pairs_with_margins(tmp_path, monkeypatch):
+@pytest.mark.parametrize("to", ["trl", "trl-standard"])
+def test_trls_reward_trainer_trains_on_pairs_with_margins(tmp_path, monkeypatch, to):
     pytest.importorskip("trl", reason="training by TRL needs `pip install trl`")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import datasets
@@ -265,7 +267,7 @@ def test_trls_reward_trainer_trains_on_pairs_with_margins(tmp_path, monkeypatch)
     import transformers
     import trl
 
-    export(prepared(tmp_path / "in", reward=FEEDBACK["margins"]), "trl", tmp_path / "out")
+    export(prepared(tmp_path / "in", reward=FEEDBACK["margins"]), to, tmp_path / "out")
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     words = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(["<end>", *alphabet])}, []))
     words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -278,5 +280,6 @@ def test_trls_reward_trainer_trains_on_pairs_with_margins(tmp_path, monkeypatch)
                                  cache_dir=str(tmp_path / "hub"))
     trainer = trl.RewardTrainer(model, train_dataset=read, processing_class=tokenizer, args=trl.RewardConfig(
         output_dir=str(tmp_path / "run"), max_steps=1, report_to=[], use_cpu=True, save_strategy="no", bf16=False))
-    assert len(trainer.train_dataset) == len(PROMPTS)
+    several_turns = 2 * (to == "trl-standard")  # which a plain text does not hold
+    assert len(trainer.train_dataset) == len(PROMPTS) - several_turns
     assert trainer.train().training_loss > .8  # margins of 2 in half of the pairs; without any it is log 2
