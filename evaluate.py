@@ -27,13 +27,14 @@ import torch
 
 from data.agreement import feedback_table as feedback_table, reward_tables, show_agreement, summary
 from data.batches import held_out_prompts, make_rows, pad_left, prompt_ids, scatter_tokens
+from data.health import judge_warnings, stage_warnings, warnings_of
 from data.html import write_page
 from data.judge import ModelJudge, NgramJudge, ngram_regressions, shown_to_people
 from data.prepare import SETTINGS, find_data_set, open_data
 from data.prepared import Prepared
 from data.report import (Measures, add_distinct, describe, drawn_pairs, judged_by, missing, opinions_on_feedback,
-                         people_wrote, policy_columns, render_report, report_name, splits_used, stage_warnings,
-                         table_row, warnings_of, win_rates)
+                         people_wrote, policy_columns, render_report, report_name, splits_used, table_row,
+                         win_rates)
 from data.rewards import part_scores, reward_paid
 from data.tokenizer import Tokenizer
 from model import Transformer, checkpoint_path, compared_logprobs, load_checkpoint
@@ -364,10 +365,10 @@ def build_report(compared: Compared, data: Prepared, *, seed: int, n_prompts: in
             judge.reads(r["prompt"]) for judge in c.judges.values())] if kind else []:
         report["judge"] = opinions_on_feedback(c.judges, records)
     report["win_rates"] = win_rates(replies, list(c.policies), list(c.judges), samples)
-    report["warnings"] = [*warnings_of(policies, first, last), *c.warnings,
-                          *(line for judge in c.judges.values() for line in getattr(judge, "warnings", ()))]
-    report["missing"] = [*c.missing, *missing(data, split, judges=list(c.judges),
-                                              reward_model=c.scorer is not None)]
+    said = [*c.warnings, *(line for judge in c.judges.values() for line in getattr(judge, "warnings", ()))]
+    report["warnings"] = [*warnings_of(policies, first, last), *said, *judge_warnings(report.get("judge", {}), said)]
+    report["missing"] = [*c.missing, *missing(data, split, judges=list(c.judges), reward_model=c.scorer is not None,
+                                              openings=report["openings"], wanted=n_prompts)]
     drawn = np.random.default_rng([seed, 77]).permutation(report["openings"])[:10]
     report["pairs"] = drawn_pairs(replies[first], replies[last], drawn * samples) if first != last else []
     return report, scores

@@ -1,11 +1,14 @@
 """What has gone wrong with a policy, by its figures: bounds for PPO's warnings, for --keep best, and for
 the report."""
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
 from runtime.alarms import Alarm
 
+LENGTHS = (0.5, 2.0)  # shortest and longest replies, as multiples of the start's
 VARIETY = 0.85  # the least distinct-2, as a share of the start's, or of SFT's
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2}  # of ratio_start and sampler_gap
 HOPELESS = 5e-2  # a sampler_gap above this: the decoder's precision is given up
@@ -27,3 +30,36 @@ def warn_of_gaps(metrics: dict[str, float], dtype: str, decoder_dtype: str, step
         if metrics.get(name, 0) > limit:
             tqdm.write(f"ppo: warning: {name} is {metrics[name]:.1e}, above {limit:g}, at update {step + 1}: what "
                        "is scored is not what was sampled", file=sys.stderr)
+
+
+def warnings_of(policies: Sequence[dict], first: str, last: str) -> list[str]:
+    """What the last policy lost against the first: variety, the ends of its replies, or their length."""
+    before, after = (next(row for row in policies if row["name"] == name) for name in (first, last))
+    near = f"a higher price of KL (--kl_coef) or fewer --updates keep it nearer to {first}"
+    signs = (("distinct2", "distinct-2", VARIETY, "its replies repeat each other more"),
+             ("end_rate", "ends", 0.90, "more of its replies are cut off"))
+    lines = [f"{title} of {last} is {after[key]:.3f}, below {share:.0%} of {first}'s {before[key]:.3f}: {what}; {near}"
+             for key, title, share, what in signs if after[key] < share * before[key]]
+    if not LENGTHS[0] <= (times := after["length"] / before["length"]) <= LENGTHS[1]:
+        lines.append(f"replies of {last} have {after['length']:.1f} tokens, {times:.2g} times {first}'s "
+                     f"{before['length']:.1f}: a judge may like them for that alone; read some, and if they are too "
+                     f"{'short' if times < 1 else 'long'}, {near}")
+    return lines
+
+
+def stage_warnings(whose: str, state: Mapping[str, Any]) -> list[str]:
+    """What a stage warned of when it ended, as its checkpoint's state has it, for the report."""
+    return [f"{whose}: {warning}" for warning in state.get("warnings", ())]
+
+
+def judge_warnings(opinions: Mapping[str, Mapping[str, str]], said: Sequence[str]) -> list[str]:
+    """A warning for each judge whose agreement with people, "value [low, high]" by its measure, may be
+    chance, unless a warning that was said names it already."""
+    lines = []
+    for name, of_judge in opinions.items():
+        measure, text = next(iter(of_judge.items()))
+        low = float(text.partition("[")[2].partition(",")[0])
+        if low <= (0.0 if measure == "correlation" else 0.5) and not any(f"judge {name}:" in line for line in said):
+            lines.append(f"the judge {name}: its {measure} with people's feedback, {text}, may be chance: its "
+                         "preferences say nothing; bring more feedback")
+    return lines

@@ -51,7 +51,7 @@ def show_runs(stages: dict[str, type], out: pathlib.Path) -> str:
     rows = [row for folder in (sorted(out.iterdir()) if out.is_dir() else ()) if folder.is_dir()
             for stage, cls in stages.items() if (row := run_row(folder / stage, cls))]
     if not rows:
-        return "  none: python train.py begins one"
+        return "  none: python train.py begins one, and --out names another folder of runs"
     titles = {"run": "run", "state": "state", "seconds": "seconds", "figures": "last figures", "options": "options"}
     return for_terminal(table(rows, titles))
 

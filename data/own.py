@@ -56,7 +56,7 @@ def own_data_set(path: pathlib.Path, fields: str = "", template: str = "") -> Da
     words = {"vocab_size": stages != {"ppo"}, "template": True, "judge_share": bool(stages & {"reward", *BESIDE})}
     template = template or "{prompt}"
     return DataSet("own", source=lambda path, downloads: list(files.values()), template=template,
-                   build=functools.partial(build, list(files), template), version=7,
+                   build=functools.partial(build, list(files), template), version=8,
                    options=(*READING, *(name for name, works in words.items() if works)))
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from data.agreement import MEASURES, TITLES, main_measure, show_agreement, truth_of
 from data.batches import prompt_ids
 from data.dataset import SPLITS, feedback_of
-from data.health import VARIETY
 from data.prepared import Prepared
 from data.records import as_messages, prompt_text
 from data.sets import DATA_SETS
@@ -24,6 +23,7 @@ from runtime.statistics import (accuracy, auc, cut_alike, distinct_interval, dis
 from runtime.tables import table
 
 
+FEW = 10  # openings: a win rate of fewer says nothing
 NOT_FIGURES = ("prompt", "reply", "tokens", "ended", "kl_k1")  # of a reply's record
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 
@@ -190,48 +190,38 @@ def opinions_on_feedback(judges: dict[str, Any], records: list[dict]) -> dict[st
 
 def win_rates(replies: dict[str, list[dict]], policies: Sequence[str], judges: Sequence[str],
               samples: int = 1) -> list[dict[str, Any]]:
-    """How often each judge prefers the last policy's replies to those of the others, on the same
-    openings; and how often among pairs of about equal length, for a judge may like short replies, or
-    long ones.
+    """How often each judge prefers the last policy's replies to those of the others, and those of any
+    other policy to the first one's, on the same openings; and how often among pairs of about equal
+    length, for a judge may like short replies, or long ones.
 
     samples: replies of a policy to an opening. Best-of-n has one each, and may have fewer openings.
     """
-    policy = policies[-1]
-
     def column(name: str, key: str) -> np.ndarray:
         return np.reshape([r[key] for r in replies[name]], (-1, samples if name in policies else 1))
 
-    def both(name: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+    def both(policy: str, name: str, key: str) -> tuple[np.ndarray, np.ndarray]:
         return column(policy, key)[:len(theirs := column(name, key))], theirs
 
-    wins = []
-    for name in replies:
-        for judge in judges if name != policy else ():
-            opinions = both(name, by_judge("judge", judge))
-            n, alike = win_rate_of_alike(*opinions, both(name, "tokens"))
+    first, last, wins = policies[0], policies[-1], []
+    met = [*((last, name) for name in replies if name != last), *((name, first) for name in policies[1:-1])]
+    for policy, name in met:
+        for judge in judges:
+            opinions = both(policy, name, by_judge("judge", judge))
+            n, alike = win_rate_of_alike(*opinions, both(policy, name, "tokens"))
             wins.append({"judge": judge, "policy": policy, "over": name, "win_rate": list(win_rate(*opinions)),
                          "alike": n, "alike_win_rate": list(alike or ())})
     return wins
 
 
-def stage_warnings(whose: str, state: dict[str, Any]) -> list[str]:
-    """What a stage warned of when it ended, as its checkpoint's state has it, for the report."""
-    return [f"{whose}: {warning}" for warning in state.get("warnings", ())]
-
-
-def warnings_of(policies: Sequence[dict], first: str, last: str) -> list[str]:
-    """What the last policy lost against the first: variety, or the ends of its replies."""
-    before, after = (next(row for row in policies if row["name"] == name) for name in (first, last))
-    signs = (("distinct2", "distinct-2", VARIETY, "its replies repeat each other more"),
-             ("end_rate", "ends", 0.90, "more of its replies are cut off"))
-    return [f"{title} of {last} is {after[key]:.3f}, below {share:.0%} of {first}'s {before[key]:.3f}: "
-            f"{what}; a higher price of KL (--kl_coef) or fewer --updates keep it nearer to {first}"
-            for key, title, share, what in signs if after[key] < share * before[key]]
-
-
-def missing(data: Prepared, split: str, *, judges: Sequence[str], reward_model: bool) -> list[str]:
-    """What the report could not say, and what to bring for it."""
+def missing(data: Prepared, split: str, *, judges: Sequence[str], reward_model: bool, openings: int,
+            wanted: int) -> list[str]:
+    """What the report could not say, and what to bring for it. openings: those measured. wanted: how many
+    were asked for."""
     lines, name = [], {"val": "validation"}.get(split, split)
+    there = min(wanted, len({prompt_text(record["prompt"]) for record in data.records("ppo", split)}))
+    if openings < there:
+        lines.append(f"{there - openings} of {there} openings: with a reply beside them they are longer than a model "
+                     "or judge can read; allow shorter replies (--reply_len), or train with a larger --max_len")
     if not judges:
         lines.append("no judge: none of the feedback was kept for one, so that only the reward model that was "
                      "trained against says what is better: bring more records of feedback, or judge.jsonl")
@@ -271,9 +261,8 @@ def turns_of(prompt: str | list[dict[str, str]]) -> list[list[str]]:
 
 # ---- the report in words -------------------------------------------------------------------------
 
-COLUMNS = {"raw_score": "raw score", "kl": "KL, nats", "distinct2": "distinct-2",
-           "length": "length", "end_rate": "ends", "identical": "identical", "short": "under 8",
-           "ref_perplexity": "perplexity"}
+COLUMNS = {"raw_score": "raw score", "kl": "KL, nats", "distinct2": "distinct-2", "length": "length",
+           "end_rate": "ends", "identical": "identical", "short": "under 8", "ref_perplexity": "perplexity"}
 
 
 def report_name(name: str, split: str) -> str:
@@ -314,7 +303,7 @@ def render_report(report: dict[str, Any], name: str) -> str:
              f"what people wrote. Judged by {', then by '.join(report['judges']) or 'nobody'}; ± is "
              f"half a 95 % interval over openings; KL per reply; distinct-2 over "
              f"{rows[0]['bigrams']} bigrams each; under 8: share of replies with fewer tokens; "
-             "perplexity: the reference's.", show_policies(report)]
+             "perplexity: the reference's.", show_policies(report), *in_short(report)]
     parts += [f"Warning: {warning}." for warning in report.get("warnings", ())]
     parts += [f"{row['control']:.1%} of the replies of {row['name']} hold control tokens other than "
               "the end; texts do not show them." for row in rows if row["control"]]
@@ -337,16 +326,29 @@ def render_report(report: dict[str, Any], name: str) -> str:
     return "\n\n".join(parts)
 
 
+def verdict(rate: Sequence[float]) -> str:
+    """What a win rate with its interval says."""
+    return "undecided" if rate[1] <= 0.5 <= rate[2] else "better" if rate[0] > 0.5 else "worse"
+
+
+def in_short(report: dict[str, Any]) -> list[str]:
+    """One line: what each judge thinks of the last policy beside the first; none without a judge."""
+    said = [f"{wins['judge']}: {verdict(wins['win_rate'])}" for wins in report["win_rates"]
+            if (wins["policy"], wins["over"]) == (report.get("last"), report.get("first"))]
+    read = ". Read the warnings first" * bool(report.get("warnings"))
+    return [f"In short, {report['last']} beside {report['first']}: {', '.join(said)}{read}."] if said else []
+
+
 def show_wins(wins: dict[str, Any]) -> str:
     """A judge's preference in words: undecided where the interval holds one half."""
     def share(rate: Sequence[float], of: str) -> str:
-        return "{0:.1%} of {of} [{1:.1%}, {2:.1%}]".format(*rate, of=of) + (
-            ": undecided" if rate[1] <= 0.5 <= rate[2] else "")
+        doubt = ": undecided" * (verdict(rate) == "undecided")
+        return "{0:.1%} of {of} [{1:.1%}, {2:.1%}]{doubt}".format(*rate, of=of, doubt=doubt)
 
     text = "The judge {judge} prefers the reply of {policy} to that of {over} on ".format(**wins)
     text += share(wins["win_rate"], "the openings")
-    if not wins.get("alike_win_rate"):
-        return text + "; no two replies are of about equal length."
+    if (n := wins.get("alike", 0)) < FEW:
+        return text + f"; too few replies are of about equal length ({n}) to compare those alone."
     return text + "; among replies of about equal length on " + share(
         wins["alike_win_rate"], f"{wins['alike']} openings") + "."
 

@@ -192,11 +192,13 @@ def described(sizes: dict[str, list[int]], options: dict[str, dict[str, int | fl
 
 def proposals(sizes: dict[str, list[int]], counts: dict) -> dict[str, dict[str, int | float]]:
     """{stage: {option: value}}: lengths that 95 % of the records have, up to LONGEST; steps enough for
-    few records; PASSES over what is read."""
-    def room(low: int, high: int, *names: str) -> int:
+    few records; PASSES over what is read. Reward model and judge also read the policy's replies: a
+    prompt for which they have no room beside a reply would be left out of the report."""
+    def room(low: int, high: int, *names: str, beside: int = 0) -> int:
         most = max([quantile(sizes[name], 0.95) for name in names if name in sizes], default=0)
-        return max(low, min(high, -(-most // 16) * 16))
+        return max(low, min(high, -(-(most + beside) // 16) * 16))
 
+    reply_len = room(16, LONGEST_REPLY, "replies")
     found: dict[str, dict[str, int | float]] = {}
     if tokens := sum(c["tokens"] for name, c in counts.items() if name.startswith("pretrain_train[")):
         rows = room(64, LONGEST, "dialogues", "feedback")
@@ -207,8 +209,10 @@ def proposals(sizes: dict[str, list[int]], counts: dict) -> dict[str, dict[str, 
         if name in sizes and n:
             epochs = round(max(1.0 if stage != "reward" else 2.0, min(4.0, steps * 32 / n)), 2)
             total = -(-int(epochs * n) // 32)
-            found[stage] = {"max_len": room(32, LONGEST, name), "epochs": epochs,
-                            "eval_every": max(5, min(100, total // 8))}
+            longest = room(32, LONGEST, name)
+            if stage != "sft" and "prompts" in sizes:
+                longest = max(longest, room(32, LONGEST, "prompts", beside=reply_len))
+            found[stage] = {"max_len": longest, "epochs": epochs, "eval_every": max(5, min(100, total // 8))}
     if "replies" in sizes:
-        found["ppo"] = {"reply_len": room(16, LONGEST_REPLY, "replies")}
+        found["ppo"] = {"reply_len": reply_len}
     return found

@@ -145,7 +145,7 @@ def test_the_list_names_every_stage_data_set_and_preset(capsys, tmp_path):
     said = listed(capsys, "--out", tmp_path / "nothing")
     for name in (*train.STAGES, *DATA_SETS, "smoke", "demo", "base"):
         assert re.search(rf"^  {name} +\w", said, re.MULTILINE), name  # with a meaning
-    assert "none: python train.py begins one" in said
+    assert "none: python train.py begins one, and --out names another" in said
 
 
 def test_the_list_shows_runs_and_mends_nothing(capsys, tmp_path):

