@@ -502,8 +502,8 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
         stage = path.parent.name if path.parent.name in STAGES else ""
         places = [(path.parent, "*/"), (path.parent, "*/*/"), *[(path.parent.parent, "*/")] * (not stage)]
         runs = sorted(str(p.parent) for folder, below in places for p in folder.glob(below + "checkpoint.pt"))[:6]
-        advice = f"make it with `python train.py {stage}` (--out and --data say where), or name one" if stage else "name one"
-        advice = f"did you mean {' or '.join(runs)}?" if runs else f"{advice} that exists: see `python train.py --list`"
+        make = f"make it with `python train.py {stage}` (--out and --data say where), or " * bool(stage)
+        advice = f"did you mean {' or '.join(runs)}?" if runs else make + "name one that exists: `python train.py --list`"
         raise UserError(f"{path}: no checkpoint there; {advice}")
     try:
         model, tokenizer, state = read_checkpoint(path, cls)

@@ -254,10 +254,16 @@ def test_a_state_whose_parts_are_of_another_kind_is_refused(tmp_path, model, tok
         load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("folder,command", [("sft", "train.py sft`"), ("mine", "train.py all`")])
-def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path, folder, command):
+@pytest.mark.parametrize("folder,command", [("sft", "train.py sft`"), ("mine", "train.py --list`")])
+def test_a_missing_checkpoint_names_the_command_that_makes_it_or_those_there_are(tmp_path, folder, command):
     with pytest.raises(UserError, match=command):
         load_checkpoint(tmp_path / folder)
+
+
+def test_a_misspelt_run_names_those_beside_it(tmp_path, model, tokenizer):
+    save_checkpoint(tmp_path / "pretrain", model, tokenizer)
+    with pytest.raises(UserError, match=f"did you mean {tmp_path / 'pretrain'}"):
+        load_checkpoint(tmp_path / "pretrain2")
 
 
 def test_a_folder_that_holds_runs_names_them(tmp_path, model, tokenizer):
