@@ -503,7 +503,7 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
         places = [(path.parent, "*/"), (path.parent, "*/*/"), *[(path.parent.parent, "*/")] * (not stage)]
         runs = sorted(str(p.parent) for folder, below in places for p in folder.glob(below + "checkpoint.pt"))[:6]
         make = f"make it with `python train.py {stage}` (--out and --data say where), or " * bool(stage)
-        advice = f"did you mean {' or '.join(runs)}?" if runs else make + "name one that exists: `python train.py --list`"
+        advice = f"did you mean {' or '.join(runs)}?" if runs else make + "name one of `python train.py --list`"
         raise UserError(f"{path}: no checkpoint there; {advice}")
     try:
         model, tokenizer, state = read_checkpoint(path, cls)

@@ -324,7 +324,7 @@ def from_bad(name, *said):
 
 
 CHECKPOINTS = [
-    from_bad("nothere", "no checkpoint there", "name one that exists", "python train.py --list"),
+    from_bad("nothere", "no checkpoint there", "name one of", "python train.py --list"),
     from_bad("runs/mine", "no checkpoint there", "did you mean", "runs/mine/sft"),
     from_bad("runs", "no checkpoint there", "did you mean", "runs/mine/sft"),
     from_bad("mine/sft.jsonl", "no checkpoint there"),
