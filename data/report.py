@@ -95,7 +95,7 @@ def by_opinion(data: Prepared, split: str) -> dict[str, list[tuple[Any, str]]]:
     if kind == "pairs":
         return {name: [(r["prompt"], r[field]) for r in records if not r.get("tie")]
                 for name, field in ((", preferred", "chosen"), (", not preferred", "rejected"))}
-    names = (", liked", ", disliked") if kind == "labels" else (", preferred", ", not preferred")
+    names = (", liked", ", disliked") if kind == "labels" else (", rated high", ", rated low")
     field = kind.removesuffix("s")
     middle = 0.5 if kind == "labels" else sum(r[field] for r in records) / len(records)
     return {name: [(r["prompt"], r["response"]) for r in records if (r[field] > middle) == high]

@@ -138,7 +138,7 @@ def test_what_people_preferred_is_found_for_every_kind_of_feedback():
         "people, liked": ["a"], "people, disliked": ["b"]}
     assert found({"response": "a", "score": 3}, {"response": "b", "score": 1},
                  {"response": "c", "score": 2.5}) == {
-        "people, preferred": ["a", "c"], "people, not preferred": ["b"]}
+        "people, rated high": ["a", "c"], "people, rated low": ["b"]}
     assert found({"chosen": "a", "rejected": "b"}, {"chosen": "a", "rejected": "c"},
                  {"chosen": "d", "rejected": "e", "tie": True}) == {
         "people, preferred": ["a"], "people, not preferred": ["b", "c"]}
