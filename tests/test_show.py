@@ -18,11 +18,15 @@ def file(tmp_path):
     return str(tmp_path / "d.jsonl")
 
 
-def test_learned_tokens_are_green_and_others_grey(file, tmp_path, capsys):
+def test_learned_tokens_are_green_and_others_grey_on_a_terminal(file, tmp_path, capsys, monkeypatch):
     tokenizer = train_bpe(["问答"] * 3, 270)
     model = Transformer(ModelConfig(vocab_size=tokenizer.n_vocab, d_model=16, n_head=2, n_kv_head=2,
                                     d_ff=16, n_layer=1))
     save_checkpoint(tmp_path, model, tokenizer)
+    main([file, "--from", str(tmp_path)])
+    assert "\033" not in (shown := capsys.readouterr().out) and "⟦" in shown  # a pipe
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
     main([file, "--from", str(tmp_path)])
     shown = capsys.readouterr().out
     assert "\033[32m答" in shown

@@ -10,13 +10,14 @@ import sys
 
 from data.own import stage_of
 from data.records import load_records
-from data.render import Look, tokenizer_at
+from data.render import Look, can_colour, tokenizer_at
 from runtime.options import UserError, run_main
 from runtime.terminal import lacking
 
 
 def show(path: str, look: Look, n: int = 5) -> None:
-    """Print the first n records: learned tokens in green, others in grey, a dot after each."""
+    """Print the first n records: learned tokens in green, others in grey (marks where the output is no terminal),
+    a dot after each."""
     stage = stage_of(pathlib.Path(path), {})
     for record in load_records(path, stage)[:n]:
         print(look.show(record, stage) + "\n")
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> None:
     if not pathlib.Path(argv[0]).is_file():
         raise UserError(f"{argv[0]}: no such file: name a JSON Lines file")
     place = pathlib.Path(argv[2] if len(argv) == 3 else pathlib.Path(argv[0]).parent)
-    show(argv[0], Look(*tokenizer_at(place), dots=True))
+    show(argv[0], Look(*tokenizer_at(place), colour=can_colour(), dots=True))
 
 
 if __name__ == "__main__":
