@@ -41,18 +41,18 @@ from data.batches import (Rows, drop_long_prompts, held_out_prompts, make_rows, 
 from data.prepare import open_stage
 from data.prepared import Prepared
 from data.functions import RewardError
-from data.health import ALARMS, HOPELESS, VARIETY, warn_of_gaps
+from data.health import ALARMS, HOPELESS, VARIETY, as_logged, warn_of_gaps
 from data.rewards import (Part, RewardSum, ScoreScale, needs_model, part_scores, read_reward, resolved,
                           starting_scale)
 from model import Transformer, load_parent, next_token_loss, open_run, token_logprobs
 from reward import RewardModel, Scorer, critic_from, critic_of_policy
-from runtime.control import KLController
+from runtime.control import KLController, actor_critic_rates
 from runtime.alarms import Alarms
 from runtime.device import compile_trunks, pick_device, precision
 from runtime.fit import Best
 from runtime.draws import batch_indices, key
 from runtime.machine import resume_command
-from runtime.optim import clip_gradients, learning_rate, restore, stop_unless_finite
+from runtime.optim import clip_gradients, restore, stop_unless_finite
 from runtime.options import Common, UserError, option
 from runtime.products import use_products
 from runtime.run import Run
@@ -714,8 +714,8 @@ class PPOTrainer:
         if state:
             actor_critic.value_module.load_state_dict(state["critic"])
             restore([self.optimizer], {"optimizers": [state["optimizer"]]})
-        rollout_dtype = run.dtype if o.rollout_dtype == "auto" else o.rollout_dtype
-        self.decoder_dtype = state.get("decoder_dtype", rollout_dtype)
+        asked = run.dtype if o.rollout_dtype == "auto" else o.rollout_dtype
+        self.decoder_dtype = state.get("decoder_dtype", asked)
         self.prepare_decoder()
         settings = evaluate.ReplySettings(o.reply_len, o.temperature, dtype=run.dtype)
         self.alarms = Alarms("ppo", self.ALARMS, state.get("alarms"))
@@ -737,16 +737,6 @@ class PPOTrainer:
         with torch.no_grad(), precision(run.dtype, run.device):
             return starting_scale(self.scorer, self.reward_model, (ids, replies), ended, self.paying)
 
-    def rates(self, step: int) -> tuple[float, float]:
-        """Rates of (policy, critic) in this update: each rises from its own first update on, and
-        then falls to the last."""
-        o, first = self.o, self.o.critic_warmup
-        policy, rise = 0.0, first / o.updates
-        if step >= first:
-            policy = learning_rate(step - first, o.updates - first, o.warmup, 1 - o.warmup, o.final_lr)
-        critic = learning_rate(step, o.updates, rise, 1 - rise, o.final_lr)
-        return o.policy_lr * policy, o.critic_lr * critic
-
     def text_loss(self, k: int) -> Tensor:
         """Mean −log π of the next token over the k-th batch of pretraining text."""
         batch = (x.to(self.run.device) for x in self.text.batch(k))
@@ -764,13 +754,12 @@ class PPOTrainer:
 
     def update(self, step: int) -> dict[str, float]:
         """One update: reply, score, learn, steer the price of KL. Returns what is logged of it."""
-        o, train_policy, rates = self.o, step >= self.o.critic_warmup, self.rates(step)
+        o, train_policy, rates = self.o, step >= self.o.critic_warmup, actor_critic_rates(self.o, step)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         # Reply and score.
         self.networks.decoder.refresh()
-        n_prompts = o.batch // o.samples_per_prompt
-        index = batch_indices(len(self.prompts), n_prompts, step, o.seed, "ppo")
+        index = batch_indices(len(self.prompts), o.batch // o.samples_per_prompt, step, o.seed, "ppo")
         prompts = [self.prompts[i] for i in index]
         ids = [prompt_ids(self.run.tokenizer, prompt, self.template) for prompt in prompts]
         rollout = collect_rollout(self.networks, ids, self.paying, step=step, scorer=self.scorer,
@@ -782,30 +771,19 @@ class PPOTrainer:
         learned = update(self.networks.actor_critic, self.optimizer, rollout, o, step,
                          train_policy=train_policy, loss=self.loss,
                          text_loss=self.text_loss if self.text is not None else None)
-        metrics = rollout_metrics(rollout) | learned | self.independent_opinion(prompts, rollout)
+        # What evaluate.py says of these replies is logged, and reaches no reward.
+        metrics = rollout_metrics(rollout) | learned | self.held_out.opinion(
+            [prompts[i] for i in rollout.group.tolist()], reply_texts(self.run.tokenizer, rollout.generation))
         if train_policy:
             self.control.update(metrics["kl"], o.batch)
-        return self.watched(step, metrics) | {
+        metrics = as_logged(metrics, self.o, step)
+        self.check_gaps(metrics, step)
+        self.alarms.check(step + 1, metrics)
+        return metrics | {
             **{f"seconds_{name}": x for name, x in rollout.seconds.items()},
             "lr": rates[0], "critic_lr": rates[1],
             "generate_tokens_per_s": metrics["reply_tokens"] / rollout.seconds["generate"],
             "train_tokens_per_s": metrics["trained_tokens"] / metrics["seconds_train"]}
-
-    def watched(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """The metrics of an update as they are logged; warns of what went wrong in it."""
-        o = self.o
-        if o.kl_control == "adaptive" and step + 1 > .6 * o.updates:  # before, it may still be on its way
-            metrics["kl_of_target"] = metrics["kl"] / o.kl_target
-        if o.advantage != "gae":  # the head that stands for a critic learns nothing
-            metrics = {name: x for name, x in metrics.items() if "value" not in name and "explained" not in name}
-        self.check_gaps(metrics, step)
-        self.alarms.check(step + 1, metrics)
-        return metrics
-
-    def independent_opinion(self, prompts: Sequence, rollout: Rollout) -> dict[str, float]:
-        """What evaluate.py says of the rollout's replies. It is logged, and reaches no reward."""
-        texts = reply_texts(self.run.tokenizer, rollout.generation)
-        return self.held_out.opinion([prompts[i] for i in rollout.group.tolist()], texts)
 
     def check_gaps(self, metrics: dict[str, float], step: int) -> None:
         """Warn if what is scored is not what was sampled; give up a decoder that is too far off."""

@@ -22,6 +22,16 @@ ALARMS = (
     Alarm("value_loss", lambda x, first: x > 10 * first + 1, "the critic diverges: lower --critic_lr"))
 
 
+def as_logged(metrics: dict[str, float], o: Any, step: int) -> dict[str, float]:
+    """The metrics of an update as PPO logs and watches them. o: its options. step: updates done before."""
+    if o.kl_control == "adaptive" and step + 1 > .6 * o.updates:  # before, it may still be on its way
+        metrics = metrics | {"kl_of_target": metrics["kl"] / o.kl_target}
+    if o.advantage == "gae":
+        return metrics
+    # without a critic, the head that stands for one learns nothing
+    return {name: x for name, x in metrics.items() if "value" not in name and "explained" not in name}
+
+
 def warn_of_gaps(metrics: dict[str, float], dtype: str, decoder_dtype: str, step: int) -> None:
     """A line on stderr for each metric that says that what is scored is not what was sampled. dtype: of
     the networks' products; decoder_dtype: of writing; step: updates done before."""

@@ -1,9 +1,12 @@
-"""The price of an unwanted quantity, steered so that the quantity comes near a target."""
+"""What is set anew for each update: the price of an unwanted quantity, steered so that the quantity comes
+near a target, and the learning rates of an actor and its critic."""
 import math
 import sys
 from typing import Any
 
 from tqdm import tqdm
+
+from runtime.optim import learning_rate
 
 
 class KLController:
@@ -70,3 +73,14 @@ class KLController:
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps."""
         return {"coef": self.coef, "kl": self.kl}
+
+
+def actor_critic_rates(o: Any, step: int) -> tuple[float, float]:
+    """Learning rates of (policy, critic) in an update: each rises from its own first update on, and then
+    falls to the last. o: PPO's options."""
+    first = o.critic_warmup
+    policy, rise = 0.0, first / o.updates
+    if step >= first:
+        policy = learning_rate(step - first, o.updates - first, o.warmup, 1 - o.warmup, o.final_lr)
+    critic = learning_rate(step, o.updates, rise, 1 - rise, o.final_lr)
+    return o.policy_lr * policy, o.critic_lr * critic
