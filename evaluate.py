@@ -13,11 +13,9 @@ their opinions reach metrics and reports only.
 import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import pathlib
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -25,27 +23,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.agreement import feedback_table as feedback_table, reward_tables, show_agreement, summary
+from data.agreement import feedback_table, reward_tables, show_agreement, summary
 from data.batches import held_out_prompts, make_rows, pad_left, prompt_ids, scatter_tokens
+from data.dataset import feedback_of
+from data.forms import parse_fields
 from data.health import judge_warnings, stage_warnings, warnings_of
-from data.html import write_page
+from data.html import save_report
 from data.judge import ModelJudge, NgramJudge, ngram_regressions, shown_to_people
-from data.prepare import SETTINGS, find_data_set, open_data
+from data.prepare import SETTINGS, find_data_set, kept_input, open_data
 from data.prepared import Prepared
+from data.records import load_records
 from data.report import (Measures, add_distinct, describe, drawn_pairs, judged_by, missing, opinions_on_feedback,
-                         people_wrote, policy_columns, render_report, report_name, splits_used, table_row,
+                         people_wrote, policy_columns, render_report, splits_used, table_row,
                          win_rates)
 from data.rewards import part_scores, reward_paid
 from data.tokenizer import Tokenizer
 from model import Transformer, checkpoint_path, compared_logprobs, load_checkpoint
-from reward import RewardModel, longest_row
+from reward import RewardModel, RewardOptions, longest_row
 from runtime.device import pick_device, precision
-from runtime.lines import logged
+from runtime.draws import key
 from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
-from runtime.run import read_config, record_of
+from runtime.run import Run, read_config, record_of, run_folder
+from runtime.same import require_parent
 from runtime.storage import replace_text, require_place
-from runtime.tables import text_plot, to_json
+from runtime.tables import to_json
 from runtime.terminal import for_terminal, lacking, memory_advice
 from sample import Generation, reply_ids, reply_texts, reply_to
 
@@ -194,6 +196,23 @@ def best_of(n: int, compared: Compared, ids: Sequence[list[int]],
     return [replies[n * i + j] for i, j in enumerate(scores.argmax(1).tolist())], scores.amax(1)
 
 
+def best_of_prompts(run: Run, policy: Transformer, scorer: RewardModel, prompts: list,
+                    first: int) -> list[dict[str, Any]]:
+    """For each prompt, of n replies by the policy the one that the reward model scores highest, with its
+    score and the mean of all. One that is cut off never stands before one that ends: it does not show how
+    to end. first: the first prompt's number; a reply's random numbers follow from it."""
+    o, n, tokenizer = run.o, run.o.n, run.tokenizer
+    settings = ReplySettings(o.reply_len, o.temperature, key(o.seed, "best", "reply"), run.dtype)
+    replies, scores = scored_replies(
+        n, policy, scorer, tokenizer, [prompt_ids(tokenizer, prompt, run.template) for prompt in prompts], settings,
+        range(first * n, (first + len(prompts)) * n))
+    ended = torch.tensor([reply[-1] == tokenizer.eom_id for reply in replies]).view(-1, n)
+    chosen = torch.where(ended | ~ended.any(1, keepdim=True), scores, -torch.inf).argmax(1).tolist()
+    return [{"prompt": prompt, "response": tokenizer.reply_text(replies[i * n + j]),
+             "score": round(float(scores[i, j]), 4), "mean_score": round(float(scores[i].mean()), 4),
+             "ended": bool(ended[i, j])} for i, (prompt, j) in enumerate(zip(prompts, chosen, strict=True))]
+
+
 def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, samples: int = 1,
                  split: str = "val", settings: ReplySettings = ReplySettings()) -> tuple[
                      list[dict], dict[str, list[dict]]]:
@@ -272,17 +291,6 @@ def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str 
                                        ratings=reward_state.get("ratings"),
                                        warnings=stage_warnings("the reward model", reward_state))
     return compared, state, last
-
-
-def require_parent(states: dict[Any, dict], kind: str, path: Any, state: dict, flag: str) -> None:
-    """UserError if a PPO checkpoint, by folder in `states`, started from other weights than these.
-    """
-    for folder, ppo in states.items():
-        wanted = ppo.get("parents", {}).get(kind, state["hash"])
-        if wanted != state["hash"]:
-            raise UserError(f"{path} holds the weights {state['hash']}, but {folder} was trained "
-                            f"from {wanted}: name their folder with --{flag}, measure PPO runs of "
-                            "different parents one by one, or train PPO again")
 
 
 def load_reward_model(path: str | os.PathLike, device: str,
@@ -374,29 +382,6 @@ def build_report(compared: Compared, data: Prepared, *, seed: int, n_prompts: in
     return report, scores
 
 
-def save_report(report: dict[str, Any], scores: dict[str, dict[str, Any]], root: pathlib.Path,
-                seconds: float = 0.0) -> None:
-    """Write a run's report, with the seconds of each stage, and print it."""
-    split, report["seconds"] = report["split"], {}
-    for stage in ("pretrain", "sft", "reward", "ppo", "judge", "best"):
-        if checkpoint_path(root / stage).exists():
-            report["seconds"][stage] = round(record_of(root / stage).get("seconds", 0), 1)
-    # also after a resume
-    report["seconds"]["all"] = round(max(seconds, sum(report["seconds"].values())), 1)
-    text, path = render_report(report, root.name), root / report_name("report.md", split)
-    for name, of_split in scores.items():
-        replace_text(root / f"reward_{name}_scores.json", json.dumps(of_split))
-    replace_text(root / report_name("report.json", split), to_json(report))
-    replace_text(path, text + "\n" + write_page(report, root))
-    print("\n" + for_terminal(text))
-    for key, title in (("score", "reward per reply, by update"),
-                       ("kl", "KL in nats per reply, by update")):
-        print("\n" + text_plot(logged(root / "ppo" / "metrics.jsonl", key), title))
-    plot, ppo = shlex.quote(str(root)), shlex.quote(str(root / "ppo"))
-    print(f"\nwritten: {path} and {path.stem}.html; curves: python -m tools.plot {plot}; try it: python sample.py "
-          f"--from {ppo} --prompt …")
-
-
 def print_validation_table(folder: str | os.PathLike, data: Prepared, device: str = "cpu") -> None:
     """A finished reward model beside its baselines on validation; the test texts are scored once, by
     the report."""
@@ -404,6 +389,22 @@ def print_validation_table(folder: str | os.PathLike, data: Prepared, device: st
     rows, scores = reward_tables(model, data, "val", tokenizer, longest_row(model, state),
                                  state.get("ratings"))
     print(show_agreement(rows, summary(scores["val"])), flush=True)
+
+
+def measure_on_file(o: RewardOptions, stage: str) -> None:
+    """Print how far a finished reward model agrees with a file of feedback, whatever its form, beside
+    what length alone and a constant reach."""
+    used = {"evaluate", "init_from", "data", "out", "fields", "skip_bad", "template", "device",
+            "deterministic", "traceback"}
+    o.refuse(*sorted(o.explicit - used), why="with --evaluate, which trains nothing")
+    model, tokenizer, state = load_checkpoint(o.init_from or run_folder(o, stage), pick_device(o.device),
+                                              RewardModel)
+    records = load_records(kept_input(o.evaluate), "reward", o.skip_bad, parse_fields(o.fields), say=True)
+    scale = state.get("ratings") if feedback_of(records[0]) == "scores" else None
+    rows, scored = feedback_table(
+        model, records, tokenizer, o.template or state.get("template", "{prompt}"),
+        longest_row(model, state), scale=scale)
+    print(show_agreement(rows, summary(scored)))
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ and, for its random draws, in runtime/draws.py.
 import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import copy
 import dataclasses
-import difflib
 import math
 import sys
 import time
@@ -33,29 +32,26 @@ import torch
 from torch import Tensor
 
 import evaluate
-from data.agreement import show_agreement, summary
 from data.batches import dialogue_rows, eval_windows, held_out_prompts, pack_rows, prompt_ids, text_batches
-from data.dataset import SPLITS, feedback_of
-from data.drawn import drawn_prompts, mark_of, written_before
+from data.dataset import SPLITS
+from data.drawn import drawn_prompts, grown_records, mark_of
 from data.feedback import require_telling
-from data.forms import parse_fields
 from data.overview import ListOptions, overview
 from data.prepare import kept_input, known_max_len, open_for, open_stage, recounted, suited
 from data.prepared import Prepared
-from data.records import load_records
 from data.rewards import read_reward, settled
 from model import (ModelConfig, Transformer, checkpoint_path, cross_entropy_sum, limit_length,
                    load_checkpoint, load_parent, next_token_loss, open_run, require_lengths)
 from ppo import PPOOptions, train_ppo
-from reward import RewardModel, RewardOptions, longest_row, train_reward
+from reward import RewardModel, RewardOptions, train_reward
 from runtime.boards import require_tensorboard
+from runtime.commands import parse_command
 from runtime.device import compute_alike, pick_device, precision
-from runtime.draws import batch_indices, key, torch_seed
+from runtime.draws import batch_indices, torch_seed
 from runtime.fit import fit
 from runtime.machine import Interrupt, Interrupted, keep_freed_memory
-from runtime.options import Common, MaximumLikelihoodOptions, UserError, option, parse, parse_all, run_main
+from runtime.options import Common, MaximumLikelihoodOptions, UserError, option, parse, run_main
 from runtime.products import use_products
-from runtime.progress import Progress
 from runtime.run import Run, read_config, run_folder
 from runtime.terminal import memory_advice
 from sample import reply_texts, reply_to
@@ -269,27 +265,11 @@ def sft(o: SFTOptions) -> Run | None:
 
 # ---- stage 3: the reward model -------------------------------------------------------------------
 
-def measure_on_file(o: RewardOptions, stage: str) -> None:
-    """Print how far a finished reward model agrees with a file of feedback, whatever its form, beside
-    what length alone and a constant reach."""
-    used = {"evaluate", "init_from", "data", "out", "fields", "skip_bad", "template", "device",
-            "deterministic", "traceback"}
-    o.refuse(*sorted(o.explicit - used), why="with --evaluate, which trains nothing")
-    model, tokenizer, state = load_checkpoint(o.init_from or run_folder(o, stage), pick_device(o.device),
-                                              RewardModel)
-    records = load_records(kept_input(o.evaluate), "reward", o.skip_bad, parse_fields(o.fields), say=True)
-    scale = state.get("ratings") if feedback_of(records[0]) == "scores" else None
-    rows, scored = evaluate.feedback_table(
-        model, records, tokenizer, o.template or state.get("template", "{prompt}"),
-        longest_row(model, state), scale=scale)
-    print(show_agreement(rows, summary(scored)))
-
-
 @memory_advice("lower --batch or --max_len, or add --recompute")
 def reward(o: RewardOptions) -> Run | None:
     """`train_reward`, and the model's table beside plain baselines, on validation."""
     if o.evaluate:
-        return measure_on_file(o, "reward")
+        return evaluate.measure_on_file(o, "reward")
     refuse_judge(o.strength_from)
     run = train_reward(o)
     data = open_for(o, o.data)
@@ -330,7 +310,7 @@ def judge(o: JudgeOptions) -> Run | None:
     """A second judge of policies, which reads whole texts where the n-grams read pieces: the
     pretrained trunk (not the policy's) learns the judge's half of the labels."""
     if o.evaluate:
-        return measure_on_file(o, "judge")
+        return evaluate.measure_on_file(o, "judge")
     o.refuse("strength_from", why="on a judge, which owes nothing to a reward model")
     return train_reward(o, stage="judge", parent="pretrain")
 
@@ -369,42 +349,15 @@ class BestTask(SFTTask):
         return super().measure(step) | self.held_out.measure(self.run.model)[0]
 
 
-def best_of_prompts(run: Run, policy: Transformer, scorer: RewardModel, prompts: list,
-                    first: int) -> list[dict[str, Any]]:
-    """For each prompt, of n replies by the policy the one that the reward model scores highest, with its
-    score and the mean of all. One that is cut off never stands before one that ends: it does not show how
-    to end. first: the first prompt's number; a reply's random numbers follow from it."""
-    o, n, tokenizer = run.o, run.o.n, run.tokenizer
-    settings = evaluate.ReplySettings(o.reply_len, o.temperature, key(o.seed, "best", "reply"), run.dtype)
-    replies, scores = evaluate.scored_replies(
-        n, policy, scorer, tokenizer, [prompt_ids(tokenizer, prompt, run.template) for prompt in prompts], settings,
-        range(first * n, (first + len(prompts)) * n))
-    ended = torch.tensor([reply[-1] == tokenizer.eom_id for reply in replies]).view(-1, n)
-    chosen = torch.where(ended | ~ended.any(1, keepdim=True), scores, -torch.inf).argmax(1).tolist()
-    return [{"prompt": prompt, "response": tokenizer.reply_text(replies[i * n + j]),
-             "score": round(float(scores[i, j]), 4), "mean_score": round(float(scores[i].mean()), 4),
-             "ended": bool(ended[i, j])} for i, (prompt, j) in enumerate(zip(prompts, chosen, strict=True))]
-
-
-def best_records(run: Run, policy: Transformer, scorer: RewardModel, data: Prepared,
-                 at_once: int = 64) -> list[dict[str, Any]]:
-    """`best_of_prompts` of the training prompts that the seed draws.
-
-    They stand in best.jsonl, which grows by `at_once` prompts at a time: a stop loses little, and what it wrote
-    is used again, as it would be drawn again (--fresh included).
-    """
-    o, path = run.o, run.folder.path / "best.jsonl"
+def best_records(run: Run, policy: Transformer, scorer: RewardModel, data: Prepared) -> list[dict[str, Any]]:
+    """`evaluate.best_of_prompts` of the training prompts that the seed draws, in best.jsonl: what an earlier
+    process wrote there is used again, as it would be drawn again (--fresh included)."""
+    o = run.o
     room = min(policy.config.max_len, scorer.config.max_len) - o.reply_len
-    prompts = drawn_prompts(data, run.tokenizer, room, o.prompts, o.seed)
-    mark = mark_of(o.n, o.reply_len, o.temperature, o.seed, sorted(run.folder.parents.items()))
-    records = written_before(path, mark, len(prompts), at_once)
-    with Progress("best: replies", len(records) // at_once, math.ceil(len(prompts) / at_once)) as bar:
-        for first in range(len(records), len(prompts), at_once):
-            new = best_of_prompts(run, policy, scorer, prompts[first:first + at_once], first)
-            run.folder.append(path.name, new := [record | {"of": mark} for record in new])
-            records += new
-            bar.update()
-    return records
+    return grown_records(
+        run.folder, mark_of(o.n, o.reply_len, o.temperature, o.seed, sorted(run.folder.parents.items())),
+        drawn_prompts(data, run.tokenizer, room, o.prompts, o.seed),
+        lambda prompts, first: evaluate.best_of_prompts(run, policy, scorer, prompts, first))
 
 
 @memory_advice("lower --batch, --max_len or --reply_len, or add --recompute")
@@ -499,33 +452,26 @@ def main(argv: list[str]) -> int:
         o = parse(ListOptions, argv, "train.py --list")
         print(overview({stage: cls for stage, (cls, _) in STAGES.items()}, __doc__ or "", o.out))
         return 0
-    stage, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("all", argv)
-    if stage not in (*STAGES, "all"):
-        near = difflib.get_close_matches(stage, [*STAGES, "all"], 1)
-        raise UserError(f"unknown stage {stage!r}{f'; did you mean {near[0]}?' if near else ''}: "
-                        f"use all, {', '.join(STAGES)}")
     Interrupt.install()
     keep_freed_memory()
     try:
-        if stage == "all":
-            options = parse_all(Common, ROAD, rest, "train.py")
+        stage, options = parse_command(argv, {name: cls for name, (cls, _) in STAGES.items()}, ROAD, "train.py")
+        all_stages = stage == "all"
+        data = kept_input([*options.values()][0].data)
+        options = {name: o.replace(data=data) for name, o in options.items()}
+        o = options["ppo" if all_stages else stage]
+        if all_stages:
             for name in ("reward", "judge"):
                 options[name].refuse("evaluate", why="in a run of all stages: give it to this stage alone")
-            data = kept_input(options["ppo"].data)
-            options = {name: of_stage.replace(data=data) for name, of_stage in options.items()}
-            o = options["ppo"]
         else:
-            o = parse(STAGES[stage][0], rest, f"train.py {stage}")
-            o = o.replace(data=kept_input(o.data))
             o.refuse("report_prompts", why=f"on {stage} alone: it is for the report of `train.py all`")
-        require_lengths(options if stage == "all" else {stage: o},
-                        known_max_len(options["pretrain"]) if stage == "all" else None)
+        require_lengths(options, known_max_len(options["pretrain"]) if all_stages else None)
         pick_device(o.device)  # fail early on a missing device, or package
         if o.tensorboard:
             require_tensorboard()
         if o.deterministic:
             compute_alike()
-        if stage == "all":
+        if all_stages:
             run_all(options)
         else:
             if stage in ("reward", "judge") and not o.evaluate:  # the others look at all their records at once

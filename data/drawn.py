@@ -1,7 +1,9 @@
 """What rejection sampling (`train.py best`) replies to, and best.jsonl, where it writes what it keeps."""
 import hashlib
 import json
+import math
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from data.prepared import Prepared
 from data.records import prompt_text
 from data.tokenizer import Tokenizer
 from runtime.draws import key
+from runtime.progress import Progress
+from runtime.run import RunFolder
 from runtime.storage import replace_text
 
 
@@ -35,4 +39,19 @@ def written_before(path: pathlib.Path, mark: str, total: int, at_once: int) -> l
     if len(records) != total:
         records = records[:len(records) // at_once * at_once]
         replace_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    return records
+
+
+def grown_records(folder: RunFolder, mark: str, prompts: Sequence, answered: Callable[[Sequence, int], list[dict]],
+                  at_once: int = 64) -> list[dict[str, Any]]:
+    """The records of all prompts, in the folder's best.jsonl, which grows by `at_once` prompts at a time: a
+    stop loses little. answered: gives the records of some prompts, of which the first has this number."""
+    path = folder.path / "best.jsonl"
+    records = written_before(path, mark, len(prompts), at_once)
+    with Progress("best: replies", len(records) // at_once, math.ceil(len(prompts) / at_once)) as bar:
+        for first in range(len(records), len(prompts), at_once):
+            new = [record | {"of": mark} for record in answered(prompts[first:first + at_once], first)]
+            folder.append(path.name, new)
+            records += new
+            bar.update()
     return records

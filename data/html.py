@@ -1,21 +1,28 @@
 """report.html: the report as one page that needs nothing else, with the curves in it; report.svg, the
-curves alone, for report.md.
+curves alone, for report.md. `save_report` writes them beside report.md and report.json, and prints the
+report.
 
 Curves are SVG of our own: a line joins what was logged of training batches, dots are held-out prompts
 or texts. Page and picture follow the reader's light or dark mode.
 """
 import html
+import json
 import math
 import pathlib
 import re
+import shlex
 from typing import Any
 
 import numpy as np
 
 from data.curves import COLORS, HELD_OUT_PREFIXES, Panel, Run, curves_of, to_draw
 from data.report import render_report, report_name
+from runtime.lines import logged
 from runtime.options import UserError
+from runtime.run import record_of
 from runtime.storage import replace_text
+from runtime.tables import text_plot, to_json
+from runtime.terminal import for_terminal
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 300, 190, 46, 34, 40  # of a panel, in units of SVG
 CURVE_STYLE = """
@@ -178,3 +185,28 @@ def write_page(report: dict[str, Any], root: pathlib.Path) -> str:
     name = report_name("report.svg", split)
     replace_text(root / name, svg)
     return f"\n![curves]({name})\n"
+
+
+# ---- what a report leaves in a run's folder -----------------------------------------------------
+
+def save_report(report: dict[str, Any], scores: dict[str, dict[str, Any]], root: pathlib.Path,
+                seconds: float = 0.0) -> None:
+    """Write a run's report, with the seconds of each stage, and print it."""
+    split, report["seconds"] = report["split"], {}
+    for stage in ("pretrain", "sft", "reward", "ppo", "judge", "best"):
+        if (root / stage / "checkpoint.pt").exists():
+            report["seconds"][stage] = round(record_of(root / stage).get("seconds", 0), 1)
+    # also after a resume
+    report["seconds"]["all"] = round(max(seconds, sum(report["seconds"].values())), 1)
+    text, path = render_report(report, root.name), root / report_name("report.md", split)
+    for name, of_split in scores.items():
+        replace_text(root / f"reward_{name}_scores.json", json.dumps(of_split))
+    replace_text(root / report_name("report.json", split), to_json(report))
+    replace_text(path, text + "\n" + write_page(report, root))
+    print("\n" + for_terminal(text))
+    for key, title in (("score", "reward per reply, by update"),
+                       ("kl", "KL in nats per reply, by update")):
+        print("\n" + text_plot(logged(root / "ppo" / "metrics.jsonl", key), title))
+    plot, ppo = shlex.quote(str(root)), shlex.quote(str(root / "ppo"))
+    print(f"\nwritten: {path} and {path.stem}.html; curves: python -m tools.plot {plot}; try it: python sample.py "
+          f"--from {ppo} --prompt …")

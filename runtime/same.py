@@ -40,3 +40,14 @@ def require_same(o: Common, stage: str, path: pathlib.Path, now: dict[str, Any],
         shown = [*differing.values()]
         raise UserError(f"{path}: the run there differs ({'; '.join(shown[:4])}{' …' if len(shown) > 4 else ''}): "
                         "start anew with --fresh, or choose another --out")
+
+
+def require_parent(states: dict[Any, dict], kind: str, path: Any, state: dict, flag: str) -> None:
+    """UserError if a PPO checkpoint, by folder in `states`, started from other weights than these.
+    """
+    for folder, ppo in states.items():
+        wanted = ppo.get("parents", {}).get(kind, state["hash"])
+        if wanted != state["hash"]:
+            raise UserError(f"{path} holds the weights {state['hash']}, but {folder} was trained "
+                            f"from {wanted}: name their folder with --{flag}, measure PPO runs of "
+                            "different parents one by one, or train PPO again")
