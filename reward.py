@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from data.batches import IN_A_ROW, Row, different_pairs, drop_long_prompts, pack_rows, reward_batch, reward_rows
 from data.feedback import (by_kind, chance_warnings, denoised, feedback_beside, feedback_kind, parts_of,
-                           rating_scale, require_varied, standardised, tie_odds_of)
+                           quick_agreement, rating_scale, require_varied, standardised, tie_odds_of)
 from data.prepare import open_stage, recounted
 from data.prepared import Prepared
 from data.rewards import PythonReward as PythonReward, ScoreScale as ScoreScale  # for who imports them from here
@@ -36,7 +36,6 @@ from runtime.fit import fit
 from runtime.machine import require_finite
 from runtime.options import MaximumLikelihoodOptions, UserError, option
 from runtime.run import Run
-from runtime.statistics import accuracy, auc, correlation, share_above
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -527,24 +526,12 @@ class RewardTask:
         return scores.cpu().double().numpy()
 
     def agreement(self, records: list[dict], scores: dict[str, np.ndarray]) -> dict[str, float]:
-        """Accuracy on decided pairs and mean log-likelihood of ties; correlation with ratings; AUC and
-        accuracy on labels. A measure that these records do not have is left out."""
-        if self.kind == "pairwise":
-            ties = np.array([bool(r.get("tie")) for r in records], bool)
-            delta = scores["chosen"] - scores["rejected"]
-            measured = {"val_accuracy": share_above(delta[~ties], 0 * delta[~ties])} if (~ties).any() else {}
-            if self.tie_odds and ties.any():
-                tied = davidson_log_probs(torch.from_numpy(delta[ties]), self.tie_odds)[1]
-                measured["val_tie_log_likelihood"] = float(tied.mean())
-            return measured
-        if not records:
-            return {}
-        raw = scores["response"]
-        if self.kind == "regression":
-            return {"val_correlation": correlation(raw, [r["score"] for r in records])}
-        labels = np.array([r["label"] for r in records])
-        right = {"val_accuracy": accuracy(1 / (1 + np.exp(-raw)), labels)}
-        return right if labels.min() == labels.max() else {"val_auc": auc(raw, labels), **right}
+        """`quick_agreement`, and the mean log-likelihood of ties."""
+        measured = quick_agreement(self.kind, records, scores)
+        if self.tie_odds and (ties := np.array([bool(r.get("tie")) for r in records], bool)).any():
+            delta = torch.from_numpy((scores["chosen"] - scores["rejected"])[ties])
+            measured["val_tie_log_likelihood"] = float(davidson_log_probs(delta, self.tie_odds)[1].mean())
+        return measured
 
 
 def reward_model_from(trunk: Transformer, o: RewardOptions, stage: str = "reward",

@@ -13,10 +13,9 @@
 
 The first two stages are written out here, `reward` in reward.py and `ppo` in ppo.py; `judge` is
 `reward` on the judge's half of the labels, and `best` is `sft` on replies of its own. All but `ppo`
-share the loop of runtime/fit.py. A stage
-reads the checkpoints of its parents and leaves checkpoint.pt, config.json, metrics.jsonl and
-samples.jsonl in OUT/<data>/<stage>/. A new stage is a function of its options, added to STAGES here
-and, for its random draws, in runtime/draws.py.
+share the loop of runtime/fit.py. A stage reads the checkpoints of its parents and leaves checkpoint.pt,
+config.json, metrics.jsonl and samples.jsonl in OUT/<data>/<stage>/. A new stage is a function of its
+options, added to STAGES here and, for its random draws, in runtime/draws.py.
 """
 import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import copy
@@ -27,15 +26,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import evaluate
 from data.batches import dialogue_rows, eval_windows, held_out_prompts, pack_rows, prompt_ids, text_batches
 from data.dataset import SPLITS
-from data.drawn import drawn_prompts, grown_records, mark_of
-from data.feedback import require_telling
+from data.drawn import drawn_prompts, grown_records, mark_of, scores_of
+from data.feedback import require_records
 from data.overview import ListOptions, overview
 from data.prepare import kept_input, known_max_len, open_for, open_stage, recounted, suited
 from data.prepared import Prepared
@@ -278,24 +276,7 @@ def reward(o: RewardOptions) -> Run | None:
     return run
 
 
-# ---- stage 4: PPO, and the judge that it is never trained against --------------------------------
-
-def refuse_judge(path: str) -> None:
-    """UserError if the reward model at this path is the judge: it would judge its own pupil."""
-    if not path:
-        return
-    record = read_config(checkpoint_path(path).parent) or load_checkpoint(path, "cpu", RewardModel)[2]
-    if record.get("stage") == "judge":
-        raise UserError(f"{path}: this is the judge, which no policy is trained against: name "
-                        "a reward model instead")
-
-
-@memory_advice("lower --micro_batch, --rollout_rows or --reply_len, or add --recompute")
-def ppo(o: PPOOptions) -> Run | None:
-    """`train_ppo`, unless its reward model is the judge."""
-    refuse_judge(o.reward_from)
-    return train_ppo(o)
-
+# ---- the judge, and stage 4, PPO, which is never trained against it -------------------------------
 
 @dataclasses.dataclass
 class JudgeOptions(RewardOptions):
@@ -313,6 +294,21 @@ def judge(o: JudgeOptions) -> Run | None:
         return evaluate.measure_on_file(o, "judge")
     o.refuse("strength_from", why="on a judge, which owes nothing to a reward model")
     return train_reward(o, stage="judge", parent="pretrain")
+
+
+def refuse_judge(path: str) -> None:
+    """UserError if the reward model at this path is the judge: it would judge its own pupil."""
+    record = path and (read_config(checkpoint_path(path).parent) or load_checkpoint(path, "cpu", RewardModel)[2])
+    if record and record.get("stage") == "judge":
+        raise UserError(f"{path}: this is the judge, which no policy is trained against: name a reward model instead")
+
+
+
+@memory_advice("lower --micro_batch, --rollout_rows or --reply_len, or add --recompute")
+def ppo(o: PPOOptions) -> Run | None:
+    """`train_ppo`, unless its reward model is the judge."""
+    refuse_judge(o.reward_from)
+    return train_ppo(o)
 
 
 # ---- the fourth step: rejection sampling ---------------------------------------------------------
@@ -349,17 +345,6 @@ class BestTask(SFTTask):
         return super().measure(step) | self.held_out.measure(self.run.model)[0]
 
 
-def best_records(run: Run, policy: Transformer, scorer: RewardModel, data: Prepared) -> list[dict[str, Any]]:
-    """`evaluate.best_of_prompts` of the training prompts that the seed draws, in best.jsonl: what an earlier
-    process wrote there is used again, as it would be drawn again (--fresh included)."""
-    o = run.o
-    room = min(policy.config.max_len, scorer.config.max_len) - o.reply_len
-    return grown_records(
-        run.folder, mark_of(o.n, o.reply_len, o.temperature, o.seed, sorted(run.folder.parents.items())),
-        drawn_prompts(data, run.tokenizer, room, o.prompts, o.seed),
-        lambda prompts, first: evaluate.best_of_prompts(run, policy, scorer, prompts, first))
-
-
 @memory_advice("lower --batch, --max_len or --reply_len, or add --recompute")
 def best(o: BestOptions) -> Run | None:
     """Reply n times to each prompt, keep the reply that the reward model scores highest, and learn
@@ -378,16 +363,16 @@ def best(o: BestOptions) -> Run | None:
         return None
     for network in (reference.requires_grad_(False), scorer.requires_grad_(False)):
         use_products(network.to(run.device), run.compute.products)
-    records = best_records(run, reference, scorer, data)
+    room = min(policy.config.max_len, scorer.config.max_len) - o.reply_len  # for a prompt
+    mark = mark_of(o.n, o.reply_len, o.temperature, o.seed, sorted(run.folder.parents.items()))
+    records = grown_records(run.folder, mark, drawn_prompts(data, tokenizer, room, o.prompts, o.seed),
+                            lambda prompts, first: evaluate.best_of_prompts(run, reference, scorer, prompts, first))
     kept = [r for r in records if r["ended"]]
     held_out = evaluate.HeldOutPrompts(
-        data, tokenizer, held_out_prompts(data, "val", tokenizer, min(
-            policy.config.max_len, scorer.config.max_len) - o.reply_len, 128), reference, scorer,
+        data, tokenizer, held_out_prompts(data, "val", tokenizer, room, 128), reference, scorer,
         evaluate.ReplySettings(o.reply_len, o.temperature, dtype=run.dtype))
     task = BestTask(run, data, kept, held_out)
-    print(f"best: {len(records)} prompts, {o.n} replies each; mean score "
-          f"{np.mean([r['mean_score'] for r in records]):.3f}, of the best {np.mean([r['score'] for r in kept]):.3f}; "
-          f"{len(records) - len(kept)} prompts without a reply that ends, {task.left_out} dialogues of over "
+    print(f"best: {o.n} replies to each of {scores_of(records, kept)}, {task.left_out} dialogues of over "
           f"{o.max_len} tokens left out; {task.n_steps} steps of {o.batch}", flush=True)
     run.finish(**fit(run, task))
     return run
@@ -433,15 +418,8 @@ def run_all(options: dict[str, Common]) -> None:
 
 
 def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
-    """Fail before hours of work: UserError if a stage has no data, if its feedback is of several
-    kinds or teaches nothing, or if the reward model is none."""
-    for stage in stages:
-        if stage == "pretrain":
-            data.require_tokenizer()
-        else:
-            data.records(stage, "train")
-    if "reward" in stages:
-        require_telling({split: data.records("reward", split) for split in SPLITS})
+    """`require_records`, and UserError if the reward model is none."""
+    require_records(data, stages)
     if reward_from:  # what the first stage starts from is soon looked at
         load_checkpoint(reward_from, "cpu", RewardModel)
     refuse_judge(reward_from)

@@ -55,3 +55,10 @@ def grown_records(folder: RunFolder, mark: str, prompts: Sequence, answered: Cal
             records += new
             bar.update()
     return records
+
+
+def scores_of(records: Sequence[dict], kept: Sequence[dict]) -> str:
+    """How many prompts there are, what their replies score, and how many of them are not kept, in words."""
+    mean, best = np.mean([r["mean_score"] for r in records]), np.mean([r["score"] for r in kept])
+    return (f"{len(records)} prompts; mean score {mean:.3f}, of the best {best:.3f}; {len(records) - len(kept)} "
+            "prompts without a reply that ends")

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from data.dataset import feedback_of, require_one_feedback
+from data.dataset import SPLITS, feedback_of, require_one_feedback
 from data.prepared import Prepared
 from data.splits import split_key
 from runtime.options import UserError
+from runtime.statistics import accuracy, auc, correlation, share_above
 
 # Files of feedback beside the main kind, and what each must hold. The reward model learns it, too; it
 # is in no other stage, and nothing is measured on it.
@@ -62,6 +63,18 @@ def require_varied(split: str, records: Sequence[dict], name: str = "reward") ->
                 f"{field}s {where} are the same ({records[0][field]})")
         raise UserError(f"reward: all {same}, so that nothing can be {verb}: bring more records, or a "
                         f"file {file} in which they differ")
+
+
+def require_records(data: Prepared, stages: Sequence[str]) -> None:
+    """Fail before hours of work: UserError if a stage has no data, or the reward model's feedback is of
+    several kinds or tells nothing apart."""
+    for stage in stages:
+        if stage == "pretrain":
+            data.require_tokenizer()
+        else:
+            data.records(stage, "train")
+    if "reward" in stages:
+        require_telling({split: data.records("reward", split) for split in SPLITS})
 
 
 def require_telling(feedback: Mapping[str, Sequence[dict]]) -> None:
@@ -177,6 +190,25 @@ def denoised(pairs: Sequence[dict], strength: np.ndarray, flip_share: float = 0.
     for i in decided if adaptive_margin else ():
         pairs[i]["margin"] = float(strength[i])
     return pairs
+
+
+# ---- agreement while training --------------------------------------------------------------------
+
+def quick_agreement(kind: str, records: Sequence[dict], scores: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Accuracy on decided pairs; correlation with ratings; AUC and accuracy on labels. A measure that these
+    records do not have is left out. kind: that of the loss. scores: of each reply, by its field."""
+    if kind == "pairwise":
+        decided = np.array([not r.get("tie") for r in records], bool)
+        delta = (scores["chosen"] - scores["rejected"])[decided]
+        return {"val_accuracy": share_above(delta, 0 * delta)} if decided.any() else {}
+    if not records:
+        return {}
+    raw = scores["response"]
+    if kind == "regression":
+        return {"val_correlation": correlation(raw, [r["score"] for r in records])}
+    labels = np.array([r["label"] for r in records])
+    right = {"val_accuracy": accuracy(1 / (1 + np.exp(-raw)), labels)}
+    return right if labels.min() == labels.max() else {"val_auc": auc(raw, labels), **right}
 
 
 # ---- chance --------------------------------------------------------------------------------------
