@@ -1,8 +1,8 @@
 """People's feedback before a model learns it, and what to think of a model's agreement with it.
 
 Which kind it is, and which is the main one where there are several; whether it tells anything apart;
-its parts, ties and ratings as numbers that the losses in reward.py need; which pairs are doubtful; which
-agreement chance alone would reach.
+its parts, ties and ratings as numbers that the losses in reward.py need; which pairs are doubtful; how far
+a model agrees with it while it trains, and which agreement chance alone would reach.
 """
 import math
 from collections.abc import Mapping, Sequence

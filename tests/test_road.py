@@ -144,6 +144,14 @@ def test_proposed_lengths_fit_nearly_all_and_are_bounded():
     assert found["sft"]["epochs"] == 4 and found["reward"]["epochs"] == 2
 
 
+def test_reward_model_and_judge_have_room_for_a_reply_beside_nearly_every_prompt():
+    sizes = {"dialogues": [30] * 99, "replies": [40] * 99, "feedback": [30] * 99, "prompts": [*range(1, 101)]}
+    found = proposals(sizes, {"sft_train": 99, "reward_train": 99, "judge_train": 99})
+    for stage in ("reward", "judge"):
+        assert found[stage]["max_len"] >= quantile(sizes["prompts"], .95) + found["ppo"]["reply_len"]
+    assert found["sft"]["max_len"] == 32  # its dialogues have replies already
+
+
 def test_flags_and_presets_win_over_what_suits_the_data(opened, capsys):
     data = opened(PAIRS)
     meant = data.meta["defaults"]
