@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import train
-from runtime import optim
 from runtime.machine import processor
 from runtime.run import Run
 from tests.conftest import signals_restored, write_reviews_source
@@ -37,8 +36,7 @@ def golden_run(folder: pathlib.Path) -> dict:
         logged.setdefault(run.stage, []).append({"step": step, **numbers})
         log(run, step, **metrics)
 
-    Run.log, half_is_fast = keep, optim.half_is_fast
-    optim.half_is_fast = lambda device: True  # one precision of Muon on all machines
+    Run.log = keep
     try:
         with signals_restored():
             train.main(["all", "--preset=smoke", "--dtype=float32", "--compile=off",
@@ -46,7 +44,7 @@ def golden_run(folder: pathlib.Path) -> dict:
                         f"--out={folder / 'out'}", "--pretrain.log_every=1",
                         "--sft.log_every=1", "--reward.log_every=1"])
     finally:
-        Run.log, optim.half_is_fast = log, half_is_fast
+        Run.log = log
     report = json.loads((folder / "out" / "reviews" / "report.json").read_text(encoding="utf-8"))
     return {"stages": {stage: lines[:STEPS] for stage, lines in logged.items()},
             "policies": report["policies"]}
@@ -76,8 +74,8 @@ def test_the_numbers_are_those_of_the_golden_run(golden, stage):
         pytest.skip("replies are drawn from logits whose last digits are those of "
                     f"{expected['machine']}")
     part = (lambda run: run["policies"]) if stage == "report" else lambda run: run["stages"][stage]
-    # Muon computes in bfloat16, so that last digits soon become third ones.
-    tolerance = 1e-6 if expected["machine"] == machine() else 1e-2
+    # Muon computes in bfloat16, or in float32: last digits soon become third ones.
+    tolerance = 1e-6 if expected["machine"] == machine() else 3e-2
     for a, b in zip(part(expected), part(found), strict=True):
         assert same(a, b, tolerance), f"expected {a}\nfound {b}"
 
