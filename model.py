@@ -133,9 +133,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x (B, H, T, K), cos and sin (B or 1, 1, T, R/2) -> (B, H, T, K). R is K but for other families.
     """
-    half = cos.shape[-1]
-    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+    R = 2 * cos.shape[-1]
+    if R < x.shape[-1]:  # the rest of each head passes
+        return torch.cat((rotate(x[..., :R], cos, sin), x[..., R:]), dim=-1) if R else x
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
