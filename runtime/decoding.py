@@ -121,24 +121,31 @@ def packed_product(weight: Tensor, rows: int,
 
 class PackedLinear(nn.Module):
     """A decoder's stand-in for a Linear layer: the same product in `dtype`, for steps of `rows`
-    rows."""
+    rows, and its bias, if it has one."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int, products: str = "aten"):
+    def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int, products: str = "aten",
+                 bias: Tensor | None = None):
         super().__init__()
-        self.source, self.dtype, self.rows, self.n_out = [weight], dtype, rows, weight.shape[0]
+        self.source, self.dtype, self.rows, self.n_out = [weight, bias], dtype, rows, len(weight)
         self.products, self.number = products, next(_numbers)
         weakref.finalize(self, _packed.pop, self.number, None)
         self.refresh()
 
     def refresh(self) -> None:
         """Pack the weight as it is now."""
-        self.weight = self.source[0].detach().to(self.dtype)
+        self.weight, self.bias = (None if source is None else source.detach().to(self.dtype)
+                                  for source in self.source)
         self.product = _packed[self.number] = packed_product(self.weight, self.rows, self.products)
         self.is_packed = self.product is not None
         # One compiled row is memory-bound: a fused multiply-and-sum reads the weight once.
         self.fuses = self.rows == 1 and self.weight.device.type == "cpu"
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.multiply(x)
+        return y if self.bias is None else y + self.bias
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x (…, K) -> (…, N), without the bias."""
         x = x.to(self.dtype)
         if self.fuses and torch.compiler.is_dynamo_compiling():
             return (x[..., None, :].float() * self.weight.float()).sum(-1).to(self.dtype)
@@ -188,7 +195,7 @@ class Int8Linear(PackedLinear):
         signed = (q.short() - 128).to(torch.int8)
         self.product = _packed[self.number] = int8_product(signed, scale[:, 0], self.few_rows)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         shape, x = x.shape[:-1], x.flatten(0, -2)
         if len(x) > self.rows:
             y = self.many_rows(x.bfloat16())
@@ -210,7 +217,7 @@ def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int) -> nn.Module:
     for parent in list(packed.modules()):
         for name, child in parent.named_children():
             if isinstance(child, Linear):
-                setattr(parent, name, pack(child.weight, dtype, rows, child.products))
+                setattr(parent, name, pack(child.weight, dtype, rows, child.products, child.bias))
     if packed.output is None:
         packed.output = pack(model.output_weight, dtype, rows, model.products)
     return packed
