@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from convert.importing import as_checkpoint
 from data.agreement import feedback_table, reward_tables, show_agreement, summary
 from data.batches import held_out_prompts, make_rows, pad_left, prompt_ids, scatter_tokens
 from data.dataset import feedback_of
@@ -441,8 +442,9 @@ class EvaluateOptions(Options):
 @memory_advice("lower --prompts or --reply_len")
 def main(argv: list[str]) -> None:
     n = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    folders, o = [pathlib.Path(f) for f in argv[:n]], parse(EvaluateOptions, argv[n:],
-                                                            "evaluate.py DIR…")
+    o = parse(EvaluateOptions, argv[n:], "evaluate.py DIR…")
+    folders = [pathlib.Path(as_checkpoint(folder)) for folder in argv[:n]]
+    o = o.replace(reference=as_checkpoint(o.reference), reward_from=as_checkpoint(o.reward_from))
     if not folders:
         raise UserError("which checkpoints? python evaluate.py out/reviews/sft out/reviews/ppo")
     require_place(o.json, "--json")

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convert.importing import as_checkpoint
 from data.batches import pad_left, prompt_ids
 from data.records import apply_template, load_records, prompt_text
 from data.tokenizer import Tokenizer
@@ -499,9 +500,13 @@ class ChatSession:
 
     def __init__(self, path: str, o: SampleOptions):
         self.device = pick_device(o.device)
-        self.model, self.tokenizer, self.state = load_checkpoint(path, self.device)
+        self.model, self.tokenizer, self.state = load_checkpoint(as_checkpoint(path), self.device)
         self.dtype = pick_dtype(o.dtype, self.device, self.model.config.d_model)[0]
-        self.o = o
+        own = {name: x for name, x in self.state.get("generation", {}).items() if name not in o.explicit}
+        if own:  # an imported model's own way of sampling
+            print(f"{path}: sampling as its generation_config.json says: "
+                  + ", ".join(f"--{name} {x:g}" for name, x in own.items()), file=sys.stderr)
+        self.o = o = o.replace(**own)
         self.bare = self.state.get("stage") == "pretrain"  # it knows documents, no dialogues
         self.template = "{prompt}" if o.raw else self.state.get("template", "{prompt}")
 
@@ -583,7 +588,7 @@ def best_of(session: ChatSession, prompt: str, n: int) -> None:
     """Draw n replies and print them from worst to best by the reward model."""
     beside = checkpoint_path(session.o.checkpoint).parent.parent / "reward"
     reward_from = session.o.reward_from or str(beside)
-    reward_model, tokenizer, _ = load_checkpoint(reward_from, session.device, RewardModel)
+    reward_model, tokenizer, _ = load_checkpoint(as_checkpoint(reward_from), session.device, RewardModel)
     tokenizer.require_same(session.tokenizer, f"{reward_from} and {session.o.checkpoint}")
     ids = [session.ids(prompt)] * n
     texts, replies = session.texts(ids)
@@ -627,7 +632,7 @@ def main(argv: list[str]) -> None:
         elif o.prompt:
             prompts = [o.prompt]
         else:
-            prompts = load_checkpoint(folders[-1])[2].get("example_prompts", [""])
+            prompts = load_checkpoint(as_checkpoint(folders[-1]))[2].get("example_prompts", [""])
         compare(folders, prompts, o)
         return
     session = ChatSession(o.checkpoint, o)

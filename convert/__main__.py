@@ -61,8 +61,9 @@ def main(argv: list[str]) -> None:
     if source in NAMED and not path.exists():
         path = named_file(source)
     elif not is_real(path):
-        raise UserError(f"{path}: {'no model is in this folder' if path.is_dir() else 'no such folder or GGUF file'}: give "
-                        f"a folder with config.json and weights, a .gguf file, or {', '.join(NAMED)}")
+        found = "no model is in this folder" if path.is_dir() else "no such folder or GGUF file"
+        raise UserError(f"{path}: {found}: give a folder with config.json and weights, a .gguf file, or "
+                        + ", ".join(NAMED))
     import_model(path, out, o.max_len, o.chat_format)
 
 

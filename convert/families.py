@@ -41,7 +41,8 @@ class Config(dict):
     def refuse(self, name: str, *allowed: Any, why: str) -> None:
         """UserError if the value is none of those allowed; a missing name is allowed."""
         if self.get(name) is not None and self[name] not in allowed:
-            raise UserError(f"{self.path}: {name} is {str(self[name])[:60]!r}: {why}; Mosslet cannot compute this model")
+            raise UserError(f"{self.path}: {name} is {str(self[name])[:60]!r}: {why}; Mosslet cannot compute this "
+                            "model")
 
 
 def rope(c: Config) -> Fields:
@@ -79,8 +80,8 @@ def llama_like(c: Config, **own: Any) -> Fields:
     if windows is not None:  # rows no longer than the window see all of themselves
         longest = min(longest, c.number("sliding_window"))
     elif any(kind != "full_attention" for kind in c.get("layer_types") or ()):
-        raise UserError(f"{c.path}: layer_types has {next(k for k in c['layer_types'] if k != 'full_attention')!r}: only "
-                        "full_attention is known; Mosslet cannot compute this model")
+        raise UserError(f"{c.path}: layer_types has more than full_attention, which alone is known; Mosslet cannot "
+                        "compute this model")
     width = c.number("hidden_size")
     return dict(
         n_layer=c.number("num_hidden_layers"), n_head=heads, d_model=width,

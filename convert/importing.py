@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import pathlib
-import sys
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from convert.stored import Tensors
 from convert.tokenizers import gguf_tokenizer, read_tokenizer
 from data.downloads import Package, raw_files, read_archive
 from data.prepare import CACHE
-from data.tokenizer import Tokenizer
 from model import ModelConfig, Transformer, checkpoint_path, save_checkpoint
 from reward import RewardConfig, RewardModel
 from runtime.options import UserError
@@ -109,11 +107,11 @@ def import_model(place: pathlib.Path, out: pathlib.Path, max_len: int = 0, chat_
     else:
         tokenizer = read_tokenizer(folder, shape.vocab_size, chat_format)
     model = read_weights(config, family, shape, tensors)
-    generation = read_json(folder / "generation_config.json", needed=False) if not gguf else {}
+    generation = {} if gguf else read_json(folder / "generation_config.json", needed=False)
     source = {"path": str(place), "family": family.model_type, "config": dict(config), "generation": generation,
               "dtype": str(next(iter(model.parameters())).dtype).removeprefix("torch.")}
     save_checkpoint(out, model, tokenizer, stage="import", step=0, source=source,
-                    generation={name: generation[name] for name in SAMPLING if generation.get(name) is not None})
+                    generation=sampling_of(generation, folder))
     size = sum(p.numel() for p in model.parameters())
     print(f"imported {place}: {family.model_type}, {size / 1e6:.1f} M parameters, rows of at most {shape.max_len} "
           f"tokens, vocabulary of {shape.vocab_size}, chat format {tokenizer.chat_format}", flush=True)
@@ -126,12 +124,21 @@ def read_json(path: pathlib.Path, needed: bool = True) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path.parent}: has no {path.name}: give the folder that holds it beside the weights") from None
+        raise UserError(f"{path.parent}: has no {path.name}: give the folder that has it beside the weights") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({str(error)[:100]}): fetch it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: is no JSON object: fetch it again")
     return value
+
+
+def sampling_of(generation: dict[str, Any], folder: pathlib.Path) -> dict[str, float]:
+    """The options of sample.py that a generation_config.json sets."""
+    found = {name: generation[name] for name in SAMPLING if generation.get(name) is not None}
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**31:
+            raise UserError(f"{folder / 'generation_config.json'}: {name} is {str(value)[:40]!r}: correct it")
+    return found
 
 
 def read_config(folder: pathlib.Path) -> Config:
@@ -142,7 +149,8 @@ def family_named(config: Config) -> Family:
     """The family of a config; UserError if Mosslet does not know it."""
     kind = config.get("model_type")
     if kind not in FAMILIES:
-        raise UserError(f"{config.path}: model_type {str(kind)[:40]!r} is not known; Mosslet reads {', '.join(FAMILIES)}")
+        raise UserError(f"{config.path}: model_type {str(kind)[:40]!r} is not known; Mosslet reads "
+                        + ", ".join(FAMILIES))
     if config.get("quantization_config"):
         raise UserError(f"{config.path}: quantization_config: quantised weights are read from GGUF alone; take the "
                         "model's unquantised folder")
@@ -190,7 +198,7 @@ def model_config(config: Config, family: Family, tensors: Tensors, max_len: int)
     if not scored:
         return ModelConfig(**shape)
     if not family.reward:
-        raise UserError(f"{config.path}: {config['architectures'][0]}: reward models of {family.model_type} are not known")
+        raise UserError(f"{config.path}: reward models of {family.model_type} are not known")
     if len(config.get("id2label") or "1") != 1:
         raise UserError(f"{config.path}: id2label names {len(config['id2label'])} classes, but a reward model has one "
                         "score")
