@@ -207,7 +207,7 @@ def best_of_prompts(run: Run, policy: Transformer, scorer: RewardModel, prompts:
     replies, scores = scored_replies(
         n, policy, scorer, tokenizer, [prompt_ids(tokenizer, prompt, run.template) for prompt in prompts], settings,
         range(first * n, (first + len(prompts)) * n))
-    ended = torch.tensor([reply[-1] == tokenizer.eom_id for reply in replies]).view(-1, n)
+    ended = torch.tensor([reply[-1] in tokenizer.end_ids for reply in replies]).view(-1, n)
     chosen = torch.where(ended | ~ended.any(1, keepdim=True), scores, -torch.inf).argmax(1).tolist()
     return [{"prompt": prompt, "response": tokenizer.reply_text(replies[i * n + j]),
              "score": round(float(scores[i, j]), 4), "mean_score": round(float(scores[i].mean()), 4),

@@ -8,7 +8,7 @@ import copy
 import functools
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.products import Linear, _library, _onednn, _reorder
+
+
+def ends(tokens: Tensor, end_id: int | Sequence[int] | None) -> Tensor:
+    """Which tokens, of any shape, end a text: those of one id, of any of several, or none.
+
+    >>> ends(torch.tensor([3, 7, 9]), (7, 9)).tolist()
+    [False, True, True]
+    """
+    several = [end_id] if isinstance(end_id, int) else end_id or [-1]  # −1 is no token
+    return functools.reduce(torch.logical_or, [tokens.eq(i) for i in several])
 
 
 # ---- keys and values -----------------------------------------------------------------------------
