@@ -150,7 +150,8 @@ def llama_config(c: ModelConfig) -> Fields:
     return dict(
         hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
         num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, max_position_embeddings=c.max_len, hidden_act="silu",
-        rms_norm_eps=c.norm_eps, attention_bias=c.out_bias, mlp_bias=c.mlp_bias, attention_dropout=0.0, rope_theta=c.rope_base,
+        rms_norm_eps=c.norm_eps, attention_bias=c.out_bias, mlp_bias=c.mlp_bias, attention_dropout=0.0,
+        rope_theta=c.rope_base,
         rope_scaling=scaling or None,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_base, **scaling})
 

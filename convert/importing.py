@@ -20,7 +20,7 @@ from convert.stored import Tensors
 from convert.tokenizers import gguf_tokenizer, read_tokenizer
 from data.downloads import Package, raw_files, read_archive
 from data.prepare import CACHE
-from model import ModelConfig, Transformer, checkpoint_path, save_checkpoint
+from model import ModelConfig, Transformer, checkpoint_path, rotary_tables, save_checkpoint
 from reward import RewardConfig, RewardModel
 from runtime.options import UserError
 from runtime.storage import largest, replacing
@@ -239,6 +239,8 @@ def read_weights(config: Config, family: Family, shape: ModelConfig, tensors: Te
         raise UserError(f"{tensors.path}: {len(left)} tensors have no place in a {family.model_type} model of this "
                         f"config, {left[0]} among them: is config.json the one of these weights?")
     model.load_state_dict(weights, assign=True)
+    trunk = model.backbone if isinstance(model, RewardModel) else model
+    trunk.cos, trunk.sin = rotary_tables(shape)  # no weights, so they were left without numbers
     return model
 
 
