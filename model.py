@@ -131,10 +131,10 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x_i, x_{i + R/2}) of a head's first R dimensions by its position's angle.
 
-    x (B, H, T, K), cos and sin (B or 1, 1, T, R/2) -> (B, H, T, K). R is K but for other families.
+    x (B, H, T, K), cos and sin (B, 1, T, R/2) or (1, T, R/2) -> (B, H, T, K).
     """
     R = 2 * cos.shape[-1]
-    if R < x.shape[-1]:  # the rest of each head passes
+    if R < x.shape[-1]:  # the rest passes; all of it where positions are learned
         return torch.cat((rotate(x[..., :R], cos, sin), x[..., R:]), dim=-1) if R else x
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -347,10 +347,8 @@ class Transformer(nn.Module):
         positions: (B, T), or None for 0…T−1. where: (N,), indices into a flattened (B, T); the last
         layer, except its keys and values, is then computed only there.
         """
-        T = tokens.shape[1]
-        at = slice(0, T) if positions is None else positions
-        cos, sin = self.cos[at], self.sin[at]  # (T, R/2) or (B, T, R/2)
-        cos, sin = (t.reshape(-1, 1, T, t.shape[-1]) for t in (cos, sin))
+        at = slice(0, tokens.shape[1]) if positions is None else positions
+        cos, sin = (t[at].unsqueeze(-3) for t in (self.cos, self.sin))  # (1, T, R/2) or (B, 1, T, R/2)
         x, last = self.embed(tokens, at), len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             others = (cos, sin, allowed, cache, i, where if i == last else None)
