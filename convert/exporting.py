@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from convert.families import FAMILIES, Config, Family, family_of
 from convert.files import write_tensors
-from convert.tokenizers import write_tokenizer
+from convert.tokenizer_files import write_tokenizer
 from data.tokenizer import Tokenizer
 from model import ModelConfig, Transformer, checkpoint_path, load_checkpoint
 from reward import RewardModel

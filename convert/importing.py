@@ -17,7 +17,7 @@ from convert.families import FAMILIES, GGUF, LONGEST, Config, Family
 from convert.files import open_tensors
 from convert.gguf import read_gguf
 from convert.stored import Tensors
-from convert.tokenizers import gguf_tokenizer, read_tokenizer
+from convert.tokenizers import from_gguf, read_tokenizer
 from data.downloads import Package, raw_files, read_archive
 from data.prepare import CACHE
 from model import ModelConfig, Transformer, checkpoint_path, rotary_tables, save_checkpoint
@@ -103,7 +103,7 @@ def import_model(place: pathlib.Path, out: pathlib.Path, max_len: int = 0, chat_
         family = dataclasses.replace(family, trunk="")  # as the oldest files of GPT-2
     shape = model_config(config, family, tensors, max_len)
     if gguf:
-        tokenizer = gguf_tokenizer(fields, shape.vocab_size, place, chat_format)
+        tokenizer = from_gguf(fields, shape.vocab_size, chat_format, str(place))
     else:
         tokenizer = read_tokenizer(folder, shape.vocab_size, chat_format)
     model = read_weights(config, family, shape, tensors)
@@ -114,7 +114,7 @@ def import_model(place: pathlib.Path, out: pathlib.Path, max_len: int = 0, chat_
                     generation=sampling_of(generation, folder))
     size = sum(p.numel() for p in model.parameters())
     print(f"imported {place}: {family.model_type}, {size / 1e6:.1f} M parameters, rows of at most {shape.max_len} "
-          f"tokens, vocabulary of {shape.vocab_size}, chat format {tokenizer.chat_format}", flush=True)
+          f"tokens, vocabulary of {shape.vocab_size}, chat format {tokenizer.chat.name}", flush=True)
 
 
 def read_json(path: pathlib.Path, needed: bool = True) -> dict[str, Any]:
