@@ -26,6 +26,7 @@ from data.prepared import Prepared
 from data.tokenizer import Tokenizer
 from runtime.decoding import KVCache
 from runtime.draws import STAGES
+from runtime.learning import learn_part
 from runtime.machine import row_chunks
 from runtime.options import Common, UserError
 from runtime.products import LayerNorm, Linear, RMSNorm, linear, use_products
@@ -315,6 +316,7 @@ class Transformer(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
         # Gradient checkpointing: store only each block's input, recompute the block in backward.
         self.recompute = False
+        self.frozen = 0  # of the lowest blocks; see runtime.learning
         self.initialise()
 
     @torch.no_grad()
@@ -341,30 +343,35 @@ class Transformer(nn.Module):
         return x if self.position_embedding is None else x + self.position_embedding.weight[at]
 
     def trunk(self, tokens: Tensor, positions: Tensor | None, allowed: Tensor | None,
-              cache: KVCache | None = None, where: Tensor | None = None) -> Tensor:
+              cache: KVCache | None = None, where: Tensor | None = None, below: Tensor | None = None,
+              top: bool = True) -> Tensor:
         """tokens (B, T) -> hidden states (B, T, D), or (N, D) of the positions `where` alone.
 
         positions: (B, T), or None for 0…T−1. where: (N,), indices into a flattened (B, T); the last
-        layer, except its keys and values, is then computed only there.
+        layer, except its keys and values, is then computed only there. below (B, T, D): the states
+        after the frozen blocks, if they are known. top=False: those are what is returned.
         """
         at = slice(0, tokens.shape[1]) if positions is None else positions
         cos, sin = (t[at].unsqueeze(-3) for t in (self.cos, self.sin))  # (1, T, R/2) or (B, 1, T, R/2)
-        x, last = self.embed(tokens, at), len(self.blocks) - 1
+        known, last = below is not None and self.frozen, len(self.blocks) - 1
+        x = below if known else self.embed(tokens, at)
         for i, block in enumerate(self.blocks):
+            if known and i < self.frozen or not top and i >= self.frozen:
+                continue
             others = (cos, sin, allowed, cache, i, where if i == last else None)
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute and i >= self.frozen and torch.is_grad_enabled():
                 x = checkpoint(block, x, *others, use_reentrant=False)
             else:
                 x = block(x, *others)
-        return self.norm(x)
+        return self.norm(x) if top else x
 
     def hidden(self, tokens: Tensor, mask: Tensor | None = None, docs: Tensor | None = None,
-               where: Tensor | None = None) -> Tensor:
+               where: Tensor | None = None, below: Tensor | None = None) -> Tensor:
         """Final hidden states (B, T, D), or (N, D) of the positions `where` (N,) alone.
 
         mask (B, T) bool: True at real tokens; padding may be left or right. Positions count real
         tokens, so a padded row equals the row alone. docs (B, T) int: attention only between equal
-        numbers (packed documents).
+        numbers (packed documents). below: what `below` gave for these tokens.
         """
         if tokens.shape[1] > self.config.max_len:
             raise UserError(f"{tokens.shape[1]} tokens in a row, but this model was made for "
@@ -377,7 +384,13 @@ class Transformer(nn.Module):
             count = torch.arange(docs.shape[1], device=docs.device) if positions is None else positions
             first = F.pad(docs.diff(dim=1) != 0, (1, 0))
             positions = count - (count * first).cummax(1).values
-        return self.trunk(tokens, positions, attention_allowed(mask, docs), where=where)
+        return self.trunk(tokens, positions, attention_allowed(mask, docs), where=where, below=below)
+
+    @torch.no_grad()
+    def below(self, tokens: Tensor) -> Tensor | None:
+        """tokens (B, T), padded to the right -> hidden states (B, T, D) after the frozen blocks, which are
+        the same whatever is learned above them; None if no block is frozen."""
+        return self.trunk(tokens, None, None, top=False) if self.frozen else None
 
     def step(self, token: Tensor, slot: Tensor, start: Tensor, span: Tensor,
              cache: KVCache) -> Tensor:
@@ -491,8 +504,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         training = any(ctx.needs_input_grad)
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
-        grad_weight = torch.zeros_like(weight)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
+        # A frozen output layer needs no gradient.
+        grad_weight, grad_bias = (torch.zeros_like(x) if needed else None
+                                  for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True))
         w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
         for i in range(0, len(hidden), chunk):
             h, t = hidden[i:i + chunk].to(dtype), targets[i:i + chunk, None]
@@ -501,11 +515,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if training:
                 error = logps.exp_()
                 error.scatter_add_(1, t, error.new_full(t.shape, -1.0))
-                if bias is not None:
+                if grad_bias is not None:
                     grad_bias += error.sum(0)
                 error = error.to(dtype)
                 grad_hidden[i:i + chunk] = linear(error, w.T, products)
-                grad_weight += linear(error.T, h.T, products)
+                if grad_weight is not None:
+                    grad_weight += linear(error.T, h.T, products)
         ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight, grad_bias)
         return total
 
@@ -731,4 +746,6 @@ def open_run(stage: str, o: Common, data: Prepared, parents: dict[str, str], mod
     state: dict[str, Any] = {}
     if folder.resumes:
         model, tokenizer, state = load_checkpoint(folder.path, cls=type(model))
+    if stage in PARENTS:  # pretraining starts from nothing: all of it learns
+        learn_part(model, o)
     return Run(folder, model, tokenizer, data.template, state, save_checkpoint)

@@ -17,6 +17,7 @@ from data.prepared import Documents, Prepared
 from data.records import apply_template, as_messages, prompt_text
 from data.tokenizer import Tokenizer
 from runtime.draws import key
+from runtime.learning import Below
 from runtime.options import UserError
 
 Row = tuple[list[int], list[bool]]  # token ids, and which of them are learned (or are the reply)
@@ -313,6 +314,7 @@ class Rows(NamedTuple):
     reply: Tensor  # (M, L) bool: tokens of the reply
     before: Tensor  # (N,): the position before each reply token in the flattened (M, L), row by row
     targets: Tensor  # (N,): the reply tokens, in the same order
+    below: Below = Below()  # hidden states (M, L, D) after the frozen blocks, where they are known
 
 
 def make_rows(tokens: Tensor, real: Tensor, reply: Tensor) -> Rows:

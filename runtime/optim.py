@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.device import half_is_fast
+from runtime.learning import learning
 from runtime.options import MaximumLikelihoodOptions, UserError
 from runtime.run import NotFinite
 
@@ -68,11 +69,11 @@ def orthogonal(x: Tensor, iterations: int) -> Tensor:
 
 
 def make_optimizers(model: Any, o: MaximumLikelihoodOptions) -> list[torch.optim.Optimizer]:
-    """Muon for model.matrix_parameters(), AdamW for embeddings, norms and heads; or AdamW for all.
-    """
-    matrices = model.matrix_parameters()
+    """Muon for model.matrix_parameters(), AdamW for embeddings, norms and heads; or AdamW for all; of those
+    that learn."""
+    matrices = [(p, rows) for p, rows in model.matrix_parameters() if p.requires_grad]
     chosen = {id(p) for p, _ in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
+    others = [p for p in learning(model) if id(p) not in chosen]
     if o.optimizer == "adamw":
         groups = [{"params": [p for p, _ in matrices], "weight_decay": o.weight_decay},
                   {"params": others, "weight_decay": 0.0}]
