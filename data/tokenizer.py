@@ -104,8 +104,8 @@ class Tokenizer:
         self._prepare_encoding()
 
     def _prepare_encoding(self) -> None:
-        """tiktoken panics at a byte without a token, so such a byte gets a rank after all others, which
-        `encode` drops. Byte-level BPE elsewhere drops it as silently."""
+        """tiktoken panics at a byte without a token, with an error that `except Exception` lets through, so
+        such a byte gets a rank after all others, by which `encode` knows it."""
         ranks = {token: i for i, token in enumerate(self.ranks)}
         if self._characters is None:
             self._without_token = [bytes([i]) for i in range(256) if bytes([i]) not in ranks]
@@ -141,16 +141,26 @@ class Tokenizer:
             [self.vocabulary.text[part]] if part in self.vocabulary.text and part.isspace() else self._ordinary(part))]
 
     def _ordinary(self, text: str) -> list[int]:
-        """Ids of merged tokens; bytes without a token are dropped, and the first time a line says so."""
+        """Ids of merged tokens."""
         ranks = self._encoding.encode(text, disallowed_special=())
         if self._id_of_rank is None:
             return ranks
-        ids = [self._id_of_rank[rank] for rank in ranks if rank < len(self.ranks)]
-        if len(ids) < len(ranks) and not self._warned:
+        if self._without_token and max(ranks, default=0) >= len(self.ranks):
+            ranks = self._without_missing(text)
+        return [self._id_of_rank[rank] for rank in ranks]
+
+    def _without_missing(self, text: str) -> list[int]:
+        """Ranks of a text whose bytes without a token are dropped after it is cut into pieces, as Hugging
+        Face's tokenizers do: what stood around one may then merge. The first time a line says so."""
+        import regex  # comes with tiktoken, which keeps its pieces to itself
+
+        if not self._warned:
             self._warned = True
             print(f"warning: this vocabulary has no token for {len(self._without_token)} of the 256 bytes; they are "
                   f"left out of texts, the first time of {text[:20]!a}", file=sys.stderr)
-        return ids
+        missing = b"".join(self._without_token)
+        pieces = [piece.encode().translate(None, missing) for piece in regex.findall(self.pattern, text)]
+        return [rank for piece in pieces if piece for rank in self._encoding._encode_single_piece(piece)]
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token; for a special one, its name."""
@@ -232,6 +242,8 @@ class Tokenizer:
         end_ids. UserError if it needs tokens that are not there."""
         v, end = self.vocabulary, chat_format(name, **settings).tokens[-1:]
         ends = [v.special[token] for token in end if token in v.special]
+        if not end:  # the format names no end of its own
+            settings.setdefault("end", next(token for token, i in v.special.items() if i == self.eom_id))
         return Tokenizer(self.ranks, self.pattern, dataclasses.replace(
             v, chat={"name": name, **settings}, end_ids=[*ends, *(i for i in v.end_ids if i not in ends)]))
 
