@@ -101,15 +101,18 @@ def linear(x: Tensor, weight: Tensor, products: str = "aten") -> Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear without bias; `products` says whose kernels compute it."""
+    """nn.Linear without bias; `products` says whose kernels compute it. An adapter (runtime/lora.py) may be
+    added to it."""
 
     products = "aten"  # see use_products
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
+        self.register_module("adapter", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.products)
+        y = linear(x, self.weight, self.products)
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class _RMSNorm(torch.autograd.Function):
