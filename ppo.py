@@ -47,6 +47,7 @@ from model import Transformer, load_parent, next_token_loss, open_run, token_log
 from reward import RewardModel, Scorer, critic_from, critic_of_policy
 from runtime.control import KLController, actor_critic_rates
 from runtime.alarms import Alarms
+from runtime.decoding import ends
 from runtime.device import compile_trunks, pick_device, precision
 from runtime.fit import Best
 from runtime.draws import batch_indices, key
@@ -324,7 +325,7 @@ class Networks:
 
     actor_critic: ActorCritic
     reference: Transformer
-    end_id: int  # the token that ends a reply
+    end_id: int | Sequence[int]  # the token, or any of the tokens, that ends a reply
     reward_model: RewardModel | None = None  # if it has blocks in common with the critic
     decoder: Decoder | None = None  # the policy ready to write; None: made for each rollout
 
@@ -412,7 +413,7 @@ def sample_replies(networks: Networks, prompts: Sequence[list[int]], o: PPOOptio
                      decoder=networks.decoder, batch_size=o.rollout_rows)
     return Replies(tokens=torch.cat((prompt, reply.tokens), 1),
                    mask=torch.cat((prompt_mask, reply.mask), 1),
-                   response_mask=reply.mask, ended=(reply.tokens.eq(networks.end_id) & reply.mask).any(1),
+                   response_mask=reply.mask, ended=(ends(reply.tokens, networks.end_id) & reply.mask).any(1),
                    group=torch.arange(len(prompt), device=device) // o.samples_per_prompt,
                    sampled_logprobs=reply.logprobs)
 
@@ -706,7 +707,7 @@ class PPOTrainer:
         reference.frozen = shared_depth(run.model, reference)
         if reward_model is not None:
             reward_model.backbone.frozen = shared_depth(self.trunks[-1], reward_model.backbone)
-        self.networks = Networks(actor_critic.to(run.device), reference, run.tokenizer.eom_id, reward_model)
+        self.networks = Networks(actor_critic.to(run.device), reference, run.tokenizer.end_ids, reward_model)
         for trunk in self.trunks:
             trunk.recompute = o.recompute
         groups = [{"params": learning(run.model), "lr": o.policy_lr},
@@ -735,7 +736,7 @@ class PPOTrainer:
         replies = reply_ids(reply_to(run.model, run.tokenizer, ids, o.reply_len,
                                      temperature=o.temperature, batch_size=128,
                                      seed=key(o.seed, "reward", "reply")))
-        ended = torch.tensor([reply[-1] == run.tokenizer.eom_id for reply in replies])
+        ended = torch.tensor([reply[-1] in run.tokenizer.end_ids for reply in replies])
         with torch.no_grad(), precision(run.dtype, run.device):
             return starting_scale(self.scorer, self.reward_model, (ids, replies), ended, self.paying)
 

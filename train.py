@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 import evaluate
+from convert.importing import as_checkpoint
 from data.batches import dialogue_rows, eval_windows, held_out_prompts, pack_rows, prompt_ids, text_batches
 from data.dataset import SPLITS
 from data.drawn import drawn_prompts, grown_records, mark_of, scores_of
@@ -436,7 +437,8 @@ def main(argv: list[str]) -> int:
         stage, options = parse_command(argv, {name: cls for name, (cls, _) in STAGES.items()}, ROAD, "train.py")
         all_stages = stage == "all"
         data = kept_input([*options.values()][0].data)
-        options = {name: o.replace(data=data) for name, o in options.items()}
+        options = {name: o.replace(data=data, init_from=as_checkpoint(o.init_from),
+                                   reward_from=as_checkpoint(o.reward_from)) for name, o in options.items()}
         o = options["ppo" if all_stages else stage]
         if all_stages:
             for name in ("reward", "judge"):

@@ -116,7 +116,7 @@ def reward_rows(records: Sequence[dict], tokenizer: Tokenizer, template: str, ma
     draws = rng.random((len(records), 2)) if rng is not None else np.ones((len(records), 2))
     for record, (draw, cut) in zip(records, draws, strict=True):
         prompt = prompt_ids(tokenizer, record["prompt"], template)
-        reply = tokenizer.encode(record[field]) + [tokenizer.eom_id]
+        reply = tokenizer.reply_ids(record[field])
         if half:
             reply = reply[:max(1, (len(reply) - 1) // 2)]
         elif draw < prefix_share and len(reply) > 2:
