@@ -233,12 +233,12 @@ def test_the_blocks_below_run_once_for_a_rollout_and_never_in_an_update():
     counted.runs.clear()
     rollout_of(nets, o)
     # the reward model goes on from the same states; the rest of the runs read prompts for the decoder
-    apart = copy.deepcopy(nets)
+    together, apart = counted.runs[0], copy.deepcopy(nets)  # a copy's hooks count here, too
     for x in trunks_of(apart):
         x.frozen = 0
     again = Counted(*trunks_of(apart))
     rollout_of(apart, o)
-    assert again.runs[0] - counted.runs[0] == 2 * parts + -(-o.batch // nets.reward_model.rows_at_once)
+    assert again.runs[0] - together == 2 * parts + -(-o.batch // nets.reward_model.rows_at_once)
 
 
 @pytest.mark.parametrize("changed", [2, 3])
