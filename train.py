@@ -62,7 +62,7 @@ class PretrainOptions(MaximumLikelihoodOptions):
     """`python train.py pretrain`"""
 
     TOTAL: ClassVar = "tokens"
-    IGNORED: ClassVar = ("train_layers",)  # a new model learns as a whole
+    IGNORED: ClassVar = ("train_layers", "lora_rank", "lora_alpha")  # a new model learns as a whole
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(n_layer=2, n_head=2, n_kv_head=1, d_model=32, d_ff=64, max_len=128,
                       tokens=20_000, window=64, batch=8, eval_every=30),
