@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from convert.importing import as_checkpoint
 from data.agreement import feedback_table, reward_tables, show_agreement, summary
 from data.batches import held_out_prompts, make_rows, pad_left, prompt_ids, scatter_tokens
 from data.dataset import feedback_of
@@ -206,7 +207,7 @@ def best_of_prompts(run: Run, policy: Transformer, scorer: RewardModel, prompts:
     replies, scores = scored_replies(
         n, policy, scorer, tokenizer, [prompt_ids(tokenizer, prompt, run.template) for prompt in prompts], settings,
         range(first * n, (first + len(prompts)) * n))
-    ended = torch.tensor([reply[-1] == tokenizer.eom_id for reply in replies]).view(-1, n)
+    ended = torch.tensor([reply[-1] in tokenizer.end_ids for reply in replies]).view(-1, n)
     chosen = torch.where(ended | ~ended.any(1, keepdim=True), scores, -torch.inf).argmax(1).tolist()
     return [{"prompt": prompt, "response": tokenizer.reply_text(replies[i * n + j]),
              "score": round(float(scores[i, j]), 4), "mean_score": round(float(scores[i].mean()), 4),
@@ -441,8 +442,9 @@ class EvaluateOptions(Options):
 @memory_advice("lower --prompts or --reply_len")
 def main(argv: list[str]) -> None:
     n = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    folders, o = [pathlib.Path(f) for f in argv[:n]], parse(EvaluateOptions, argv[n:],
-                                                            "evaluate.py DIR…")
+    o = parse(EvaluateOptions, argv[n:], "evaluate.py DIR…")
+    folders = [pathlib.Path(as_checkpoint(folder)) for folder in argv[:n]]
+    o = o.replace(reference=as_checkpoint(o.reference), reward_from=as_checkpoint(o.reward_from))
     if not folders:
         raise UserError("which checkpoints? python evaluate.py out/reviews/sft out/reviews/ppo")
     require_place(o.json, "--json")

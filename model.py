@@ -26,17 +26,26 @@ from data.prepared import Prepared
 from data.tokenizer import Tokenizer
 from runtime.decoding import KVCache
 from runtime.draws import STAGES
+from runtime.learning import learn_part
 from runtime.machine import row_chunks
 from runtime.options import Common, UserError
-from runtime.products import Linear, RMSNorm, linear, use_products
+from runtime.products import LayerNorm, Linear, RMSNorm, linear, use_products
 from runtime.run import NotFinite, Run, RunFolder, read_config, run_folder
 from runtime.storage import Damaged, largest, load_whole, previous_of, save_whole, tensors_of
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+CHOICES = {"norm": tuple(NORMS), "mlp": ("swiglu", "gelu"), "positions": ("rotary", "learned")}
 
 
 @dataclasses.dataclass
 class ModelConfig:
     """Shape of a Transformer. The defaults are the demo's, except max_len: 2.6 million parameters,
-    for two CPU cores."""
+    for two CPU cores.
+
+    The fields from head_dim on are for checkpoints of other families: each names those that have
+    it, and Mosslet trains none of them from the start. Skip them at first reading.
+    """
 
     vocab_size: int = 4096
     n_layer: int = 4
@@ -50,41 +59,84 @@ class ModelConfig:
     qk_norm: bool = True  # RMSNorm on queries and keys bounds attention logits at large rates
     tied: bool = True  # the output layer is the embedding matrix
     dropout: float = 0.0  # on each residual branch; only reward-model training uses it
+    head_dim: int = 0  # width of a head: Qwen3; 0: d_model / n_head
+    norm: str = "rms"  # "layer", LayerNorm with a bias: GPT-2, CodeGen
+    mlp: str = "swiglu"  # "gelu", without a gate: GPT-2, CodeGen
+    qkv_bias: bool = False  # Qwen2, GPT-2, some Llamas
+    out_bias: bool = False  # GPT-2, some Llamas
+    mlp_bias: bool = False  # GPT-2, CodeGen, some Llamas
+    head_bias: bool = False  # of the output layer: CodeGen
+    positions: str = "rotary"  # "learned", a table added to the embedding: GPT-2
+    rotary_dim: int = 0  # only so many dimensions of a head are rotated: CodeGen; 0: all
+    rope_scaling: tuple = ()  # (factor, low, high, original length) of longer rows: Llama 3
+    parallel: bool = False  # attention and MLP read the same norm, side by side: CodeGen
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), field.type
+            if kind is tuple and isinstance(value, list):  # as JSON returns it
+                setattr(self, field.name, value := tuple(value))
             fits = isinstance(value, int | float if kind is float else kind)
+            low = kind is int and field.default > 0  # 0 stands for "derived" where it is the default
             if not fits or isinstance(value, bool) != (kind is bool) or kind in (int, float) and not (
-                    (kind is int) <= value < 2**31):
+                    low <= value < 2**31):
                 raise UserError(f"model shape: {field.name} is {value!r}: give another one")
-        if self.d_model % (2 * self.n_head) or self.n_head % self.n_kv_head:
+        if not self.head_dim and self.d_model % (2 * self.n_head) or self.n_head % self.n_kv_head:
             raise UserError(
                 f"model shape does not divide: d_model {self.d_model} needs to be a multiple of "
-                f"2 * n_head ({self.n_head}), and n_head a multiple of n_kv_head "
-                f"({self.n_kv_head}); change one of them")
+                f"2 * n_head ({self.n_head}) unless head_dim is given, and n_head a multiple of "
+                f"n_kv_head ({self.n_kv_head}); change one of them")
+        self.head_dim = self.head_dim or self.d_model // self.n_head
+        self.check_family()
         if self.max_len * self.head_dim > 2**24:  # its rotary tables: no weight tells their size
             raise UserError(f"max_len {self.max_len} is too long for heads of width {self.head_dim}: "
                             f"at most {2**24 // self.head_dim}")
 
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_head
+    def check_family(self) -> None:
+        """UserError unless the fields of other families fit each other."""
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"model shape: {name} is {getattr(self, name)!r}: use "
+                                f"{' or '.join(choices)}")
+        if self.head_dim % 2 or self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise UserError(f"model shape: head_dim {self.head_dim} and rotary_dim {self.rotary_dim} "
+                            "must be even, and the second at most the first")
+        if self.tied and self.head_bias:
+            raise UserError("model shape: a tied output layer has no bias: head_bias needs tied False")
+        scaling = self.rope_scaling
+        numbers = all(type(x) in (int, float) and 0 < x < 2**31 for x in scaling)
+        if scaling and not (numbers and len(scaling) == 4 and scaling[1] < scaling[2]):
+            raise UserError(f"model shape: rope_scaling is {scaling}: give four positive numbers, "
+                            "(factor, low, high, original length) with low below high, or ()")
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency, each (max_len, K/2) (Su et al. 2021)."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    """cos and sin of position * frequency, each (max_len, R/2) for R rotated dimensions of a head
+    (Su et al. 2021): all K, or rotary_dim, or none beside learned positions.
+
+    Llama 3's scaling: a frequency that makes fewer than `low` turns within the original length is
+    divided by `factor`, one that makes more than `high` stays, and between them both are mixed.
+    """
+    width = 0 if config.positions == "learned" else config.rotary_dim or config.head_dim
+    exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
     frequencies = config.rope_base ** -exponents
+    if config.rope_scaling:
+        factor, low, high, length = config.rope_scaling
+        turns = length * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / factor)
     angles = torch.arange(config.max_len, dtype=torch.float64)[:, None] * frequencies
     return angles.cos().float(), angles.sin().float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x_i, x_{i + K/2}) of a head by its position's angle.
+    """Rotate each pair (x_i, x_{i + R/2}) of a head's first R dimensions by its position's angle.
 
-    x (B, H, T, K), cos and sin (B or 1, 1, T, K/2) -> (B, H, T, K).
+    x (B, H, T, K), cos and sin (B, 1, T, R/2) or (1, T, R/2) -> (B, H, T, K).
     """
+    R = 2 * cos.shape[-1]
+    if R < x.shape[-1]:  # the rest passes; all of it where positions are learned
+        return torch.cat((rotate(x[..., :R], cos, sin), x[..., R:]), dim=-1) if R else x
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -117,8 +169,9 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.head_dim = config.head_dim
-        self.qkv = Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * config.head_dim)
-        self.out = Linear(config.d_model, config.d_model)
+        self.qkv = Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * config.head_dim,
+                          config.qkv_bias)
+        self.out = Linear(config.n_head * config.head_dim, config.d_model, config.out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -138,11 +191,10 @@ class Attention(nn.Module):
         allowed: (B or 1, 1, T, T) bool, or None for plain causal attention. A cache receives this
         layer's keys and values at its first T positions.
         """
-        B, T, D = x.shape
         q, k, v = self.heads(x, cos, sin)
         if cache is not None:
             cache.write_prompt(layer, k, v)
-        y = attend(q.to(v.dtype), k.to(v.dtype), v, allowed).transpose(1, 2).reshape(B, T, D)
+        y = attend(q.to(v.dtype), k.to(v.dtype), v, allowed).transpose(1, 2).flatten(2)
         return self.out(y if where is None else y.flatten(0, 1)[where])
 
     def step(self, x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, allowed: Tensor,
@@ -174,40 +226,52 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: silu(gate) * up, then down (Shazeer 2020)."""
+    """SwiGLU: silu(gate) * up, then down (Shazeer 2020). Or "gelu": gelu(up), then down."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up = Linear(config.d_model, 2 * config.d_ff)
-        self.down = Linear(config.d_ff, config.d_model)
+        self.gated = config.mlp == "swiglu"
+        if self.gated:
+            self.gate_up = Linear(config.d_model, 2 * config.d_ff, config.mlp_bias)
+        else:
+            self.up = Linear(config.d_model, config.d_ff, config.mlp_bias)
+        self.down = Linear(config.d_ff, config.d_model, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.gated:
+            return self.down(F.gelu(self.up(x), approximate="tanh"))
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): pre-norm residual branches."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): pre-norm residual branches. Parallel: x +
+    attention(n) + mlp(n), where n = norm(x)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        norm = NORMS[config.norm]
+        self.attention_norm = norm(config.d_model, config.norm_eps)
         self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp_norm = None if config.parallel else norm(config.d_model, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None,
                 cache: KVCache | None = None, layer: int = 0,
                 where: Tensor | None = None) -> Tensor:
-        a = self.attention(self.attention_norm(x), cos, sin, allowed, cache, layer, where)
-        x = (x if where is None else x.flatten(0, 1)[where]) + self.dropout(a)
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        n = self.attention_norm(x)
+        a = self.attention(n, cos, sin, allowed, cache, layer, where)
+        if where is not None:
+            x, n = x.flatten(0, 1)[where], n.flatten(0, 1)[where]
+        x = x + self.dropout(a)
+        return x + self.dropout(self.mlp(n if self.mlp_norm is None else self.mlp_norm(x)))
 
     def step(self, x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, allowed: Tensor,
              cache: KVCache, layer: int) -> Tensor:
-        x = x + self.attention.step(self.attention_norm(x), cos, sin, slot, allowed, cache, layer)
-        return x + self.mlp(self.mlp_norm(x))
+        n = self.attention_norm(x)
+        x = x + self.attention.step(n, cos, sin, slot, allowed, cache, layer)
+        return x + self.mlp(n if self.mlp_norm is None else self.mlp_norm(x))
 
 
 def attention_allowed(mask: Tensor | None, docs: Tensor | None) -> Tensor | None:
@@ -241,66 +305,92 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.position_embedding = (nn.Embedding(config.max_len, config.d_model)
+                                   if config.positions == "learned" else None)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.output = None if config.tied else Linear(config.d_model, config.vocab_size)
+        self.norm = NORMS[config.norm](config.d_model, config.norm_eps)
+        self.output = (None if config.tied
+                       else Linear(config.d_model, config.vocab_size, config.head_bias))
         cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         # Gradient checkpointing: store only each block's input, recompute the block in backward.
         self.recompute = False
+        self.frozen = 0  # of the lowest blocks; see runtime.learning
         self.initialise()
 
     @torch.no_grad()
     def initialise(self, seed: int = 0) -> None:
         """N(0, .02), and each branch's last matrix smaller by sqrt(2 layers), so that depth does
-        not add variance."""
+        not add variance; biases 0."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 last = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if last else 0.02
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            elif name.endswith("bias"):
+                parameter.zero_()
 
     @property
     def output_weight(self) -> Tensor:
         """(V, D): the matrix of the output layer."""
         return self.embedding.weight if self.output is None else self.output.weight
 
+    def embed(self, tokens: Tensor, at: Tensor | slice) -> Tensor:
+        """Tokens -> (…, D): their embeddings, plus those of their positions where these are learned."""
+        x = self.embedding(tokens)
+        return x if self.position_embedding is None else x + self.position_embedding.weight[at]
+
     def trunk(self, tokens: Tensor, positions: Tensor | None, allowed: Tensor | None,
-              cache: KVCache | None = None, where: Tensor | None = None) -> Tensor:
+              cache: KVCache | None = None, where: Tensor | None = None, below: Tensor | None = None,
+              top: bool = True) -> Tensor:
         """tokens (B, T) -> hidden states (B, T, D), or (N, D) of the positions `where` alone.
 
         positions: (B, T), or None for 0…T−1. where: (N,), indices into a flattened (B, T); the last
-        layer, except its keys and values, is then computed only there.
+        layer, except its keys and values, is then computed only there. below (B, T, D): the states
+        after the frozen blocks, if they are known. top=False: those are what is returned.
         """
-        T = tokens.shape[1]
-        at = slice(0, T) if positions is None else positions
-        cos, sin = self.cos[at], self.sin[at]  # (T, K/2) or (B, T, K/2)
-        cos, sin = (t.reshape(-1, 1, T, t.shape[-1]) for t in (cos, sin))
-        x, last = self.embedding(tokens), len(self.blocks) - 1
+        at = slice(0, tokens.shape[1]) if positions is None else positions
+        cos, sin = (t[at].unsqueeze(-3) for t in (self.cos, self.sin))  # (1, T, R/2) or (B, 1, T, R/2)
+        known, last = below is not None and self.frozen, len(self.blocks) - 1
+        x = below if known else self.embed(tokens, at)
         for i, block in enumerate(self.blocks):
+            if known and i < self.frozen or not top and i >= self.frozen:
+                continue
             others = (cos, sin, allowed, cache, i, where if i == last else None)
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute and i >= self.frozen and torch.is_grad_enabled():
                 x = checkpoint(block, x, *others, use_reentrant=False)
             else:
                 x = block(x, *others)
-        return self.norm(x)
+        return self.norm(x) if top else x
 
     def hidden(self, tokens: Tensor, mask: Tensor | None = None, docs: Tensor | None = None,
-               where: Tensor | None = None) -> Tensor:
+               where: Tensor | None = None, below: Tensor | None = None) -> Tensor:
         """Final hidden states (B, T, D), or (N, D) of the positions `where` (N,) alone.
 
         mask (B, T) bool: True at real tokens; padding may be left or right. Positions count real
         tokens, so a padded row equals the row alone. docs (B, T) int: attention only between equal
-        numbers (packed documents).
+        numbers (packed documents). below: what `below` gave for these tokens.
         """
         if tokens.shape[1] > self.config.max_len:
             raise UserError(f"{tokens.shape[1]} tokens in a row, but this model was made for "
                             f"{self.config.max_len} (max_len): shorten the text, or train with a "
                             "larger --max_len")
         positions = None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)
-        return self.trunk(tokens, positions, attention_allowed(mask, docs), where=where)
+        if docs is not None and self.position_embedding is not None:
+            # Learned positions count from a document's first token; rotary attention knows
+            # differences only.
+            count = torch.arange(docs.shape[1], device=docs.device) if positions is None else positions
+            first = F.pad(docs.diff(dim=1) != 0, (1, 0))
+            positions = count - (count * first).cummax(1).values
+        return self.trunk(tokens, positions, attention_allowed(mask, docs), where=where, below=below)
+
+    @torch.no_grad()
+    def below(self, tokens: Tensor) -> Tensor | None:
+        """tokens (B, T), padded to the right -> hidden states (B, T, D) after the frozen blocks, which are
+        the same whatever is learned above them; None if no block is frozen."""
+        return self.trunk(tokens, None, None, top=False) if self.frozen else None
 
     def step(self, token: Tensor, slot: Tensor, start: Tensor, span: Tensor,
              cache: KVCache) -> Tensor:
@@ -316,13 +406,13 @@ class Transformer(nn.Module):
 
     def step_inputs(self, token: Tensor, slot: Tensor, start: Tensor,
                     span: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What a step gives its first block: x (B, 1, D), cos and sin (B, 1, 1, K/2), slot (B,), and
+        """What a step gives its first block: x (B, 1, D), cos and sin (B, 1, 1, R/2), slot (B,), and
         which positions each row may attend to (n, B, S)."""
         position = slot - start
-        cos, sin = (t[position][:, None, None] for t in (self.cos, self.sin))  # (B, 1, 1, K/2)
+        cos, sin = (t[position][:, None, None] for t in (self.cos, self.sin))  # (B, 1, 1, R/2)
         span = span[:, None]
         allowed = (span >= start[:, None]) & (span <= slot[:, None])  # (n, B, S)
-        return self.embedding(token)[:, None], cos, sin, slot, allowed
+        return self.embed(token, position)[:, None], cos, sin, slot, allowed
 
     def head(self, hidden: Tensor) -> Tensor:
         """(…, D) -> logits (…, V)."""
@@ -350,11 +440,14 @@ class Transformer(nn.Module):
         """Floating-point operations of forward and backward for one token in a row of `length`
         tokens (PaLM, appendix B).
 
-        Six for each weight of a matrix product (the output layer included, the embedding look-up
-        not), and 12 D per layer and key; a causal row sees half of `length` on average.
+        Six for each weight of a matrix product (the output layer and its bias included, the
+        embedding look-up not), and 12 H K per layer and key; a causal row sees half of `length` on
+        average.
         """
-        matrices = sum(p.numel() for p, _ in self.matrix_parameters()) + self.output_weight.numel()
-        return 6 * matrices + 12 * self.config.n_layer * self.config.d_model * length // 2
+        output = self.embedding if self.output is None else self.output
+        weights = [*(p for p, _ in self.matrix_parameters()), *output.parameters()]
+        width = self.config.n_head * self.config.head_dim
+        return 6 * sum(p.numel() for p in weights) + 12 * self.config.n_layer * width * length // 2
 
 
 # ---- from logits to losses -----------------------------------------------------------------------
@@ -399,7 +492,8 @@ def compared_logprobs(models: Sequence[Transformer], hidden: Sequence[Tensor], t
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Σ −log softmax(hidden @ weightᵀ)[target], with gradients computed in the forward, by chunks.
+    """Σ −log softmax(hidden @ weightᵀ + bias)[target], with gradients computed in the forward, by
+    chunks.
 
     The logits of all positions never exist at once: each chunk's probabilities become the gradient
     p − onehot(target) in place, and are multiplied into the gradients of hidden and weight while
@@ -407,34 +501,39 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int,
-                dtype: torch.dtype, products: str) -> Tensor:
-        """hidden (N, D), weight (V, D), targets (N,) -> scalar float32.
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+                chunk: int, dtype: torch.dtype, products: str) -> Tensor:
+        """hidden (N, D), weight (V, D), bias (V,) or None, targets (N,) -> scalar float32.
 
         dtype and products: in which precision and by whose kernels matrices are multiplied.
         """
         training = any(ctx.needs_input_grad)
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
-        grad_weight = torch.zeros_like(weight)
-        w = weight.to(dtype)
+        # A frozen output layer needs no gradient.
+        grad_weight, grad_bias = (torch.zeros_like(x) if needed else None
+                                  for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True))
+        w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
         for i in range(0, len(hidden), chunk):
             h, t = hidden[i:i + chunk].to(dtype), targets[i:i + chunk, None]
-            logps = log_softmax(linear(h, w, products))
+            logps = log_softmax(linear(h, w, products, b))
             total -= logps.gather(1, t).sum()
             if training:
                 error = logps.exp_()
                 error.scatter_add_(1, t, error.new_full(t.shape, -1.0))
+                if grad_bias is not None:
+                    grad_bias += error.sum(0)
                 error = error.to(dtype)
                 grad_hidden[i:i + chunk] = linear(error, w.T, products)
-                grad_weight += linear(error.T, h.T, products)
-        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
+                if grad_weight is not None:
+                    grad_weight += linear(error.T, h.T, products)
+        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight, grad_bias)
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad * grad_hidden, grad * grad_weight, None, None, None, None
+        grads = (None if saved is None else grad * saved for saved in ctx.saved_tensors)
+        return *grads, None, None, None, None
 
 
 def cross_entropy_sum(model: Transformer, hidden: Tensor, targets: Tensor,
@@ -445,11 +544,12 @@ def cross_entropy_sum(model: Transformer, hidden: Tensor, targets: Tensor,
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    weight = model.output_weight
+    weight, bias = model.output_weight, None if model.output is None else model.output.bias
+    learned = [hidden, weight, bias]
     if not torch.is_grad_enabled():  # ctx.needs_input_grad would still be True
-        hidden, weight = hidden.detach(), weight.detach()
+        learned = [None if t is None else t.detach() for t in learned]
     with torch.autocast(device, enabled=False):
-        return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, dtype, model.products)
+        return ChunkedCrossEntropy.apply(*learned, targets, chunk, dtype, model.products)
 
 
 def next_token_loss(model: Transformer, tokens: Tensor, targets: Tensor,
@@ -652,4 +752,6 @@ def open_run(stage: str, o: Common, data: Prepared, parents: dict[str, str], mod
     state: dict[str, Any] = {}
     if folder.resumes:
         model, tokenizer, state = load_checkpoint(folder.path, cls=type(model))
+    if stage in PARENTS:  # pretraining starts from nothing: all of it learns
+        learn_part(model, o)
     return Run(folder, model, tokenizer, data.template, state, save_checkpoint)

@@ -22,7 +22,6 @@ real reply tokens. The fields of `Rollout` document all shapes. Column t of ever
 belongs to reply token t; its log-probability and value are computed from what precedes that token.
 Columns where `response_mask` is False are padding and never affect a result.
 """
-import copy
 import dataclasses
 import math
 import sys
@@ -41,23 +40,26 @@ from data.batches import (Rows, drop_long_prompts, held_out_prompts, make_rows, 
 from data.prepare import open_stage
 from data.prepared import Prepared
 from data.functions import RewardError
-from data.health import ALARMS, HOPELESS, VARIETY, as_logged, warn_of_gaps
+from data.health import ALARMS, HOPELESS, VARIETY, as_logged, ratio_start, rollout_metrics, warn_of_gaps
 from data.rewards import (Part, RewardSum, ScoreScale, needs_model, part_scores, read_reward, resolved,
                           starting_scale)
 from model import Transformer, load_parent, next_token_loss, open_run, token_logprobs
 from reward import RewardModel, Scorer, critic_from, critic_of_policy
 from runtime.control import KLController, actor_critic_rates
 from runtime.alarms import Alarms
+from runtime.decoding import ends
 from runtime.device import compile_trunks, pick_device, precision
 from runtime.fit import Best
 from runtime.draws import batch_indices, key
 from runtime.machine import resume_command
+from runtime.learning import (Below, knowing, learned, learning, learning_copy, load_learned, share_frozen,
+                              shared_depth)
 from runtime.optim import clip_gradients, restore, stop_unless_finite
 from runtime.options import Common, UserError, option
 from runtime.products import use_products
 from runtime.run import Run
 from runtime.scan import discounted_sums
-from runtime.statistics import Means, masked_mean, masked_variance, whiten
+from runtime.statistics import Means, masked_variance, whiten
 from sample import Decoder, Generation, generate, reply_ids, reply_texts, reply_to
 
 
@@ -289,6 +291,14 @@ class ActorCritic(nn.Module):
         """What is trained for values alone: the critic, or the head."""
         return self.critic if self.critic is not None else self.value_head
 
+    def with_below(self, rows: Rows) -> Rows:
+        """The rows with the hidden states below what learns, for `forward`; computed once where policy and
+        critic have those blocks in common."""
+        policy = critic = self.policy.below(rows.tokens)
+        if self.critic is not None and not shared_depth(self.policy, self.critic.backbone):
+            critic = self.critic.backbone.below(rows.tokens)
+        return rows._replace(below=Below(policy, critic))
+
     def forward(self, rows: Rows, temperature: float, train_policy: bool = True,
                 train_entropy: bool = False) -> Prediction:
         """Log-probability, entropy and value of each reply token, (N,) float32.
@@ -297,10 +307,10 @@ class ActorCritic(nn.Module):
         (used when --entropy_coef is 0).
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_policy):
-            hidden = self.policy.hidden(rows.tokens, where=rows.before)
+            hidden = self.policy.hidden(rows.tokens, where=rows.before, below=rows.below.policy)
             logprobs, entropy = token_logprobs(self.policy, hidden, rows.targets, temperature, train_entropy)
         if self.critic is not None:
-            hidden = self.critic.backbone.hidden(rows.tokens, where=rows.before)
+            hidden = self.critic.backbone.hidden(rows.tokens, where=rows.before, below=rows.below.critic)
             values = self.critic.head_values(hidden)
         else:  # a value is no logit, so not divided by the temperature
             with torch.autocast(hidden.device.type, enabled=False):
@@ -314,7 +324,8 @@ class Networks:
 
     actor_critic: ActorCritic
     reference: Transformer
-    end_id: int  # the token that ends a reply
+    end_id: int | Sequence[int]  # the token, or any of the tokens, that ends a reply
+    reward_model: RewardModel | None = None  # if it has blocks in common with the critic
     decoder: Decoder | None = None  # the policy ready to write; None: made for each rollout
 
 
@@ -365,6 +376,18 @@ class ScoredReplies(Replies):
     kl_coef: float  # the price of KL, in the rewards or in the loss
     # (B,) each: the parts of the reward, by the names of metrics
     parts: dict[str, Tensor] = dataclasses.field(default_factory=dict, kw_only=True)
+    # (B, T, D) once, or once for policy and for critic, in the trunk's dtype: what lies below the blocks
+    # that learn, for rows whose padding was moved to the right. B · T · D · 4 bytes in float32.
+    below: Below = dataclasses.field(default=Below(), kw_only=True)
+
+    def rows(self, index: Tensor) -> Rows:
+        """These rows as the networks read them, from the frozen blocks on."""
+        rows = super().rows(index)
+        return rows._replace(below=self.below.at(index, rows.tokens.shape[1]))
+
+    def kl(self, kind: str) -> Tensor:
+        """(B, R): `kl_estimate` of each reply token, 0 for padding."""
+        return torch.where(self.response_mask, kl_estimate(self.logprobs, self.ref_logprobs, kind), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,27 +412,29 @@ def sample_replies(networks: Networks, prompts: Sequence[list[int]], o: PPOOptio
                      decoder=networks.decoder, batch_size=o.rollout_rows)
     return Replies(tokens=torch.cat((prompt, reply.tokens), 1),
                    mask=torch.cat((prompt_mask, reply.mask), 1),
-                   response_mask=reply.mask, ended=(reply.tokens.eq(networks.end_id) & reply.mask).any(1),
+                   response_mask=reply.mask, ended=(ends(reply.tokens, networks.end_id) & reply.mask).any(1),
                    group=torch.arange(len(prompt), device=device) // o.samples_per_prompt,
                    sampled_logprobs=reply.logprobs)
 
 
-def score_replies(networks: Networks, replies: Replies, o: PPOOptions) -> tuple[Prediction, Tensor]:
-    """(the policy's and the critic's prediction, the reference's log-probabilities), arrays (B, R).
-    """
+def score_replies(networks: Networks, replies: Replies, o: PPOOptions) -> tuple[Prediction, Tensor, Below]:
+    """(the policy's and the critic's prediction, the reference's log-probabilities, what lies below what
+    learns), arrays (B, R) and (B, T, D)."""
     shape, device = replies.response_mask.shape, replies.tokens.device
     prediction = Prediction(*torch.zeros(3, *shape, device=device))
-    ref_logprobs = torch.zeros(shape, device=device)
+    ref_logprobs, below = torch.zeros(shape, device=device), Below()
     for index in replies.by_length(torch.arange(shape[0], device=device), o.micro_batch):
-        rows, mask = replies.rows(index), replies.response_mask[index]
+        mask = replies.response_mask[index]
         with precision(networks.actor_critic.dtype, device.type):
+            rows = networks.actor_critic.with_below(replies.rows(index))
             part = networks.actor_critic(rows, o.temperature).spread(mask)
-            hidden = networks.reference.hidden(rows.tokens, where=rows.before)
+            hidden = networks.reference.hidden(rows.tokens, where=rows.before, below=rows.below.policy)
             reference, _ = token_logprobs(networks.reference, hidden, rows.targets, o.temperature)
         ref_logprobs[index] = scatter_tokens(reference, mask)
+        below = below.put(index, rows.below, *replies.tokens.shape)
         for all_rows, these in zip(prediction, part, strict=True):
             all_rows[index] = these
-    return prediction, ref_logprobs
+    return prediction, ref_logprobs, below
 
 
 @torch.no_grad()
@@ -426,10 +451,10 @@ def collect_rollout(networks: Networks, prompts: Sequence[list[int]], o: PPOOpti
     repeated = [ids for ids in prompts for _ in range(o.samples_per_prompt)]
     replies = sample_replies(networks, repeated, o, step)
     written = time.perf_counter()
-    prediction, ref_logprobs = score_replies(networks, replies, o)
+    prediction, ref_logprobs, below = score_replies(networks, replies, o)
     device = replies.tokens.device
     ids = reply_ids(replies.generation)
-    with precision(networks.actor_critic.dtype, device.type):
+    with precision(networks.actor_critic.dtype, device.type), knowing(networks.reward_model, below.critic):
         raw_scores = scorer.scores(repeated, ids).to(device)
         parts = part_scores(scorer, repeated, ids)
     scores = scale.paid(raw_scores, replies.ended, o)
@@ -437,7 +462,7 @@ def collect_rollout(networks: Networks, prompts: Sequence[list[int]], o: PPOOpti
                             kl_coef if o.kl_in == "reward" else 0.0)
     scored = ScoredReplies(**vars(replies), **prediction._asdict(), ref_logprobs=ref_logprobs,
                            raw_scores=raw_scores, scores=scores, rewards=rewards, kl_coef=kl_coef,
-                           parts=parts)
+                           parts=parts, below=below)
     advantages, returns = estimator(scored, o)
     spread = 1.0
     if o.whiten:
@@ -445,28 +470,6 @@ def collect_rollout(networks: Networks, prompts: Sequence[list[int]], o: PPOOpti
         advantages = whiten(advantages, scored.response_mask)
     seconds = {"generate": written - start, "score": time.perf_counter() - written}
     return Rollout(**vars(scored), advantages=advantages, returns=returns, spread=spread, seconds=seconds)
-
-
-def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """The figures of docs/metrics.md, over the whole rollout."""
-    mask = rollout.response_mask
-    kl = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0)
-    k3 = torch.where(mask, kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k3"), 0)
-    gap = torch.where(mask, rollout.sampled_logprobs - rollout.logprobs, 0).abs()
-    error = rollout.values - rollout.returns
-    spread = masked_variance(rollout.returns, mask).clamp(min=1e-8)
-    metrics = {
-        "score": rollout.scores.mean(), "raw_score": rollout.raw_scores.mean(),
-        "objective": rollout.scores.mean() - rollout.kl_coef * kl.sum(1).mean(),
-        "kl": kl.sum(1).mean(), "kl_k3": k3.sum(1).mean(),
-        "kl_per_token": masked_mean(kl, mask), "entropy": masked_mean(rollout.entropy, mask),
-        "length": mask.sum(1).float().mean(), "end_rate": rollout.ended.float().mean(),
-        "ref_perplexity": torch.exp(-masked_mean(rollout.ref_logprobs, mask)),
-        "sampler_gap": masked_mean(gap, mask), "sampler_gap_max": gap.max(),
-        "explained_variance": 1 - masked_variance(error, mask) / spread, "value_bias": masked_mean(error, mask)}
-    metrics |= {name: x.mean() for name, x in rollout.parts.items()}
-    return {**{name: float(x) for name, x in metrics.items()}, "kl_coef": rollout.kl_coef,
-            "reply_tokens": int(mask.sum())}
 
 
 # ---- learning ------------------------------------------------------------------------------------
@@ -653,13 +656,6 @@ def update(actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, rollout:
             "seconds_train": time.perf_counter() - begin}
 
 
-def ratio_start(log_ratios: list[Tensor], n_tokens: Tensor) -> dict[str, float]:
-    """Mean and maximum of |log π/π_old| over the parts of a minibatch."""
-    sizes = [x.abs() for x in log_ratios]
-    return {"ratio_start": float(sum(x.sum() for x in sizes) / n_tokens),
-            "ratio_start_max": float(max(x.max() for x in sizes))}
-
-
 # ---- the trainer ---------------------------------------------------------------------------------
 
 class PPOTrainer:
@@ -679,12 +675,13 @@ class PPOTrainer:
         if o.reward_norm == "auto":
             raise ValueError("PPOTrainer: resolve reward_norm first, by data.rewards.resolved")
         self.estimator = estimator or (gae_estimator if o.advantage == "gae" else group_estimator)
-        reference = copy.deepcopy(reference)
-        self.reward_model = reward_model
+        # What no network learns and all have in common is in memory once, and computed once.
+        reference, self.reward_model = learning_copy(reference, o), reward_model
         if reward_model is not None:
             reward_model.rows_at_once = o.micro_batch
         for network in (reference, reward_model) if reward_model is not None else (reference,):
-            use_products(network.requires_grad_(False).to(run.device), run.compute.products)
+            share_frozen(run.model, network.requires_grad_(False))
+            use_products(network.to(run.device), run.compute.products)
         # Prompts that leave room for a reply in every network.
         room = min(x.config.max_len for x in (run.model, reward_model) if x is not None) - o.reply_len
         records = drop_long_prompts(data.records("ppo", "train"), run.tokenizer, data.template, room)
@@ -700,19 +697,24 @@ class PPOTrainer:
         self.scale, from_raw, paid, spread = ScoreScale(**state.get("scale", {})), (0.0, 1.0), 0.0, 1.0
         if not state:
             self.scale, from_raw, paid, spread = self.measure_start()
-        critic = None if o.critic == "shared" else (
-            critic_from(reward_model, *from_raw) if reward_model is not None else critic_of_policy(run.model, paid))
+        critic = None
+        if o.critic == "separate":
+            critic = critic_of_policy(run.model, paid, o) if reward_model is None else critic_from(
+                reward_model, *from_raw, o)
         actor_critic = ActorCritic(run.model, critic, run.dtype, paid)
-        self.networks = Networks(actor_critic.to(run.device), reference, run.tokenizer.eom_id)
         self.trunks = [run.model, *([critic.backbone] if critic is not None else [])]  # those that learn
+        reference.frozen = shared_depth(run.model, reference)
+        if reward_model is not None:
+            reward_model.backbone.frozen = shared_depth(self.trunks[-1], reward_model.backbone)
+        self.networks = Networks(actor_critic.to(run.device), reference, run.tokenizer.end_ids, reward_model)
         for trunk in self.trunks:
             trunk.recompute = o.recompute
-        groups = [{"params": list(run.model.parameters()), "lr": o.policy_lr},
-                  {"params": list(actor_critic.value_module.parameters()), "lr": o.critic_lr}]
+        groups = [{"params": learning(run.model), "lr": o.policy_lr},
+                  {"params": learning(actor_critic.value_module), "lr": o.critic_lr}]
         self.optimizer = torch.optim.Adam(groups, eps=o.adam_eps, fused=True)
         self.control = KLController.starting(o, spread, state.get("control"))
         if state:
-            actor_critic.value_module.load_state_dict(state["critic"])
+            load_learned(actor_critic.value_module, state["critic"])
             restore([self.optimizer], {"optimizers": [state["optimizer"]]})
         asked = run.dtype if o.rollout_dtype == "auto" else o.rollout_dtype
         self.decoder_dtype = state.get("decoder_dtype", asked)
@@ -733,7 +735,7 @@ class PPOTrainer:
         replies = reply_ids(reply_to(run.model, run.tokenizer, ids, o.reply_len,
                                      temperature=o.temperature, batch_size=128,
                                      seed=key(o.seed, "reward", "reply")))
-        ended = torch.tensor([reply[-1] == run.tokenizer.eom_id for reply in replies])
+        ended = torch.tensor([reply[-1] in run.tokenizer.end_ids for reply in replies])
         with torch.no_grad(), precision(run.dtype, run.device):
             return starting_scale(self.scorer, self.reward_model, (ids, replies), ended, self.paying)
 
@@ -804,7 +806,7 @@ class PPOTrainer:
         return metrics
 
     def save(self, step: int) -> None:
-        self.run.save(step, critic=self.networks.actor_critic.value_module.state_dict(),
+        self.run.save(step, critic=learned(self.networks.actor_critic.value_module),
                       optimizer=self.optimizer.state_dict(), scale=self.scale.state(),
                       control=self.control.state(), decoder_dtype=self.decoder_dtype,
                       alarms=self.alarms.state(), example_prompts=self.held_out.prompts[:8],

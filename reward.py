@@ -11,7 +11,6 @@ PPO pays for a score, data/rewards.py says (`ScoreScale`). The chapter ends in t
 Letters for shapes: B rows, T positions, D width, N selected tokens.
 """
 import dataclasses
-import copy
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,8 +32,9 @@ from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, lo
 from runtime.device import precision
 from runtime.draws import batch_indices, key, torch_seed
 from runtime.fit import fit
+from runtime.learning import learn_part, learning_copy, share_frozen
 from runtime.machine import require_finite
-from runtime.options import MaximumLikelihoodOptions, UserError, option
+from runtime.options import Common, MaximumLikelihoodOptions, UserError, option
 from runtime.run import Run
 
 
@@ -71,6 +71,7 @@ class RewardModel(nn.Module):
         self.backbone = Transformer(self.config)
         self.score_head = nn.Linear(config.d_model, max(1, len(self.config.parts)) * self.config.members)
         self.rows_at_once = 64  # read together by `scores`: memory and speed, nothing else
+        self.known: Tensor | None = None  # see runtime.learning.knowing
         self.initialise_head()
         # Older checkpoints also hold a mean and a spread of scores, which nothing reads any more.
         self.register_load_state_dict_pre_hook(
@@ -119,13 +120,14 @@ class RewardModel(nn.Module):
         chosen = self.pooled(mask, reply_mask)
         return torch.where(chosen, values, 0).sum(-1) / chosen.sum(1)
 
-    def head_scores(self, tokens: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
+    def head_scores(self, tokens: Tensor, mask: Tensor, reply_mask: Tensor | None = None,
+                    below: Tensor | None = None) -> Tensor:
         """Every head's score of each row: tokens, mask and reply_mask (B, T) -> (parts, members, B)
-        float32."""
+        float32. below: of rows padded to the right, as `Transformer.hidden` takes it."""
         chosen = self.pooled(mask, reply_mask)
         right_padded = bool((mask[:, :-1] | ~mask[:, 1:]).all())  # then causality hides the padding
         values = self.heads(self.backbone.hidden(tokens, None if right_padded else mask,
-                                                 where=chosen.flatten().nonzero()[:, 0]))
+                                                 where=chosen.flatten().nonzero()[:, 0], below=below))
         everywhere = values.new_zeros(*values.shape[:2], *mask.shape).masked_scatter(chosen, values)
         return everywhere.sum(-1) / chosen.sum(1)
 
@@ -183,8 +185,9 @@ class RewardModel(nn.Module):
         scores = torch.zeros(len(weight) // members, members, len(rows), device=weight.device)
         for i in range(0, len(rows), self.rows_at_once):
             index = order[i:i + self.rows_at_once]
-            batch = reward_batch([rows[j] for j in index], weight.device)
-            scores[..., torch.from_numpy(index).to(weight.device)] = self.head_scores(*batch).float()
+            batch, at = reward_batch([rows[j] for j in index], weight.device), torch.from_numpy(index).to(weight.device)
+            below = None if self.known is None else self.known[at, :batch[0].shape[1]]
+            scores[..., at] = self.head_scores(*batch, below).float()
         return require_finite(scores, "scores of the reward model")
 
 
@@ -206,14 +209,15 @@ def longest_row(model: RewardModel, state: dict[str, Any]) -> int:
     return min(state.get("options", {}).get("max_len", math.inf), model.config.max_len)
 
 
-def critic_from(reward_model: RewardModel, mean: float = 0.0, std: float = 1.0) -> RewardModel:
-    """A trainable copy with one head, the mean of all, that gives (raw − mean) / std: w/σ and
-    (b − μ)/σ.
+def critic_from(reward_model: RewardModel, mean: float = 0.0, std: float = 1.0,
+                o: Common | None = None) -> RewardModel:
+    """A copy to be trained with one head, the mean of all, that gives (raw − mean) / std: w/σ and
+    (b − μ)/σ. o: says which part learns (None: all); the rest are the reward model's very tensors.
 
     PPO's critic starts from it, with a mean and a spread at which its values are those that the
     starting policy's replies are paid.
     """
-    critic = copy.deepcopy(reward_model).requires_grad_(True)
+    critic = learning_copy(reward_model, o)
     critic.config = dataclasses.replace(critic.config, parts=(), members=1, ensemble="mean")
     head = critic.score_head
     head.out_features = 1
@@ -222,10 +226,13 @@ def critic_from(reward_model: RewardModel, mean: float = 0.0, std: float = 1.0) 
     return critic
 
 
-def critic_of_policy(policy: Transformer, value: float) -> RewardModel:
-    """A critic where there is no reward model: the policy's trunk, and a head that says `value` everywhere."""
+def critic_of_policy(policy: Transformer, value: float, o: Common) -> RewardModel:
+    """A critic where there is no reward model: the policy's trunk, what does not learn being its very tensors,
+    and a head that says `value` everywhere."""
     critic = RewardModel(RewardConfig(**dataclasses.asdict(policy.config)))
     critic.backbone.load_state_dict(policy.state_dict())
+    learn_part(critic, o)
+    share_frozen(policy, critic.backbone)
     nn.init.zeros_(critic.score_head.weight)
     nn.init.constant_(critic.score_head.bias, value)
     return critic

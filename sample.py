@@ -23,12 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convert.importing import as_checkpoint
 from data.batches import pad_left, prompt_ids
 from data.records import apply_template, load_records, prompt_text
 from data.tokenizer import Tokenizer
 from model import Transformer, attention_allowed, checkpoint_path, load_checkpoint
 from reward import RewardModel
-from runtime.decoding import (KVCache, LayeredStep, compiled, decoding_copy, layers_are_apart,
+from runtime.decoding import (KVCache, LayeredStep, compiled, decoding_copy, ends, layers_are_apart,
                               refresh)
 from runtime.device import pick_device, pick_dtype
 from runtime.draws import uniform_numbers
@@ -236,12 +237,12 @@ class Writer:
                       ", or --temperature is too near 0 (0 itself takes the likeliest token)")
 
     def __init__(self, decoder: Decoder, prompts: tuple[Tensor, Tensor], reply_len: int,
-                 sampling: Sampling, rows: int, u: Tensor | None, end_id: int | None,
+                 sampling: Sampling, rows: int, u: Tensor | None, end_id: int | Sequence[int] | None,
                  on_token: Callable[[Tensor, Tensor], None] | None):
         """prompts: tokens and mask, each (n, P). u (n, reply_len): uniform numbers, None for greedy
         replies. rows: B, the most replies in progress."""
         self.decoder, self.sampling, self.u, self.on_token = decoder, sampling, u, on_token
-        self.end_id = -1 if end_id is None else end_id  # −1 is no token
+        self.end_id = end_id
         self.tokens, self.mask = prompts
         (n, self.P), self.R, device = self.tokens.shape, reply_len, self.tokens.device
         self.out = Generation(torch.zeros(n, self.R, dtype=torch.int64, device=device),
@@ -308,7 +309,7 @@ class Writer:
         """Store k new tokens (len(at), k) of rows `at`, each row's up to its end token or R; ended
         rows stop running."""
         column = self.length[at, None] + torch.arange(tokens.shape[1], device=at.device)
-        is_end = tokens.eq(self.end_id)
+        is_end = ends(tokens, self.end_id)
         real = self.running[at, None] & (column < self.R) & (is_end.cumsum(1) - is_end.long() == 0)
         cells = (self.prompt[at, None].expand_as(column)[real], column[real])
         self.out.tokens[cells], self.out.mask[cells] = tokens[real], True
@@ -376,10 +377,11 @@ def require_room(model: Transformer, prompt: int, reply: int) -> None:
 
 @torch.no_grad()
 def generate(model: Transformer, tokens: Tensor, mask: Tensor, max_new_tokens: int, *,
-             end_id: int | None = None, seed: int | Sequence[int] = 0,
+             end_id: int | Sequence[int] | None = None, seed: int | Sequence[int] = 0,
              decoder: Decoder | None = None, sampling: Sampling | None = None,
              **settings: Any) -> Generation:
-    """Continue each prompt by up to max_new_tokens tokens; a reply ends with end_id.
+    """Continue each prompt by up to max_new_tokens tokens; a reply ends with end_id, or
+    with any of several.
 
     tokens (B, P) int64 and mask (B, P) bool: left-padded prompts. The log-probabilities are those
     of the distribution drawn from (greedy: of that at temperature 1, after the repetition penalty
@@ -446,7 +448,7 @@ def reply_to(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[in
     tokens, mask = pad_left(prompts, tokenizer.pad_id)
     device = model.embedding.weight.device
     return generate(model, tokens.to(device), mask.to(device), max_new_tokens,
-                    end_id=tokenizer.eom_id, **settings)
+                    end_id=tokenizer.end_ids, **settings)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -489,9 +491,13 @@ class ChatSession:
 
     def __init__(self, path: str, o: SampleOptions):
         self.device = pick_device(o.device)
-        self.model, self.tokenizer, self.state = load_checkpoint(path, self.device)
+        self.model, self.tokenizer, self.state = load_checkpoint(as_checkpoint(path), self.device)
         self.dtype = pick_dtype(o.dtype, self.device, self.model.config.d_model)[0]
-        self.o = o
+        own = {name: x for name, x in self.state.get("generation", {}).items() if name not in o.explicit}
+        if own:  # an imported model's own way of sampling
+            print(f"{path}: sampling as its generation_config.json says: "
+                  + ", ".join(f"--{name} {x:g}" for name, x in own.items()), file=sys.stderr)
+        self.o = o = o.replace(**own)
         self.bare = self.state.get("stage") == "pretrain"  # it knows documents, no dialogues
         self.template = "{prompt}" if o.raw else self.state.get("template", "{prompt}")
 
@@ -506,7 +512,7 @@ class ChatSession:
         """One reply to each prompt, without control tokens other than the end."""
         o, t = self.o, self.tokenizer
         sampling = Sampling(o.temperature, o.top_k, o.top_p, o.repetition_penalty,
-                            suppress=tuple(i for i in t.special_ids if i != t.eom_id))
+                            suppress=tuple(i for i in t.special_ids if i not in t.end_ids))
         return reply_to(self.model, t, prompts, o.max_new_tokens, sampling=sampling, seed=o.seed,
                         rows=rows, batch_size=None if on_token else 64, dtype=self.dtype,
                         on_token=on_token)
@@ -523,10 +529,9 @@ class ChatSession:
         print(for_terminal(before), end="", flush=True)
 
         def show(_, token: Tensor) -> None:
-            if int(token[0]) != self.tokenizer.eom_id:
-                written.append(int(token[0]))
-                piece = decoder.decode(self.tokenizer.token_bytes(int(token[0])))
-                print(for_terminal(piece), end="", flush=True)
+            written.append(int(token[0]))
+            piece = decoder.decode(self.tokenizer.reply_bytes(written[-1], len(written) == 1))
+            print(for_terminal(piece), end="", flush=True)
 
         try:
             self.replies([prompt], rows, show)
@@ -573,7 +578,7 @@ def best_of(session: ChatSession, prompt: str, n: int) -> None:
     """Draw n replies and print them from worst to best by the reward model."""
     beside = checkpoint_path(session.o.checkpoint).parent.parent / "reward"
     reward_from = session.o.reward_from or str(beside)
-    reward_model, tokenizer, _ = load_checkpoint(reward_from, session.device, RewardModel)
+    reward_model, tokenizer, _ = load_checkpoint(as_checkpoint(reward_from), session.device, RewardModel)
     tokenizer.require_same(session.tokenizer, f"{reward_from} and {session.o.checkpoint}")
     ids = [session.ids(prompt)] * n
     texts, replies = session.texts(ids)
@@ -617,7 +622,7 @@ def main(argv: list[str]) -> None:
         elif o.prompt:
             prompts = [o.prompt]
         else:
-            prompts = load_checkpoint(folders[-1])[2].get("example_prompts", [""])
+            prompts = load_checkpoint(as_checkpoint(folders[-1]))[2].get("example_prompts", [""])
         compare(folders, prompts, o)
         return
     session = ChatSession(o.checkpoint, o)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 import evaluate
+from convert.importing import as_checkpoint
 from data.batches import dialogue_rows, eval_windows, held_out_prompts, pack_rows, prompt_ids, text_batches
 from data.dataset import SPLITS
 from data.drawn import drawn_prompts, grown_records, mark_of, scores_of
@@ -62,6 +63,7 @@ class PretrainOptions(MaximumLikelihoodOptions):
     """`python train.py pretrain`"""
 
     TOTAL: ClassVar = "tokens"
+    IGNORED: ClassVar = ("train_layers",)  # a new model learns as a whole
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(n_layer=2, n_head=2, n_kv_head=1, d_model=32, d_ff=64, max_len=128,
                       tokens=20_000, window=64, batch=8, eval_every=30),
@@ -163,9 +165,8 @@ def pretrain(o: PretrainOptions) -> Run | None:
         return None
     task = PretrainTask(run, data)
     if task.batches.passes > 20:
-        print(f"pretrain: warning: {o.tokens} tokens are up to {task.batches.passes} passes over a "
-              "part of this data, which will be learned by heart: bring more text, or lower "
-              "--tokens", file=sys.stderr)
+        print(f"pretrain: warning: {o.tokens} tokens are up to {task.batches.passes} passes over a part of this "
+              "data, which will be learned by heart: bring more text, or lower --tokens", file=sys.stderr)
     print(f"pretrain: {run.model.n_parameters() / 1e6:.2f} M parameters, "
           f"{run.model.flops_per_token(o.window) / 1e6:.1f} MFLOP a token, {task.n_steps} steps of "
           f"{o.window * o.batch * o.accumulate} tokens", flush=True)
@@ -436,7 +437,8 @@ def main(argv: list[str]) -> int:
         stage, options = parse_command(argv, {name: cls for name, (cls, _) in STAGES.items()}, ROAD, "train.py")
         all_stages = stage == "all"
         data = kept_input([*options.values()][0].data)
-        options = {name: o.replace(data=data) for name, o in options.items()}
+        options = {name: o.replace(data=data, init_from=as_checkpoint(o.init_from),
+                                   reward_from=as_checkpoint(o.reward_from)) for name, o in options.items()}
         o = options["ppo" if all_stages else stage]
         if all_stages:
             for name in ("reward", "judge"):

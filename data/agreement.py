@@ -134,8 +134,7 @@ def baseline_scores(baselines: dict[str, NgramRegression], records: Sequence[dic
                     rows: Sequence[Row], tokenizer: Tokenizer, parts: Sequence[str]) -> np.ndarray:
     """(n,): the n-gram regression's score of the text that each row holds, ratings in their own
     unit."""
-    texts = [tokenizer.decode(i for i, of_reply in zip(*row, strict=True)
-                              if of_reply and i != tokenizer.eom_id) for row in rows]
+    texts = [tokenizer.reply_text(i for i, of_reply in zip(*row, strict=True) if of_reply) for row in rows]
     scores = np.zeros(len(texts))
     for part, regression in baselines.items():
         of_part = [i for i, name in enumerate(parts) if name == part]

@@ -17,6 +17,7 @@ from data.prepared import Documents, Prepared
 from data.records import apply_template, as_messages, prompt_text
 from data.tokenizer import Tokenizer
 from runtime.draws import key
+from runtime.learning import Below
 from runtime.options import UserError
 
 Row = tuple[list[int], list[bool]]  # token ids, and which of them are learned (or are the reply)
@@ -115,7 +116,7 @@ def reward_rows(records: Sequence[dict], tokenizer: Tokenizer, template: str, ma
     draws = rng.random((len(records), 2)) if rng is not None else np.ones((len(records), 2))
     for record, (draw, cut) in zip(records, draws, strict=True):
         prompt = prompt_ids(tokenizer, record["prompt"], template)
-        reply = tokenizer.encode(record[field]) + [tokenizer.eom_id]
+        reply = tokenizer.reply_ids(record[field])
         if half:
             reply = reply[:max(1, (len(reply) - 1) // 2)]
         elif draw < prefix_share and len(reply) > 2:
@@ -313,6 +314,7 @@ class Rows(NamedTuple):
     reply: Tensor  # (M, L) bool: tokens of the reply
     before: Tensor  # (N,): the position before each reply token in the flattened (M, L), row by row
     targets: Tensor  # (N,): the reply tokens, in the same order
+    below: Below = Below()  # hidden states (M, L, D) after the frozen blocks, where they are known
 
 
 def make_rows(tokens: Tensor, real: Tensor, reply: Tensor) -> Rows:

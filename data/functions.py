@@ -97,7 +97,7 @@ class PythonReward:
     has it. Numbers may be Python's, numpy's or torch's; a generator will do.
 
     >>> class Letters:  # stands in for a tokenizer; -1 is its end token
-    ...     eom_id, decode = -1, staticmethod(lambda ids: "".join(map(chr, ids)))
+    ...     end_ids, decode = (-1,), staticmethod(lambda ids: "".join(map(chr, ids)))
     ...     reply_text = staticmethod(lambda ids: "".join(chr(i) for i in ids if i >= 0))
     >>> short = PythonReward(lambda prompts, replies: [-len(reply) for reply in replies], Letters)
     >>> short.scores([[72, 105]], [[104, 101, -1]])
@@ -115,7 +115,7 @@ class PythonReward:
 
     def record(self, ids: list[int]) -> dict:
         """A prompt's record."""
-        decoded = self.tokenizer.decode([i for i in ids if i != self.tokenizer.eom_id])
+        decoded = self.tokenizer.decode([i for i in ids if i not in self.tokenizer.end_ids])
         return self.records.get(tuple(ids)) or {"prompt": decoded}
 
     def scores(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> Tensor:

@@ -1,12 +1,15 @@
-"""What has gone wrong with a policy, by its figures: bounds for PPO's warnings, for --keep best, and for
-the report."""
+"""A policy's health, by its figures: those of a rollout, and bounds for PPO's warnings, for --keep best,
+and for the report."""
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from runtime.alarms import Alarm
+from runtime.statistics import masked_mean, masked_variance
 
 LENGTHS = (0.5, 2.0)  # shortest and longest replies, as multiples of the start's
 VARIETY = 0.85  # the least distinct-2, as a share of the start's, or of SFT's
@@ -20,6 +23,34 @@ ALARMS = (
     Alarm("entropy", lambda x, _: x < .1, "nothing is explored: raise --kl_coef or --entropy_coef"),
     Alarm("eval_distinct2", lambda x, first: x < VARIETY * first, "replies repeat: raise --kl_coef, lower --updates"),
     Alarm("value_loss", lambda x, first: x > 10 * first + 1, "the critic diverges: lower --critic_lr"))
+
+
+def rollout_metrics(rollout: Any) -> dict[str, float]:
+    """The figures of docs/metrics.md, over the whole of PPO's rollout."""
+    mask = rollout.response_mask
+    kl, k3 = rollout.kl("k1"), rollout.kl("k3")
+    gap = torch.where(mask, rollout.sampled_logprobs - rollout.logprobs, 0).abs()
+    error = rollout.values - rollout.returns
+    spread = masked_variance(rollout.returns, mask).clamp(min=1e-8)
+    metrics = {
+        "score": rollout.scores.mean(), "raw_score": rollout.raw_scores.mean(),
+        "objective": rollout.scores.mean() - rollout.kl_coef * kl.sum(1).mean(),
+        "kl": kl.sum(1).mean(), "kl_k3": k3.sum(1).mean(),
+        "kl_per_token": masked_mean(kl, mask), "entropy": masked_mean(rollout.entropy, mask),
+        "length": mask.sum(1).float().mean(), "end_rate": rollout.ended.float().mean(),
+        "ref_perplexity": torch.exp(-masked_mean(rollout.ref_logprobs, mask)),
+        "sampler_gap": masked_mean(gap, mask), "sampler_gap_max": gap.max(),
+        "explained_variance": 1 - masked_variance(error, mask) / spread, "value_bias": masked_mean(error, mask)}
+    metrics |= {name: x.mean() for name, x in rollout.parts.items()}
+    return {**{name: float(x) for name, x in metrics.items()}, "kl_coef": rollout.kl_coef,
+            "reply_tokens": int(mask.sum())}
+
+
+def ratio_start(log_ratios: list[Tensor], n_tokens: Tensor) -> dict[str, float]:
+    """Mean and maximum of |log π/π_old| over the parts of a minibatch."""
+    sizes = [x.abs() for x in log_ratios]
+    return {"ratio_start": float(sum(x.sum() for x in sizes) / n_tokens),
+            "ratio_start_max": float(max(x.max() for x in sizes))}
 
 
 def as_logged(metrics: dict[str, float], o: Any, step: int) -> dict[str, float]:

@@ -51,8 +51,8 @@ def describe(prompts: Sequence, texts: Sequence[str], rows: list[list[int]], tok
              judges: dict[str, Any], measured: dict[str, Any]) -> tuple[dict[str, float], list[dict]]:
     """(length, ends, diversity, what judges say, and the means of what was `measured` of each
     reply (names to (B,), None: not measured); one record per reply)."""
-    ended = [row[-1:] == [tokenizer.eom_id] for row in rows]
-    control = set(tokenizer.special_ids) - {tokenizer.eom_id}
+    ended = [bool(row) and row[-1] in tokenizer.end_ids for row in rows]
+    control = set(tokenizer.special_ids) - set(tokenizer.end_ids)
     metrics, probs = judged_by(judges, prompts, texts)
     metrics |= reply_statistics(rows, ended) | {
         "distinct2": distinct_n(rows, 2, budget=1000),
@@ -78,7 +78,7 @@ def people_wrote(data: Prepared, tokenizer: Tokenizer, reply_len: int, split: st
         records = [{"prompt": prompt, "response": text} for (opening, text), prompt in replies.items()
                    if opening in openings
                    and len(prompt_ids(tokenizer, prompt, data.template)) <= limit]
-        rows = [[*tokenizer.encode(r["response"]), tokenizer.eom_id] for r in records]
+        rows = [tokenizer.reply_ids(r["response"]) for r in records]
         fits = [(r, row) for r, row in zip(records, rows, strict=True) if len(row) <= reply_len]
         if fits:
             lines.append((f"people{name}", [r for r, _ in fits], [row for _, row in fits]))

@@ -161,7 +161,7 @@ def lengths(records: Records, tokenizer: Tokenizer, template: str, most: int = 2
     for record in drawn("sft"):
         messages = as_messages(record, template)
         found["dialogues"].append(size(messages))
-        found["replies"].append(len(tokenizer.encode(messages[-1]["content"])) + 1)
+        found["replies"].append(len(tokenizer.reply_ids(messages[-1]["content"])))
     for record in drawn("reward", *BESIDE, "judge"):
         found["feedback"] += [size(as_messages({**record, "response": record[name]}, template))
                               for name in ("chosen", "rejected", "response") if name in record]

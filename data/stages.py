@@ -40,7 +40,7 @@ def records_of(out: DataWriter, texts: Iterable[Placed], reply_len: int) -> Reco
         records[half if split == "train" else "reward", split].append(record | feedback)
         if opening:
             records["ppo", split].append({"prompt": opening})
-            if len(out.tokenizer.encode(continuation)) < reply_len:  # one more is its end
+            if len(out.tokenizer.reply_ids(continuation)) <= reply_len:
                 records["sft", split].append(record)
     return records
 

@@ -18,4 +18,6 @@ def parse_command(argv: list[str], stages: Mapping[str, type], road: Sequence[st
                         f"use all, {', '.join(stages)}")
     if stage == "all":
         return stage, parse_all(Common, {name: stages[name] for name in road}, rest, prog)
-    return stage, {stage: parse(stages[stage], rest, f"{prog} {stage}")}
+    options = parse(stages[stage], rest, f"{prog} {stage}")
+    options.refuse(*options.IGNORED, why=f"on {stage}")
+    return stage, {stage: options}

@@ -9,7 +9,7 @@ import functools
 import itertools
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.products import Linear, _library, _onednn, _reorder
+
+
+def ends(tokens: Tensor, end_id: int | Sequence[int] | None) -> Tensor:
+    """Which tokens, of any shape, end a text: those of one id, of any of several, or none.
+
+    >>> ends(torch.tensor([3, 7, 9]), (7, 9)).tolist()
+    [False, True, True]
+    """
+    several = [end_id] if isinstance(end_id, int) else end_id or [-1]  # −1 is no token
+    return functools.reduce(torch.logical_or, [tokens.eq(i) for i in several])
 
 
 # ---- keys and values -----------------------------------------------------------------------------
@@ -135,11 +145,12 @@ def packed_product(weight: Tensor, rows: int,
 
 class PackedLinear(nn.Module):
     """A decoder's stand-in for a Linear layer: the same product in `dtype`, for steps of `rows`
-    rows."""
+    rows, and its bias, if it has one."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int, products: str = "aten"):
+    def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int, products: str = "aten",
+                 bias: Tensor | None = None):
         super().__init__()
-        self.source, self.dtype, self.rows, self.n_out = [weight], dtype, rows, weight.shape[0]
+        self.source, self.dtype, self.rows, self.n_out = [weight, bias], dtype, rows, len(weight)
         self.products, self.number = products, next(_numbers)
         self.index: int | Tensor = self.number  # a tensor where layers share a graph
         weakref.finalize(self, _packed.pop, self.number, None)
@@ -147,13 +158,19 @@ class PackedLinear(nn.Module):
 
     def refresh(self) -> None:
         """Pack the weight as it is now."""
-        self.weight = self.source[0].detach().to(self.dtype)
+        self.weight, self.bias = (None if source is None else source.detach().to(self.dtype)
+                                  for source in self.source)
         self.product = _packed[self.number] = packed_product(self.weight, self.rows, self.products)
         self.is_packed = self.product is not None
         # One compiled row is memory-bound: a fused multiply-and-sum reads the weight once.
         self.fuses = self.rows == 1 and self.weight.device.type == "cpu"
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.multiply(x)
+        return y if self.bias is None else y + self.bias
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x (…, K) -> (…, N), without the bias."""
         x = x.to(self.dtype)
         if self.fuses and torch.compiler.is_dynamo_compiling():
             return (x[..., None, :].float() * self.weight.float()).sum(-1).to(self.dtype)
@@ -203,7 +220,7 @@ class Int8Linear(PackedLinear):
         signed = (q.short() - 128).to(torch.int8)
         self.product = _packed[self.number] = int8_product(signed, scale[:, 0], self.few_rows)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         shape, x = x.shape[:-1], x.flatten(0, -2)
         if len(x) > self.rows:
             y = self.many_rows(x.bfloat16())
@@ -226,7 +243,7 @@ def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int,
     for parent in list(packed.modules()):
         for name, child in parent.named_children():
             if isinstance(child, Linear):
-                setattr(parent, name, pack(child.weight, dtype, rows, child.products))
+                setattr(parent, name, pack(child.weight, dtype, rows, child.products, child.bias))
     if packed.output is None:
         packed.output = pack(model.output_weight, dtype, rows, model.products)
     for layer in packed_layers(packed.blocks) if layered else ():

@@ -27,6 +27,13 @@ def pick_device(device: str) -> str:
     return device
 
 
+def half_is_fast(device: str) -> bool:
+    """Whether products of bfloat16 may be faster than those of float32. A CPU without 512-bit vectors,
+    as most laptops have it, has no kernel for them: there they took 280 times as long (measured). The
+    answer follows from the instructions in use, so --deterministic has the same one on all machines."""
+    return device != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024,
                repeats: int = 60) -> tuple[str, str]:
     """(dtype, reason). `auto` times one layer's matrix product in float32, and in bfloat16 with the
@@ -44,6 +51,8 @@ def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024,
         return "float32", "this GPU has no bfloat16 units"
     if device == "mps" or width < 128:
         return "float32", "bfloat16 gains nothing at this width, or is not measured on this device"
+    if not half_is_fast(device):
+        return "float32", "this CPU has no fast products of bfloat16"
     x, w = torch.randn(rows, width), torch.randn(4 * width, width)
     best = {torch.float32: math.inf, torch.bfloat16: math.inf}
     # In turns, and the best of each, so that other load on the machine favours neither.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from runtime.device import compile_trunks
 from runtime.draws import torch_seed
+from runtime.learning import learned, load_learned
 from runtime.optim import learning_rate, make_optimizers, restore, set_learning_rate
 from runtime.options import MaximumLikelihoodOptions
 from runtime.run import NotFinite, Run
@@ -100,14 +101,14 @@ class Best:
         value = measured.get(self.name)
         if value is not None and (self.state is None
                                   or self.sign * value >= self.sign * self.state["measured"][self.name]):
-            weights = {name: x.detach().cpu().clone() for name, x in model.state_dict().items()}
+            weights = {name: x.cpu().clone() for name, x in learned(model).items()}
             self.state = {"step": step, "measured": measured, "weights": weights}
 
     def restore(self, run: Run, measured: dict[str, float]) -> dict[str, float]:
         """Give the run's model the best weights, and say so if they are not the last ones."""
         if self.state is None or self.state["measured"] == measured:
             return measured
-        run.model.load_state_dict(self.state["weights"])
+        load_learned(run.model, self.state["weights"])
         print(f"{run.stage}: kept the weights of step {self.state['step']}: {self.name} "
               f"{self.state['measured'][self.name]:.4g}, at the end {measured[self.name]:.4g}", flush=True)
         return self.state["measured"]

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runtime.device import half_is_fast
+from runtime.learning import learning
 from runtime.options import MaximumLikelihoodOptions, UserError
 from runtime.run import NotFinite
 
@@ -53,10 +55,11 @@ def orthogonal(x: Tensor, iterations: int) -> Tensor:
     """Matrices (n, rows, columns) with the singular vectors of x and all singular values near 1.
 
     A Newton–Schulz iteration with Jordan's (2024) quintic, whose coefficients are steep at 0;
-    bfloat16 suffices.
+    bfloat16 suffices, where the device computes in it.
     """
     wide = x.shape[1] <= x.shape[2]
-    x = (x if wide else x.mT).bfloat16()
+    x = x if wide else x.mT
+    x = x.bfloat16() if half_is_fast(x.device.type) else x.float()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
@@ -66,11 +69,11 @@ def orthogonal(x: Tensor, iterations: int) -> Tensor:
 
 
 def make_optimizers(model: Any, o: MaximumLikelihoodOptions) -> list[torch.optim.Optimizer]:
-    """Muon for model.matrix_parameters(), AdamW for embeddings, norms and heads; or AdamW for all.
-    """
-    matrices = model.matrix_parameters()
+    """Muon for model.matrix_parameters(), AdamW for embeddings, norms and heads; or AdamW for all; of those
+    that learn."""
+    matrices = [(p, rows) for p, rows in model.matrix_parameters() if p.requires_grad]
     chosen = {id(p) for p, _ in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
+    others = [p for p in learning(model) if id(p) not in chosen]
     if o.optimizer == "adamw":
         groups = [{"params": [p for p, _ in matrices], "weight_decay": o.weight_decay},
                   {"params": others, "weight_decay": 0.0}]

@@ -60,6 +60,7 @@ class Options:
     """Base of the options' dataclasses. `explicit`: the names that were given as flags."""
 
     TOTAL: ClassVar[str] = ""  # the option that says how long a run is
+    IGNORED: ClassVar[tuple[str, ...]] = ()  # options of all stages without effect on this one
     explicit: frozenset[str] = frozenset()
 
     def replace(self: T, **changes: Any) -> T:
@@ -307,6 +308,9 @@ class Common(Options):
     tensorboard: bool = option(False, "write the numbers of metrics.jsonl as TensorBoard's event files, too",
                                compared=False)
     traceback: bool = option(False, "show where in the code an error arose", compared=False)
+    # What learns.
+    train_layers: int = option(0, "only the last so many blocks learn, with the final norm and the heads; 0: all",
+                               low=0, high=1000)
     # The machine.
     device: str = option("auto", "device to compute on", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "precision of matrix products; auto measures",
@@ -315,11 +319,10 @@ class Common(Options):
                                   "that the remaining ones are worth it",
                           choices=("auto", "on", "off"))
     deterministic: bool = option(False, "for numbers to publish: float32, two threads, one kind of "
-                                        "products, nothing compiled, and sums in a fixed order, "
-                                        "so that machines alike give the same digits")
-    recompute: bool = option(False, "gradient checkpointing: store only each block's input and "
-                                    "recompute the block in backward; less memory, a third more "
-                                    "time", source="Chen 2016")
+                                        "products, nothing compiled, and sums in a fixed order, so that machines "
+                                        "alike give the same digits")
+    recompute: bool = option(False, "gradient checkpointing: store only each block's input and recompute the block "
+                                    "in backward; less memory, a third more time", source="Chen 2016")
 
     def check(self) -> None:
         """Refuse, before anything is done, what does not go together."""

@@ -1,4 +1,4 @@
-"""Linear layers and RMSNorm in the forms that are fast on this processor.
+"""Linear layers and norms in the forms that are fast on this processor.
 
 On some processors (AMD's, for example) the float32 products behind `F.linear` reach less than half
 the speed of oneDNN's, which PyTorch also ships. A run therefore measures which is faster
@@ -90,26 +90,28 @@ def pick_products(device: str, width: int, rows: int = 1024, repeats: int = 7) -
     return ("onednn" if onednn < 0.9 * aten else "aten"), why
 
 
-def linear(x: Tensor, weight: Tensor, products: str = "aten") -> Tensor:
-    """F.linear: x (…, K), weight (N, K) -> (…, N). products: whose kernels compute it on a CPU in
-    float32, "aten" or "onednn"."""
+def linear(x: Tensor, weight: Tensor, products: str = "aten",
+           bias: Tensor | None = None) -> Tensor:
+    """F.linear: x (…, K), weight (N, K), bias (N,) or None -> (…, N). products: whose kernels
+    compute it on a CPU in float32, "aten" or "onednn"."""
     if (products == "onednn" and x.dtype == weight.dtype == torch.float32
             and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")):
         learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        return _Linear.apply(x, weight) if learning else _product(x, weight)
-    return F.linear(x, weight)
+        y = _Linear.apply(x, weight) if learning else _product(x, weight)
+        return y if bias is None else y + bias
+    return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
-    """nn.Linear without bias; `products` says whose kernels compute it."""
+    """nn.Linear, by default without bias; `products` says whose kernels compute it."""
 
     products = "aten"  # see use_products
 
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__(n_in, n_out, bias=False)
+    def __init__(self, n_in: int, n_out: int, bias: bool = False):
+        super().__init__(n_in, n_out, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.products)
+        return linear(x, self.weight, self.products, self.bias)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -150,3 +152,13 @@ class RMSNorm(nn.RMSNorm):
         if x.device.type != "cpu" or x.dtype != torch.float32:  # a GPU has one kernel for it
             return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm, computed in float32 whatever the precision of input and weights; the result has
+    the input's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(),
+                         self.eps)
+        return y.to(x.dtype)

@@ -96,7 +96,8 @@ def require_place(name: str, flag: str) -> None:
 END, MARK = b"PK\5\6", b"sha256:"
 LENGTH = struct.pack("<H", len(MARK) + 64)
 READ_AT_ONCE = 2**20
-GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}  # all that we ever write
+# all that we ever write, and the wrapper that some weights of others have
+GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
 
 
 def seal(file: IO[bytes]) -> None:
@@ -122,13 +123,15 @@ def require_digest(raw: bytes) -> None:
         raise ValueError("its bytes are not those that were written")
 
 
-def require_modest(raw: bytes) -> None:
-    """ValueError unless unpacking the archive takes no more memory than its own size."""
-    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+def require_modest(file: IO[bytes]) -> None:
+    """ValueError unless unpacking the archive takes no more memory than its own size, and asks for
+    nothing but tensors."""
+    size = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         names = {entry.filename for entry in entries}
         if (len(names) < len(entries) or any(entry.compress_type for entry in entries)
-                or sum(entry.file_size for entry in entries) > len(raw)):
+                or sum(entry.file_size for entry in entries) > size):
             raise ValueError("it claims to hold more than its own size")
         pickles = [archive.read(name) for name in names if name.endswith(".pkl")]
     for pickle in pickles:  # what torch.load would call may allocate, as bytearray(10**10) does
@@ -211,7 +214,7 @@ def load_whole(path: pathlib.Path) -> Any:
         with open_plain(path, "rb", follow=True) as file:
             raw = file.read()
         require_digest(raw)
-        require_modest(raw)
+        require_modest(io.BytesIO(raw))
         payload = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
         tensors = [tensor for _, tensor in tensors_of(payload)]
         if (any(t.layout is not torch.strided or t.device.type != "cpu" for t in tensors)

@@ -40,7 +40,7 @@ class Table:
 class Letters:
     """Stands in for a tokenizer: ids 0 to 6 are letters, 7 is the end."""
 
-    eom_id, decode = END, staticmethod(lambda ids: "".join("abcdefg"[i] for i in ids if i != END))
+    end_ids, decode = (END,), staticmethod(lambda ids: "".join("abcdefg"[i] for i in ids if i != END))
     reply_text = decode
 
 

@@ -17,12 +17,20 @@ from sample import Decoder, generate
 from tests.conftest import TINY, logprobs_of, loud, noise
 
 CONFIG = ModelConfig(**TINY)
+BIASES = dict(qkv_bias=True, out_bias=True, mlp_bias=True, head_bias=True, tied=False)
+OTHERS = {"gpt2": dict(norm="layer", mlp="gelu", positions="learned", **BIASES),
+          "llama": dict(rope_scaling=(8.0, 1.0, 4.0, 16), head_dim=12, **BIASES),
+          "codegen": dict(norm="layer", mlp="gelu", rotary_dim=4, parallel=True, **BIASES)}
 needs_compiler = pytest.mark.skipif(bool(compiler_fault()), reason=compiler_fault())
 
 
 def loud_model(seed: int = 0, **changes) -> Transformer:
     model = Transformer(ModelConfig(**{**TINY, **changes}))
     model.initialise(seed)
+    with torch.no_grad():
+        for i, (name, p) in enumerate(model.named_parameters()):
+            if name.endswith("bias"):
+                p.copy_(0.5 * noise(*p.shape, seed=seed + i))
     return loud(model).eval()
 
 
@@ -42,6 +50,21 @@ def test_packed_products_equal_plain_ones_and_follow_the_weights(by, rows, dtype
                               atol=1e-5 if dtype == torch.float32 else 0.07)
         with torch.no_grad():
             weight.mul_(-2)
+        layer.refresh()
+
+
+@pytest.mark.parametrize("by", ["aten", "onednn"])
+@pytest.mark.parametrize("rows", [1, 8, 40])
+@pytest.mark.parametrize("pack,dtype", [(PackedLinear, torch.float32), (PackedLinear, torch.bfloat16),
+                                        (Int8Linear, torch.bfloat16)])
+def test_packed_layers_add_their_bias_and_follow_it(pack, dtype, rows, by):
+    weight, bias = nn.Parameter(noise(24, 16)), nn.Parameter(noise(24, seed=1))
+    layer, plain = pack(weight, dtype, rows, by, bias), pack(weight, dtype, rows, by)
+    for _ in range(2):
+        for x in (noise(rows, 1, 16, seed=3), noise(rows, 5, 16, seed=4)):  # a step's, and a prompt's
+            assert torch.equal(layer(x), plain(x) + bias.detach().to(dtype))
+        with torch.no_grad():
+            bias.mul_(-2)
         layer.refresh()
 
 
@@ -112,6 +135,26 @@ def test_each_layer_of_a_decoder_finds_its_own_weight(by, rows, dtype, tied):
     assert (out.logprobs - expected).abs().mean() < bound
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("family", OTHERS)
+def test_models_of_other_families_write_what_they_would_score(family, dtype):
+    model = loud_model(**OTHERS[family])
+    tokens = torch.randint(1, 70, (9, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(6) >= torch.arange(9)[:, None] % 4
+    decoder = Decoder(model, dtype)
+    assert len(packed_layers(decoder.model_for(9))) == 4 * CONFIG.n_layer + 1
+    for _ in range(2):
+        out = generate(model, tokens, mask, 12, decoder=decoder)
+        rows, real = torch.cat((tokens, out.tokens), 1), torch.cat((mask, out.mask), 1)
+        expected = logprobs_of(model(rows, real)[:, 5:-1], out.tokens)
+        bound = {"float32": 1e-5, "bfloat16": 0.05, "int8": 0.1}[dtype]
+        assert (out.logprobs - expected)[out.mask].abs().mean() < bound
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * noise(*p.shape))
+        decoder.refresh()
+
+
 # ---- compiled equals eager -----------------------------------------------------------------------
 
 def graphs() -> int:
@@ -127,6 +170,25 @@ def test_a_compiled_decoder_writes_the_same_with_one_graph_for_all_lengths_and_w
         tokens = torch.randint(1, 70, (rows, length), generator=torch.Generator().manual_seed(seed))
         mask = torch.ones_like(tokens).bool()
         mask[-1, :length // 2] = rows == 1
+        fast = generate(model, tokens, mask, 20, seed=seed, decoder=decoder)
+        plain = generate(model, tokens, mask, 20, seed=seed)
+        assert torch.equal(fast.tokens, plain.tokens)
+        assert torch.allclose(fast.logprobs, plain.logprobs, atol=1e-4)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * noise(*p.shape, seed=seed))
+        decoder.refresh()
+    assert graphs() - before == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("family,rows", [("gpt2", 1), ("llama", 5), ("codegen", 5)])
+def test_compiled_decoders_of_other_families_write_the_same_as_weights_change(family, rows):
+    model = loud_model(**OTHERS[family])
+    decoder, before = Decoder(model, compile=True), graphs()
+    tokens = torch.randint(1, 70, (rows, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(20) >= torch.arange(rows)[:, None] % 4
+    for seed in (1, 2):
         fast = generate(model, tokens, mask, 20, seed=seed, decoder=decoder)
         plain = generate(model, tokens, mask, 20, seed=seed)
         assert torch.equal(fast.tokens, plain.tokens)

@@ -74,8 +74,8 @@ def test_the_numbers_are_those_of_the_golden_run(golden, stage):
         pytest.skip("replies are drawn from logits whose last digits are those of "
                     f"{expected['machine']}")
     part = (lambda run: run["policies"]) if stage == "report" else lambda run: run["stages"][stage]
-    # Muon computes in bfloat16, so that last digits soon become third ones.
-    tolerance = 1e-6 if expected["machine"] == machine() else 1e-2
+    # Muon computes in bfloat16, or in float32: last digits soon become third ones.
+    tolerance = 1e-6 if expected["machine"] == machine() else 3e-2
     for a, b in zip(part(expected), part(found), strict=True):
         assert same(a, b, tolerance), f"expected {a}\nfound {b}"
 

@@ -41,6 +41,17 @@ def test_stacked_matrices_learn_as_if_each_stood_alone():
                for part, r in zip(stacked.split(rows), rows, strict=True))
 
 
+@pytest.mark.parametrize(("capability", "dtype"), [("AVX512", torch.bfloat16), ("AVX2", torch.float32),
+                                                   ("DEFAULT", torch.float32)])
+def test_a_processor_without_bfloat16_iterates_in_float32(monkeypatch, capability, dtype):
+    """Or pretraining takes hours there."""
+    x, exact = noise(3, 6, 10, seed=5), orthogonal(noise(3, 6, 10, seed=5).double(), 5)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    y = orthogonal(x, 5)
+    assert y.dtype == dtype
+    assert (y - exact).abs().max() < 0.05
+
+
 def test_the_model_names_all_that_is_stacked():
     model = RewardModel(RewardConfig(**TINY))
     for p, rows in model.matrix_parameters():

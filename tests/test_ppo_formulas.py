@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ppo import (KLController, ScoreScale, gae, group_estimator, kl_estimate, masked_mean, token_rewards,
-                 whiten)
+from ppo import KLController, ScoreScale, gae, group_estimator, kl_estimate, token_rewards, whiten
 from runtime.options import UserError
-from runtime.statistics import RunningMoments
+from runtime.statistics import RunningMoments, masked_mean
 from tests.conftest import noise
 from tests.ppo_world import bools, options
 

@@ -9,12 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batches import make_rows, scatter_tokens
 from model import ModelConfig, Transformer, token_logprobs
-from ppo import (Networks, Rollout, ScoreScale, collect_rollout, gae, masked_mean, rollout_metrics,
-                 token_rewards, whiten)
+from ppo import (Networks, Rollout, ScoreScale, collect_rollout, gae, rollout_metrics, token_rewards,
+                 whiten)
 from reward import critic_from
 from runtime import machine
 from runtime.device import precision
 from runtime.options import UserError
+from runtime.statistics import masked_mean
 from tests.conftest import logprobs_of, noise
 from tests.ppo_world import END, SHAPE, bools, nets_of, options, prompts, rollout_of
 

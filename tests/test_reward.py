@@ -57,7 +57,7 @@ def test_scores_that_are_not_finite_are_refused(number):
 @pytest.mark.parametrize("number", [math.nan, math.inf, 1e39])
 def test_a_reward_function_must_give_finite_scores(number):
     class Letters:
-        eom_id, decode = -1, staticmethod(lambda ids: "".join(map(chr, ids)))
+        end_ids, decode = (-1,), staticmethod(lambda ids: "".join(map(chr, ids)))
         reply_text = staticmethod(lambda ids: "h")
 
     scorer = PythonReward(lambda prompts, replies: [number] * len(replies), Letters)
@@ -162,7 +162,7 @@ def test_a_python_reward_reads_texts_without_their_end_token():
     read = []
 
     class Letters:
-        eom_id = -1
+        end_ids = (-1,)
         decode = staticmethod(lambda ids: "".join(map(chr, ids)))
         reply_text = staticmethod(lambda ids: "".join(chr(i) for i in ids if i >= 0))
 

@@ -25,7 +25,7 @@ from tests.ppo_world import make_trainer
 class Letters:
     """Stands in for a tokenizer: ids are characters, −1 is the end."""
 
-    eom_id, decode = -1, staticmethod(lambda ids: "".join(map(chr, ids)))
+    end_ids, decode = (-1,), staticmethod(lambda ids: "".join(map(chr, ids)))
     reply_text = staticmethod(lambda ids: "".join(chr(i) for i in ids if i >= 0))
     render_chat = staticmethod(lambda messages, reply: ([ord(c) for c in messages[0]["content"]], None))
 

@@ -65,11 +65,11 @@ def forgery(tokenizer: Tokenizer, texts: list[str], template: str) -> str:
             return f"encode({text!r}) = {ids}"
     messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": text}
                 for i, text in enumerate(texts)]
-    turns = [tokenizer.human_id, tokenizer.eoh_id, tokenizer.moss_id, tokenizer.eom_id]
+    turns = [tokenizer.special[name] for name in tokenizer.chat.tokens]
     expected = (turns * len(texts))[:2 * len(texts)]
     for ids, own in (
             (tokenizer.render_chat(messages, reply=len(texts) % 2 == 1)[0],
-             expected + [tokenizer.moss_id] * (len(texts) % 2)),
+             expected + turns[2:3] * (len(texts) % 2)),
             (prompt_ids(tokenizer, texts[0], template), turns[:3]),
             (prompt_ids(tokenizer, texts[0], template, bare=True), [tokenizer.eot_id])):
         if [i for i in ids if i in control] != own:

@@ -122,7 +122,7 @@ def write_reviews(out: DataWriter, reviews: Sequence[Review], news: Sequence[str
     for text, label, split, half in tqdm(reviews, desc="reviews", unit="review",
                                          dynamic_ncols=True, disable=None):
         opening, continuation = cut_opening(tokenizer, text)
-        short = bool(opening) and len(tokenizer.encode(continuation)) + 1 <= REPLY_LEN
+        short = bool(opening) and len(tokenizer.reply_ids(continuation)) <= REPLY_LEN
         sft_record = {"prompt": opening, "response": continuation}
         # Pretraining: the review as a dialogue, or as it is.
         if short and split == "train" and text_hash("form " + text) % 2 == 0:

@@ -1,0 +1,152 @@
+"""Which of a model's weights learn: all of them, those of its last blocks, or adapters; and how networks
+that have the other weights in common keep them once, and compute what lies below once.
+
+A trunk is whatever has `embedding`, `blocks`, `norm` and `frozen`, the number of its lowest blocks that do
+not learn; a model is a trunk, or has one as `backbone`.
+"""
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from runtime.options import Common, UserError
+
+
+def trunk_of(model: nn.Module) -> Any:
+    """The model's trunk, or the model if it is one."""
+    return getattr(model, "backbone", model)
+
+
+# ---- what learns ---------------------------------------------------------------------------------
+
+def learns(name: str, frozen: int) -> bool:
+    """Whether the parameter of this name learns if the `frozen` lowest blocks do not: those of the other
+    blocks, of the final norm, and of heads. The embedding does not, and neither does the output layer.
+
+    >>> [learns(name, 2) for name in ("blocks.1.mlp.down.weight", "blocks.2.mlp.down.weight", "score_head.bias")]
+    [False, True, True]
+    """
+    part, *rest = name.removeprefix("backbone.").split(".")
+    if part == "blocks":
+        return int(rest[0]) >= frozen
+    return part not in ("embedding", "position_embedding", "output")
+
+
+def frozen_blocks(model: nn.Module, o: Common) -> int:
+    """How many of its lowest blocks --train_layers freezes; UserError if it has not so many that learn."""
+    n = len(trunk_of(model).blocks)
+    if o.train_layers > n:
+        raise UserError(f"--train_layers {o.train_layers}: this model has {n} blocks: give at most {n}, or 0 "
+                        "to train all weights")
+    return n - (o.train_layers or n)
+
+
+def learn_part(model: nn.Module, o: Common) -> None:
+    """Let the part that --train_layers names learn; 0: all. What does not learn needs no gradient, and
+    none is computed below it."""
+    if o.train_layers:
+        trunk_of(model).frozen = frozen_blocks(model, o)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(learns(name, trunk_of(model).frozen))
+
+
+def learning(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that learn, for an optimizer."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def learned(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that learn, by name: what tells a network from the one that it started as."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_learned(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Take what `learned` gave; UserError if one of the weights that learn now is not there."""
+    own = learned(model)
+    if any(name not in weights or weights[name].shape != own[name].shape for name in own):
+        raise UserError("the checkpoint has not the weights that learn: start anew with --fresh")
+    model.load_state_dict({name: weights[name] for name in own}, strict=False)
+
+
+# ---- what networks have in common ----------------------------------------------------------------
+
+def learning_copy(model: nn.Module, o: Common | None = None) -> nn.Module:
+    """A copy in which the part that the options name learns, without options all of it; what does not
+    learn are the model's own tensors, so it takes no memory."""
+    kept = () if o is None or not o.train_layers else [
+        p for name, p in model.named_parameters() if not learns(name, frozen_blocks(model, o))]
+    copied = copy.deepcopy(model, {id(p): p for p in kept})
+    if not kept:
+        return copied.requires_grad_(True)
+    learn_part(copied, o)
+    return copied
+
+
+def share_frozen(model: nn.Module, other: nn.Module) -> None:
+    """Let `other` have the model's own tensors where neither learns and both are equal: one copy in
+    memory."""
+    own = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    for prefix, module in [*other.named_modules()]:
+        for name, p in [*module.named_parameters(recurse=False)]:
+            mine = own.get(f"{prefix}.{name}" if prefix else name)
+            if mine is not None and not p.requires_grad and p.shape == mine.shape and (
+                    torch.equal(mine, p.to(mine.device))):
+                setattr(module, name, mine)
+
+
+def shared_depth(trunk: Any, other: Any) -> int:
+    """How many of the lowest blocks of two trunks are the same tensors, the embedding too: the frozen ones
+    of the first, or none."""
+    if not trunk.frozen:
+        return 0
+
+    def below(trunk: Any, n: int) -> dict[str, Tensor]:
+        return {name: p for name, p in trunk.named_parameters()
+                if not name.startswith(("norm.", "output.")) and not (name.startswith("blocks.") and learns(name, n))}
+
+    ours, theirs = (below(x, trunk.frozen) for x in (trunk, other))
+    same = ours.keys() == theirs.keys() and all(ours[name] is theirs[name] for name in ours)
+    return trunk.frozen if same else 0
+
+
+class Below(NamedTuple):
+    """Hidden states after the frozen blocks of rows padded to the right, (B, T, D) each; None: to be computed.
+    """
+
+    policy: Tensor | None = None
+    critic: Tensor | None = None  # the very tensor of the policy where they have these blocks in common
+
+    def at(self, index: Tensor, length: int) -> "Below":
+        """Of these rows, as far as the longest of them goes."""
+        policy = None if self.policy is None else self.policy[index, :length]
+        if self.critic is self.policy:
+            return Below(policy, policy)
+        return Below(policy, None if self.critic is None else self.critic[index, :length])
+
+    def put(self, index: Tensor, part: "Below", rows: int, length: int) -> "Below":
+        """With those of some rows, out of `rows` of at most `length` tokens, written into it."""
+        def written(whole: Tensor | None, new: Tensor | None) -> Tensor | None:
+            if new is not None:
+                whole = new.new_zeros(rows, length, new.shape[2]) if whole is None else whole
+                whole[index, :new.shape[1]] = new
+            return whole
+
+        policy = written(self.policy, part.policy)
+        return Below(policy, policy if part.critic is part.policy else written(self.critic, part.critic))
+
+
+@contextlib.contextmanager
+def knowing(model: Any, below: Tensor | None) -> Iterator[None]:
+    """In this block a reward model reads these hidden states (n, T, D) for the n rows that it is asked about;
+    a model of None reads nothing."""
+    if model is None or not trunk_of(model).frozen:
+        yield
+        return
+    model.known = below
+    try:
+        yield
+    finally:
+        model.known = None
