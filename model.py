@@ -400,14 +400,20 @@ class Transformer(nn.Module):
         A row's text begins at position `start` (B,) of the cache, and this token is at `slot` (B,);
         span (n, S) is cache.span(L) with L > every slot: positions outside it are not read.
         """
+        x, *where = self.step_inputs(token, slot, start, span)
+        for i, block in enumerate(self.blocks):
+            x = block.step(x, *where, cache, i)
+        return self.norm(x)[:, 0]
+
+    def step_inputs(self, token: Tensor, slot: Tensor, start: Tensor,
+                    span: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What a step gives its first block: x (B, 1, D), cos and sin (B, 1, 1, R/2), slot (B,), and
+        which positions each row may attend to (n, B, S)."""
         position = slot - start
         cos, sin = (t[position][:, None, None] for t in (self.cos, self.sin))  # (B, 1, 1, R/2)
         span = span[:, None]
         allowed = (span >= start[:, None]) & (span <= slot[:, None])  # (n, B, S)
-        x = self.embed(token, position)[:, None]
-        for i, block in enumerate(self.blocks):
-            x = block.step(x, cos, sin, slot, allowed, cache, i)
-        return self.norm(x)[:, 0]
+        return self.embed(token, position)[:, None], cos, sin, slot, allowed
 
     def head(self, hidden: Tensor) -> Tensor:
         """(…, D) -> logits (…, V)."""

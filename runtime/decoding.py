@@ -7,6 +7,7 @@ number, outside the graph, so repacking after an update recompiles nothing.
 import copy
 import functools
 import itertools
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,6 +53,7 @@ class KVCache:
         shape = (2 * config.n_layer, n, batch, config.n_kv_head, self.size, config.head_dim)
         self.kv = self._dynamic(torch.zeros(shape, device=device, dtype=dtype), 1)
         self.spans: dict[int, Tensor] = {}  # by number of blocks
+        self.views: list[KVCache] = []  # see layers
 
     def _dynamic(self, tensor: Tensor, dim: int) -> Tensor:
         """Mark this dimension as dynamic, so that one graph serves all lengths."""
@@ -85,10 +87,18 @@ class KVCache:
             if partial:
                 cache[full, :, :, :partial] = new[:, :, full * self.size:]
 
+    def layers(self) -> "list[KVCache]":
+        """A cache of each layer alone: views of this one."""
+        if not self.views:
+            self.views = [copy.copy(self) for _ in self.kv[::2]]
+            for view, kv in zip(self.views, self.kv.split(2), strict=True):
+                view.kv = self._dynamic(kv, 1)
+        return self.views
+
     def keep(self, rows: Tensor) -> "KVCache":
         """A cache of these rows (indices) alone: ended replies need no further steps."""
         cache = copy.copy(self)
-        cache.kv = self._dynamic(self.kv[:, :, rows], 1)
+        cache.kv, cache.views = self._dynamic(self.kv[:, :, rows], 1), []
         return cache
 
     def put(self, rows: Tensor, other: "KVCache", length: int) -> None:
@@ -105,10 +115,14 @@ _numbers = itertools.count()
 
 _library.define("packed_linear(Tensor x, int number, int n_out) -> Tensor")
 _library.impl("packed_linear", lambda x, number, n_out: _packed[number](x), "CPU")
+# The number as an input of the graph, not a constant in it: one graph then serves several layers.
+_library.define("packed_linear.shared(Tensor x, Tensor number, int n_out) -> Tensor")
+_library.impl("packed_linear.shared", lambda x, number, n_out: _packed[int(number)](x), "CPU")
 
 
+@torch.library.register_fake("mosslet::packed_linear.shared")
 @torch.library.register_fake("mosslet::packed_linear")
-def _(x: Tensor, number: int, n_out: int) -> Tensor:
+def _(x: Tensor, number: int | Tensor, n_out: int) -> Tensor:
     dtype = torch.bfloat16 if x.dtype == torch.uint8 else x.dtype
     return x.new_empty(*x.shape[:-1], n_out, dtype=dtype)
 
@@ -139,6 +153,7 @@ class PackedLinear(nn.Module):
         self.adapter = [adapter]  # in a list, as weight and bias are: they belong to the model
         self.source, self.dtype, self.rows, self.n_out = [weight, bias], dtype, rows, len(weight)
         self.products, self.number = products, next(_numbers)
+        self.index: int | Tensor = self.number  # a tensor where layers share a graph
         weakref.finalize(self, _packed.pop, self.number, None)
         self.refresh()
 
@@ -167,7 +182,7 @@ class PackedLinear(nn.Module):
         if self.fuses and torch.compiler.is_dynamo_compiling():
             return (x[..., None, :].float() * self.weight.float()).sum(-1).to(self.dtype)
         if self.is_packed:  # flattened here, which costs less than oneDNN's own reshape
-            y = torch.ops.mosslet.packed_linear(x.flatten(0, -2), self.number, self.n_out)
+            y = torch.ops.mosslet.packed_linear(x.flatten(0, -2), self.index, self.n_out)
             return y.unflatten(0, x.shape[:-1])
         return F.linear(x, self.weight)
 
@@ -217,16 +232,17 @@ class Int8Linear(PackedLinear):
         if len(x) > self.rows:
             y = self.many_rows(x.bfloat16())
         elif self.few_rows:
-            y = torch.ops.mosslet.packed_linear(x.bfloat16(), self.number, self.n_out)
+            y = torch.ops.mosslet.packed_linear(x.bfloat16(), self.index, self.n_out)
         else:
             q, scale = quantise_rows(x)
-            y = (torch.ops.mosslet.packed_linear(q, self.number, self.n_out) * scale).bfloat16()
+            y = (torch.ops.mosslet.packed_linear(q, self.index, self.n_out) * scale).bfloat16()
         return y.unflatten(0, shape)
 
 
-def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int) -> nn.Module:
+def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int,
+                  layered: bool = False) -> nn.Module:
     """A copy that shares the model's tensors, each Linear replaced by a PackedLinear for steps of
-    `rows` rows."""
+    `rows` rows. layered: all blocks will share one compiled graph."""
     pack, dtype = (Int8Linear, torch.bfloat16) if dtype == torch.int8 else (PackedLinear, dtype)
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     packed = copy.deepcopy(model, shared)
@@ -237,6 +253,8 @@ def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int) -> nn.Module:
                 setattr(parent, name, pack(child.weight, dtype, rows, child.products, child.bias, child.adapter))
     if packed.output is None:
         packed.output = pack(model.output_weight, dtype, rows, model.products)
+    for layer in packed_layers(packed.blocks) if layered else ():
+        layer.index = torch.tensor(layer.number)
     return packed
 
 
@@ -250,3 +268,69 @@ def refresh(model: nn.Module) -> None:
     """Repack a decoding copy from its model's present weights."""
     for layer in packed_layers(model):
         layer.refresh()
+
+
+# ---- compiled steps ------------------------------------------------------------------------------
+
+# One graph of all layers is the fastest step, by up to 3 %, but compiling it takes seconds for each
+# layer; deeper models have one graph for a layer, which is called for each.
+LAYERS_IN_A_GRAPH = 8
+
+_step_numbers = itertools.count()  # each compiled function has a name of its own
+
+
+def layers_are_apart(model: nn.Module, device: torch.device) -> bool:
+    """Whether a compiled step of this model is a `LayeredStep`. On a GPU it is not: there guards are
+    checked, of each graph at each call."""
+    return device.type == "cpu" and len(model.blocks) > LAYERS_IN_A_GRAPH
+
+
+def compiled(function: Callable, device: torch.device) -> Callable:
+    """A step's function, or a part of one, compiled for one number of rows and all lengths.
+
+    It has its own code object, so on a CPU no guard is checked at every token: a decoder and its
+    key for a step fix all that they would check. (On a GPU guards also ensure that 32-bit indices
+    suffice.) On a CPU kernels are called from C++, not Python.
+    """
+    options = {}
+    if device.type == "cpu":
+        options = {"cpp_wrapper": True, "memory_planning": True, "size_asserts": False}
+        if skip := getattr(torch.compiler, "skip_all_guards_unsafe", None):
+            options["guard_filter_fn"] = skip
+    # Dynamo remembers dynamic sizes by a function's name, across models.
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_step_numbers)}")
+    return torch.compile(types.FunctionType(code, function.__globals__), options=options)
+
+
+def first_part(model: nn.Module, token: Tensor, slot: Tensor, start: Tensor,
+               span: Tensor) -> tuple[Tensor, ...]:
+    return model.step_inputs(token, slot, start, span)
+
+
+def block_part(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor,
+               allowed: Tensor, cache: KVCache) -> Tensor:
+    return block.step(x, cos, sin, slot, allowed, cache, 0)
+
+
+class LayeredStep:
+    """A step as three graphs: what comes before the blocks, one block, and what comes after them.
+
+    The block's graph is compiled for the first block and called for each: its weights, the numbers
+    of its packed layers and its keys and values are inputs, and no guard is checked.
+    """
+
+    def __init__(self, last_part: Callable, device: torch.device):
+        """last_part: (model, what the last block gives, *more) -> the step's result."""
+        self.first, self.block, self.last = (compiled(part, device) for part in (
+            first_part, block_part, last_part))
+        self.is_compiled = False
+
+    def __call__(self, model: nn.Module, token: Tensor, slot: Tensor, start: Tensor,
+                 cache: KVCache, span: Tensor, *more: Any) -> Any:
+        x, *inputs = self.first(model, token, slot, start, span)
+        if not self.is_compiled:
+            torch._dynamo.mark_dynamic(inputs[-1], 0)  # `allowed`, whose blocks grow in number
+            self.is_compiled = True
+        for block, layer in zip(model.blocks, cache.layers(), strict=True):
+            x = self.block(block, x, *inputs, layer)
+        return self.last(model, x, *more)

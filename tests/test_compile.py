@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from model import ModelConfig, Transformer, load_checkpoint, weights_hash
-from runtime import device
-from tests.conftest import TINY, noise
+from runtime import decoding, device
+from sample import Decoder, generate
+from tests.conftest import TINY, loud, noise
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = ModelConfig(**TINY)
@@ -34,6 +35,67 @@ def test_a_compiled_trunk_learns_the_same_whatever_the_rows_and_lengths():
         assert all(torch.allclose(a, b, atol=1e-3, rtol=1e-3) for a, b in zip(*found, strict=True))
     assert fast.trunk._torchdynamo_orig_callable.__func__ is Transformer.trunk
 
+
+# ---- decoding: a graph of one layer for all layers -----------------------------------------------
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows,dtype,n_layer,changes", [
+    (1, None, 3, {"n_kv_head": 2}), (5, None, 6, {"tied": False, "qk_norm": False}),
+    (1, "int8", 3, {}), (9, "int8", 3, {"n_kv_head": 1}), (2, "bfloat16", 3, {})])
+def test_layers_that_share_a_graph_write_what_eager_ones_do(monkeypatch, rows, dtype, n_layer,
+                                                            changes):
+    """Three graphs, whatever the number of layers, lengths and weights."""
+    monkeypatch.setattr(decoding, "LAYERS_IN_A_GRAPH", 2)
+    model = loud(Transformer(ModelConfig(**{**TINY, "n_layer": n_layer, **changes}))).eval()
+    decoder, before = Decoder(model, dtype, compile=True), graphs()
+    assert decoder.layered
+    for length, seed in ((4, 1), (9, 2), (70, 3)):  # in 2 blocks of the cache, and in 3
+        tokens = torch.randint(1, 70, (rows, length), generator=torch.Generator().manual_seed(seed))
+        mask = torch.ones_like(tokens).bool()
+        mask[-1, :length // 2] = rows == 1
+        fast = generate(model, tokens, mask, 20, seed=seed, decoder=decoder)
+        plain = generate(model, tokens, mask, 20, seed=seed, dtype=dtype)
+        if dtype is None:
+            assert torch.equal(fast.tokens, plain.tokens)
+            assert torch.allclose(fast.logprobs, plain.logprobs, atol=1e-4)
+        else:  # rounding may lead to another token, from where the replies differ
+            same = (fast.tokens == plain.tokens).long().cumprod(1).bool()
+            assert same.float().mean() > 0.3
+            assert (fast.logprobs - plain.logprobs)[same].abs().mean() < 0.1
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * noise(*p.shape, seed=seed))
+        decoder.refresh()
+    assert graphs() - before == 3
+
+
+@needs_compiler
+def test_layers_that_share_a_graph_go_on_with_fewer_rows(monkeypatch):
+    monkeypatch.setattr(decoding, "LAYERS_IN_A_GRAPH", 1)
+    model = loud(Transformer(CONFIG)).eval()
+    tokens = torch.randint(1, 70, (44, 7), generator=torch.Generator().manual_seed(5))
+    mask = torch.arange(7) >= torch.arange(44)[:, None] % 5
+    settings = dict(end_id=3, seed=4, batch_size=32)  # 12 prompts wait; later 8 rows go on alone
+    fast = generate(model, tokens, mask, 40, decoder=Decoder(model, compile=True), **settings)
+    plain = generate(model, tokens, mask, 40, **settings)
+    assert torch.equal(fast.tokens, plain.tokens)
+    assert torch.allclose(fast.logprobs, plain.logprobs, atol=1e-4)
+
+
+def test_a_shallow_model_and_one_on_a_gpu_are_one_graph():
+    shallow, deep = (torch.nn.Module(), torch.nn.Module())
+    shallow.blocks, deep.blocks = [None] * decoding.LAYERS_IN_A_GRAPH, [None] * 30
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert decoding.layers_are_apart(deep, cpu)
+    assert not decoding.layers_are_apart(shallow, cpu)
+    assert not decoding.layers_are_apart(deep, cuda)
+
+
+# ---- whether to compile --------------------------------------------------------------------------
 
 def test_compiling_is_for_long_work():
     compiles, why = device.compile_pays("auto", "cpu", 60)
