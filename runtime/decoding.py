@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runtime.device import half_is_fast
 from runtime.products import Linear, _library, _onednn, _reorder
 
 
@@ -134,7 +135,8 @@ def packed_product(weight: Tensor, rows: int,
     weight = weight.detach()
     if weight.device.type != "cpu":
         return None
-    if _reorder is not None and (weight.dtype == torch.bfloat16 or products == "onednn"):
+    half = weight.dtype == torch.bfloat16  # without 512-bit vectors oneDNN refuses to pack it
+    if _reorder is not None and (half_is_fast("cpu") if half else products == "onednn"):
         packed = _reorder(weight, rows)
         return lambda x: _onednn(x, packed, None, "none", [], "")
     if torch.backends.mkl.is_available() and weight.dtype == torch.float32 and rows >= 8:
