@@ -118,7 +118,7 @@ class Tokenizer:
         self._spaces = re.compile("(" + "|".join(map(re.escape, spaces)) + ")") if spaces else None
         in_order = self.vocabulary.ids == range(len(self.ranks)) and not self._without_token
         self._id_of_rank = None if in_order else self.vocabulary.ids
-        self._warned = False
+        self._warned, self._short = False, dict[str, list[int]]()
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary tokens, whatever the text looks like: a special token's name in a text stays
@@ -203,23 +203,31 @@ class Tokenizer:
         return self._encode_pieces(self.chat.pieces(messages, reply))
 
     def _encode_pieces(self, pieces: Iterable[Piece]) -> tuple[list[int], list[bool]]:
-        """(ids, loss mask) of a dialogue's pieces. Of a text that is encoded at once a token is learned if
-        it begins where the learned part does, or later."""
+        """(ids, loss mask) of a dialogue's pieces."""
         ids, mask = [], []
-        for special, group in itertools.groupby(pieces, key=lambda piece: piece.special):
+        for special, group in itertools.groupby(pieces, key=lambda piece: piece.special or not self.chat.whole):
             together = list(group)
-            if special:
-                ids += [self.special[piece.text] for piece in together]
-                mask += [piece.learn for piece in together]
-                continue
-            for part in [together] if self.chat.whole else [[piece] for piece in together]:
-                new = self.encode("".join(piece.text for piece in part))
+            if not special:
+                new = self.encode("".join(piece.text for piece in together))
                 ids += new
-                mask += self._learned(part, new)
+                mask += self._learned(together, new)
+                continue
+            for piece in together:
+                new = [self.special[piece.text]] if piece.special else self._encode_short(piece.text)
+                ids += new
+                mask += [piece.learn] * len(new)
         return ids, mask
 
+    def _encode_short(self, text: str) -> list[int]:
+        """`encode`, remembering what stands in every dialogue, `: ` and newlines."""
+        if (ids := self._short.get(text)) is None:
+            ids = self.encode(text)
+            if len(text) <= 2 and len(self._short) < 100:
+                self._short[text] = ids
+        return ids
+
     def _learned(self, pieces: list[Piece], ids: list[int]) -> list[bool]:
-        """Which tokens of the pieces' joined text begin in one that is learned."""
+        """Which tokens of the pieces' joined text are learned: those that begin in a piece that is."""
         if len({piece.learn for piece in pieces}) == 1:
             return [pieces[0].learn] * len(ids)
         flags, text, length = [], "", 0

@@ -409,3 +409,11 @@ def test_a_real_family_s_dialogues_are_its_template_s(name, more):
     transformers = pytest.importorskip("transformers")
     same_as_template(tokenizers.read_tokenizer(REAL / name), transformers.AutoTokenizer.from_pretrained(REAL / name),
                      **more)
+
+
+@real
+def test_smollm2_s_dialogues_are_its_template_s(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer, _ = real_pair("smollm2")
+    write_tokenizer(tokenizer, tmp_path)  # with the GGUF file's own template
+    same_as_template(tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path))
