@@ -19,6 +19,7 @@ import tiktoken
 
 from data.bpe import learn_tokens
 from data.chat import Piece, chat_format, to_state
+from data.pieces import SentencePieces
 from data.records import check_dialogue
 from runtime.options import UserError
 
@@ -49,6 +50,7 @@ class Vocabulary:
     text: dict[str, int] = dataclasses.field(default_factory=dict)
     # Tokens that no merge leads to, bytes as latin-1: they are decoded only.
     unmerged: dict[str, int] = dataclasses.field(default_factory=dict)
+    sentencepiece: str = ""  # SentencePiece's model file, bytes as latin-1, which encodes instead of tiktoken
 
     @classmethod
     def own(cls, n: int) -> "Vocabulary":
@@ -107,6 +109,11 @@ class Tokenizer:
         """tiktoken panics at a byte without a token, with an error that `except Exception` lets through, so
         such a byte gets a rank after all others, by which `encode` knows it."""
         ranks = {token: i for i, token in enumerate(self.ranks)}
+        self._warned, self._short = False, dict[str, list[int]]()
+        self._spaces = self._id_of_rank = None
+        if self.vocabulary.sentencepiece:
+            self._encoding, self._without_token = SentencePieces(self.vocabulary.sentencepiece.encode("latin-1")), []
+            return
         if self._characters is None:
             self._without_token = [bytes([i]) for i in range(256) if bytes([i]) not in ranks]
         else:
@@ -118,7 +125,6 @@ class Tokenizer:
         self._spaces = re.compile("(" + "|".join(map(re.escape, spaces)) + ")") if spaces else None
         in_order = self.vocabulary.ids == range(len(self.ranks)) and not self._without_token
         self._id_of_rank = None if in_order else self.vocabulary.ids
-        self._warned, self._short = False, dict[str, list[int]]()
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary tokens, whatever the text looks like: a special token's name in a text stays
