@@ -95,9 +95,14 @@ def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json into a folder. generation_config.json, which names all
-    tokens that end a text (`tokenizer.end_ids`), is the model's."""
-    for name, content in (("tokenizer.json", tokenizer_json(tokenizer)),
-                          ("tokenizer_config.json", tokenizer_config(tokenizer))):
+    """Write tokenizer.json, or SentencePiece's tokenizer.model, and tokenizer_config.json into a folder.
+    generation_config.json, which names all tokens that end a text (`tokenizer.end_ids`), is the model's."""
+    files = {"tokenizer_config.json": tokenizer_config(tokenizer)}
+    if model := tokenizer.vocabulary.sentencepiece:
+        (pathlib.Path(folder) / "tokenizer.model").write_bytes(model.encode("latin-1"))
+        files["tokenizer_config.json"]["tokenizer_class"] = "LlamaTokenizer"
+    else:
+        files["tokenizer.json"] = tokenizer_json(tokenizer)
+    for name, content in files.items():
         text = json.dumps(content, ensure_ascii=False, indent=1 if name == "tokenizer_config.json" else None)
         (pathlib.Path(folder) / name).write_text(text + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ import tiktoken
 
 from convert.splits import GGUF_PATTERNS, GPT2, QWEN2, pattern_of, splits_of, to_bytes
 from data.chat import FORMATS, LLAMA_DATE, MOSS_SYSTEM, chat_format
+from data.pieces import SentencePieces
 from data.tokenizer import CHARACTER_PATTERN, PATTERN, SPECIAL_TOKENS, Tokenizer, Vocabulary
 from runtime.options import UserError
 
@@ -38,6 +39,7 @@ class Parts:
     ignore_merges: bool = False  # may a token without merges be a whole piece?
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # as in tokenizer_config.json
     ends: Sequence[int] = ()  # generation_config.json's
+    sentencepiece: bytes = b""  # SentencePiece's model, which has neither vocab nor merges
 
 
 def ranked(parts: Parts) -> tuple[list[bytes], list[int], dict[str, int]]:
@@ -72,7 +74,11 @@ def make(parts: Parts, rows: int | None, chat_name: str = "") -> Tokenizer:
     names = {role: name_of(settings.get(f"{role}_token")) for role in ("bos", "eos", "pad", "unk")}
     added = dict(parts.added) | {name: vocab[name] for name in names.values() if name in vocab}
     parts.vocab = {token: i for token, i in vocab.items() if token not in added}
-    ranks, ids, unmerged = ranked(parts)
+    if parts.sentencepiece:
+        pieces, special = SentencePieces(parts.sentencepiece).tokens()
+        ranks, ids, unmerged, added = list(pieces.values()), list(pieces), {}, special | added
+    else:
+        ranks, ids, unmerged = ranked(parts)
     control = {name: i for name, i in added.items() if name not in parts.text or name in names.values()}
     chat = chat_of(settings, names, control, chat_name, parts.where)
     # A reply's end in the chat format first, then the ends of generation_config.json, then the tokenizer's own.
@@ -90,7 +96,7 @@ def make(parts: Parts, rows: int | None, chat_name: str = "") -> Tokenizer:
             return own
     return Tokenizer(ranks, parts.pattern, Vocabulary(
         ids, rows, control, ends, (starts or ends)[0], pad, chat, parts.nfc,
-        {name: i for name, i in added.items() if name not in control}, unmerged))
+        {name: i for name, i in added.items() if name not in control}, unmerged, parts.sentencepiece.decode("latin-1")))
 
 
 def name_of(token: Any) -> str:
@@ -167,8 +173,13 @@ def read_tokenizer(folder: str | pathlib.Path, rows: int | None = None, chat_for
     folder = pathlib.Path(folder)
     settings, ends = settings_of(folder)
     try:
-        if (path := folder / "tokenizer.json").exists():
-            parts = parts_of_json(read_json(path), str(path))
+        path, model = folder / "tokenizer.json", folder / "tokenizer.model"
+        file = read_json(path) if path.exists() else None
+        if model.exists() and (file is None or file["model"].get("byte_fallback")):
+            parts = Parts(str(model), {}, [], {}, set(), "", sentencepiece=model.read_bytes())
+            settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True} | settings
+        elif file is not None:
+            parts = parts_of_json(file, str(path))
         else:
             parts = parts_of_pair(folder, settings)
         if parts.settings.get("add_bos_token"):  # what the file itself does, where the settings are silent
@@ -191,7 +202,7 @@ def parts_of_json(file: dict[str, Any], where: str) -> Parts:
     for name in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout", "fuse_unk"):
         if model.get(name):
             raise UserError(f"{where}: {name} is {model[name]!r}, which byte-level BPE does not have"
-                            + "; such a vocabulary was converted from SentencePiece" * (name == "byte_fallback"))
+                            + "; it is SentencePiece's: put its tokenizer.model there" * (name == "byte_fallback"))
     steps = [step["type"] for step in normalizer.get("normalizers", [normalizer] if normalizer else [])]
     if steps not in ([], ["NFC"]):
         raise UserError(f"{where}: normaliser {', '.join(steps)}: Mosslet knows NFC only")
@@ -210,9 +221,7 @@ def parts_of_pair(folder: pathlib.Path, settings: dict[str, Any]) -> Parts:
     pairs = [(folder / a, folder / b) for a, b in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))]
     vocab_path, merges_path = next((pair for pair in pairs if pair[0].exists()), (None, None))
     if vocab_path is None:
-        other = "; tokenizer.model is SentencePiece's, convert it by `transformers` first" * (
-            folder / "tokenizer.model").exists()
-        raise UserError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt{other}")
+        raise UserError(f"{folder}: no tokenizer.json, no vocab.json with merges.txt, no tokenizer.model")
     if not merges_path.exists():
         raise UserError(f"{merges_path}: is missing beside {vocab_path.name}")
     kind = str(settings.get("tokenizer_class") or settings.get("model_type") or "gpt2")

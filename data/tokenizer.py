@@ -19,6 +19,7 @@ import tiktoken
 
 from data.bpe import learn_tokens
 from data.chat import Piece, chat_format, to_state
+from data.pieces import SentencePieces
 from data.records import check_dialogue
 from runtime.options import UserError
 
@@ -49,6 +50,7 @@ class Vocabulary:
     text: dict[str, int] = dataclasses.field(default_factory=dict)
     # Tokens that no merge leads to, bytes as latin-1: they are decoded only.
     unmerged: dict[str, int] = dataclasses.field(default_factory=dict)
+    sentencepiece: str = ""  # SentencePiece's model file, bytes as latin-1, which encodes instead of tiktoken
 
     @classmethod
     def own(cls, n: int) -> "Vocabulary":
@@ -107,6 +109,11 @@ class Tokenizer:
         """tiktoken panics at a byte without a token, with an error that `except Exception` lets through, so
         such a byte gets a rank after all others, by which `encode` knows it."""
         ranks = {token: i for i, token in enumerate(self.ranks)}
+        self._warned, self._short = False, dict[str, list[int]]()
+        self._spaces = self._id_of_rank = None
+        if self.vocabulary.sentencepiece:
+            self._encoding, self._without_token = SentencePieces(self.vocabulary.sentencepiece.encode("latin-1")), []
+            return
         if self._characters is None:
             self._without_token = [bytes([i]) for i in range(256) if bytes([i]) not in ranks]
         else:
@@ -118,7 +125,6 @@ class Tokenizer:
         self._spaces = re.compile("(" + "|".join(map(re.escape, spaces)) + ")") if spaces else None
         in_order = self.vocabulary.ids == range(len(self.ranks)) and not self._without_token
         self._id_of_rank = None if in_order else self.vocabulary.ids
-        self._warned = False
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary tokens, whatever the text looks like: a special token's name in a text stays
@@ -203,23 +209,31 @@ class Tokenizer:
         return self._encode_pieces(self.chat.pieces(messages, reply))
 
     def _encode_pieces(self, pieces: Iterable[Piece]) -> tuple[list[int], list[bool]]:
-        """(ids, loss mask) of a dialogue's pieces. Of a text that is encoded at once a token is learned if
-        it begins where the learned part does, or later."""
+        """(ids, loss mask) of a dialogue's pieces."""
         ids, mask = [], []
-        for special, group in itertools.groupby(pieces, key=lambda piece: piece.special):
+        for special, group in itertools.groupby(pieces, key=lambda piece: piece.special or not self.chat.whole):
             together = list(group)
-            if special:
-                ids += [self.special[piece.text] for piece in together]
-                mask += [piece.learn for piece in together]
-                continue
-            for part in [together] if self.chat.whole else [[piece] for piece in together]:
-                new = self.encode("".join(piece.text for piece in part))
+            if not special:
+                new = self.encode("".join(piece.text for piece in together))
                 ids += new
-                mask += self._learned(part, new)
+                mask += self._learned(together, new)
+                continue
+            for piece in together:
+                new = [self.special[piece.text]] if piece.special else self._encode_short(piece.text)
+                ids += new
+                mask += [piece.learn] * len(new)
         return ids, mask
 
+    def _encode_short(self, text: str) -> list[int]:
+        """`encode`, remembering what stands in every dialogue, `: ` and newlines."""
+        if (ids := self._short.get(text)) is None:
+            ids = self.encode(text)
+            if len(text) <= 2 and len(self._short) < 100:
+                self._short[text] = ids
+        return ids
+
     def _learned(self, pieces: list[Piece], ids: list[int]) -> list[bool]:
-        """Which tokens of the pieces' joined text begin in one that is learned."""
+        """Which tokens of the pieces' joined text are learned: those that begin in a piece that is."""
         if len({piece.learn for piece in pieces}) == 1:
             return [pieces[0].learn] * len(ids)
         flags, text, length = [], "", 0

@@ -1,11 +1,13 @@
 """Tokenizers of other projects: their files give the ids that their own packages give, what cannot be expressed
 is refused by name, and what we write is read back to the same."""
+import io
 import itertools
 import json
 import os
 import pathlib
 import random
 import re
+import sys
 
 import pytest
 import regex
@@ -224,6 +226,63 @@ def test_a_template_in_a_file_of_its_own_and_a_first_token_are_read(tmp_path):
     assert tokenizer.decode([tokenizer.eot_id]) == names[0]
 
 
+# ---- SentencePiece -------------------------------------------------------------------------------
+
+def sentencepiece_model(**more) -> bytes:
+    package, model = pytest.importorskip("sentencepiece"), io.BytesIO()
+    package.SentencePieceTrainer.train(**{
+        "sentence_iterator": iter(["hello world, the quick brown fox", "你好世界", "x = 1;  y = 2"] * 50),
+        "model_writer": model, "vocab_size": 330, "model_type": "bpe", "byte_fallback": True,
+        "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "hard_vocab_limit": False,
+        "minloglevel": 2} | more)
+    return model.getvalue()
+
+
+def test_sentencepiece_s_vocabulary_encodes_by_its_own_package(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    tokenizer = tokenizers.read_tokenizer(tmp_path, rows=400)
+    assert (tokenizer.chat.name, tokenizer.chat.bos, tokenizer.decode(tokenizer.end_ids)) == ("plain", "<s>", "</s>")
+    for text in mixed_strings(200):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.reply_text(tokenizer.reply_ids(text)) == text
+        assert not set(tokenizer.encode(text + "</s>")) & set(tokenizer.special_ids)
+    ids, _ = tokenizer.render_chat([{"role": "user", "content": "hello"}], reply=True)
+    assert tokenizer.decode(ids) == "<s>Human: hello\n\nAssistant:"
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tokenizer, tmp_path / "out")
+    copy = Tokenizer.from_state(json.loads(json.dumps(
+        tokenizers.read_tokenizer(tmp_path / "out", rows=400).to_state())))
+    copy.require_same(tokenizer, "a and b")
+
+
+def test_sentencepiece_s_pieces_are_its_package_s(tmp_path):
+    model = sentencepiece_model()
+    package = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_proto=model)
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    tokenizer = tokenizers.read_tokenizer(tmp_path)
+    for text in filter(str.strip, mixed_strings(200)):  # after a space: theirs is the one that it puts first
+        assert tokenizer.encode(" " + text.lstrip(" ")) == package.encode(text.lstrip(" "))
+
+
+@pytest.mark.parametrize("more", [{"normalization_rule_name": "nmt_nfkc"}, {"byte_fallback": False},
+                                  {"remove_extra_whitespaces": True}])
+def test_a_sentencepiece_model_that_changes_texts_is_refused(tmp_path, more):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(**more))
+    with pytest.raises(UserError, match="it changes texts"):
+        tokenizers.read_tokenizer(tmp_path)
+
+
+def test_without_the_package_or_with_a_damaged_file_one_line_says_so(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match="pip install sentencepiece"):
+        tokenizers.read_tokenizer(tmp_path)
+    monkeypatch.undo()
+    pytest.importorskip("sentencepiece")
+    with pytest.raises(UserError, match="tokenizer.model is damaged"):
+        tokenizers.read_tokenizer(tmp_path)
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 def pre(*rules: dict) -> dict:
@@ -268,10 +327,7 @@ def test_damaged_files_are_one_line(tmp_path, text, message):
 
 
 def test_missing_files_and_unknown_classes_are_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"no tokenizer.json, and no vocab.json with merges.txt$"):
-        tokenizers.read_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(UserError, match="tokenizer.model is SentencePiece's"):
+    with pytest.raises(UserError, match="no tokenizer.json, no vocab.json with merges.txt, no tokenizer.model"):
         tokenizers.read_tokenizer(tmp_path)
     write_pair(tmp_path, tokenizer_class="BertTokenizer")
     with pytest.raises(UserError, match="class BertTokenizer"):
@@ -409,3 +465,11 @@ def test_a_real_family_s_dialogues_are_its_template_s(name, more):
     transformers = pytest.importorskip("transformers")
     same_as_template(tokenizers.read_tokenizer(REAL / name), transformers.AutoTokenizer.from_pretrained(REAL / name),
                      **more)
+
+
+@real
+def test_smollm2_s_dialogues_are_its_template_s(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer, _ = real_pair("smollm2")
+    write_tokenizer(tokenizer, tmp_path)  # with the GGUF file's own template
+    same_as_template(tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path))
