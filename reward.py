@@ -569,7 +569,9 @@ def train_reward(o: RewardOptions, stage: str = "reward", parent: str = "sft") -
     if o.strength_from:
         parents["strength"] = load_checkpoint(o.strength_from, "cpu", RewardModel)[2]["hash"]
     parts = parts_of([*data.records(stage, "train"), *feedback_beside(data, stage)])
-    run = open_run(stage, o, data, parents, reward_model_from(trunk, o, stage, parts), tokenizer)
+    model = reward_model_from(trunk, o, stage, parts)
+    del trunk  # copied: one in memory is enough
+    run = open_run(stage, o, data, parents, model, tokenizer)
     if run is None:
         return None
     task = RewardTask(run, data)
