@@ -29,9 +29,8 @@ from data.records import apply_template, load_records, prompt_text
 from data.tokenizer import Tokenizer
 from model import Transformer, attention_allowed, checkpoint_path, load_checkpoint
 from reward import RewardModel
-from runtime.decoding import (KVCache, LayeredStep, compiled, decoding_copy, ends, layers_are_apart,
-                              refresh)
-from runtime.device import pick_device, pick_dtype
+from runtime.decoding import KVCache, LayeredStep, compiled, decoding_copy, ends, refresh
+from runtime.device import layers_compiled, pick_device, pick_dtype
 from runtime.draws import uniform_numbers
 from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
@@ -143,7 +142,7 @@ class Decoder:
         self.steps: dict[tuple[int, float], Callable] = {}  # compiled, by rows and temperature
         self.caches: dict[tuple[int, int], KVCache] = {}  # the last call's, by rows and length
         self.in_use = threading.Lock()
-        self.layered = compile and layers_are_apart(model, self.device)
+        self.layered = compile and layers_compiled(len(model.blocks), self.device.type) == 1
 
     def refresh(self) -> None:
         """Repack the model's present weights."""

@@ -218,16 +218,22 @@ def int8_product(weight: Tensor, scale: Tensor, few_rows: bool) -> Callable[[Ten
 
 class Int8Linear(PackedLinear):
     """A PackedLinear with 8-bit weights, one scale per output. From 8 rows on, inputs are rounded
-    to 8 bits, too. More than `rows` rows at once (most prompts) are multiplied in bfloat16."""
+    to 8 bits, too. More than `rows` rows at once (most prompts) are multiplied in bfloat16, or in
+    float32 where that is faster."""
 
     def refresh(self) -> None:
         super().refresh()
-        self.many_rows = self.product or functools.partial(F.linear, weight=self.weight)
+        self.many_rows = self.product or self.plain_product
         # _weight_int8pack_mm reads 16 numbers at a time.
         self.few_rows = self.rows < 8 and self.weight.shape[1] % 16 == 0
         q, scale = quantise_rows(self.present())
         signed = (q.short() - 128).to(torch.int8)
         self.product = _packed[self.number] = int8_product(signed, scale[:, 0], self.few_rows)
+
+    def plain_product(self, x: Tensor) -> Tensor:
+        if half_is_fast(x.device.type):
+            return F.linear(x, self.weight)
+        return F.linear(x.float(), self.source[0].float()).bfloat16()
 
     def multiply(self, x: Tensor) -> Tensor:
         shape, x = x.shape[:-1], x.flatten(0, -2)
@@ -274,17 +280,7 @@ def refresh(model: nn.Module) -> None:
 
 # ---- compiled steps ------------------------------------------------------------------------------
 
-# One graph of all layers is the fastest step, by up to 3 %, but compiling it takes seconds for each
-# layer; deeper models have one graph for a layer, which is called for each.
-LAYERS_IN_A_GRAPH = 8
-
 _step_numbers = itertools.count()  # each compiled function has a name of its own
-
-
-def layers_are_apart(model: nn.Module, device: torch.device) -> bool:
-    """Whether a compiled step of this model is a `LayeredStep`. On a GPU it is not: there guards are
-    checked, of each graph at each call."""
-    return device.type == "cpu" and len(model.blocks) > LAYERS_IN_A_GRAPH
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:
@@ -315,7 +311,8 @@ def block_part(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, slot: Tens
 
 
 class LayeredStep:
-    """A step as three graphs: what comes before the blocks, one block, and what comes after them.
+    """A deep model's step as three graphs: what comes before the blocks, one block, and what comes
+    after them (see `runtime.device.layers_compiled`).
 
     The block's graph is compiled for the first block and called for each: its weights, the numbers
     of its packed layers and its keys and values are inputs, and no guard is checked.

@@ -1,4 +1,5 @@
 """Whether to compile, that a compiled trunk learns the same, and that machines can compute alike."""
+import copy
 import os
 import pathlib
 import shutil
@@ -9,13 +10,17 @@ import pytest
 import torch
 
 from model import ModelConfig, Transformer, load_checkpoint, weights_hash
-from runtime import decoding, device
+from runtime import device
 from sample import Decoder, generate
 from tests.conftest import TINY, loud, noise
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = ModelConfig(**TINY)
 needs_compiler = pytest.mark.skipif(bool(device.compiler_fault()), reason=device.compiler_fault())
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @needs_compiler
@@ -36,11 +41,35 @@ def test_a_compiled_trunk_learns_the_same_whatever_the_rows_and_lengths():
     assert fast.trunk._torchdynamo_orig_callable.__func__ is Transformer.trunk
 
 
+@needs_compiler
+@pytest.mark.parametrize("recompute", [False, True])
+def test_blocks_that_share_graphs_learn_the_same_and_more_of_them_need_no_more(monkeypatch, recompute):
+    monkeypatch.setattr(device, "LAYERS_IN_A_GRAPH", 1)
+    numbers = []
+    for n_layer in (3, 5):
+        plain, fast = (Transformer(ModelConfig(**{**TINY, "n_layer": n_layer})) for _ in range(2))
+        plain.recompute = fast.recompute = recompute
+        torch._dynamo.reset()
+        before = graphs()
+        device.compile_trunks(fast, fast)
+        for B, T in ((3, 12), (5, 20)):
+            tokens = torch.randint(1, 70, (B, T), generator=torch.Generator().manual_seed(T))
+            mask, where = torch.arange(T) >= torch.arange(B)[:, None], torch.arange(0, B * T, 2)
+            found = []
+            for model in (plain, fast):
+                model.zero_grad()
+                (model.hidden(tokens, mask, where=where) * noise(len(where), 32)).sum().backward()
+                found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+            assert len(found[0]) == len(found[1])
+            for a, b in zip(*found, strict=True):
+                assert torch.allclose(a, b, atol=1e-3, rtol=1e-3)
+        numbers.append(graphs() - before)
+        assert list(fast.state_dict()) == list(plain.state_dict())
+        assert all(block._compiled_call_impl is None for block in copy.deepcopy(fast).blocks)
+    assert numbers[0] == numbers[1] == 2  # a layer, and the last one, at chosen positions
+
+
 # ---- decoding: a graph of one layer for all layers -----------------------------------------------
-
-def graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
 
 @needs_compiler
 @pytest.mark.parametrize("rows,dtype,n_layer,changes", [
@@ -49,7 +78,7 @@ def graphs() -> int:
 def test_layers_that_share_a_graph_write_what_eager_ones_do(monkeypatch, rows, dtype, n_layer,
                                                             changes):
     """Three graphs, whatever the number of layers, lengths and weights."""
-    monkeypatch.setattr(decoding, "LAYERS_IN_A_GRAPH", 2)
+    monkeypatch.setattr(device, "LAYERS_IN_A_GRAPH", 2)
     model = loud(Transformer(ModelConfig(**{**TINY, "n_layer": n_layer, **changes}))).eval()
     decoder, before = Decoder(model, dtype, compile=True), graphs()
     assert decoder.layered
@@ -75,7 +104,7 @@ def test_layers_that_share_a_graph_write_what_eager_ones_do(monkeypatch, rows, d
 
 @needs_compiler
 def test_layers_that_share_a_graph_go_on_with_fewer_rows(monkeypatch):
-    monkeypatch.setattr(decoding, "LAYERS_IN_A_GRAPH", 1)
+    monkeypatch.setattr(device, "LAYERS_IN_A_GRAPH", 1)
     model = loud(Transformer(CONFIG)).eval()
     tokens = torch.randint(1, 70, (44, 7), generator=torch.Generator().manual_seed(5))
     mask = torch.arange(7) >= torch.arange(44)[:, None] % 5
@@ -86,13 +115,10 @@ def test_layers_that_share_a_graph_go_on_with_fewer_rows(monkeypatch):
     assert torch.allclose(fast.logprobs, plain.logprobs, atol=1e-4)
 
 
-def test_a_shallow_model_and_one_on_a_gpu_are_one_graph():
-    shallow, deep = (torch.nn.Module(), torch.nn.Module())
-    shallow.blocks, deep.blocks = [None] * decoding.LAYERS_IN_A_GRAPH, [None] * 30
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert decoding.layers_are_apart(deep, cpu)
-    assert not decoding.layers_are_apart(shallow, cpu)
-    assert not decoding.layers_are_apart(deep, cuda)
+def test_a_shallow_model_is_one_graph_and_so_is_one_on_a_gpu():
+    assert device.layers_compiled(30, "cpu") == 1
+    assert device.layers_compiled(4, "cpu") == 4
+    assert device.layers_compiled(30, "cuda") == 30
 
 
 # ---- whether to compile --------------------------------------------------------------------------
@@ -102,6 +128,14 @@ def test_compiling_is_for_long_work():
     assert not compiles
     assert why == "about 60 s lie ahead; compiling pays from 300 on"
     assert not device.compile_pays("auto", "mps", 1e9)[0]
+
+
+def test_compiling_more_layers_is_for_longer_work_unless_they_share_a_graph():
+    def least(n_layer: int, kind: str) -> str:
+        return device.compile_pays("auto", kind, 0, n_layer)[1].split()[-2]
+
+    assert [least(n, "cpu") for n in (2, 4, 8, 30)] == ["300", "300", "600", "300"]
+    assert [least(n, "cuda") for n in (4, 32)] == ["120", "960"]
 
 
 @needs_compiler
