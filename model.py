@@ -315,6 +315,8 @@ class Transformer(nn.Module):
         cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        # Ids of rows that no token has, as many real vocabularies leave some: they are never written.
+        self.register_buffer("absent", None, persistent=False)
         # Gradient checkpointing: store only each block's input, recompute the block in backward.
         self.recompute = False
         self.frozen = 0  # of the lowest blocks; see runtime.learning
@@ -417,9 +419,10 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """(…, D) -> logits (…, V)."""
-        if self.output is not None:
-            return self.output(hidden)
-        return linear(hidden, self.embedding.weight, self.products)
+        logits = (linear(hidden, self.embedding.weight, self.products) if self.output is None
+                  else self.output(hidden))
+        # Not −∞, which times a probability of 0 would be no number in an entropy.
+        return logits if self.absent is None else logits.index_fill(-1, self.absent, -1e4)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None,
                 docs: Tensor | None = None) -> Tensor:
@@ -667,6 +670,8 @@ def read_checkpoint(path: pathlib.Path,
         model = cls(config)
         add_stored_adapters(model, weights)
         model.load_state_dict(weights)
+        if isinstance(model, Transformer) and tokenizer.empty_ids:
+            model.absent = torch.tensor(tokenizer.empty_ids)
     # load_state_dict is strict: a reward head that was not saved must not score as noise.
     except (RuntimeError, TypeError, LookupError, ValueError, AttributeError, UserError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
