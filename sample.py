@@ -142,7 +142,8 @@ class Decoder:
         self.steps: dict[tuple[int, float], Callable] = {}  # compiled, by rows and temperature
         self.caches: dict[tuple[int, int], KVCache] = {}  # the last call's, by rows and length
         self.in_use = threading.Lock()
-        self.layered = compile and layers_compiled(len(model.blocks), self.device.type) == 1
+        self.group = layers_compiled(len(model.blocks), self.device.type)  # blocks in a graph
+        self.layered = compile and self.group < len(model.blocks)
 
     def refresh(self) -> None:
         """Repack the model's present weights."""
@@ -178,8 +179,9 @@ class Decoder:
         if not self.compile:
             return sample_step
         if (rows, temperature) not in self.steps:
-            self.steps[rows, temperature] = (LayeredStep(last_part, self.device) if self.layered
-                                             else compiled(sample_step, self.device))
+            self.steps[rows, temperature] = (
+                LayeredStep(last_part, self.group, self.device) if self.layered else
+                compiled(sample_step, self.device))
         return self.steps[rows, temperature]
 
 

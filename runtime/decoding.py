@@ -54,7 +54,7 @@ class KVCache:
         shape = (2 * config.n_layer, n, batch, config.n_kv_head, self.size, config.head_dim)
         self.kv = self._dynamic(torch.zeros(shape, device=device, dtype=dtype), 1)
         self.spans: dict[int, Tensor] = {}  # by number of blocks
-        self.views: list[KVCache] = []  # see layers
+        self.views: list[KVCache] = []  # see groups
 
     def _dynamic(self, tensor: Tensor, dim: int) -> Tensor:
         """Mark this dimension as dynamic, so that one graph serves all lengths."""
@@ -88,12 +88,12 @@ class KVCache:
             if partial:
                 cache[full, :, :, :partial] = new[:, :, full * self.size:]
 
-    def layers(self) -> "list[KVCache]":
-        """A cache of each layer alone: views of this one."""
+    def groups(self, size: int) -> "list[KVCache]":
+        """A cache of each group of `size` layers: views of this one."""
         if not self.views:
-            self.views = [copy.copy(self) for _ in self.kv[::2]]
-            for view, kv in zip(self.views, self.kv.split(2), strict=True):
-                view.kv = self._dynamic(kv, 1)
+            for kv in self.kv.split(2 * size):
+                self.views.append(copy.copy(self))
+                self.views[-1].kv = self._dynamic(kv, 1)
         return self.views
 
     def keep(self, rows: Tensor) -> "KVCache":
@@ -250,7 +250,7 @@ class Int8Linear(PackedLinear):
 def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int,
                   layered: bool = False) -> nn.Module:
     """A copy that shares the model's tensors, each Linear replaced by a PackedLinear for steps of
-    `rows` rows. layered: all blocks will share one compiled graph."""
+    `rows` rows. layered: groups of its blocks will share one compiled graph."""
     pack, dtype = (Int8Linear, torch.bfloat16) if dtype == torch.int8 else (PackedLinear, dtype)
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     packed = copy.deepcopy(model, shared)
@@ -305,23 +305,26 @@ def first_part(model: nn.Module, token: Tensor, slot: Tensor, start: Tensor,
     return model.step_inputs(token, slot, start, span)
 
 
-def block_part(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor,
+def group_part(blocks: Sequence[nn.Module], x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor,
                allowed: Tensor, cache: KVCache) -> Tensor:
-    return block.step(x, cos, sin, slot, allowed, cache, 0)
+    for i, block in enumerate(blocks):
+        x = block.step(x, cos, sin, slot, allowed, cache, i)
+    return x
 
 
 class LayeredStep:
-    """A deep model's step as three graphs: what comes before the blocks, one block, and what comes
-    after them (see `runtime.device.layers_compiled`).
+    """A deep model's step as three graphs: what comes before the blocks, a group of `size` blocks
+    (see `runtime.device.layers_compiled`), and what comes after them.
 
-    The block's graph is compiled for the first block and called for each: its weights, the numbers
+    The group's graph is compiled for the first group and called for each: its weights, the numbers
     of its packed layers and its keys and values are inputs, and no guard is checked.
     """
 
-    def __init__(self, last_part: Callable, device: torch.device):
+    def __init__(self, last_part: Callable, size: int, device: torch.device):
         """last_part: (model, what the last block gives, *more) -> the step's result."""
-        self.first, self.block, self.last = (compiled(part, device) for part in (
-            first_part, block_part, last_part))
+        self.size = size
+        self.first, self.group, self.last = (compiled(part, device) for part in (
+            first_part, group_part, last_part))
         self.is_compiled = False
 
     def __call__(self, model: nn.Module, token: Tensor, slot: Tensor, start: Tensor,
@@ -330,6 +333,7 @@ class LayeredStep:
         if not self.is_compiled:
             torch._dynamo.mark_dynamic(inputs[-1], 0)  # `allowed`, whose blocks grow in number
             self.is_compiled = True
-        for block, layer in zip(model.blocks, cache.layers(), strict=True):
-            x = self.block(block, x, *inputs, layer)
+        blocks = list(model.blocks)
+        for i, layers in enumerate(cache.groups(self.size)):
+            x = self.group(blocks[i * self.size:(i + 1) * self.size], x, *inputs, layers)
         return self.last(model, x, *more)

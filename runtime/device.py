@@ -100,14 +100,16 @@ COMPILE_FROM = {"cpu": 300.0, "cuda": 120.0}
 COMPILE_FROM_LAYERS = 4
 
 # One graph of all layers is the fastest, but each layer adds seconds of compiling. On a CPU a deeper
-# model has a graph of one layer, which is compiled once and called for each.
+# model has a graph of at most so many layers, compiled once and called for each such group of them.
 LAYERS_IN_A_GRAPH = 8
 
 
 def layers_compiled(n_layer: int, device: str) -> int:
-    """How many of a model's layers are compiled: all, in one graph, or one, which all of them share.
+    """How many of a model's layers one graph holds: all, or as many as divide them into equal groups.
     On a GPU all: there a call of a graph is not free beside what it computes."""
-    return n_layer if device != "cpu" or n_layer <= LAYERS_IN_A_GRAPH else 1
+    if device != "cpu":
+        return n_layer
+    return max(n for n in range(1, LAYERS_IN_A_GRAPH + 1) if n_layer % n == 0)
 
 
 @functools.lru_cache(maxsize=2)
@@ -145,12 +147,13 @@ def compile_pays(asked: str, device: str, seconds_ahead: float,
 
 
 def compile_trunks(*models: nn.Module) -> None:
-    """Compile each model's trunk, the part that all stages share: in one graph, or a deep one's
-    blocks (see `layers_compiled`). Models of one shape share graphs; numbers of rows, lengths and
-    selected positions are dynamic."""
+    """Compile each model's trunk, the part that all stages share: in one graph, or of a deep one
+    (see `layers_compiled`) a block, whose graph all blocks share. Models of one shape share graphs;
+    numbers of rows, lengths and selected positions are dynamic."""
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     for model in models:
-        if layers_compiled(len(model.blocks), model.embedding.weight.device.type) == 1:
+        n_layer = len(model.blocks)
+        if layers_compiled(n_layer, model.embedding.weight.device.type) < n_layer:
             for block in model.blocks:
                 block.compile(dynamic=True)  # not part of a copy, nor of what is saved
         elif "trunk" not in vars(model):  # otherwise it is compiled already
