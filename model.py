@@ -315,6 +315,8 @@ class Transformer(nn.Module):
         cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        # Ids of rows that no token has, as many real vocabularies leave some: they are never written.
+        self.register_buffer("absent", None, persistent=False)
         # Gradient checkpointing: store only each block's input, recompute the block in backward.
         self.recompute = False
         self.frozen = 0  # of the lowest blocks; see runtime.learning
@@ -400,20 +402,27 @@ class Transformer(nn.Module):
         A row's text begins at position `start` (B,) of the cache, and this token is at `slot` (B,);
         span (n, S) is cache.span(L) with L > every slot: positions outside it are not read.
         """
+        x, *where = self.step_inputs(token, slot, start, span)
+        for i, block in enumerate(self.blocks):
+            x = block.step(x, *where, cache, i)
+        return self.norm(x)[:, 0]
+
+    def step_inputs(self, token: Tensor, slot: Tensor, start: Tensor,
+                    span: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What a step gives its first block: x (B, 1, D), cos and sin (B, 1, 1, R/2), slot (B,), and
+        which positions each row may attend to (n, B, S)."""
         position = slot - start
         cos, sin = (t[position][:, None, None] for t in (self.cos, self.sin))  # (B, 1, 1, R/2)
         span = span[:, None]
         allowed = (span >= start[:, None]) & (span <= slot[:, None])  # (n, B, S)
-        x = self.embed(token, position)[:, None]
-        for i, block in enumerate(self.blocks):
-            x = block.step(x, cos, sin, slot, allowed, cache, i)
-        return self.norm(x)[:, 0]
+        return self.embed(token, position)[:, None], cos, sin, slot, allowed
 
     def head(self, hidden: Tensor) -> Tensor:
         """(…, D) -> logits (…, V)."""
-        if self.output is not None:
-            return self.output(hidden)
-        return linear(hidden, self.embedding.weight, self.products)
+        logits = (linear(hidden, self.embedding.weight, self.products) if self.output is None
+                  else self.output(hidden))
+        # Not −∞, which times a probability of 0 would be no number in an entropy.
+        return logits if self.absent is None else logits.index_fill(-1, self.absent, -1e4)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None,
                 docs: Tensor | None = None) -> Tensor:
@@ -661,6 +670,8 @@ def read_checkpoint(path: pathlib.Path,
         model = cls(config)
         add_stored_adapters(model, weights)
         model.load_state_dict(weights)
+        if isinstance(model, Transformer) and tokenizer.empty_ids:
+            model.absent = torch.tensor(tokenizer.empty_ids)
     # load_state_dict is strict: a reward head that was not saved must not score as noise.
     except (RuntimeError, TypeError, LookupError, ValueError, AttributeError, UserError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())

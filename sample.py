@@ -13,11 +13,9 @@ Letters for shapes: B rows, P prompt length, R reply length, V vocabulary.
 import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import codecs
 import dataclasses
-import itertools
 import json
 import sys
 import threading
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,8 +29,8 @@ from data.records import apply_template, load_records, prompt_text
 from data.tokenizer import Tokenizer
 from model import Transformer, attention_allowed, checkpoint_path, load_checkpoint
 from reward import RewardModel
-from runtime.decoding import KVCache, decoding_copy, ends, refresh
-from runtime.device import pick_device, pick_dtype
+from runtime.decoding import KVCache, LayeredStep, compiled, decoding_copy, ends, refresh
+from runtime.device import layers_compiled, pick_device, pick_dtype
 from runtime.draws import uniform_numbers
 from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
@@ -121,7 +119,10 @@ def sample_step(model: Transformer, token: Tensor, slot: Tensor, start: Tensor, 
     return choose(decode_step(model, token, slot, start, cache, span).float() / temperature, u)
 
 
-_step_numbers = itertools.count()  # each compiled step has a name of its own
+def last_part(model: Transformer, x: Tensor, u: Tensor,
+              temperature: float) -> tuple[Tensor, Tensor]:
+    """The end of `sample_step`, from what the last block gives, x (B, 1, D)."""
+    return choose(model.head(model.norm(x)[:, 0]).float() / temperature, u)
 
 
 class Decoder:
@@ -141,6 +142,8 @@ class Decoder:
         self.steps: dict[tuple[int, float], Callable] = {}  # compiled, by rows and temperature
         self.caches: dict[tuple[int, int], KVCache] = {}  # the last call's, by rows and length
         self.in_use = threading.Lock()
+        self.group = layers_compiled(len(model.blocks), self.device.type)  # blocks in a graph
+        self.layered = compile and self.group < len(model.blocks)
 
     def refresh(self) -> None:
         """Repack the model's present weights."""
@@ -157,7 +160,7 @@ class Decoder:
         if rows not in self.copies:
             if not self.compile:
                 self.copies.clear()
-            self.copies[rows] = decoding_copy(self.model, self.dtype, rows)
+            self.copies[rows] = decoding_copy(self.model, self.dtype, rows, self.layered)
         return self.copies[rows]
 
     def cache(self, rows: int, length: int) -> KVCache:
@@ -172,25 +175,13 @@ class Decoder:
         return KVCache(self.model.config, rows, length, self.device, dtype, self.compile)
 
     def step(self, rows: int, temperature: float) -> Callable:
-        """`sample_step`, compiled once per number of rows and temperature, for all lengths.
-
-        Each compiled step has its own code object, so on a CPU no guard is checked at every token:
-        this decoder and the key fix all that they would check. (On a GPU guards also ensure that
-        32-bit indices suffice.) On a CPU kernels are called from C++, not Python.
-        """
+        """`sample_step`, compiled once per number of rows and temperature, for all lengths."""
         if not self.compile:
             return sample_step
         if (rows, temperature) not in self.steps:
-            options = {}
-            if self.device.type == "cpu":
-                options = {"cpp_wrapper": True, "memory_planning": True, "size_asserts": False}
-                if skip := getattr(torch.compiler, "skip_all_guards_unsafe", None):
-                    options["guard_filter_fn"] = skip
-            # Dynamo remembers dynamic sizes by a function's name, across models.
-            name = f"sample_step_{next(_step_numbers)}"
-            code = sample_step.__code__.replace(co_name=name)
-            function = types.FunctionType(code, sample_step.__globals__)
-            self.steps[rows, temperature] = torch.compile(function, options=options)
+            self.steps[rows, temperature] = (
+                LayeredStep(last_part, self.group, self.device) if self.layered else
+                compiled(sample_step, self.device))
         return self.steps[rows, temperature]
 
 

@@ -7,6 +7,7 @@ number, outside the graph, so repacking after an update recompiles nothing.
 import copy
 import functools
 import itertools
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runtime.device import half_is_fast
 from runtime.products import Linear, _library, _onednn, _reorder
 
 
@@ -52,6 +54,7 @@ class KVCache:
         shape = (2 * config.n_layer, n, batch, config.n_kv_head, self.size, config.head_dim)
         self.kv = self._dynamic(torch.zeros(shape, device=device, dtype=dtype), 1)
         self.spans: dict[int, Tensor] = {}  # by number of blocks
+        self.views: list[KVCache] = []  # see groups
 
     def _dynamic(self, tensor: Tensor, dim: int) -> Tensor:
         """Mark this dimension as dynamic, so that one graph serves all lengths."""
@@ -85,10 +88,18 @@ class KVCache:
             if partial:
                 cache[full, :, :, :partial] = new[:, :, full * self.size:]
 
+    def groups(self, size: int) -> "list[KVCache]":
+        """A cache of each group of `size` layers: views of this one."""
+        if not self.views:
+            for kv in self.kv.split(2 * size):
+                self.views.append(copy.copy(self))
+                self.views[-1].kv = self._dynamic(kv, 1)
+        return self.views
+
     def keep(self, rows: Tensor) -> "KVCache":
         """A cache of these rows (indices) alone: ended replies need no further steps."""
         cache = copy.copy(self)
-        cache.kv = self._dynamic(self.kv[:, :, rows], 1)
+        cache.kv, cache.views = self._dynamic(self.kv[:, :, rows], 1), []
         return cache
 
     def put(self, rows: Tensor, other: "KVCache", length: int) -> None:
@@ -105,10 +116,14 @@ _numbers = itertools.count()
 
 _library.define("packed_linear(Tensor x, int number, int n_out) -> Tensor")
 _library.impl("packed_linear", lambda x, number, n_out: _packed[number](x), "CPU")
+# The number as an input of the graph, not a constant in it: one graph then serves several layers.
+_library.define("packed_linear.shared(Tensor x, Tensor number, int n_out) -> Tensor")
+_library.impl("packed_linear.shared", lambda x, number, n_out: _packed[int(number)](x), "CPU")
 
 
+@torch.library.register_fake("mosslet::packed_linear.shared")
 @torch.library.register_fake("mosslet::packed_linear")
-def _(x: Tensor, number: int, n_out: int) -> Tensor:
+def _(x: Tensor, number: int | Tensor, n_out: int) -> Tensor:
     dtype = torch.bfloat16 if x.dtype == torch.uint8 else x.dtype
     return x.new_empty(*x.shape[:-1], n_out, dtype=dtype)
 
@@ -120,7 +135,8 @@ def packed_product(weight: Tensor, rows: int,
     weight = weight.detach()
     if weight.device.type != "cpu":
         return None
-    if _reorder is not None and (weight.dtype == torch.bfloat16 or products == "onednn"):
+    half = weight.dtype == torch.bfloat16  # without 512-bit vectors oneDNN refuses to pack it
+    if _reorder is not None and (half_is_fast("cpu") if half else products == "onednn"):
         packed = _reorder(weight, rows)
         return lambda x: _onednn(x, packed, None, "none", [], "")
     if torch.backends.mkl.is_available() and weight.dtype == torch.float32 and rows >= 8:
@@ -139,6 +155,7 @@ class PackedLinear(nn.Module):
         self.adapter = [adapter]  # in a list, as weight and bias are: they belong to the model
         self.source, self.dtype, self.rows, self.n_out = [weight, bias], dtype, rows, len(weight)
         self.products, self.number = products, next(_numbers)
+        self.index: int | Tensor = self.number  # a tensor where layers share a graph
         weakref.finalize(self, _packed.pop, self.number, None)
         self.refresh()
 
@@ -167,7 +184,7 @@ class PackedLinear(nn.Module):
         if self.fuses and torch.compiler.is_dynamo_compiling():
             return (x[..., None, :].float() * self.weight.float()).sum(-1).to(self.dtype)
         if self.is_packed:  # flattened here, which costs less than oneDNN's own reshape
-            y = torch.ops.mosslet.packed_linear(x.flatten(0, -2), self.number, self.n_out)
+            y = torch.ops.mosslet.packed_linear(x.flatten(0, -2), self.index, self.n_out)
             return y.unflatten(0, x.shape[:-1])
         return F.linear(x, self.weight)
 
@@ -201,32 +218,39 @@ def int8_product(weight: Tensor, scale: Tensor, few_rows: bool) -> Callable[[Ten
 
 class Int8Linear(PackedLinear):
     """A PackedLinear with 8-bit weights, one scale per output. From 8 rows on, inputs are rounded
-    to 8 bits, too. More than `rows` rows at once (most prompts) are multiplied in bfloat16."""
+    to 8 bits, too. More than `rows` rows at once (most prompts) are multiplied in bfloat16, or in
+    float32 where that is faster."""
 
     def refresh(self) -> None:
         super().refresh()
-        self.many_rows = self.product or functools.partial(F.linear, weight=self.weight)
+        self.many_rows = self.product or self.plain_product
         # _weight_int8pack_mm reads 16 numbers at a time.
         self.few_rows = self.rows < 8 and self.weight.shape[1] % 16 == 0
         q, scale = quantise_rows(self.present())
         signed = (q.short() - 128).to(torch.int8)
         self.product = _packed[self.number] = int8_product(signed, scale[:, 0], self.few_rows)
 
+    def plain_product(self, x: Tensor) -> Tensor:
+        if half_is_fast(x.device.type):
+            return F.linear(x, self.weight)
+        return F.linear(x.float(), self.source[0].float()).bfloat16()
+
     def multiply(self, x: Tensor) -> Tensor:
         shape, x = x.shape[:-1], x.flatten(0, -2)
         if len(x) > self.rows:
             y = self.many_rows(x.bfloat16())
         elif self.few_rows:
-            y = torch.ops.mosslet.packed_linear(x.bfloat16(), self.number, self.n_out)
+            y = torch.ops.mosslet.packed_linear(x.bfloat16(), self.index, self.n_out)
         else:
             q, scale = quantise_rows(x)
-            y = (torch.ops.mosslet.packed_linear(q, self.number, self.n_out) * scale).bfloat16()
+            y = (torch.ops.mosslet.packed_linear(q, self.index, self.n_out) * scale).bfloat16()
         return y.unflatten(0, shape)
 
 
-def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int) -> nn.Module:
+def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int,
+                  layered: bool = False) -> nn.Module:
     """A copy that shares the model's tensors, each Linear replaced by a PackedLinear for steps of
-    `rows` rows."""
+    `rows` rows. layered: groups of its blocks will share one compiled graph."""
     pack, dtype = (Int8Linear, torch.bfloat16) if dtype == torch.int8 else (PackedLinear, dtype)
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     packed = copy.deepcopy(model, shared)
@@ -237,6 +261,8 @@ def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int) -> nn.Module:
                 setattr(parent, name, pack(child.weight, dtype, rows, child.products, child.bias, child.adapter))
     if packed.output is None:
         packed.output = pack(model.output_weight, dtype, rows, model.products)
+    for layer in packed_layers(packed.blocks) if layered else ():
+        layer.index = torch.tensor(layer.number)
     return packed
 
 
@@ -250,3 +276,64 @@ def refresh(model: nn.Module) -> None:
     """Repack a decoding copy from its model's present weights."""
     for layer in packed_layers(model):
         layer.refresh()
+
+
+# ---- compiled steps ------------------------------------------------------------------------------
+
+_step_numbers = itertools.count()  # each compiled function has a name of its own
+
+
+def compiled(function: Callable, device: torch.device) -> Callable:
+    """A step's function, or a part of one, compiled for one number of rows and all lengths.
+
+    It has its own code object, so on a CPU no guard is checked at every token: a decoder and its
+    key for a step fix all that they would check. (On a GPU guards also ensure that 32-bit indices
+    suffice.) On a CPU kernels are called from C++, not Python.
+    """
+    options = {}
+    if device.type == "cpu":
+        options = {"cpp_wrapper": True, "memory_planning": True, "size_asserts": False}
+        if skip := getattr(torch.compiler, "skip_all_guards_unsafe", None):
+            options["guard_filter_fn"] = skip
+    # Dynamo remembers dynamic sizes by a function's name, across models.
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_step_numbers)}")
+    return torch.compile(types.FunctionType(code, function.__globals__), options=options)
+
+
+def first_part(model: nn.Module, token: Tensor, slot: Tensor, start: Tensor,
+               span: Tensor) -> tuple[Tensor, ...]:
+    return model.step_inputs(token, slot, start, span)
+
+
+def group_part(blocks: Sequence[nn.Module], x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor,
+               allowed: Tensor, cache: KVCache) -> Tensor:
+    for i, block in enumerate(blocks):
+        x = block.step(x, cos, sin, slot, allowed, cache, i)
+    return x
+
+
+class LayeredStep:
+    """A deep model's step as three graphs: what comes before the blocks, a group of `size` blocks
+    (see `runtime.device.layers_compiled`), and what comes after them.
+
+    The group's graph is compiled for the first group and called for each: its weights, the numbers
+    of its packed layers and its keys and values are inputs, and no guard is checked.
+    """
+
+    def __init__(self, last_part: Callable, size: int, device: torch.device):
+        """last_part: (model, what the last block gives, *more) -> the step's result."""
+        self.size = size
+        self.first, self.group, self.last = (compiled(part, device) for part in (
+            first_part, group_part, last_part))
+        self.is_compiled = False
+
+    def __call__(self, model: nn.Module, token: Tensor, slot: Tensor, start: Tensor,
+                 cache: KVCache, span: Tensor, *more: Any) -> Any:
+        x, *inputs = self.first(model, token, slot, start, span)
+        if not self.is_compiled:
+            torch._dynamo.mark_dynamic(inputs[-1], 0)  # `allowed`, whose blocks grow in number
+            self.is_compiled = True
+        blocks = list(model.blocks)
+        for i, layers in enumerate(cache.groups(self.size)):
+            x = self.group(blocks[i * self.size:(i + 1) * self.size], x, *inputs, layers)
+        return self.last(model, x, *more)

@@ -94,8 +94,22 @@ def precision(dtype: str, device: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-# Compiling takes 15 to 40 s and saves some 15 % on a CPU: it pays from this many seconds of work.
+# Compiling the demo's four layers takes 15 to 40 s and saves some 15 % on a CPU: it pays from this
+# many seconds of work, and of more work where more layers are compiled.
 COMPILE_FROM = {"cpu": 300.0, "cuda": 120.0}
+COMPILE_FROM_LAYERS = 4
+
+# One graph of all layers is the fastest, but each layer adds seconds of compiling. On a CPU a deeper
+# model has a graph of at most so many layers, compiled once and called for each such group of them.
+LAYERS_IN_A_GRAPH = 8
+
+
+def layers_compiled(n_layer: int, device: str) -> int:
+    """How many of a model's layers one graph holds: all, or as many as divide them into equal groups.
+    On a GPU all: there a call of a graph is not free beside what it computes."""
+    if device != "cpu":
+        return n_layer
+    return max(n for n in range(1, LAYERS_IN_A_GRAPH + 1) if n_layer % n == 0)
 
 
 @functools.lru_cache(maxsize=2)
@@ -119,10 +133,12 @@ def compiler_fault(device: str = "cpu") -> str:
         return f"it fails with {type(error).__name__}: {lines[0][:150] if lines else ''}"
 
 
-def compile_pays(asked: str, device: str, seconds_ahead: float) -> tuple[bool, str]:
+def compile_pays(asked: str, device: str, seconds_ahead: float,
+                 n_layer: int = COMPILE_FROM_LAYERS) -> tuple[bool, str]:
     """(whether to compile, reason) for `--compile on` or `auto`, with about `seconds_ahead` seconds
-    of work to do."""
-    least = COMPILE_FROM.get(device, math.inf)
+    of work to do by a model of `n_layer` layers."""
+    size = max(1, layers_compiled(n_layer, device) / COMPILE_FROM_LAYERS)
+    least = size * COMPILE_FROM.get(device, math.inf)
     if asked == "auto" and seconds_ahead < least:
         return False, f"about {seconds_ahead:.0f} s lie ahead; compiling pays from {least:.0f} on"
     if fault := compiler_fault(device):
@@ -131,9 +147,14 @@ def compile_pays(asked: str, device: str, seconds_ahead: float) -> tuple[bool, s
 
 
 def compile_trunks(*models: nn.Module) -> None:
-    """Compile each model's trunk, the part that all stages share. Models of one shape share graphs;
+    """Compile each model's trunk, the part that all stages share: in one graph, or of a deep one
+    (see `layers_compiled`) a block, whose graph all blocks share. Models of one shape share graphs;
     numbers of rows, lengths and selected positions are dynamic."""
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     for model in models:
-        if "trunk" not in vars(model):  # otherwise it is compiled already
+        n_layer = len(model.blocks)
+        if layers_compiled(n_layer, model.embedding.weight.device.type) < n_layer:
+            for block in model.blocks:
+                block.compile(dynamic=True)  # not part of a copy, nor of what is saved
+        elif "trunk" not in vars(model):  # otherwise it is compiled already
             model.trunk = torch.compile(model.trunk, dynamic=True)

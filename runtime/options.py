@@ -277,7 +277,7 @@ class Common(Options):
 
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(vocab_size=800, limit=800, save_every=5),
-        "base": dict(vocab_size=50_304),
+        "base": dict(vocab_size=50_304), "smollm": dict(train_layers=8),
     }
 
     # The data.
@@ -294,8 +294,8 @@ class Common(Options):
     judge_share: float = option(-1.0, "share of your feedback kept for judges; -1: half of 2,000 records "
                                       "and more, a fifth of fewer", low=-1, high=0.9)
     # The run.
-    preset: str = option("demo", "demo: two CPU cores, ten minutes for all; smoke: seconds, for tests; base: a GPU",
-                         choices=("smoke", "demo", "base"), compared=False)
+    preset: str = option("demo", "demo: two CPU cores; smoke: seconds, for tests; base: a GPU; smollm: a real model",
+                         choices=("smoke", "demo", "base", "smollm"), compared=False)
     out: str = option("out", "runs are written to OUT/<data>/<stage>/", compared=False)
     init_from: str = option("", "checkpoint to start from; empty: this run's own parent stage; in "
                                 "PPO it is both policy and reference")

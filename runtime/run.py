@@ -50,10 +50,11 @@ class Compute:
     same way.
     """
 
-    def __init__(self, o: Common, stage: str, width: int, state: dict[str, Any]):
-        """width: the model's, at which products are timed. state: the checkpoint's; {}: a new run.
+    def __init__(self, o: Common, stage: str, width: int, state: dict[str, Any], n_layer: int = 1):
+        """width: the model's, at which products are timed; n_layer: its layers, which compiling takes
+        time for. state: the checkpoint's; {}: a new run.
         """
-        self.stage, self.device = stage, pick_device(o.device)
+        self.stage, self.device, self.n_layer = stage, pick_device(o.device), n_layer
         kept = "--deterministic" if o.deterministic else "as in the checkpoint"
         state = {**(ALIKE if o.deterministic else {}), **state}
         self.dtype, why = state.get("dtype"), kept
@@ -89,7 +90,7 @@ class Compute:
 
     def decide_compile(self, seconds_ahead: float) -> bool:
         """Whether to compile, with so many seconds of work ahead; prints the decision."""
-        pays, why = compile_pays(self.compile, self.device, seconds_ahead)
+        pays, why = compile_pays(self.compile, self.device, seconds_ahead, self.n_layer)
         self.compile = "on" if pays else "off"
         tqdm.write(f"{self.stage}: compile {self.compile} ({why})", file=sys.stdout)
         return pays
@@ -269,7 +270,8 @@ class Run:
             show(self.o, f"{self.stage}: options")
         elif folder.record is not None:
             self._say_what_changed(folder.record)
-        self.compute = Compute(self.o, self.stage, model.config.d_model, state)
+        self.compute = Compute(self.o, self.stage, model.config.d_model, state,
+                               model.config.n_layer)
         self.device, self.dtype = self.compute.device, self.compute.dtype
         self.model = halve_frozen(model, self.dtype).to(self.device)
         use_products(self.model, self.compute.products)

@@ -1,4 +1,5 @@
 """Whether to compile, that a compiled trunk learns the same, and that machines can compute alike."""
+import copy
 import os
 import pathlib
 import shutil
@@ -10,11 +11,16 @@ import torch
 
 from model import ModelConfig, Transformer, load_checkpoint, weights_hash
 from runtime import device
-from tests.conftest import TINY, noise
+from sample import Decoder, generate
+from tests.conftest import TINY, loud, noise
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = ModelConfig(**TINY)
 needs_compiler = pytest.mark.skipif(bool(device.compiler_fault()), reason=device.compiler_fault())
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @needs_compiler
@@ -35,11 +41,100 @@ def test_a_compiled_trunk_learns_the_same_whatever_the_rows_and_lengths():
     assert fast.trunk._torchdynamo_orig_callable.__func__ is Transformer.trunk
 
 
+@needs_compiler
+@pytest.mark.parametrize("recompute", [False, True])
+def test_blocks_that_share_graphs_learn_the_same_and_more_of_them_need_no_more(monkeypatch, recompute):
+    monkeypatch.setattr(device, "LAYERS_IN_A_GRAPH", 1)
+    numbers = []
+    for n_layer in (3, 5):
+        plain, fast = (Transformer(ModelConfig(**{**TINY, "n_layer": n_layer})) for _ in range(2))
+        plain.recompute = fast.recompute = recompute
+        torch._dynamo.reset()
+        before = graphs()
+        device.compile_trunks(fast, fast)
+        for B, T in ((3, 12), (5, 20)):
+            tokens = torch.randint(1, 70, (B, T), generator=torch.Generator().manual_seed(T))
+            mask, where = torch.arange(T) >= torch.arange(B)[:, None], torch.arange(0, B * T, 2)
+            found = []
+            for model in (plain, fast):
+                model.zero_grad()
+                (model.hidden(tokens, mask, where=where) * noise(len(where), 32)).sum().backward()
+                found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+            assert len(found[0]) == len(found[1])
+            for a, b in zip(*found, strict=True):
+                assert torch.allclose(a, b, atol=1e-3, rtol=1e-3)
+        numbers.append(graphs() - before)
+        assert list(fast.state_dict()) == list(plain.state_dict())
+        assert all(block._compiled_call_impl is None for block in copy.deepcopy(fast).blocks)
+    assert numbers[0] == numbers[1] == 2  # a layer, and the last one, at chosen positions
+
+
+# ---- decoding: a graph of one layer for all layers -----------------------------------------------
+
+@needs_compiler
+@pytest.mark.parametrize("rows,dtype,n_layer,changes", [
+    (1, None, 3, {"n_kv_head": 2}), (5, None, 4, {"tied": False, "qk_norm": False}),
+    (1, "int8", 3, {}), (9, "int8", 3, {"n_kv_head": 1}), (2, "bfloat16", 3, {})])
+def test_layers_that_share_a_graph_write_what_eager_ones_do(monkeypatch, rows, dtype, n_layer,
+                                                            changes):
+    """Three graphs, whatever the number of layers, lengths and weights."""
+    monkeypatch.setattr(device, "LAYERS_IN_A_GRAPH", 2)
+    model = loud(Transformer(ModelConfig(**{**TINY, "n_layer": n_layer, **changes}))).eval()
+    decoder, before = Decoder(model, dtype, compile=True), graphs()
+    assert decoder.layered
+    for length, seed in ((4, 1), (9, 2), (70, 3)):  # in 2 blocks of the cache, and in 3
+        tokens = torch.randint(1, 70, (rows, length), generator=torch.Generator().manual_seed(seed))
+        mask = torch.ones_like(tokens).bool()
+        mask[-1, :length // 2] = rows == 1
+        fast = generate(model, tokens, mask, 20, seed=seed, decoder=decoder)
+        plain = generate(model, tokens, mask, 20, seed=seed, dtype=dtype)
+        if dtype is None:
+            assert torch.equal(fast.tokens, plain.tokens)
+            assert torch.allclose(fast.logprobs, plain.logprobs, atol=1e-4)
+        else:  # rounding may lead to another token, from where the replies differ
+            same = (fast.tokens == plain.tokens).long().cumprod(1).bool()
+            assert same.float().mean() > 0.3
+            assert (fast.logprobs - plain.logprobs)[same].abs().mean() < 0.1
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * noise(*p.shape, seed=seed))
+        decoder.refresh()
+    assert graphs() - before == 3
+
+
+@needs_compiler
+def test_layers_that_share_a_graph_go_on_with_fewer_rows(monkeypatch):
+    monkeypatch.setattr(device, "LAYERS_IN_A_GRAPH", 1)
+    model = loud(Transformer(CONFIG)).eval()
+    tokens = torch.randint(1, 70, (44, 7), generator=torch.Generator().manual_seed(5))
+    mask = torch.arange(7) >= torch.arange(44)[:, None] % 5
+    settings = dict(end_id=3, seed=4, batch_size=32)  # 12 prompts wait; later 8 rows go on alone
+    fast = generate(model, tokens, mask, 40, decoder=Decoder(model, compile=True), **settings)
+    plain = generate(model, tokens, mask, 40, **settings)
+    assert torch.equal(fast.tokens, plain.tokens)
+    assert torch.allclose(fast.logprobs, plain.logprobs, atol=1e-4)
+
+
+def test_a_shallow_model_is_one_graph_and_so_is_one_on_a_gpu():
+    assert [device.layers_compiled(n, "cpu") for n in (4, 8, 12, 30, 31)] == [4, 8, 6, 6, 1]
+    assert device.layers_compiled(30, "cuda") == 30
+
+
+# ---- whether to compile --------------------------------------------------------------------------
+
 def test_compiling_is_for_long_work():
     compiles, why = device.compile_pays("auto", "cpu", 60)
     assert not compiles
     assert why == "about 60 s lie ahead; compiling pays from 300 on"
     assert not device.compile_pays("auto", "mps", 1e9)[0]
+
+
+def test_compiling_more_layers_in_a_graph_is_for_longer_work():
+    def least(n_layer: int, kind: str) -> str:
+        return device.compile_pays("auto", kind, 0, n_layer)[1].split()[-2]
+
+    assert [least(n, "cpu") for n in (2, 4, 8, 30)] == ["300", "300", "600", "450"]
+    assert [least(n, "cuda") for n in (4, 32)] == ["120", "960"]
 
 
 @needs_compiler
