@@ -710,8 +710,7 @@ class PPOTrainer:
             reward_model.backbone.frozen = shared_depth(self.trunks[-1], reward_model.backbone)
         self.networks = Networks(actor_critic.to(run.device), reference, run.tokenizer.end_ids, reward_model)
         for trunk in self.trunks:
-            trunk.recompute = o.recompute
-            halve_frozen(trunk, run.dtype)
+            halve_frozen(trunk, run.dtype).recompute = o.recompute
         groups = [{"params": learning(run.model), "lr": o.policy_lr},
                   {"params": learning(actor_critic.value_module), "lr": o.critic_lr}]
         self.optimizer = torch.optim.Adam(groups, eps=o.adam_eps, fused=True)
