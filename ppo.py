@@ -52,8 +52,8 @@ from runtime.device import compile_trunks, pick_device, precision
 from runtime.fit import Best
 from runtime.draws import batch_indices, key
 from runtime.machine import resume_command
-from runtime.learning import (Below, knowing, learned, learning, learning_copy, load_learned, share_frozen,
-                              shared_depth)
+from runtime.learning import (Below, halve_frozen, knowing, learned, learning, learning_copy, load_learned,
+                              share_frozen, shared_depth)
 from runtime.lora import drop_adapters
 from runtime.optim import clip_gradients, restore, stop_unless_finite
 from runtime.options import Common, UserError, option
@@ -710,7 +710,7 @@ class PPOTrainer:
             reward_model.backbone.frozen = shared_depth(self.trunks[-1], reward_model.backbone)
         self.networks = Networks(actor_critic.to(run.device), reference, run.tokenizer.end_ids, reward_model)
         for trunk in self.trunks:
-            trunk.recompute = o.recompute
+            halve_frozen(trunk, run.dtype).recompute = o.recompute
         groups = [{"params": learning(run.model), "lr": o.policy_lr},
                   {"params": learning(actor_critic.value_module), "lr": o.critic_lr}]
         self.optimizer = torch.optim.Adam(groups, eps=o.adam_eps, fused=True)

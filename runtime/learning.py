@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from runtime.draws import torch_seed
 from runtime.lora import add_adapters
 from runtime.options import Common, UserError
+from runtime.products import Linear
 
 
 def trunk_of(model: nn.Module) -> Any:
@@ -61,6 +62,16 @@ def learn_part(model: nn.Module, o: Common, stage: str) -> None:
         parameter.requires_grad_(learns(name, frozen, bool(o.lora_rank)))
 
 
+def halve_frozen(model: nn.Module, dtype: str) -> nn.Module:
+    """With --dtype bfloat16 the blocks' matrices that do not learn are kept in it: each product would round
+    them to the same numbers. All else stays float32: what learns, so that small steps add up; norms and
+    embedding, of which the residual stream is made; and the output layer, whose product is float32."""
+    for layer in trunk_of(model).blocks.modules() if dtype == "bfloat16" else ():
+        if isinstance(layer, Linear) and not layer.weight.requires_grad:
+            layer.weight.data = layer.weight.data.bfloat16()
+    return model
+
+
 def learning(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that learn, for an optimizer."""
     return [p for p in model.parameters() if p.requires_grad]
@@ -101,7 +112,7 @@ def share_frozen(model: nn.Module, other: nn.Module) -> None:
         for name, p in [*module.named_parameters(recurse=False)]:
             mine = own.get(f"{prefix}.{name}" if prefix else name)
             if mine is not None and not p.requires_grad and p.shape == mine.shape and (
-                    torch.equal(mine, p.to(mine.device))):
+                    torch.equal(mine, p.to(mine))):
                 setattr(module, name, mine)
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from runtime.boards import Board
 from runtime.device import ALIKE, compile_pays, pick_device, pick_dtype
+from runtime.learning import halve_frozen
 from runtime.lines import parse_line
 from runtime.machine import (Interrupt, Interrupted, peak_memory_mb, resume_command,
                              return_freed_memory, this_machine)
@@ -272,7 +273,7 @@ class Run:
         self.compute = Compute(self.o, self.stage, model.config.d_model, state,
                                model.config.n_layer)
         self.device, self.dtype = self.compute.device, self.compute.dtype
-        self.model = model.to(self.device)
+        self.model = halve_frozen(model, self.dtype).to(self.device)
         use_products(self.model, self.compute.products)
 
     def seconds(self) -> float:

@@ -10,8 +10,8 @@ from data.batches import Rows
 from model import ModelConfig, Transformer, load_checkpoint, open_run
 from ppo import ActorCritic, Networks, PPOTrainer, ScoreScale, collect_rollout, score_replies, update
 from reward import RewardConfig, RewardModel, critic_from
-from runtime.learning import (Below, learn_part, learned, learning, learning_copy, load_learned, share_frozen,
-                              shared_depth)
+from runtime.learning import (Below, halve_frozen, learn_part, learned, learning, learning_copy, load_learned,
+                              share_frozen, shared_depth)
 from runtime.optim import make_optimizers
 from runtime.options import UserError, parse
 from tests.conftest import equal, loud, noise
@@ -353,3 +353,50 @@ def test_a_trainer_without_a_reward_model_shares_too(world, command):
     assert shared_depth(run.model, nets.actor_critic.critic.backbone) == 2
     assert nets.reference.frozen == 2
     assert trainer.update(0)["kl"] == 0
+
+
+# ---- bfloat16 ------------------------------------------------------------------------------------
+
+def test_frozen_matrices_in_bfloat16_change_no_number_of_autocast():
+    model = trunk()
+    learn_part(model, ppo_options(train_layers=2), "ppo")
+    tokens = torch.arange(27).view(3, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model.hidden(tokens)
+        halve_frozen(model, "float32")
+        assert model.blocks[0].mlp.down.weight.dtype == torch.float32
+        halve_frozen(model, "bfloat16")
+        assert torch.equal(model.hidden(tokens), before)
+    halves = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    assert {name.split(".")[1] for name in halves} == {"0", "1"}
+    assert len(halves) == 8
+    assert not halves & {*learned(model)}
+
+
+def test_networks_share_what_one_of_them_has_rounded():
+    o = ppo_options(train_layers=2)
+    policy, reward_model = trunk(), reward_model_on(trunk(), 2)
+    learn_part(policy, o, "ppo")
+    halve_frozen(policy, "bfloat16")
+    share_frozen(policy, reward_model)
+    assert reward_model.backbone.blocks[1].mlp.down.weight is policy.blocks[1].mlp.down.weight
+    assert shared_depth(policy, reward_model.backbone) == 2
+
+
+def test_a_run_in_bfloat16_keeps_its_frozen_matrices_in_it_and_resumes(root, reviews_source, tmp_path):  # noqa: F811
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for out in (whole, killed):
+        copy_parents(root, out, "sft")
+    words = ("sft", "--train_layers=1", "--dtype=bfloat16")
+    done = train(*words, source=reviews_source, out=whole)
+    assert done.returncode == 0, done.stderr
+    run_until_killed(train_words(*words, source=reviews_source, out=killed), killed / "reviews" / "sft")
+    assert train(*words, "--resume", source=reviews_source, out=killed).returncode == 0
+    uninterrupted, resumed = (checkpoint(out / "reviews" / "sft") for out in (whole, killed))
+    for payload in (uninterrupted, resumed):
+        payload["state"].pop("seconds")
+    assert equal(uninterrupted, resumed)
+    types = {name: x.dtype for name, x in uninterrupted["model"].items()}
+    assert types["blocks.0.mlp.down.weight"] == torch.bfloat16
+    assert types["blocks.1.mlp.down.weight"] == types["embedding.weight"] == torch.float32
+    assert {x.dtype for x in load_checkpoint(whole / "reviews" / "sft")[0].parameters()} == {torch.float32}

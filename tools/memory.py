@@ -112,8 +112,9 @@ def memory_needed(config: ModelConfig, train_layers: int = 0, lora_rank: int = 0
     averages, step = map(sum, zip(*(optimizer_bytes(m, not ppo and not lora) for m in learning), strict=True))
     forward = sum(activations(getattr(m, "backbone", m), tokens, o) for m in learning) + 12 * (
         min(o.micro_batch * o.reply_len * vocabulary, NUMBERS_AT_ONCE[o.device]) if ppo else 512 * vocabulary)
+    frozen = sum(p.numel() for p, _ in learning[0].matrix_parameters() if not p.requires_grad) * (half == 2)
     parts = {
-        "weights": 4 * weights, "optimizer": averages,
+        "weights": 4 * weights - 2 * frozen, "optimizer": averages,
         "casts": 2 * trained if half == 2 else 0,  # autocast keeps those of weights that learn
         # In the first pass of a step gradients take the place of what is no longer needed.
         "forward and backward": max(forward + 4 * trained * (o.passes > 1), 4 * trained + step)}
@@ -121,7 +122,7 @@ def memory_needed(config: ModelConfig, train_layers: int = 0, lora_rank: int = 0
         packed = sum(p.numel() for p, _ in plain.matrix_parameters()) + plain.output_weight.numel()
         copies = (half == 2 or lora) + (o.device == "cpu")  # rounded or merged ones, and those in a CPU's layout
         parts |= {
-            "decoder": half * packed * copies,
+            "decoder": half * packed * copies - 2 * frozen * (not lora),  # it reads those as they are
             "cache": 2 * half * config.n_layer * o.rollout_rows * length * config.n_kv_head * config.head_dim,
             "below": 4 * o.batch * length * config.d_model * bool(policy.frozen)}
     if o.device == "cpu":
