@@ -116,7 +116,7 @@ def test_layers_that_share_a_graph_go_on_with_fewer_rows(monkeypatch):
 
 
 def test_a_shallow_model_is_one_graph_and_so_is_one_on_a_gpu():
-    assert [device.layers_compiled(n, "cpu") for n in (4, 8, 12, 30, 31)] == [4, 8, 6, 6, 1]
+    assert [device.layers_compiled(n, "cpu") for n in (4, 5, 12, 30, 31)] == [4, 5, 4, 5, 1]
     assert device.layers_compiled(30, "cuda") == 30
 
 
@@ -133,7 +133,7 @@ def test_compiling_more_layers_in_a_graph_is_for_longer_work():
     def least(n_layer: int, kind: str) -> str:
         return device.compile_pays("auto", kind, 0, n_layer)[1].split()[-2]
 
-    assert [least(n, "cpu") for n in (2, 4, 8, 30)] == ["300", "300", "600", "450"]
+    assert [least(n, "cpu") for n in (2, 4, 5, 30)] == ["300", "300", "375", "375"]
     assert [least(n, "cuda") for n in (4, 32)] == ["120", "960"]
 
 
