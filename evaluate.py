@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from convert.importing import as_checkpoint
+from convert.importing import as_checkpoint, with_checkpoints
 from data.agreement import feedback_table, reward_tables, show_agreement, summary
 from data.batches import held_out_prompts, make_rows, pad_left, prompt_ids, scatter_tokens
 from data.dataset import feedback_of
@@ -35,8 +35,7 @@ from data.prepare import SETTINGS, find_data_set, kept_input, open_data
 from data.prepared import Prepared
 from data.records import load_records
 from data.report import (Measures, add_distinct, describe, drawn_pairs, judged_by, missing, opinions_on_feedback,
-                         people_wrote, policy_columns, render_report, splits_used, table_row,
-                         win_rates)
+                         people_wrote, policy_columns, render_report, splits_used, table_row, win_rates)
 from data.rewards import part_scores, reward_paid
 from data.tokenizer import Tokenizer
 from model import Transformer, checkpoint_path, compared_logprobs, load_checkpoint
@@ -442,9 +441,8 @@ class EvaluateOptions(Options):
 @memory_advice("lower --prompts or --reply_len")
 def main(argv: list[str]) -> None:
     n = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    o = parse(EvaluateOptions, argv[n:], "evaluate.py DIR…")
+    o = with_checkpoints(parse(EvaluateOptions, argv[n:], "evaluate.py DIR…"))
     folders = [pathlib.Path(as_checkpoint(folder)) for folder in argv[:n]]
-    o = o.replace(reference=as_checkpoint(o.reference), reward_from=as_checkpoint(o.reward_from))
     if not folders:
         raise UserError("which checkpoints? python evaluate.py out/reviews/sft out/reviews/ppo")
     require_place(o.json, "--json")

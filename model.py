@@ -27,6 +27,7 @@ from data.tokenizer import Tokenizer
 from runtime.decoding import KVCache
 from runtime.draws import STAGES
 from runtime.learning import learn_part
+from runtime.lora import add_stored_adapters, merge_adapters
 from runtime.machine import row_chunks
 from runtime.options import Common, UserError
 from runtime.products import LayerNorm, Linear, RMSNorm, linear, use_products
@@ -314,6 +315,8 @@ class Transformer(nn.Module):
         cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        # Ids of rows that no token has, as many real vocabularies leave some: they are never written.
+        self.register_buffer("absent", None, persistent=False)
         # Gradient checkpointing: store only each block's input, recompute the block in backward.
         self.recompute = False
         self.frozen = 0  # of the lowest blocks; see runtime.learning
@@ -416,9 +419,10 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """(…, D) -> logits (…, V)."""
-        if self.output is not None:
-            return self.output(hidden)
-        return linear(hidden, self.embedding.weight, self.products)
+        logits = (linear(hidden, self.embedding.weight, self.products) if self.output is None
+                  else self.output(hidden))
+        # Not −∞, which times a probability of 0 would be no number in an entropy.
+        return logits if self.absent is None else logits.index_fill(-1, self.absent, -1e4)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None,
                 docs: Tensor | None = None) -> Tensor:
@@ -431,7 +435,7 @@ class Transformer(nn.Module):
         stacked = {"qkv": tuple(n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)),
                    "gate_up": (c.d_ff, c.d_ff)}
         return [(p, stacked.get(name.split(".")[-2], (len(p),)))
-                for name, p in self.blocks.named_parameters() if p.dim() == 2]
+                for name, p in self.blocks.named_parameters() if p.dim() == 2 and ".adapter." not in name]
 
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -595,8 +599,9 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, tokenizer: Tokeni
 
 
 def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
-                    cls: type = Transformer) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
-    """(model in evaluation mode, tokenizer, state) from a file or a run's folder.
+                    cls: type = Transformer, merged: bool = True) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
+    """(model in evaluation mode, tokenizer, state) from a file or a run's folder; with its adapters (LoRA)
+    merged into its weights, unless they are to learn further.
 
     If the file is damaged, the one before is taken and a line says so; state["recovered"] is then
     True. A missing file, a damaged one without an older one, and one of another kind than `cls` are
@@ -621,6 +626,8 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
         print(f"{error}; the one before, {older.name} of step {state.get('step')}, is used",
               file=sys.stderr)
     use_products(model, state.get("products", "aten"))  # those that its numbers were made with
+    if merged:
+        merge_adapters(model)
     return model.to(device).eval(), tokenizer, state
 
 
@@ -661,7 +668,10 @@ def read_checkpoint(path: pathlib.Path,
             if not largest(tensor) < math.inf:
                 raise ValueError(f"{name} holds numbers that are not finite")
         model = cls(config)
+        add_stored_adapters(model, weights)
         model.load_state_dict(weights)
+        if isinstance(model, Transformer) and tokenizer.empty_ids:
+            model.absent = torch.tensor(tokenizer.empty_ids)
     # load_state_dict is strict: a reward head that was not saved must not score as noise.
     except (RuntimeError, TypeError, LookupError, ValueError, AttributeError, UserError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
@@ -673,13 +683,13 @@ def read_checkpoint(path: pathlib.Path,
 # ---- what a stage starts from --------------------------------------------------------------------
 
 def load_parent(o: Common, data: Prepared, stage: str, path: str,
-                cls: type = Transformer) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
+                cls: type = Transformer, merged: bool = True) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
     """The checkpoint at `path`, or of this run's own `stage`; prints what it fixes for the child.
 
     UserError if its training is unfinished, or if --vocab_size contradicts it.
     """
     where = path or run_folder(o, stage)
-    model, tokenizer, state = load_checkpoint(where, "cpu", cls)
+    model, tokenizer, state = load_checkpoint(where, "cpu", cls, merged)
     record, c = read_config(where) or state, model.config
     if not record.get("finished", True):
         raise UserError(f"{where}: its training is not finished (step {state['step']}): go on with "
@@ -751,7 +761,7 @@ def open_run(stage: str, o: Common, data: Prepared, parents: dict[str, str], mod
         return None
     state: dict[str, Any] = {}
     if folder.resumes:
-        model, tokenizer, state = load_checkpoint(folder.path, cls=type(model))
+        model, tokenizer, state = load_checkpoint(folder.path, cls=type(model), merged=False)
     if stage in PARENTS:  # pretraining starts from nothing: all of it learns
-        learn_part(model, o)
+        learn_part(model, o, stage)
     return Run(folder, model, tokenizer, data.template, state, save_checkpoint)

@@ -54,6 +54,7 @@ from runtime.draws import batch_indices, key
 from runtime.machine import resume_command
 from runtime.learning import (Below, knowing, learned, learning, learning_copy, load_learned, share_frozen,
                               shared_depth)
+from runtime.lora import drop_adapters
 from runtime.optim import clip_gradients, restore, stop_unless_finite
 from runtime.options import Common, UserError, option
 from runtime.products import use_products
@@ -676,7 +677,7 @@ class PPOTrainer:
             raise ValueError("PPOTrainer: resolve reward_norm first, by data.rewards.resolved")
         self.estimator = estimator or (gae_estimator if o.advantage == "gae" else group_estimator)
         # What no network learns and all have in common is in memory once, and computed once.
-        reference, self.reward_model = learning_copy(reference, o), reward_model
+        reference, self.reward_model = drop_adapters(learning_copy(reference, o, "ppo")), reward_model
         if reward_model is not None:
             reward_model.rows_at_once = o.micro_batch
         for network in (reference, reward_model) if reward_model is not None else (reference,):
@@ -829,7 +830,8 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     parents, reward_model, feedback = {"init": state["hash"]}, None, "scores of any kind"
     parents |= {f"file {term.path}": term.digest for term in terms if term.path is not None}
     if not terms or needs_model(o, terms):
-        reward_model, reward_tokenizer, reward_state = load_parent(o, data, "reward", o.reward_from, RewardModel)
+        reward_model, reward_tokenizer, reward_state = load_parent(
+            o, data, "reward", o.reward_from, RewardModel, merged=not o.lora_rank)  # else adapters go on learning
         tokenizer.require_same(reward_tokenizer, "the policy and the reward model")
         parents["reward"] = reward_state["hash"]
         if "scorer" not in seams:

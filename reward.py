@@ -33,6 +33,7 @@ from runtime.device import precision
 from runtime.draws import batch_indices, key, torch_seed
 from runtime.fit import fit
 from runtime.learning import learn_part, learning_copy, share_frozen
+from runtime.lora import without_adapters
 from runtime.machine import require_finite
 from runtime.options import Common, MaximumLikelihoodOptions, UserError, option
 from runtime.run import Run
@@ -217,7 +218,7 @@ def critic_from(reward_model: RewardModel, mean: float = 0.0, std: float = 1.0,
     PPO's critic starts from it, with a mean and a spread at which its values are those that the
     starting policy's replies are paid.
     """
-    critic = learning_copy(reward_model, o)
+    critic = learning_copy(reward_model, o, "ppo")
     critic.config = dataclasses.replace(critic.config, parts=(), members=1, ensemble="mean")
     head = critic.score_head
     head.out_features = 1
@@ -230,9 +231,9 @@ def critic_of_policy(policy: Transformer, value: float, o: Common) -> RewardMode
     """A critic where there is no reward model: the policy's trunk, what does not learn being its very tensors,
     and a head that says `value` everywhere."""
     critic = RewardModel(RewardConfig(**dataclasses.asdict(policy.config)))
-    critic.backbone.load_state_dict(policy.state_dict())
-    learn_part(critic, o)
-    share_frozen(policy, critic.backbone)
+    critic.backbone.load_state_dict(without_adapters(policy.state_dict()))
+    learn_part(critic, o, "ppo")
+    share_frozen(policy, critic)
     nn.init.zeros_(critic.score_head.weight)
     nn.init.constant_(critic.score_head.bias, value)
     return critic
@@ -568,7 +569,9 @@ def train_reward(o: RewardOptions, stage: str = "reward", parent: str = "sft") -
     if o.strength_from:
         parents["strength"] = load_checkpoint(o.strength_from, "cpu", RewardModel)[2]["hash"]
     parts = parts_of([*data.records(stage, "train"), *feedback_beside(data, stage)])
-    run = open_run(stage, o, data, parents, reward_model_from(trunk, o, stage, parts), tokenizer)
+    model = reward_model_from(trunk, o, stage, parts)
+    del trunk  # copied: one in memory is enough
+    run = open_run(stage, o, data, parents, model, tokenizer)
     if run is None:
         return None
     task = RewardTask(run, data)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convert.importing import as_checkpoint
+from convert.importing import as_checkpoint, own_sampling
 from data.batches import pad_left, prompt_ids
 from data.records import apply_template, load_records, prompt_text
 from data.tokenizer import Tokenizer
@@ -494,11 +494,7 @@ class ChatSession:
         self.device = pick_device(o.device)
         self.model, self.tokenizer, self.state = load_checkpoint(as_checkpoint(path), self.device)
         self.dtype = pick_dtype(o.dtype, self.device, self.model.config.d_model)[0]
-        own = {name: x for name, x in self.state.get("generation", {}).items() if name not in o.explicit}
-        if own:  # an imported model's own way of sampling
-            print(f"{path}: sampling as its generation_config.json says: "
-                  + ", ".join(f"--{name} {x:g}" for name, x in own.items()), file=sys.stderr)
-        self.o = o = o.replace(**own)
+        self.o = own_sampling(path, self.state, o)
         self.bare = self.state.get("stage") == "pretrain"  # it knows documents, no dialogues
         self.template = "{prompt}" if o.raw else self.state.get("template", "{prompt}")
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import evaluate
-from convert.importing import as_checkpoint
+from convert.importing import with_checkpoints
 from data.batches import dialogue_rows, eval_windows, held_out_prompts, pack_rows, prompt_ids, text_batches
 from data.dataset import SPLITS
 from data.drawn import drawn_prompts, grown_records, mark_of, scores_of
@@ -43,9 +43,8 @@ from model import (ModelConfig, Transformer, checkpoint_path, cross_entropy_sum,
                    load_checkpoint, load_parent, next_token_loss, open_run, require_lengths)
 from ppo import PPOOptions, train_ppo
 from reward import RewardModel, RewardOptions, train_reward
-from runtime.boards import require_tensorboard
-from runtime.commands import parse_command
-from runtime.device import compute_alike, pick_device, precision
+from runtime.commands import parse_command, prepare_machine
+from runtime.device import pick_device, precision
 from runtime.draws import batch_indices, torch_seed
 from runtime.fit import fit
 from runtime.machine import Interrupt, Interrupted, keep_freed_memory
@@ -63,7 +62,7 @@ class PretrainOptions(MaximumLikelihoodOptions):
     """`python train.py pretrain`"""
 
     TOTAL: ClassVar = "tokens"
-    IGNORED: ClassVar = ("train_layers",)  # a new model learns as a whole
+    IGNORED: ClassVar = ("train_layers", "lora_rank", "lora_alpha")  # a new model learns as a whole
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(n_layer=2, n_head=2, n_kv_head=1, d_model=32, d_ff=64, max_len=128,
                       tokens=20_000, window=64, batch=8, eval_every=30),
@@ -437,8 +436,7 @@ def main(argv: list[str]) -> int:
         stage, options = parse_command(argv, {name: cls for name, (cls, _) in STAGES.items()}, ROAD, "train.py")
         all_stages = stage == "all"
         data = kept_input([*options.values()][0].data)
-        options = {name: o.replace(data=data, init_from=as_checkpoint(o.init_from),
-                                   reward_from=as_checkpoint(o.reward_from)) for name, o in options.items()}
+        options = {name: with_checkpoints(o.replace(data=data)) for name, o in options.items()}
         o = options["ppo" if all_stages else stage]
         if all_stages:
             for name in ("reward", "judge"):
@@ -446,11 +444,7 @@ def main(argv: list[str]) -> int:
         else:
             o.refuse("report_prompts", why=f"on {stage} alone: it is for the report of `train.py all`")
         require_lengths(options, known_max_len(options["pretrain"]) if all_stages else None)
-        pick_device(o.device)  # fail early on a missing device, or package
-        if o.tensorboard:
-            require_tensorboard()
-        if o.deterministic:
-            compute_alike()
+        prepare_machine(o)
         if all_stages:
             run_all(options)
         else:

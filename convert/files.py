@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterable
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -289,6 +290,14 @@ def _index(shards: list[dict[str, Any]], names: list[str]) -> bytes:
                                       for name in shard}}, indent=2, ensure_ascii=False).encode()
 
 
+def _numbers(name: str, value: Any) -> np.ndarray:
+    """The bytes of a tensor, which is read now if it is a lazy one."""
+    tensor = value.read() if hasattr(value, "read") else value.detach().cpu()
+    if (tensor.shape, tensor.dtype) != (tuple(value.shape), value.dtype):
+        raise ValueError(f"{name!r} is not the tensor that its shape and type promised")
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
 def _write(file: IO[bytes], shard: dict[str, Any], metadata: dict[str, str]) -> None:
     """One file of safetensors. Wide types come first and the header is padded to 8 bytes, so each
     tensor is aligned to its own type."""
@@ -302,10 +311,6 @@ def _write(file: IO[bytes], shard: dict[str, Any], metadata: dict[str, str]) -> 
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
     for name in names:
-        value = shard[name]
-        tensor = value.read() if hasattr(value, "read") else value.detach().cpu()
-        if (tensor.shape, tensor.dtype) != (tuple(value.shape), value.dtype):
-            raise ValueError(f"{name!r} is not the tensor that its shape and type promised")
-        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        file.write(_numbers(name, shard[name]))
     file.flush()
     os.fsync(file.fileno())  # a full disk is met before the first file takes its name

@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import pathlib
-from typing import Any
+import sys
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,9 +23,10 @@ from data.downloads import Package, raw_files, read_archive
 from data.prepare import CACHE
 from model import ModelConfig, Transformer, checkpoint_path, rotary_tables, save_checkpoint
 from reward import RewardConfig, RewardModel
-from runtime.options import UserError
+from runtime.options import Options, UserError
 from runtime.storage import largest, replacing
 
+T = TypeVar("T", bound=Options)
 VERSION = 1  # of an imported checkpoint; raise it to make those imported earlier unused
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 NAMED = {"smollm2-135m": Package(
@@ -47,6 +49,21 @@ def as_checkpoint(path: str) -> str:
     if not checkpoint_path(folder).exists():
         import_model(place, folder)
     return str(folder)
+
+
+def with_checkpoints(o: T) -> T:
+    """The options with each real model that they name as a checkpoint of ours."""
+    named = {name: getattr(o, name, "") for name in ("init_from", "reward_from", "reference", "strength_from")}
+    return o.replace(**{name: as_checkpoint(path) for name, path in named.items() if path})
+
+
+def own_sampling(path: str, state: dict[str, Any], o: T) -> T:
+    """The options with an imported model's own way of sampling, where no flag says otherwise; prints it."""
+    own = {name: x for name, x in state.get("generation", {}).items() if name not in o.explicit}
+    if own:
+        print(f"{path}: sampling as its generation_config.json says: "
+              + ", ".join(f"--{name} {x:g}" for name, x in own.items()), file=sys.stderr)
+    return o.replace(**own)
 
 
 def is_real(place: pathlib.Path) -> bool:

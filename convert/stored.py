@@ -1,6 +1,6 @@
 """Tensors that lie in files: where each one is, and how its bytes become numbers.
 
-Only what is asked for is read, a few MB at a time, straight into the result. There is no memory map:
+Only what is asked for is read, one MB at a time, straight into the result. There is no memory map:
 its pages count as the process's own until the system takes them back, so an import would show twice
 its size, and a file that is cut short while it is mapped ends the process without a word.
 """
@@ -19,7 +19,7 @@ from runtime.options import UserError
 from runtime.storage import Damaged, open_plain
 from runtime.terminal import reading
 
-PIECE = 2**23  # bytes read at once
+PIECE = 2**20  # bytes of numbers read at once; larger pieces are no faster, and leave larger holes in memory
 MOST_DIMENSIONS = 8
 POINTER = b"version https://git-lfs"  # how the small text begins that Git LFS leaves in place of a file
 AGAIN = "it was not copied whole, or was changed: fetch it again"
@@ -91,7 +91,7 @@ class Stored:
         become shorter, or unreadable, since it was opened."""
         layout, n_blocks = self.layout, self.span // self.layout.numbers
         flat = torch.empty(self.span, dtype=dtype or layout.dtype)
-        at_once = PIECE // layout.size
+        at_once = PIECE // (layout.numbers * layout.dtype.itemsize)
         buffer = torch.empty(min(at_once, n_blocks) * layout.size, dtype=torch.uint8)
         with reading(self.path), open_plain(self.path, "rb", follow=True) as file:
             file.seek(self.offset)

@@ -215,8 +215,9 @@ class Plain(ChatFormat):
     name, leading_space = "plain", True
 
     def start(self, system: str | None) -> list[Piece]:
-        text = self.system if system is None else system
-        return [Piece(f"{text}\n\n")] if text else []
+        if system is None and not self.system:
+            return []
+        return [Piece(f"{self.system if system is None else system}\n\n")]
 
     def user(self, text: str) -> list[Piece]:
         return [Piece(f"Human: {text}\n\n")]

@@ -19,6 +19,7 @@ import tiktoken
 
 from data.bpe import learn_tokens
 from data.chat import Piece, chat_format, to_state
+from data.pieces import SentencePieces
 from data.records import check_dialogue
 from runtime.options import UserError
 
@@ -49,6 +50,7 @@ class Vocabulary:
     text: dict[str, int] = dataclasses.field(default_factory=dict)
     # Tokens that no merge leads to, bytes as latin-1: they are decoded only.
     unmerged: dict[str, int] = dataclasses.field(default_factory=dict)
+    sentencepiece: str = ""  # SentencePiece's model file, bytes as latin-1, which encodes instead of tiktoken
 
     @classmethod
     def own(cls, n: int) -> "Vocabulary":
@@ -104,9 +106,14 @@ class Tokenizer:
         self._prepare_encoding()
 
     def _prepare_encoding(self) -> None:
-        """tiktoken panics at a byte without a token, so such a byte gets a rank after all others, which
-        `encode` drops. Byte-level BPE elsewhere drops it as silently."""
+        """tiktoken panics at a byte without a token, with an error that `except Exception` lets through, so
+        such a byte gets a rank after all others, by which `encode` knows it."""
         ranks = {token: i for i, token in enumerate(self.ranks)}
+        self._warned, self._short = False, dict[str, list[int]]()
+        self._spaces = self._id_of_rank = None
+        if self.vocabulary.sentencepiece:
+            self._encoding, self._without_token = SentencePieces(self.vocabulary.sentencepiece.encode("latin-1")), []
+            return
         if self._characters is None:
             self._without_token = [bytes([i]) for i in range(256) if bytes([i]) not in ranks]
         else:
@@ -118,7 +125,6 @@ class Tokenizer:
         self._spaces = re.compile("(" + "|".join(map(re.escape, spaces)) + ")") if spaces else None
         in_order = self.vocabulary.ids == range(len(self.ranks)) and not self._without_token
         self._id_of_rank = None if in_order else self.vocabulary.ids
-        self._warned = False
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary tokens, whatever the text looks like: a special token's name in a text stays
@@ -141,16 +147,26 @@ class Tokenizer:
             [self.vocabulary.text[part]] if part in self.vocabulary.text and part.isspace() else self._ordinary(part))]
 
     def _ordinary(self, text: str) -> list[int]:
-        """Ids of merged tokens; bytes without a token are dropped, and the first time a line says so."""
+        """Ids of merged tokens."""
         ranks = self._encoding.encode(text, disallowed_special=())
         if self._id_of_rank is None:
             return ranks
-        ids = [self._id_of_rank[rank] for rank in ranks if rank < len(self.ranks)]
-        if len(ids) < len(ranks) and not self._warned:
+        if self._without_token and max(ranks, default=0) >= len(self.ranks):
+            ranks = self._without_missing(text)
+        return [self._id_of_rank[rank] for rank in ranks]
+
+    def _without_missing(self, text: str) -> list[int]:
+        """Ranks of a text whose bytes without a token are dropped after it is cut into pieces, as Hugging
+        Face's tokenizers do: what stood around one may then merge. The first time a line says so."""
+        import regex  # comes with tiktoken, which keeps its pieces to itself
+
+        if not self._warned:
             self._warned = True
             print(f"warning: this vocabulary has no token for {len(self._without_token)} of the 256 bytes; they are "
                   f"left out of texts, the first time of {text[:20]!a}", file=sys.stderr)
-        return ids
+        missing = b"".join(self._without_token)
+        pieces = [piece.encode().translate(None, missing) for piece in regex.findall(self.pattern, text)]
+        return [rank for piece in pieces if piece for rank in self._encoding._encode_single_piece(piece)]
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token; for a special one, its name."""
@@ -193,23 +209,31 @@ class Tokenizer:
         return self._encode_pieces(self.chat.pieces(messages, reply))
 
     def _encode_pieces(self, pieces: Iterable[Piece]) -> tuple[list[int], list[bool]]:
-        """(ids, loss mask) of a dialogue's pieces. Of a text that is encoded at once a token is learned if
-        it begins where the learned part does, or later."""
+        """(ids, loss mask) of a dialogue's pieces."""
         ids, mask = [], []
-        for special, group in itertools.groupby(pieces, key=lambda piece: piece.special):
+        for special, group in itertools.groupby(pieces, key=lambda piece: piece.special or not self.chat.whole):
             together = list(group)
-            if special:
-                ids += [self.special[piece.text] for piece in together]
-                mask += [piece.learn for piece in together]
-                continue
-            for part in [together] if self.chat.whole else [[piece] for piece in together]:
-                new = self.encode("".join(piece.text for piece in part))
+            if not special:
+                new = self.encode("".join(piece.text for piece in together))
                 ids += new
-                mask += self._learned(part, new)
+                mask += self._learned(together, new)
+                continue
+            for piece in together:
+                new = [self.special[piece.text]] if piece.special else self._encode_short(piece.text)
+                ids += new
+                mask += [piece.learn] * len(new)
         return ids, mask
 
+    def _encode_short(self, text: str) -> list[int]:
+        """`encode`, remembering what stands in every dialogue, `: ` and newlines."""
+        if (ids := self._short.get(text)) is None:
+            ids = self.encode(text)
+            if len(text) <= 2 and len(self._short) < 100:
+                self._short[text] = ids
+        return ids
+
     def _learned(self, pieces: list[Piece], ids: list[int]) -> list[bool]:
-        """Which tokens of the pieces' joined text begin in one that is learned."""
+        """Which tokens of the pieces' joined text are learned: those that begin in a piece that is."""
         if len({piece.learn for piece in pieces}) == 1:
             return [pieces[0].learn] * len(ids)
         flags, text, length = [], "", 0
@@ -232,6 +256,8 @@ class Tokenizer:
         end_ids. UserError if it needs tokens that are not there."""
         v, end = self.vocabulary, chat_format(name, **settings).tokens[-1:]
         ends = [v.special[token] for token in end if token in v.special]
+        if not end:  # the format names no end of its own
+            settings.setdefault("end", next(token for token, i in v.special.items() if i == self.eom_id))
         return Tokenizer(self.ranks, self.pattern, dataclasses.replace(
             v, chat={"name": name, **settings}, end_ids=[*ends, *(i for i in v.end_ids if i not in ends)]))
 

@@ -3,6 +3,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from runtime.boards import require_tensorboard
+from runtime.device import compute_alike, pick_device
 from runtime.options import Common, UserError, parse, parse_all
 
 
@@ -21,3 +23,12 @@ def parse_command(argv: list[str], stages: Mapping[str, type], road: Sequence[st
     options = parse(stages[stage], rest, f"{prog} {stage}")
     options.refuse(*options.IGNORED, why=f"on {stage}")
     return stage, {stage: options}
+
+
+def prepare_machine(o: Common) -> None:
+    """Fail early on a missing device or package; with --deterministic fix how sums are taken."""
+    pick_device(o.device)
+    if o.tensorboard:
+        require_tensorboard()
+    if o.deterministic:
+        compute_alike()

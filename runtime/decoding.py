@@ -135,7 +135,7 @@ def packed_product(weight: Tensor, rows: int,
     weight = weight.detach()
     if weight.device.type != "cpu":
         return None
-    half = weight.dtype == torch.bfloat16
+    half = weight.dtype == torch.bfloat16  # without 512-bit vectors oneDNN refuses to pack it
     if _reorder is not None and (half_is_fast("cpu") if half else products == "onednn"):
         packed = _reorder(weight, rows)
         return lambda x: _onednn(x, packed, None, "none", [], "")
@@ -150,18 +150,25 @@ class PackedLinear(nn.Module):
     rows, and its bias, if it has one."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int, products: str = "aten",
-                 bias: Tensor | None = None):
+                 bias: Tensor | None = None, adapter: nn.Module | None = None):
         super().__init__()
+        self.adapter = [adapter]  # in a list, as weight and bias are: they belong to the model
         self.source, self.dtype, self.rows, self.n_out = [weight, bias], dtype, rows, len(weight)
         self.products, self.number = products, next(_numbers)
         self.index: int | Tensor = self.number  # a tensor where layers share a graph
         weakref.finalize(self, _packed.pop, self.number, None)
         self.refresh()
 
+    def present(self) -> Tensor:
+        """(n_out, n_in): the weight as it is now, with its adapter in it."""
+        weight, adapter = self.source[0].detach(), self.adapter[0]
+        return weight if adapter is None else weight + adapter.delta().detach()
+
     def refresh(self) -> None:
         """Pack the weight as it is now."""
-        self.weight, self.bias = (None if source is None else source.detach().to(self.dtype)
-                                  for source in self.source)
+        bias = self.source[1]
+        self.weight = self.present().to(self.dtype)
+        self.bias = None if bias is None else bias.detach().to(self.dtype)
         self.product = _packed[self.number] = packed_product(self.weight, self.rows, self.products)
         self.is_packed = self.product is not None
         # One compiled row is memory-bound: a fused multiply-and-sum reads the weight once.
@@ -219,7 +226,7 @@ class Int8Linear(PackedLinear):
         self.many_rows = self.product or self.plain_product
         # _weight_int8pack_mm reads 16 numbers at a time.
         self.few_rows = self.rows < 8 and self.weight.shape[1] % 16 == 0
-        q, scale = quantise_rows(self.source[0].detach())
+        q, scale = quantise_rows(self.present())
         signed = (q.short() - 128).to(torch.int8)
         self.product = _packed[self.number] = int8_product(signed, scale[:, 0], self.few_rows)
 
@@ -251,7 +258,7 @@ def decoding_copy(model: nn.Module, dtype: torch.dtype, rows: int,
     for parent in list(packed.modules()):
         for name, child in parent.named_children():
             if isinstance(child, Linear):
-                setattr(parent, name, pack(child.weight, dtype, rows, child.products, child.bias))
+                setattr(parent, name, pack(child.weight, dtype, rows, child.products, child.bias, child.adapter))
     if packed.output is None:
         packed.output = pack(model.output_weight, dtype, rows, model.products)
     for layer in packed_layers(packed.blocks) if layered else ():

@@ -23,6 +23,7 @@ PURPOSES = {
     "reply": 7,  # tokens of sampled replies
     "minibatch": 8,  # order of a rollout's rows in an epoch of PPO
     "bootstrap": 9,  # how often a record counts for a member of an ensemble
+    "adapters": 10,  # initial adapters (LoRA)
 }
 
 

@@ -68,7 +68,7 @@ def fit(run: Run, task: Task) -> dict[str, float]:
             # Measure, log, save.
             measuring = last or done % o.eval_every == 0
             if measuring or done % o.log_every == 0:
-                metrics = {"loss": loss, "lr": factor * o.lr, "grad_norm": norm,
+                metrics = {"loss": loss, "lr": optimizers[0].param_groups[0]["lr"], "grad_norm": norm,
                            "tokens_per_s": tokens / (time.perf_counter() - since),
                            "seconds": run.seconds()}
                 if measuring:

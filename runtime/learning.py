@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from runtime.draws import torch_seed
+from runtime.lora import add_adapters
 from runtime.options import Common, UserError
 
 
@@ -22,17 +24,18 @@ def trunk_of(model: nn.Module) -> Any:
 
 # ---- what learns ---------------------------------------------------------------------------------
 
-def learns(name: str, frozen: int) -> bool:
+def learns(name: str, frozen: int, lora: bool = False) -> bool:
     """Whether the parameter of this name learns if the `frozen` lowest blocks do not: those of the other
-    blocks, of the final norm, and of heads. The embedding does not, and neither does the output layer.
+    blocks, of the final norm, and of heads; with lora, adapters of the other blocks, and heads. The embedding
+    does not, and neither does the output layer.
 
     >>> [learns(name, 2) for name in ("blocks.1.mlp.down.weight", "blocks.2.mlp.down.weight", "score_head.bias")]
     [False, True, True]
     """
     part, *rest = name.removeprefix("backbone.").split(".")
     if part == "blocks":
-        return int(rest[0]) >= frozen
-    return part not in ("embedding", "position_embedding", "output")
+        return int(rest[0]) >= frozen and ("adapter" in rest or not lora)
+    return part not in ("embedding", "position_embedding", "output", *["norm"] * lora)
 
 
 def frozen_blocks(model: nn.Module, o: Common) -> int:
@@ -44,13 +47,18 @@ def frozen_blocks(model: nn.Module, o: Common) -> int:
     return n - (o.train_layers or n)
 
 
-def learn_part(model: nn.Module, o: Common) -> None:
-    """Let the part that --train_layers names learn; 0: all. What does not learn needs no gradient, and
-    none is computed below it."""
-    if o.train_layers:
-        trunk_of(model).frozen = frozen_blocks(model, o)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(learns(name, trunk_of(model).frozen))
+def learn_part(model: nn.Module, o: Common, stage: str) -> None:
+    """Let the part learn that --train_layers and --lora_rank name, with adapters where they are missing; 0
+    and 0: all. What does not learn needs no gradient, and none is computed below it. stage: whose draws new
+    adapters begin with."""
+    if not (o.train_layers or o.lora_rank):
+        return
+    trunk, frozen = trunk_of(model), frozen_blocks(model, o)
+    if o.lora_rank:
+        add_adapters(trunk.blocks[frozen:], trunk.config.d_model, o, torch_seed(o.seed, stage, "adapters"))
+    trunk.frozen = frozen
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(learns(name, frozen, bool(o.lora_rank)))
 
 
 def learning(model: nn.Module) -> list[nn.Parameter]:
@@ -73,23 +81,23 @@ def load_learned(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 # ---- what networks have in common ----------------------------------------------------------------
 
-def learning_copy(model: nn.Module, o: Common | None = None) -> nn.Module:
+def learning_copy(model: nn.Module, o: Common | None = None, stage: str = "") -> nn.Module:
     """A copy in which the part that the options name learns, without options all of it; what does not
-    learn are the model's own tensors, so it takes no memory."""
-    kept = () if o is None or not o.train_layers else [
-        p for name, p in model.named_parameters() if not learns(name, frozen_blocks(model, o))]
+    learn are the model's own tensors, so it takes no memory. stage: as `learn_part` has it."""
+    if o is None or not (o.train_layers or o.lora_rank):
+        return copy.deepcopy(model).requires_grad_(True)
+    frozen = frozen_blocks(model, o)
+    kept = [p for name, p in model.named_parameters() if not learns(name, frozen, bool(o.lora_rank))]
     copied = copy.deepcopy(model, {id(p): p for p in kept})
-    if not kept:
-        return copied.requires_grad_(True)
-    learn_part(copied, o)
+    learn_part(copied, o, stage)
     return copied
 
 
 def share_frozen(model: nn.Module, other: nn.Module) -> None:
-    """Let `other` have the model's own tensors where neither learns and both are equal: one copy in
-    memory."""
-    own = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    for prefix, module in [*other.named_modules()]:
+    """Let the trunk of `other` have the tensors of the model's where neither learns and both are equal: one
+    copy in memory."""
+    own = {name: p for name, p in trunk_of(model).named_parameters() if not p.requires_grad}
+    for prefix, module in [*trunk_of(other).named_modules()]:
         for name, p in [*module.named_parameters(recurse=False)]:
             mine = own.get(f"{prefix}.{name}" if prefix else name)
             if mine is not None and not p.requires_grad and p.shape == mine.shape and (

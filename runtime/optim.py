@@ -70,14 +70,19 @@ def orthogonal(x: Tensor, iterations: int) -> Tensor:
 
 def make_optimizers(model: Any, o: MaximumLikelihoodOptions) -> list[torch.optim.Optimizer]:
     """Muon for model.matrix_parameters(), AdamW for embeddings, norms and heads; or AdamW for all; of those
-    that learn."""
+    that learn.
+
+    Adapters (LoRA) are AdamW's, at --adam_lr: Muon makes the step of a whole matrix orthogonal, and
+    orthogonal steps of two factors are not that of their product.
+    """
     matrices = [(p, rows) for p, rows in model.matrix_parameters() if p.requires_grad]
     chosen = {id(p) for p, _ in matrices}
     others = [p for p in learning(model) if id(p) not in chosen]
-    if o.optimizer == "adamw":
+    if o.optimizer == "adamw" or not matrices:
+        lr = o.lr if o.optimizer == "adamw" else o.adam_lr
         groups = [{"params": [p for p, _ in matrices], "weight_decay": o.weight_decay},
                   {"params": others, "weight_decay": 0.0}]
-        return [torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, 0.95), fused=True)]
+        return [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
     return [Muon(matrices, lr=o.lr, weight_decay=o.weight_decay,
                  iterations=o.newton_schulz_iterations),
             torch.optim.AdamW(others, lr=o.adam_lr, betas=(0.9, 0.95), weight_decay=0.0,

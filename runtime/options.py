@@ -294,8 +294,7 @@ class Common(Options):
     judge_share: float = option(-1.0, "share of your feedback kept for judges; -1: half of 2,000 records "
                                       "and more, a fifth of fewer", low=-1, high=0.9)
     # The run.
-    preset: str = option("demo", "demo: two CPU cores, ten minutes for all; smoke: seconds, for "
-                                 "tests; base: one GPU",
+    preset: str = option("demo", "demo: two CPU cores, ten minutes for all; smoke: seconds, for tests; base: a GPU",
                          choices=("smoke", "demo", "base"), compared=False)
     out: str = option("out", "runs are written to OUT/<data>/<stage>/", compared=False)
     init_from: str = option("", "checkpoint to start from; empty: this run's own parent stage; in "
@@ -311,13 +310,15 @@ class Common(Options):
     # What learns.
     train_layers: int = option(0, "only the last so many blocks learn, with the final norm and the heads; 0: all",
                                low=0, high=1000)
+    lora_rank: int = option(0, "rank of adapters that learn instead, on attention and MLP (of the last --train_layers "
+                               "blocks); 0: none", source="Hu 2021; usual: 8 to 64", low=0, high=100_000)
+    lora_alpha: float = option(0.0, "what they say counts this / rank times; 0: twice the rank", low=0, high=1e6,
+                               source="Hu 2021 holds it fixed while ranks are tried; 2 · rank is usual")
     # The machine.
     device: str = option("auto", "device to compute on", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = option("auto", "precision of matrix products; auto measures",
-                        choices=("auto", "float32", "bfloat16"))
-    compile: str = option("auto", "torch.compile; auto: if it works here and the first steps show "
-                                  "that the remaining ones are worth it",
-                          choices=("auto", "on", "off"))
+    dtype: str = option("auto", "precision of matrix products; auto measures", choices=("auto", "float32", "bfloat16"))
+    compile: str = option("auto", "torch.compile; auto: if it works here and the first steps show that the remaining "
+                                  "ones are worth it", choices=("auto", "on", "off"))
     deterministic: bool = option(False, "for numbers to publish: float32, two threads, one kind of "
                                         "products, nothing compiled, and sums in a fixed order, so that machines "
                                         "alike give the same digits")
@@ -332,6 +333,8 @@ class Common(Options):
             if getattr(self, name, "auto") not in ("auto", "float32", "off"):
                 raise UserError(f"--deterministic and --{name} {getattr(self, name)} contradict "
                                 "each other: it computes in float32, and compiles nothing")
+        if not self.lora_rank:
+            self.refuse("lora_alpha", why="without --lora_rank")
 
 
 @dataclasses.dataclass
@@ -343,22 +346,17 @@ class MaximumLikelihoodOptions(Common):
     }
 
     # The optimizer.
-    optimizer: str = option("muon", "muon: block matrices by Muon, everything else by AdamW; "
-                                    "adamw: everything by AdamW",
+    optimizer: str = option("muon", "muon: block matrices by Muon, all else by AdamW; adamw: everything by AdamW",
                             choices=("muon", "adamw"), source="Jordan 2024; Loshchilov 2019")
     newton_schulz_iterations: int = option(3, "iterations that make Muon's step orthogonal",
                                            source="measured: 3 learn as well as 5 here", low=1, high=100)
-    weight_decay: float = option(0.0, "decoupled weight decay of block matrices",
-                                 source="Loshchilov 2019", low=0)
+    weight_decay: float = option(0.0, "decoupled weight decay of block matrices", source="Loshchilov 2019", low=0)
     clip: float = option(1.0, "clip gradients to this norm; 0 disables", low=0)
     # The learning rate and its schedule.
-    lr: float = option(0.02, "learning rate of block matrices (muon) or of everything (adamw)",
-                       low=0)
+    lr: float = option(0.02, "learning rate of block matrices (muon) or of everything (adamw)", low=0)
     adam_lr: float = option(0.01, "AdamW's learning rate for embeddings, norms and heads", low=0)
-    warmup: float = option(0.03, "share of the steps over which the learning rate rises", low=0,
-                           high=1)
-    decay: float = option(0.4, "share of the steps, at the end, over which it falls to 0", low=0,
-                          high=1)
+    warmup: float = option(0.03, "share of the steps over which the learning rate rises", low=0, high=1)
+    decay: float = option(0.4, "share of the steps, at the end, over which it falls to 0", low=0, high=1)
     # What is kept, and the log.
     keep: str = option("best", "weights at the end: those with the best validation, or the last ones",
                        choices=("best", "last"))
@@ -367,5 +365,8 @@ class MaximumLikelihoodOptions(Common):
     def check(self) -> None:
         super().check()
         if self.optimizer == "adamw":
-            self.refuse("adam_lr", "newton_schulz_iterations",
-                        why="with --optimizer adamw, which trains everything at --lr")
+            self.refuse("adam_lr", "newton_schulz_iterations", why="with --optimizer adamw, all of which goes by --lr")
+        elif self.lora_rank and not self.IGNORED:
+            self.refuse("lr", "newton_schulz_iterations", why="with --lora_rank, as AdamW trains adapters at --adam_lr")
+        if self.lora_rank and not self.IGNORED:
+            self.refuse("weight_decay", why="with --lora_rank: block matrices do not learn")

@@ -103,15 +103,18 @@ def linear(x: Tensor, weight: Tensor, products: str = "aten",
 
 
 class Linear(nn.Linear):
-    """nn.Linear, by default without bias; `products` says whose kernels compute it."""
+    """nn.Linear, by default without bias; `products` says whose kernels compute it. An adapter
+    (runtime/lora.py) may be added to it."""
 
     products = "aten"  # see use_products
 
     def __init__(self, n_in: int, n_out: int, bias: bool = False):
         super().__init__(n_in, n_out, bias=bias)
+        self.register_module("adapter", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.products, self.bias)
+        y = linear(x, self.weight, self.products, self.bias)
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class _RMSNorm(torch.autograd.Function):

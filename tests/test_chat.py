@@ -162,8 +162,9 @@ def test_thoughts_stand_in_the_last_reply_only():
 
 
 def test_another_format_puts_its_own_end_first():
-    other = QWEN.with_chat("plain", end="<|endoftext|>")
-    assert other.chat.name == "plain"
+    other = QWEN.with_chat("plain")
+    assert other.decode(other.reply_ids("No")) == " No<|im_end|>"
+    assert PLAIN.with_chat("plain", system="S").end_ids == PLAIN.end_ids
     with pytest.raises(UserError, match="chat format llama3: this vocabulary has no <|start_header_id|>"):
         QWEN.with_chat("llama3")
     with pytest.raises(UserError, match="there are mosslet, moss, chatml, llama3, plain"):

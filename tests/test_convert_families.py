@@ -16,8 +16,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
           "original_max_position_embeddings": 64}
 WIDE = dict(vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-GPT = dict(vocab_size=160, n_embd=64, n_layer=3, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-           resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+GPT = dict(vocab_size=160, n_embd=64, n_layer=3, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2,
+           pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 # model_type: (configs of transformers' class with every feature on)
 CASES = {
     "llama": ("Llama", dict(WIDE, attention_bias=True, mlp_bias=True, rope_theta=5e5, rope_scaling=LLAMA3,
@@ -57,6 +57,11 @@ def read(folder):
     return read_weights(config, family, model_config(config, family, tensors, 0), tensors).eval(), family, config
 
 
+def positions(mask):
+    """Real tokens before each, as generate() of transformers counts them."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
 def left_padded(rows: int = 4, length: int = 256):
     """(tokens, mask), each (rows, length); rows of different lengths."""
     tokens = torch.randint(3, 160, (rows, length), generator=torch.Generator().manual_seed(1))
@@ -70,7 +75,7 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     ours, _, _ = read(tmp_path)
     tokens, mask = left_padded()
     with torch.no_grad():
-        a = theirs(tokens, attention_mask=mask.long(), position_ids=(mask.long().cumsum(1) - 1).clamp(min=0)).logits
+        a = theirs(tokens, attention_mask=mask.long(), position_ids=positions(mask)).logits
         b = ours(tokens, mask)
     assert (a - b)[mask].abs().max() <= 1e-4
 
@@ -107,7 +112,7 @@ def test_a_reward_model_scores_as_transformers_does(name, tmp_path):
     ours, family, _ = read(tmp_path)
     tokens, mask = left_padded(3, 60)
     with torch.no_grad():
-        a = theirs(tokens, attention_mask=mask.long(), position_ids=(mask.long().cumsum(1) - 1).clamp(min=0)).logits[:, 0]
+        a = theirs(tokens, attention_mask=mask.long(), position_ids=positions(mask)).logits[:, 0]
         b = ours(tokens, mask)
     assert (a - b).abs().max() <= 1e-4
     assert set(dict(their_tensors(ours, family, torch.float32))) == set(open_tensors(tmp_path))
@@ -157,7 +162,7 @@ def test_our_own_models_are_qwen3s(tmp_path):
     assert (missing, unexpected) == (["lm_head.weight"], [])
     tokens, mask = left_padded()
     with torch.no_grad():
-        a = twin(tokens, attention_mask=mask.long(), position_ids=(mask.long().cumsum(1) - 1).clamp(min=0)).logits
+        a = twin(tokens, attention_mask=mask.long(), position_ids=positions(mask)).logits
     assert (a - model(tokens, mask))[mask].abs().max() <= 1e-4
 
 

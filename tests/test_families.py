@@ -8,12 +8,14 @@ import torch.nn.functional as F
 
 from model import (ModelConfig, Transformer, compared_logprobs, cross_entropy_sum, load_checkpoint,
                    next_token_loss, save_checkpoint, token_logprobs)
+from data.tokenizer import Tokenizer, Vocabulary
 from reward import RewardConfig, RewardModel
 from runtime.decoding import KVCache
 from runtime.device import precision
 from runtime.optim import make_optimizers
 from runtime.options import UserError
 from runtime.products import LayerNorm, use_products
+from sample import Decoder, generate
 from tests.conftest import logprobs_of, noise
 from train import PretrainOptions
 
@@ -353,3 +355,26 @@ def test_the_network_is_the_familys_own(family):
     logits = model(tokens, mask)
     assert float(expected[mask].std()) > 0.3  # not near a uniform distribution
     assert float((logits - expected)[mask].abs().max()) < 1e-4
+
+
+def test_rows_without_a_token_are_never_written(tmp_path):
+    """Neither sampled nor likely in what is scored; their weights stay."""
+    model = Transformer(ModelConfig(**(SHAPE | dict(vocab_size=300))))
+    own = Vocabulary.own(256)
+    tokenizer = Tokenizer([bytes([i]) for i in range(256)], vocabulary=dataclasses.replace(own, rows=300))
+    with torch.no_grad():  # the rows that no token has would be the likeliest
+        model.embedding.weight[270:] = 3 * model.embedding.weight[:1]
+        model.embedding.weight[:1] *= 3
+    save_checkpoint(tmp_path, model, tokenizer)
+    loaded, _, _ = load_checkpoint(tmp_path)
+    assert torch.equal(loaded.embedding.weight, model.embedding.weight)
+    tokens = torch.zeros(40, 3, dtype=torch.int64)
+    for compile in (False, True):
+        decoder = Decoder(loaded, compile=compile)
+        replies = generate(loaded, tokens, torch.ones_like(tokens).bool(), 20, decoder=decoder)
+        assert int(replies.tokens.max()) < 262
+    with torch.no_grad():
+        hidden = loaded.hidden(tokens)[:, -1]
+        logprobs, entropy = token_logprobs(loaded, hidden, torch.full((40,), 299))
+    assert logprobs.max() < -1000
+    assert entropy.isfinite().all()

@@ -203,10 +203,13 @@ def test_attention_in_bfloat16_is_the_exact_one_but_for_rounding(masked):
         assert (half.double() - exact).norm() < 0.01 * exact.norm()
 
 
-def test_dtype_auto_says_why():
+def test_dtype_auto_says_why(monkeypatch):
+    monkeypatch.setattr("runtime.device.half_is_fast", lambda device: True)
     dtype, why = pick_dtype("auto", "cpu", 128, rows=64)
     assert dtype in ("float32", "bfloat16") and "ms" in why
     assert pick_dtype("bfloat16", "cpu", 64)[0] == "bfloat16"
+    monkeypatch.setattr("runtime.device.half_is_fast", lambda device: False)
+    assert pick_dtype("auto", "cpu", 128, rows=64) == ("float32", "this CPU has no fast products of bfloat16")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from data.judge import ngram_regressions
 from ppo import train_ppo
 from tests.conftest import ROOT
 
-MOST_FUNCTIONS, MOST_LINES = 250, 1900  # of code: without docstrings, comments and blank lines
+MOST_FUNCTIONS, MOST_LINES = 260, 1900  # of code: without docstrings, comments and blank lines
 
 
 class FirstStep(Exception):

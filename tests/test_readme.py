@@ -21,6 +21,7 @@ from tests.conftest import ROOT
 from tools import busy, trials, trials_commands
 from tools.bench import SECTIONS
 from tools.measure import BenchOptions
+from tools.memory import MemoryOptions
 from tools.plot import PlotOptions
 from tools.race import RaceOptions
 
@@ -28,7 +29,7 @@ ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh.md"
 PAGES = [ENGLISH, CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
 STAGES = {name: cls for name, (cls, _) in train.STAGES.items()}
 OTHERS = [ListOptions, sample.SampleOptions, evaluate.EvaluateOptions, PrepareOptions, CheckOptions,
-          ExportOptions, BenchOptions, PlotOptions, RaceOptions, busy.BusyOptions,
+          ExportOptions, BenchOptions, PlotOptions, MemoryOptions, RaceOptions, busy.BusyOptions,
           trials.TrialOptions, trials_commands.TrialOptions]
 
 
@@ -90,7 +91,7 @@ def understand(command: str) -> None:
         assert options[:-1] in ([], ["--from"])
     else:
         parse({"sample.py": sample.SampleOptions, "evaluate.py": evaluate.EvaluateOptions,
-               "data.prepare": PrepareOptions, "tools.plot": PlotOptions,
+               "data.prepare": PrepareOptions, "tools.plot": PlotOptions, "tools.memory": MemoryOptions,
                "tools.race": RaceOptions}[name], options, name)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.batches import Rows
-from model import ModelConfig, Transformer, load_checkpoint, open_run, save_checkpoint
+from model import ModelConfig, Transformer, load_checkpoint, open_run
 from ppo import ActorCritic, Networks, PPOTrainer, ScoreScale, collect_rollout, score_replies, update
 from reward import RewardConfig, RewardModel, critic_from
 from runtime.learning import (Below, learn_part, learned, learning, learning_copy, load_learned, share_frozen,
@@ -43,10 +43,10 @@ def reward_model_on(policy: Transformer, changed: int, seed: int = 7, **more) ->
 def networks_of(o, changed: int = 2, critic: str = "separate") -> Networks:
     """Networks as the trainer makes them, of which the last o.train_layers blocks learn."""
     policy = trunk()
-    learn_part(policy, o)
-    reference, reward_model = learning_copy(policy, o).requires_grad_(False), reward_model_on(policy, changed)
+    learn_part(policy, o, "ppo")
+    reference, reward_model = learning_copy(policy, o, "ppo").requires_grad_(False), reward_model_on(policy, changed)
     for network in (reference, reward_model):
-        share_frozen(policy, network) if network is reference else share_frozen(policy, network.backbone)
+        share_frozen(policy, network)
     own = critic_from(reward_model, o=o) if critic == "separate" else None
     reference.frozen = shared_depth(policy, reference)
     reward_model.backbone.frozen = shared_depth(own.backbone if own else policy, reward_model.backbone)
@@ -78,7 +78,7 @@ def test_pretraining_alone_refuses_it_and_all_stages_pass_it_by():
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_last_blocks_and_the_norm_learn_and_nothing_else(tied):
     model = RewardModel(RewardConfig(**SHAPE, tied=tied))
-    learn_part(model, ppo_options(train_layers=1))
+    learn_part(model, ppo_options(train_layers=1), "ppo")
     names = learned(model)
     assert {name for name in names if not name.startswith("backbone.blocks.3.")} == {
         "backbone.norm.weight", "score_head.weight", "score_head.bias"}
@@ -88,20 +88,20 @@ def test_the_last_blocks_and_the_norm_learn_and_nothing_else(tied):
 
 def test_without_the_option_all_learns():
     model = trunk()
-    learn_part(model, ppo_options())
+    learn_part(model, ppo_options(), "ppo")
     assert len(learning(model)) == len(list(model.parameters()))
     assert model.frozen == 0
 
 
 def test_more_layers_than_there_are_is_refused():
     with pytest.raises(UserError, match="--train_layers 5: this model has 4 blocks: give at most 4"):
-        learn_part(trunk(), ppo_options(train_layers=5))
+        learn_part(trunk(), ppo_options(train_layers=5), "ppo")
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_above_are_those_of_the_whole_and_none_are_below(recompute):
     whole, part = trunk(), trunk()
-    learn_part(part, ppo_options(train_layers=2))
+    learn_part(part, ppo_options(train_layers=2), "ppo")
     part.recompute = recompute
     tokens = torch.randint(0, 40, (3, 9))
     for model in (whole, part):
@@ -116,7 +116,7 @@ def test_gradients_above_are_those_of_the_whole_and_none_are_below(recompute):
 def test_below_has_no_graph_and_hidden_goes_on_from_it():
     model = trunk()
     assert model.below(torch.zeros(1, 3, dtype=torch.long)) is None
-    learn_part(model, ppo_options(train_layers=2))
+    learn_part(model, ppo_options(train_layers=2), "ppo")
     tokens = torch.randint(0, 40, (3, 9))
     below = model.below(tokens)
     assert not below.requires_grad
@@ -130,7 +130,7 @@ def test_below_has_no_graph_and_hidden_goes_on_from_it():
 def test_optimizers_hold_what_learns_alone(optimizer, layers):
     model = RewardModel(RewardConfig(**SHAPE))
     o = parse(STAGES["reward"][0], [f"--train_layers={layers}", f"--optimizer={optimizer}"], "x")
-    learn_part(model, o)
+    learn_part(model, o, "ppo")
     held = [p for x in make_optimizers(model, o) for group in x.param_groups for p in group["params"]]
     assert {*map(id, held)} == {*map(id, learning(model))}
     assert len(held) == len(learning(model))
@@ -140,7 +140,7 @@ def test_what_was_learned_is_told_by_name_and_taken_back():
     o = ppo_options(train_layers=2)
     a, b = trunk(0), trunk(1)
     for model in (a, b):
-        learn_part(model, o)
+        learn_part(model, o, "ppo")
     load_learned(b, {name: x.clone() for name, x in learned(a).items()})
     assert equal(learned(a), learned(b))
     assert not torch.equal(a.embedding.weight, b.embedding.weight)
@@ -233,12 +233,12 @@ def test_the_blocks_below_run_once_for_a_rollout_and_never_in_an_update():
     counted.runs.clear()
     rollout_of(nets, o)
     # the reward model goes on from the same states; the rest of the runs read prompts for the decoder
-    apart = copy.deepcopy(nets)
+    together, apart = counted.runs[0], copy.deepcopy(nets)  # a copy's hooks count here, too
     for x in trunks_of(apart):
         x.frozen = 0
     again = Counted(*trunks_of(apart))
     rollout_of(apart, o)
-    assert again.runs[0] - counted.runs[0] == 2 * parts + -(-o.batch // nets.reward_model.rows_at_once)
+    assert again.runs[0] - together == 2 * parts + -(-o.batch // nets.reward_model.rows_at_once)
 
 
 @pytest.mark.parametrize("changed", [2, 3])
@@ -321,21 +321,35 @@ def test_too_many_layers_is_one_line(part, reviews_source):
             "--train_layers 3: this model has 2 blocks")
 
 
-def test_a_trainer_without_a_reward_model_shares_too(world, command):
+def trainer_of(world, command, with_reward_model: bool) -> PPOTrainer:
+    """A trainer of a policy of three blocks, the last of which learns."""
     policy, tokenizer, _ = load_checkpoint(world.root / "sft")
-    config = dataclasses.replace(policy.config, n_layer=3)
-    save_checkpoint(world.root / "three", Transformer(config), tokenizer, stage="sft", step=1)
-    o = command("ppo", "--fresh", "--train_layers=1", f"--init_from={world.root / 'three'}").replace(
-        reward_norm="fixed")
-    model, tokenizer, _ = load_checkpoint(world.root / "three")
+    model, reward_model = Transformer(dataclasses.replace(policy.config, n_layer=3)), None
+    if with_reward_model:
+        reward_model = RewardModel(RewardConfig(**dataclasses.asdict(model.config))).eval()
+        reward_model.backbone.load_state_dict(model.state_dict())
+    o = command("ppo", "--fresh", "--train_layers=1").replace(reward_norm="fixed")
     run = open_run("ppo", o, world.data, {}, model, tokenizer)
 
     class Short:
         def scores(self, prompts, replies):
             return torch.tensor([-float(len(r)) for r in replies])
 
-    trainer = PPOTrainer(run, model, None, world.data, scorer=Short())
-    nets = trainer.networks
+    return PPOTrainer(run, model, reward_model, world.data, scorer=None if with_reward_model else Short())
+
+
+def test_a_trainer_shares_with_its_reward_model(world, command):
+    trainer = trainer_of(world, command, True)
+    trunks = trunks_of(trainer.networks)
+    assert [x.frozen for x in trunks] == [2] * 4
+    assert len({id(x.blocks[1].mlp.down.weight) for x in trunks}) == 1
+    assert len({id(x.blocks[2].mlp.down.weight) for x in trunks}) == 4
+    assert trainer.update(0)["kl"] == 0
+
+
+def test_a_trainer_without_a_reward_model_shares_too(world, command):
+    trainer = trainer_of(world, command, False)
+    nets, run = trainer.networks, trainer.run
     assert shared_depth(run.model, nets.actor_critic.critic.backbone) == 2
     assert nets.reference.frozen == 2
     assert trainer.update(0)["kl"] == 0

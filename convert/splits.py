@@ -1,0 +1,123 @@
+"""How byte-level tokenizers cut a text into pieces: a tokenizer.json's rules, and one pattern that does the same.
+
+tiktoken cuts by a single regular expression. Hugging Face's files may name several rules that work one after
+another, each on what the one before left; SPLITS has the families whose sequence is expressed as one.
+"""
+import json
+from typing import Any
+
+import tiktoken
+
+from data.tokenizer import CHARACTER_PATTERN, PATTERN
+from runtime.options import UserError
+
+# ---- patterns ------------------------------------------------------------------------------------
+
+_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = _LETTERS + r"\p{N}{1,3}|" + _TAIL
+QWEN2 = _LETTERS + r"\p{N}|" + _TAIL
+# Digits are split off first, so white space before a digit stands at the end of its part.
+SMOLLM = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+_KANA = "一-龥぀-ゟ゠-ヿ"
+_DEEPSEEK = (r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+"
+             r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+").replace('\\"', '"')
+# As one pattern: no class holds what the two splits before take away, white space before such a character is
+# the end of a part, and control characters, which the last split does not match, stay together.
+_CONTROL = rf"[^\s\p{{L}}\p{{M}}\p{{P}}\p{{S}}\p{{N}}{_KANA}]+"
+_WORD = rf"[\p{{L}}\p{{M}}--[{_KANA}]]"
+DEEPSEEK = (r"\p{N}{1,3}|" + rf"[{_KANA}]+|" + _DEEPSEEK.split("|[^")[0]
+            + rf"|[^\r\n\p{{L}}\p{{P}}\p{{S}}\p{{N}}{_KANA}]?{_WORD}+| ?[\p{{P}}\p{{S}}--[{_KANA}]]+[\r\n]*|\s*[\r\n]+"
+            + rf"|\s+(?=[\p{{N}}{_KANA}])|\s+(?!\S)|\s+|{_CONTROL}(?={_CONTROL[:-1]}{_WORD})|{_CONTROL}")
+
+# What a file's pre_tokenizer does, in order, and the one pattern that does the same. "gpt2" is ByteLevel with
+# its own regular expression, "digits" splits single digits; everything else is a regular expression.
+SPLITS: dict[tuple[str, ...], str] = {
+    ("gpt2",): GPT2, ("digits", "gpt2"): SMOLLM, (r"\p{N}{1,3}", f"[{_KANA}]+", _DEEPSEEK): DEEPSEEK,
+    (r"[\s\S]",): CHARACTER_PATTERN}
+GGUF_PATTERNS = {"gpt-2": GPT2, "llama-bpe": LLAMA3, "qwen2": QWEN2, "smollm": SMOLLM, "starcoder": SMOLLM,
+                 "refact": SMOLLM, "command-r": SMOLLM, "deepseek-v3": DEEPSEEK}
+
+
+def splits_of(pre_tokenizer: dict | None, where: str) -> tuple[str, ...]:
+    """A key of SPLITS, or of one regular expression, from a file's pre_tokenizer."""
+    parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    found: list[str] = []
+    for part in parts:
+        kind = (part or {}).get("type")
+        if kind == "Split" and "Regex" in part["pattern"] and (part.get("behavior"), part.get("invert")) in (
+                ("Isolated", False), ("Removed", True)):
+            found.append(part["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n"))
+        elif kind == "Digits" and part.get("individual_digits"):
+            found.append("digits")
+        elif kind == "ByteLevel" and not part.get("add_prefix_space"):
+            found += ["gpt2"] * part.get("use_regex", True)
+        else:
+            raise UserError(f"{where}: pre_tokenizer {json.dumps(part)[:120]} is none that Mosslet can express: it "
+                            "reads ByteLevel, Digits and Split with a regular expression")
+    if not parts or (parts[-1] or {}).get("type") != "ByteLevel":
+        raise UserError(f"{where}: its pre_tokenizer does not end in ByteLevel, so its tokens are no bytes; Mosslet "
+                        "reads byte-level BPE only")
+    return tuple(found)
+
+
+def pattern_of(splits: tuple[str, ...], where: str) -> str:
+    """The pattern that does the same; UserError if there is none."""
+    if splits not in SPLITS and len(splits) != 1:
+        raise UserError(f"{where}: its pre_tokenizer splits by {len(splits)} rules in a row, {str(splits)[:120]}, and "
+                        "Mosslet knows this sequence of no family")
+    pattern = SPLITS.get(splits) or splits[0]
+    if splits not in SPLITS and pattern not in (LLAMA3, QWEN2, PATTERN):
+        pattern += rf"|(?:(?!{pattern})[\s\S])+"  # what it leaves out between two matches is a piece, too
+    try:
+        tiktoken.Encoding("try", pat_str=pattern, mergeable_ranks={b"a": 0}, special_tokens={}).encode("")
+    except ValueError as error:
+        raise UserError(f"{where}: tiktoken cannot read its regular expression {splits[0][:60]!r}: "
+                        f"{' '.join(str(error).split())[:100]}") from None
+    return pattern
+
+
+def pre_tokenizer_of(pattern: str) -> dict[str, Any]:
+    """A tokenizer.json's pre_tokenizer that cuts as this pattern does."""
+    splits = next((names for names, known in SPLITS.items() if known == pattern), (pattern,))
+    rules: list[dict[str, Any]] = []
+    for split in splits:
+        if split == "digits":
+            rules.append({"type": "Digits", "individual_digits": True})
+        elif split != "gpt2":
+            rules.append({"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False})
+    rules.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": "gpt2" in splits})
+    return {"type": "Sequence", "pretokenizers": rules}
+
+
+# ---- bytes ---------------------------------------------------------------------------------------
+
+def byte_characters() -> list[str]:
+    """The character that stands for each of the 256 bytes in a byte-level vocabulary: itself if it is
+    printable, else the next one from 256 on."""
+    printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+    return [chr(i if i in printable else next(others)) for i in range(256)]
+
+
+_CHARACTERS = byte_characters()
+_BYTE = {character: i for i, character in enumerate(_CHARACTERS)}
+
+
+def to_bytes(token: str, where: str) -> bytes:
+    """The bytes of a token's name; UserError if it is none of a byte-level vocabulary."""
+    try:
+        return bytes(_BYTE[c] for c in token)
+    except KeyError as error:
+        raise UserError(f"{where}: the token {token[:40]!r} holds {error.args[0]!r}, which stands for no byte: this is "
+                        "no byte-level vocabulary") from None
+
+
+def from_bytes(token: bytes) -> str:
+    """The name of a token in a byte-level vocabulary.
+
+    >>> from_bytes(b" a\\n")
+    'ĠaĊ'
+    """
+    return "".join(_CHARACTERS[i] for i in token)

@@ -1,0 +1,294 @@
+"""Tokenizers of other projects into ours: `tokenizer.json`, `vocab.json` with `merges.txt`, GGUF's fields,
+tiktoken's encodings. convert/tokenizer_files.py writes them.
+
+Byte-level BPE is what they share, so `tiktoken` encodes for all of them; a family differs in its pattern of
+pieces, in the form NFC, and in where its special tokens are. What a file asks for beyond that is refused by
+name: another algorithm, another normaliser, another way to split.
+
+A special token's name in a text stays text (see Tokenizer.encode), unlike in Hugging Face's tokenizers.
+"""
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import tiktoken
+
+from convert.splits import GGUF_PATTERNS, GPT2, QWEN2, pattern_of, splits_of, to_bytes
+from data.chat import FORMATS, LLAMA_DATE, MOSS_SYSTEM, chat_format
+from data.pieces import SentencePieces
+from data.tokenizer import CHARACTER_PATTERN, PATTERN, SPECIAL_TOKENS, Tokenizer, Vocabulary
+from runtime.options import UserError
+
+# ---- from a file's parts to a Tokenizer ----------------------------------------------------------
+
+@dataclasses.dataclass
+class Parts:
+    """What all kinds of files say."""
+
+    where: str  # for errors
+    vocab: dict[str, int]  # byte-level names to ids
+    merges: Sequence[Any]  # "a b" or [a, b], in order
+    added: dict[str, int]  # names to ids
+    text: set[str]  # those of them that are text, not control tokens
+    pattern: str = GPT2
+    nfc: bool = False
+    ignore_merges: bool = False  # may a token without merges be a whole piece?
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # as in tokenizer_config.json
+    ends: Sequence[int] = ()  # generation_config.json's
+    sentencepiece: bytes = b""  # SentencePiece's model, which has neither vocab nor merges
+
+
+def ranked(parts: Parts) -> tuple[list[bytes], list[int], dict[str, int]]:
+    """(tokens in the order of their merges, their ids, tokens that no merge leads to).
+
+    tiktoken merges the pair whose result has the lowest rank. So ranks must be in the order of merges;
+    ids are where training ran once, but they need not be, and need not begin at 0.
+    """
+    order = {token: -1 for token in parts.vocab if len(token) == 1}
+    for i, merge in enumerate(parts.merges):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        token = "".join(pair)
+        if len(pair) != 2 or any(name not in parts.vocab for name in (*pair, token)):
+            raise UserError(f"{parts.where}: merge {i}, {str(merge)[:60]!r}, is not of two tokens of its vocabulary "
+                            "that make a third: the file is damaged, or vocabulary and merges are of two models")
+        order.setdefault(token, i)
+    unmerged = {token: i for token, i in parts.vocab.items() if token not in order}
+    if parts.ignore_merges:
+        order |= {token: len(parts.merges) + i for token, i in unmerged.items()}
+    tokens = sorted(order, key=lambda token: (order[token], parts.vocab[token]))
+    rest = {} if parts.ignore_merges else unmerged
+    return ([to_bytes(token, parts.where) for token in tokens], [parts.vocab[token] for token in tokens],
+            {to_bytes(token, parts.where).decode("latin-1"): i for token, i in rest.items()})
+
+
+DOCUMENT_STARTS = ("<|endoftext|>", "<|begin_of_text|>", "<s>", "<｜begin▁of▁sentence｜>")
+
+
+def make(parts: Parts, rows: int | None, chat_name: str = "") -> Tokenizer:
+    """The Tokenizer of these parts. rows: of the model's embedding, by default as many as it has ids."""
+    settings, vocab = parts.settings, parts.vocab
+    names = {role: name_of(settings.get(f"{role}_token")) for role in ("bos", "eos", "pad", "unk")}
+    added = dict(parts.added) | {name: vocab[name] for name in names.values() if name in vocab}
+    parts.vocab = {token: i for token, i in vocab.items() if token not in added}
+    if parts.sentencepiece:
+        pieces, special = SentencePieces(parts.sentencepiece).tokens()
+        ranks, ids, unmerged, added = list(pieces.values()), list(pieces), {}, special | added
+    else:
+        ranks, ids, unmerged = ranked(parts)
+    control = {name: i for name, i in added.items() if name not in parts.text or name in names.values()}
+    chat = chat_of(settings, names, control, chat_name, parts.where)
+    # A reply's end in the chat format first, then the ends of generation_config.json, then the tokenizer's own.
+    format_end = [added[name] for name in FORMATS[chat["name"]].tokens[-1:] if name in added]
+    ends = [*dict.fromkeys([*format_end, *parts.ends, *(added[name] for name in (names["eos"],) if name in added)])]
+    if not ends:
+        raise UserError(f"{parts.where}: names no token that ends a text (eos_token): take the file "
+                        "tokenizer_config.json or generation_config.json from the model's page, too")
+    starts = [added[name] for name in (*DOCUMENT_STARTS, names["bos"]) if name in control]
+    pad = added.get(names["pad"], (starts or ends)[0])
+    rows = rows or 1 + max([*added.values(), *ids])
+    if chat == {"name": "mosslet"} and ids == [*range(len(ids))] and parts.pattern in (PATTERN, CHARACTER_PATTERN):
+        own = Tokenizer(ranks, parts.pattern)
+        if (own.special, own.n_vocab) == (added, rows):
+            return own
+    return Tokenizer(ranks, parts.pattern, Vocabulary(
+        ids, rows, control, ends, (starts or ends)[0], pad, chat, parts.nfc,
+        {name: i for name, i in added.items() if name not in control}, unmerged, parts.sentencepiece.decode("latin-1")))
+
+
+def name_of(token: Any) -> str:
+    """A token's name, which newer files hold in an object."""
+    return (token.get("content") if isinstance(token, dict) else token) or ""
+
+
+def chat_of(settings: dict[str, Any], names: dict[str, str], control: dict[str, int], asked: str,
+            where: str) -> dict[str, str]:
+    """A chat format's name and settings: the one asked for, else that of the checkpoint's template, else
+    MOSS's if its tokens are there, else "plain"."""
+    template, bos = template_of(settings), names["bos"] if settings.get("add_bos_token") else ""
+    marks = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "Human: ": "plain"}
+    family = chat_format(asked).name if asked else next((marks[m] for m in marks if m in template), "")
+    if not family and set(SPECIAL_TOKENS) <= set(control):
+        return {"name": "mosslet"}
+    family = family or ("moss" if {"<eoh>", "<eom>"} <= set(control) else "plain")
+    if family == "plain":
+        if template and not asked and "Human: " not in template:
+            print(f"{where}: its chat template is of no format that Mosslet knows; it speaks plainly, Human: and "
+                  "Assistant:, unless --chat_format names another", file=sys.stderr)
+        return {"name": family, "end": names["eos"]} | ({"bos": bos} if bos else {})
+    chat = {"name": family} | ({"template": template} if template and not asked else {})
+    if family == "moss":
+        return chat | {"system": MOSS_SYSTEM}
+    if family == "llama3":
+        return chat | {"bos": "<|begin_of_text|>"} | ({"date": LLAMA_DATE} if "Today Date" in template else {})
+    if family == "chatml":  # a template that adds a system line holds it as a literal
+        line = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<{}'\"]+)<\|im_end\|>", template)
+        return (chat | ({"system": line[1]} if line else {})
+                | ({"bos": names["bos"]} if "bos_token" in template and names["bos"] else {})
+                | ({"think": "off"} if "enable_thinking" in template else {}))
+    return chat
+
+
+def template_of(settings: dict[str, Any]) -> str:
+    """The chat template; of several the default."""
+    template = settings.get("chat_template") or ""
+    if isinstance(template, list):
+        several = {entry["name"]: entry["template"] for entry in template}
+        template = several.get("default") or next(iter(several.values()), "")
+    return template
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object; UserError for a damaged file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:80]}): fetch it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, not an object: fetch it again")
+    return value
+
+
+def settings_of(folder: pathlib.Path) -> tuple[dict[str, Any], list[int]]:
+    """(tokenizer_config.json with what other files add to it, the ends of generation_config.json)."""
+    files = {name: read_json(folder / f"{name}.json") if (folder / f"{name}.json").exists() else {}
+             for name in ("special_tokens_map", "tokenizer_config", "chat_template", "generation_config", "config")}
+    settings = {key: value for name in ("special_tokens_map", "chat_template", "tokenizer_config")
+                for key, value in files[name].items() if value is not None}
+    if (path := folder / "chat_template.jinja").exists():
+        settings["chat_template"] = path.read_text(encoding="utf-8")
+    ends = files["generation_config"].get("eos_token_id", files["config"].get("eos_token_id"))
+    settings.setdefault("model_type", files["config"].get("model_type"))
+    return settings, [ends] if isinstance(ends, int) else list(ends or [])
+
+
+def read_tokenizer(folder: str | pathlib.Path, rows: int | None = None, chat_format: str = "") -> Tokenizer:
+    """The tokenizer of a checkpoint's folder. rows: of the model's embedding. chat_format: a name of
+    data/chat.py, instead of the checkpoint's own. UserError, one line, for what cannot be read."""
+    folder = pathlib.Path(folder)
+    settings, ends = settings_of(folder)
+    try:
+        path, model = folder / "tokenizer.json", folder / "tokenizer.model"
+        file = read_json(path) if path.exists() else None
+        if model.exists() and (file is None or file["model"].get("byte_fallback")):
+            parts = Parts(str(model), {}, [], {}, set(), "", sentencepiece=model.read_bytes())
+            settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True} | settings
+        elif file is not None:
+            parts = parts_of_json(file, str(path))
+        else:
+            parts = parts_of_pair(folder, settings)
+        if parts.settings.get("add_bos_token"):  # what the file itself does, where the settings are silent
+            settings.setdefault("add_bos_token", True)
+            settings.setdefault("bos_token", parts.settings["bos_token"])
+        parts.settings, parts.ends = settings, ends
+        return make(parts, rows, chat_format)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{folder}: its tokenizer's files are damaged ({type(error).__name__}: "
+                        f"{' '.join(str(error).split())[:80]}): fetch them again") from error
+
+
+def parts_of_json(file: dict[str, Any], where: str) -> Parts:
+    """What a tokenizer.json says; UserError for what it asks beyond byte-level BPE."""
+    model, normalizer = file["model"], file.get("normalizer") or {}
+    kind = model.get("type", "BPE" if "merges" in model else "WordLevel")
+    why = {"Unigram": "SentencePiece's algorithm", "WordPiece": "BERT's algorithm"}.get(kind, "another algorithm")
+    if kind != "BPE":
+        raise UserError(f"{where}: a {kind} model, {why}; Mosslet reads byte-level BPE only")
+    for name in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout", "fuse_unk"):
+        if model.get(name):
+            raise UserError(f"{where}: {name} is {model[name]!r}, which byte-level BPE does not have"
+                            + "; it is SentencePiece's: put its tokenizer.model there" * (name == "byte_fallback"))
+    steps = [step["type"] for step in normalizer.get("normalizers", [normalizer] if normalizer else [])]
+    if steps not in ([], ["NFC"]):
+        raise UserError(f"{where}: normaliser {', '.join(steps)}: Mosslet knows NFC only")
+    added = {token["content"]: token["id"] for token in file.get("added_tokens") or []}
+    text = {token["content"] for token in file.get("added_tokens") or [] if not token.get("special")}
+    processors = file.get("post_processor") or {}
+    first = [step for p in processors.get("processors", [processors]) for step in (p.get("single") or [])[:1]]
+    bos = [step["SpecialToken"]["id"] for step in first if "SpecialToken" in step]
+    return Parts(where, model["vocab"], model["merges"], added, text,
+                 pattern_of(splits_of(file.get("pre_tokenizer"), where), where), steps == ["NFC"],
+                 bool(model.get("ignore_merges")), {"add_bos_token": True, "bos_token": bos[0]} if bos else {})
+
+
+def parts_of_pair(folder: pathlib.Path, settings: dict[str, Any]) -> Parts:
+    """vocab.json and merges.txt, or as OpenAI named them; the class of the tokenizer fixes its pattern."""
+    pairs = [(folder / a, folder / b) for a, b in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))]
+    vocab_path, merges_path = next((pair for pair in pairs if pair[0].exists()), (None, None))
+    if vocab_path is None:
+        raise UserError(f"{folder}: no tokenizer.json, no vocab.json with merges.txt, no tokenizer.model")
+    if not merges_path.exists():
+        raise UserError(f"{merges_path}: is missing beside {vocab_path.name}")
+    kind = str(settings.get("tokenizer_class") or settings.get("model_type") or "gpt2")
+    family = kind.lower().removesuffix("fast").removesuffix("tokenizer")
+    patterns = {"gpt2": GPT2, "codegen": GPT2, "moss": GPT2, "qwen2": QWEN2, "qwen3": QWEN2}
+    if family not in patterns:
+        raise UserError(f"{vocab_path}: a tokenizer of class {kind}, whose pattern Mosslet does not know without a "
+                        "tokenizer.json: save one with `transformers`")
+    try:
+        lines = merges_path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{merges_path}: cannot be read ({error}): fetch it again") from None
+    vocab, added = read_json(vocab_path), dict[str, int]()
+    if (path := folder / "added_tokens.json").exists():
+        added = read_json(path)
+    details = (settings.get("added_tokens_decoder") or {}).items()
+    added |= {token["content"]: int(i) for i, token in details}
+    text = {token["content"] for _, token in details if not token.get("special")}
+    if not settings.get("eos_token") and "<|endoftext|>" in {**vocab, **added}:
+        settings["eos_token"] = "<|endoftext|>"
+    merges = [line for line in lines[lines[0].startswith("#version"):] if line]
+    return Parts(str(vocab_path), vocab, merges, added, text | {name for name in added if name.isspace()},
+                 patterns[family], patterns[family] == QWEN2)
+
+
+def from_gguf(fields: dict[str, Any], rows: int | None = None, chat_format: str = "",
+              where: str = "GGUF") -> Tokenizer:
+    """The tokenizer of a GGUF file's metadata, `tokenizer.ggml.…`. Its kinds of tokens: 1 ordinary, 3
+    control, 4 added text, 5 unused."""
+    field = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
+    if (kind := field.get("model")) != "gpt2":
+        raise UserError(f"{where}: tokenizer.ggml.model is {kind!r}: Mosslet reads \"gpt2\", which is byte-level BPE")
+    if (pre := field.get("pre")) not in GGUF_PATTERNS:
+        raise UserError(f"{where}: tokenizer.ggml.pre is {pre!r}: Mosslet knows {', '.join(GGUF_PATTERNS)}")
+    missing = [name for name in ("tokens", "merges") if name not in field]
+    if missing:
+        raise UserError(f"{where}: no tokenizer.ggml.{missing[0]}: the file holds no whole tokenizer")
+    tokens = field["tokens"]
+    kinds = [int(kind) for kind in field.get("token_type", [1] * len(tokens))]
+    of = {kind: {name: i for i, (name, k) in enumerate(zip(tokens, kinds, strict=True)) if k == kind}
+          for kind in (1, 3, 4)}
+    settings = {f"{role}_token": tokens[field[f"{key}_token_id"]] for role, key in (
+        ("bos", "bos"), ("eos", "eos"), ("pad", "padding")) if field.get(f"{key}_token_id") in range(len(tokens))}
+    settings |= {"add_bos_token": field.get("add_bos_token"), "chat_template": fields.get("tokenizer.chat_template")}
+    return make(Parts(where, of[1], field["merges"], of[3] | of[4], set(of[4]), GGUF_PATTERNS[pre], pre == "qwen2",
+                      pre == "llama-bpe", settings), rows or len(tokens), chat_format)
+
+
+def from_tiktoken(name: str, rows: int | None = None, chat_format: str = "") -> Tokenizer:
+    """One of tiktoken's named encodings, such as "gpt2" or "cl100k_base"; it fetches their files once."""
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except Exception as error:  # tiktoken's own, or of the network's libraries: many kinds
+        names = ", ".join(tiktoken.list_encoding_names())
+        raise UserError(f"tiktoken's encoding {name!r} cannot be had ({' '.join(str(error).split())[:60]}): it is "
+                        f"fetched once from the network; there are {names}") from None
+    return of_encoding(encoding, rows, chat_format)
+
+
+def of_encoding(encoding: tiktoken.Encoding, rows: int | None = None, chat_format: str = "") -> Tokenizer:
+    """The same vocabulary as an encoding of tiktoken; its end is `<|endoftext|>`."""
+    ranks, special = encoding._mergeable_ranks, encoding._special_tokens
+    end = "<|endoftext|>" if "<|endoftext|>" in special else min(special, key=special.get, default="")
+    if not end:
+        raise UserError(f"tiktoken's encoding {encoding.name!r} has no special token that could end a text")
+    chat = chat_of({}, {"bos": "", "eos": end}, special, chat_format, encoding.name)
+    order = sorted(ranks, key=ranks.get)
+    return Tokenizer(order, encoding._pat_str, Vocabulary(
+        [ranks[token] for token in order], rows or encoding.n_vocab, dict(special), [special[end]], special[end],
+        special[end], chat))
