@@ -12,7 +12,7 @@ import torch
 from model import ModelConfig, Transformer, load_checkpoint, weights_hash
 from runtime import device
 from sample import Decoder, generate
-from tests.conftest import TINY, loud, noise
+from tests.conftest import TINY, logprobs_of, loud, noise
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = ModelConfig(**TINY)
@@ -71,7 +71,7 @@ def test_blocks_that_share_graphs_learn_the_same_and_more_of_them_need_no_more(
 
 @needs_compiler
 @pytest.mark.parametrize("rows,dtype,n_layer,changes", [
-    (1, None, 3, {}), (5, None, 4, {"tied": False, "qk_norm": False}), (1, "int8", 3, {})])
+    (1, None, 3, {}), (5, None, 4, {"tied": False, "qk_norm": False}), (4, "int8", 3, {})])
 def test_layers_that_share_a_graph_write_what_eager_ones_do(monkeypatch, rows, dtype, n_layer,
                                                             changes):
     """Three graphs, whatever the number of layers, lengths and weights."""
@@ -88,10 +88,10 @@ def test_layers_that_share_a_graph_write_what_eager_ones_do(monkeypatch, rows, d
         if dtype is None:
             assert torch.equal(fast.tokens, plain.tokens)
             assert torch.allclose(fast.logprobs, plain.logprobs, atol=1e-4)
-        else:  # rounding may lead to another token, from where the replies differ
-            same = (fast.tokens == plain.tokens).long().cumprod(1).bool()
-            assert same.float().mean() > 0.3
-            assert (fast.logprobs - plain.logprobs)[same].abs().mean() < 0.1
+        else:  # as far from the float32 model as eager int8 is, on whichever tokens each wrote
+            gaps = [(x.logprobs - logprobs_of(model(torch.cat((tokens, x.tokens), 1))[:, length - 1:-1],
+                                              x.tokens)).abs().mean() for x in (fast, plain)]
+            assert gaps[0] < 2 * gaps[1] + 0.05
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.05 * noise(*p.shape, seed=seed))
