@@ -12,7 +12,7 @@ import torch
 from model import ModelConfig, Transformer, load_checkpoint, weights_hash
 from runtime import device
 from sample import Decoder, generate
-from tests.conftest import TINY, loud, noise
+from tests.conftest import TINY, logprobs_of, loud, noise
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = ModelConfig(**TINY)
@@ -42,39 +42,36 @@ def test_a_compiled_trunk_learns_the_same_whatever_the_rows_and_lengths():
 
 
 @needs_compiler
-@pytest.mark.parametrize("recompute", [False, True])
-def test_blocks_that_share_graphs_learn_the_same_and_more_of_them_need_no_more(monkeypatch, recompute):
+@pytest.mark.parametrize("n_layer,recompute", [(3, False), (5, False), (3, True)])
+def test_blocks_that_share_graphs_learn_the_same_and_more_of_them_need_no_more(
+        monkeypatch, n_layer, recompute):
     monkeypatch.setattr(device, "LAYERS_IN_A_GRAPH", 1)
-    numbers = []
-    for n_layer in (3, 5):
-        plain, fast = (Transformer(ModelConfig(**{**TINY, "n_layer": n_layer})) for _ in range(2))
-        plain.recompute = fast.recompute = recompute
-        torch._dynamo.reset()
-        before = graphs()
-        device.compile_trunks(fast, fast)
-        for B, T in ((3, 12), (5, 20)):
-            tokens = torch.randint(1, 70, (B, T), generator=torch.Generator().manual_seed(T))
-            mask, where = torch.arange(T) >= torch.arange(B)[:, None], torch.arange(0, B * T, 2)
-            found = []
-            for model in (plain, fast):
-                model.zero_grad()
-                (model.hidden(tokens, mask, where=where) * noise(len(where), 32)).sum().backward()
-                found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-            assert len(found[0]) == len(found[1])
-            for a, b in zip(*found, strict=True):
-                assert torch.allclose(a, b, atol=1e-3, rtol=1e-3)
-        numbers.append(graphs() - before)
-        assert list(fast.state_dict()) == list(plain.state_dict())
-        assert all(block._compiled_call_impl is None for block in copy.deepcopy(fast).blocks)
-    assert numbers[0] == numbers[1] == 2  # a layer, and the last one, at chosen positions
+    plain, fast = (Transformer(ModelConfig(**{**TINY, "n_layer": n_layer})) for _ in range(2))
+    plain.recompute = fast.recompute = recompute
+    torch._dynamo.reset()
+    before = graphs()
+    device.compile_trunks(fast, fast)
+    for B, T in ((3, 12), (5, 20)):
+        tokens = torch.randint(1, 70, (B, T), generator=torch.Generator().manual_seed(T))
+        mask, where = torch.arange(T) >= torch.arange(B)[:, None], torch.arange(0, B * T, 2)
+        found = []
+        for model in (plain, fast):
+            model.zero_grad()
+            (model.hidden(tokens, mask, where=where) * noise(len(where), 32)).sum().backward()
+            found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert len(found[0]) == len(found[1])
+        for a, b in zip(*found, strict=True):
+            assert torch.allclose(a, b, atol=1e-3, rtol=1e-3)
+    assert graphs() - before == 2  # a layer, and the last one, at chosen positions
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    assert all(block._compiled_call_impl is None for block in copy.deepcopy(fast).blocks)
 
 
-# ---- decoding: a graph of one layer for all layers -----------------------------------------------
+# ---- decoding: a graph of a few layers for all -----------------------------------------------
 
 @needs_compiler
 @pytest.mark.parametrize("rows,dtype,n_layer,changes", [
-    (1, None, 3, {"n_kv_head": 2}), (5, None, 4, {"tied": False, "qk_norm": False}),
-    (1, "int8", 3, {}), (9, "int8", 3, {"n_kv_head": 1}), (2, "bfloat16", 3, {})])
+    (1, None, 3, {}), (5, None, 4, {"tied": False, "qk_norm": False}), (4, "int8", 3, {})])
 def test_layers_that_share_a_graph_write_what_eager_ones_do(monkeypatch, rows, dtype, n_layer,
                                                             changes):
     """Three graphs, whatever the number of layers, lengths and weights."""
@@ -91,10 +88,10 @@ def test_layers_that_share_a_graph_write_what_eager_ones_do(monkeypatch, rows, d
         if dtype is None:
             assert torch.equal(fast.tokens, plain.tokens)
             assert torch.allclose(fast.logprobs, plain.logprobs, atol=1e-4)
-        else:  # rounding may lead to another token, from where the replies differ
-            same = (fast.tokens == plain.tokens).long().cumprod(1).bool()
-            assert same.float().mean() > 0.3
-            assert (fast.logprobs - plain.logprobs)[same].abs().mean() < 0.1
+        else:  # as far from the float32 model as eager int8 is, on whichever tokens each wrote
+            gaps = [(x.logprobs - logprobs_of(model(torch.cat((tokens, x.tokens), 1))[:, length - 1:-1],
+                                              x.tokens)).abs().mean() for x in (fast, plain)]
+            assert gaps[0] < 2 * gaps[1] + 0.05
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.05 * noise(*p.shape, seed=seed))
@@ -116,7 +113,7 @@ def test_layers_that_share_a_graph_go_on_with_fewer_rows(monkeypatch):
 
 
 def test_a_shallow_model_is_one_graph_and_so_is_one_on_a_gpu():
-    assert [device.layers_compiled(n, "cpu") for n in (4, 8, 12, 30, 31)] == [4, 8, 6, 6, 1]
+    assert [device.layers_compiled(n, "cpu") for n in (4, 5, 12, 30, 31)] == [4, 5, 4, 5, 1]
     assert device.layers_compiled(30, "cuda") == 30
 
 
@@ -133,7 +130,7 @@ def test_compiling_more_layers_in_a_graph_is_for_longer_work():
     def least(n_layer: int, kind: str) -> str:
         return device.compile_pays("auto", kind, 0, n_layer)[1].split()[-2]
 
-    assert [least(n, "cpu") for n in (2, 4, 8, 30)] == ["300", "300", "600", "450"]
+    assert [least(n, "cpu") for n in (2, 4, 5, 30)] == ["300", "300", "375", "375"]
     assert [least(n, "cuda") for n in (4, 32)] == ["120", "960"]
 
 
