@@ -212,14 +212,15 @@ def model_config(config: Config, family: Family, tensors: Tensors, max_len: int)
     shape = dict(fields, vocab_size=config.number("vocab_size"), max_len=limit, tied=bool(tied) or scored)
     if shape["tied"]:
         shape["head_bias"] = False
-    if not scored:
-        return ModelConfig(**shape)
-    if not family.reward:
+    if scored and not family.reward:
         raise UserError(f"{config.path}: reward models of {family.model_type} are not known")
-    if len(config.get("id2label") or "1") != 1:
+    if scored and len(config.get("id2label") or "1") != 1:
         raise UserError(f"{config.path}: id2label names {len(config['id2label'])} classes, but a reward model has one "
                         "score")
-    return RewardConfig(**shape, pool="last")
+    try:
+        return RewardConfig(**shape, pool="last") if scored else ModelConfig(**shape)
+    except UserError as error:
+        raise UserError(f"{config.path}: {error}") from None
 
 
 def read_weights(config: Config, family: Family, shape: ModelConfig, tensors: Tensors) -> torch.nn.Module:
@@ -227,6 +228,9 @@ def read_weights(config: Config, family: Family, shape: ModelConfig, tensors: Te
 
     UserError names the first tensor that is missing, of another shape, not finite or left over.
     """
+    if shape.n_layer > len(tensors):
+        raise UserError(f"{config.path}: {shape.n_layer} layers, but there are {len(tensors)} tensors: is config.json "
+                        "the one of these weights?")
     with torch.device("meta"):  # shapes alone
         model = RewardModel(shape) if isinstance(shape, RewardConfig) else Transformer(shape)
     weights: dict[str, Tensor] = {}
@@ -275,6 +279,8 @@ def require_tensor(tensors: Tensors, name: str, shape: tuple[int, ...], config: 
     if name not in tensors:
         raise UserError(f"{tensors.path}: the tensor {name} is missing: is the download whole, and config.json the one "
                         "of these weights?")
+    if not tensors[name].dtype.is_floating_point:
+        raise UserError(f"{tensors.path}: {name} holds {tensors[name].dtype} numbers, which are no weights")
     if tensors[name].shape != shape:
         raise UserError(f"{tensors.path}: {name} is of shape {tensors[name].shape}, but by "
                         f"{config.path if config else 'its config'} it must be {shape}")
