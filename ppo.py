@@ -60,7 +60,7 @@ from runtime.options import Common, UserError, option
 from runtime.products import use_products
 from runtime.run import Run
 from runtime.scan import discounted_sums
-from runtime.statistics import Means, masked_variance, whiten
+from runtime.statistics import Means, masked_mean as masked_mean, masked_variance, whiten
 from sample import Decoder, Generation, generate, reply_ids, reply_texts, reply_to
 
 
@@ -327,8 +327,8 @@ class Networks:
     actor_critic: ActorCritic
     reference: Transformer
     end_id: int | Sequence[int]  # the token, or any of the tokens, that ends a reply
-    reward_model: RewardModel | None = None  # if it has blocks in common with the critic
     decoder: Decoder | None = None  # the policy ready to write; None: made for each rollout
+    reward_model: RewardModel | None = None  # if it has blocks in common with the critic
 
 
 # ---- the rollout ---------------------------------------------------------------------------------
@@ -708,7 +708,7 @@ class PPOTrainer:
         reference.frozen = shared_depth(run.model, reference)
         if reward_model is not None:
             reward_model.backbone.frozen = shared_depth(self.trunks[-1], reward_model.backbone)
-        self.networks = Networks(actor_critic.to(run.device), reference, run.tokenizer.end_ids, reward_model)
+        self.networks = Networks(actor_critic.to(run.device), reference, run.tokenizer.end_ids, None, reward_model)
         for trunk in self.trunks:
             halve_frozen(trunk, run.dtype).recompute = o.recompute
         groups = [{"params": learning(run.model), "lr": o.policy_lr},

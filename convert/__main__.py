@@ -5,6 +5,7 @@
 
 `--init_from` and `--from` import by themselves: the first command is for its options.
 """
+import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import dataclasses
 import pathlib
 import sys

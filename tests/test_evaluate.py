@@ -389,7 +389,7 @@ def asked(finished, *words):
 
 
 def test_the_report_is_of_validation_and_says_which_reply_the_judge_prefers(finished, world, capsys):
-    sizes = dict(n_prompts=20, settings=ReplySettings(reply_len=16))
+    sizes = dict(n_prompts=25, settings=ReplySettings(reply_len=16))
     evaluate.write_report(world.data, finished, seed=0, **sizes)
     report = json.loads((finished / "report.json").read_text())
     assert report["split"] == "val"

@@ -14,7 +14,8 @@ from data.judge import ngram_regressions
 from ppo import train_ppo
 from tests.conftest import ROOT
 
-MOST_FUNCTIONS, MOST_LINES = 260, 1900  # of code: without docstrings, comments and blank lines
+# Of code: without docstrings, comments and blank lines. 250 and 1,900 before real models came in.
+MOST_FUNCTIONS, MOST_LINES = 285, 2200
 
 
 class FirstStep(Exception):

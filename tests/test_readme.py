@@ -13,6 +13,7 @@ import data.sets
 import evaluate
 import sample
 import train
+from convert.__main__ import ExportOptions as ConvertExport, ImportOptions
 from data.check import CheckOptions
 from data.overview import ListOptions
 from data.prepare import ExportOptions, PrepareOptions, open_data
@@ -24,13 +25,14 @@ from tools.measure import BenchOptions
 from tools.memory import MemoryOptions
 from tools.plot import PlotOptions
 from tools.race import RaceOptions
+from tools.tiny import SHAPES, TinyOptions
 
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh.md"
 PAGES = [ENGLISH, CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
 STAGES = {name: cls for name, (cls, _) in train.STAGES.items()}
 OTHERS = [ListOptions, sample.SampleOptions, evaluate.EvaluateOptions, PrepareOptions, CheckOptions,
           ExportOptions, BenchOptions, PlotOptions, MemoryOptions, RaceOptions, busy.BusyOptions,
-          trials.TrialOptions, trials_commands.TrialOptions]
+          trials.TrialOptions, trials_commands.TrialOptions, ImportOptions, ConvertExport, TinyOptions]
 
 
 def text_of(page: pathlib.Path) -> str:
@@ -52,7 +54,7 @@ def commands(page: pathlib.Path) -> list[str]:
     """Our own commands, those in the text included."""
     inline = re.findall(r"`(python [^`]*)`", text_of(page))
     lines = [" ".join(line.split()) for line in [*command_lines(page), *inline]]
-    ours = r"python (train|sample|evaluate)\.py|python -m (tools|data)\."
+    ours = r"python (train|sample|evaluate)\.py|python -m ((tools|data)\.|convert )"
     return [line for line in lines if re.match(ours, line) and "DIR" not in line]
 
 
@@ -87,6 +89,12 @@ def understand(command: str) -> None:
     elif name.startswith("tools.trials"):
         assert positional[0] in ("kill", "forge", "commands")
         parse((trials if name == "tools.trials" else trials_commands).TrialOptions, options, name)
+    elif name == "convert":
+        assert len(positional) == 3
+        parse({"import": ImportOptions, "export": ConvertExport}[positional[0]], options, name)
+    elif name == "tools.tiny":
+        assert positional[0] in SHAPES
+        parse(TinyOptions, options, name)
     elif name in ("tools.seeds", "tools.show"):
         assert options[:-1] in ([], ["--from"])
     else:

@@ -50,7 +50,7 @@ def networks_of(o, changed: int = 2, critic: str = "separate") -> Networks:
     own = critic_from(reward_model, o=o) if critic == "separate" else None
     reference.frozen = shared_depth(policy, reference)
     reward_model.backbone.frozen = shared_depth(own.backbone if own else policy, reward_model.backbone)
-    return Networks(ActorCritic(policy, own), reference, END, reward_model)
+    return Networks(ActorCritic(policy, own), reference, END, reward_model=reward_model)
 
 
 def adam(networks: Networks, lr: float) -> torch.optim.Optimizer:

@@ -1,5 +1,6 @@
 """The trials find the faults that they look for."""
 import pytest
+import tiktoken
 
 from data.tokenizer import train_bpe
 from tools import trials_commands
@@ -15,8 +16,10 @@ def test_no_text_forges_a_control_token(capsys):
 def test_a_tokenizer_that_can_be_forged_is_found_out(text):
     tokenizer = train_bpe([text], 300)
     assert forgery(tokenizer, [text], "{prompt}") == ""
-    honest = tokenizer._encoding
-    tokenizer.encode = lambda text: honest.encode(text, allowed_special="all")
+    ranks = {token: i for i, token in enumerate(tokenizer.ranks)}
+    naive = tiktoken.Encoding("naive", pat_str=tokenizer.pattern, mergeable_ranks=ranks,
+                              special_tokens=tokenizer.special)
+    tokenizer.encode = lambda text: naive.encode(text, allowed_special="all")
     assert forgery(tokenizer, [text], "{prompt}")
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import ModelConfig, Transformer
+from runtime.device import half_is_fast
 from runtime.machine import processor
 from runtime.options import Options, option
 from runtime.products import _onednn, _product, pick_products, use_products
@@ -142,7 +143,7 @@ def product_forms(rows: int, n_in: int, n_out: int,
     """x (rows, n_in) @ w (n_out, n_in)ᵀ in each available form, F.linear first."""
     x, w = torch.randn(rows, n_in).to(dtype), torch.randn(n_out, n_in).to(dtype)
     forms = [lambda: F.linear(x, w)]
-    if _onednn is not None:
+    if _onednn is not None and (dtype == torch.float32 or half_is_fast("cpu")):
         forms.append(lambda: _product(x, w))
     return forms
 

@@ -9,6 +9,7 @@ and told what learns, as a run tells them. What a forward pass keeps for its bac
 token and block (`kept_per_token`). Networks are as in a run whose reward model was trained with the same
 options: what they have in common is in memory once.
 """
+import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import dataclasses
 import sys
 

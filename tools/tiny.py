@@ -6,6 +6,7 @@ export without a download, and for tests.
 
 The numbers mean nothing; names, shapes, files and special tokens are the family's.
 """
+import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import dataclasses
 import json
 import pathlib
