@@ -26,7 +26,7 @@ from data.prepared import Prepared
 from data.tokenizer import Tokenizer
 from runtime.decoding import KVCache
 from runtime.draws import STAGES
-from runtime.learning import learn_part
+from runtime.learning import learn_part, trunk_of
 from runtime.lora import add_stored_adapters, merge_adapters
 from runtime.machine import row_chunks
 from runtime.options import Common, UserError
@@ -312,15 +312,19 @@ class Transformer(nn.Module):
         self.norm = NORMS[config.norm](config.d_model, config.norm_eps)
         self.output = (None if config.tied
                        else Linear(config.d_model, config.vocab_size, config.head_bias))
-        cos, sin = rotary_tables(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.make_tables()
         # Ids of rows that no token has, as many real vocabularies leave some: they are never written.
         self.register_buffer("absent", None, persistent=False)
         # Gradient checkpointing: store only each block's input, recompute the block in backward.
         self.recompute = False
         self.frozen = 0  # of the lowest blocks; see runtime.learning
         self.initialise()
+
+    def make_tables(self) -> None:
+        """cos and sin of rotary positions. They are no weights, so whoever fills a model without numbers
+        calls this, too."""
+        for name, table in zip(("cos", "sin"), rotary_tables(self.config), strict=True):
+            self.register_buffer(name, table, persistent=False)
 
     @torch.no_grad()
     def initialise(self, seed: int = 0) -> None:
@@ -659,17 +663,17 @@ def read_checkpoint(path: pathlib.Path,
                              f"{config.vocab_size}")
         if config.n_layer > len(weights):
             raise ValueError(f"{config.n_layer} layers, but {len(weights)} tensors")
-        with torch.device("meta"):  # shapes alone
-            shapes = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
-        for name, shape in shapes.items():
-            if weights[name].shape != shape:
-                raise ValueError(f"{name} is of shape {(*weights[name].shape,)}, not {(*shape,)}")
+        with torch.device("meta"):  # shapes alone: the tensors that were read become the weights
+            model = cls(config)
+        for name, own in model.state_dict().items():
+            if weights[name].shape != own.shape:
+                raise ValueError(f"{name} is of shape {(*weights[name].shape,)}, not {(*own.shape,)}")
         for name, tensor in tensors_of({"model": weights, "state": state}):
             if not largest(tensor) < math.inf:
                 raise ValueError(f"{name} holds numbers that are not finite")
-        model = cls(config)
         add_stored_adapters(model, weights)
-        model.load_state_dict(weights)
+        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+        trunk_of(model).make_tables()
         if isinstance(model, Transformer) and tokenizer.empty_ids:
             model.absent = torch.tensor(tokenizer.empty_ids)
     # load_state_dict is strict: a reward head that was not saved must not score as noise.

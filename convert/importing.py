@@ -21,8 +21,9 @@ from convert.stored import Tensors
 from convert.tokenizers import from_gguf, read_tokenizer
 from data.downloads import Package, raw_files, read_archive
 from data.prepare import CACHE
-from model import ModelConfig, Transformer, checkpoint_path, rotary_tables, save_checkpoint
+from model import ModelConfig, Transformer, checkpoint_path, save_checkpoint
 from reward import RewardConfig, RewardModel
+from runtime.learning import trunk_of
 from runtime.options import Options, UserError
 from runtime.storage import largest, replacing
 
@@ -260,8 +261,7 @@ def read_weights(config: Config, family: Family, shape: ModelConfig, tensors: Te
         raise UserError(f"{tensors.path}: {len(left)} tensors have no place in a {family.model_type} model of this "
                         f"config, {left[0]} among them: is config.json the one of these weights?")
     model.load_state_dict(weights, assign=True)
-    trunk = model.backbone if isinstance(model, RewardModel) else model
-    trunk.cos, trunk.sin = rotary_tables(shape)  # no weights, so they were left without numbers
+    trunk_of(model).make_tables()
     return model
 
 
