@@ -9,7 +9,6 @@ head, V vocabulary, L cached positions, N selected positions. Nothing here knows
 tokenizer is only stored beside the weights.
 """
 import dataclasses
-import hashlib
 import math
 import os
 import pathlib
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data.parents import PARENTS
 from data.prepared import Prepared
 from data.tokenizer import Tokenizer
 from runtime.decoding import KVCache
@@ -32,11 +32,12 @@ from runtime.machine import row_chunks
 from runtime.options import Common, UserError
 from runtime.products import LayerNorm, Linear, RMSNorm, linear, use_products
 from runtime.run import NotFinite, Run, RunFolder, read_config, run_folder
-from runtime.storage import Damaged, largest, load_whole, previous_of, save_whole, tensors_of
+from runtime.shapes import check_family, check_fields
+from runtime.storage import (Damaged, checkpoint_path as checkpoint_path, largest, load_whole, previous_of,
+                             save_whole, tensors_of, weights_hash as weights_hash)
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
-CHOICES = {"norm": tuple(NORMS), "mlp": ("swiglu", "gelu"), "positions": ("rotary", "learned")}
 
 
 @dataclasses.dataclass
@@ -73,42 +74,9 @@ class ModelConfig:
     parallel: bool = False  # attention and MLP read the same norm, side by side: CodeGen
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.type
-            if kind is tuple and isinstance(value, list):  # as JSON returns it
-                setattr(self, field.name, value := tuple(value))
-            fits = isinstance(value, int | float if kind is float else kind)
-            low = kind is int and field.default > 0  # 0 stands for "derived" where it is the default
-            if not fits or isinstance(value, bool) != (kind is bool) or kind in (int, float) and not (
-                    low <= value < 2**31):
-                raise UserError(f"model shape: {field.name} is {value!r}: give another one")
-        if not self.head_dim and self.d_model % (2 * self.n_head) or self.n_head % self.n_kv_head:
-            raise UserError(
-                f"model shape does not divide: d_model {self.d_model} needs to be a multiple of "
-                f"2 * n_head ({self.n_head}) unless head_dim is given, and n_head a multiple of "
-                f"n_kv_head ({self.n_kv_head}); change one of them")
+        check_fields(self)
         self.head_dim = self.head_dim or self.d_model // self.n_head
-        self.check_family()
-        if self.max_len * self.head_dim > 2**24:  # its rotary tables: no weight tells their size
-            raise UserError(f"max_len {self.max_len} is too long for heads of width {self.head_dim}: "
-                            f"at most {2**24 // self.head_dim}")
-
-    def check_family(self) -> None:
-        """UserError unless the fields of other families fit each other."""
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"model shape: {name} is {getattr(self, name)!r}: use "
-                                f"{' or '.join(choices)}")
-        if self.head_dim % 2 or self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
-            raise UserError(f"model shape: head_dim {self.head_dim} and rotary_dim {self.rotary_dim} "
-                            "must be even, and the second at most the first")
-        if self.tied and self.head_bias:
-            raise UserError("model shape: a tied output layer has no bias: head_bias needs tied False")
-        scaling = self.rope_scaling
-        numbers = all(type(x) in (int, float) and 0 < x < 2**31 for x in scaling)
-        if scaling and not (numbers and len(scaling) == 4 and scaling[1] < scaling[2]):
-            raise UserError(f"model shape: rope_scaling is {scaling}: give four positive numbers, "
-                            "(factor, low, high, original length) with low below high, or ()")
+        check_family(self)
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -569,21 +537,6 @@ def next_token_loss(model: Transformer, tokens: Tensor, targets: Tensor,
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 
-def weights_hash(model: nn.Module) -> str:
-    """Sixteen hex digits that name these weights: a child run records its parents by it."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def checkpoint_path(path: str | os.PathLike) -> pathlib.Path:
-    """The checkpoint.pt of a run's folder, or the file itself."""
-    path = pathlib.Path(path)
-    return path if path.suffix == ".pt" else path / "checkpoint.pt"
-
-
 def save_checkpoint(path: str | os.PathLike, model: nn.Module, tokenizer: Tokenizer,
                     **state: Any) -> None:
     """Write everything needed to resume; the checkpoint that was there is kept beside it.
@@ -708,49 +661,6 @@ def load_parent(o: Common, data: Prepared, stage: str, path: str,
         raise UserError(f"--vocab_size {o.vocab_size} contradicts {where}, whose own vocabulary, "
                         f"of {c.vocab_size} tokens, is used: leave it out, or pretrain again")
     return model, tokenizer, state
-
-
-PARENTS = {"sft": "pretrain", "reward": "sft", "judge": "pretrain", "ppo": "sft", "best": "sft"}
-
-
-def longest_at(path: str | os.PathLike) -> int | None:
-    """The max_len of the checkpoint at this path; None if none is there, or none that can be read: who loads
-    it says why."""
-    try:
-        return int(load_whole(checkpoint_path(path))["config"]["max_len"])
-    except (UserError, OSError, LookupError, TypeError, ValueError):
-        return None
-
-
-def require_lengths(options: dict[str, Common], pretrained: int | None = None) -> None:
-    """UserError for a --max_len or --reply_len that a flag asks for and the model will not be made for. It
-    is called before anything is prepared or trained, and looks at nothing but options and checkpoints.
-
-    options: of each stage that runs. pretrained: the max_len of pretraining, where that is one of them; None:
-    not known yet.
-    """
-    for stage in [stage for stage in PARENTS if stage in options]:
-        o, flag = options[stage], f"--{stage}." if len(options) > 1 else "--"
-        starts = [o.init_from] if o.init_from or len(options) > 1 else [run_folder(o, PARENTS[stage])]
-        limits = [(longest_at(path), f"the parent model {path}, which was made for rows of at most {{}} tokens")
-                  if path else (pretrained, "--pretrain.max_len {}, for which the model is made")
-                  for path in (*starts, *[o.reward_from] * bool(o.reward_from))]
-        for name, prompt in (("max_len", 0), ("reply_len", 1)):  # a prompt has a token at least
-            for most, whose in limits[:1 + prompt]:  # the reward model only has to read replies
-                if name in o.explicit and most is not None and getattr(o, name) + prompt > most:
-                    whose = whose.format(most) + ", the prompt included" * prompt
-                    raise UserError(f"{flag}{name} {getattr(o, name)} contradicts {whose}: lower it, or pretrain with "
-                                    "a larger --max_len")
-
-
-def limit_length(o: Common, config: ModelConfig) -> Common:
-    """The options with --max_len at most what the model was made for; UserError if a flag asks for
-    more."""
-    if o.max_len > config.max_len and "max_len" in o.explicit:
-        raise UserError(f"--max_len {o.max_len} contradicts the parent model, which was made for "
-                        f"rows of at most {config.max_len} tokens: lower it, or pretrain with a "
-                        "larger --max_len")
-    return o.replace(max_len=min(o.max_len, config.max_len))
 
 
 def open_run(stage: str, o: Common, data: Prepared, parents: dict[str, str], model: nn.Module,

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from data.batches import IN_A_ROW, Row, different_pairs, drop_long_prompts, pack_rows, reward_batch, reward_rows
 from data.feedback import (by_kind, chance_warnings, denoised, feedback_beside, feedback_kind, parts_of,
                            quick_agreement, rating_scale, require_varied, standardised, tie_odds_of)
+from data.parents import limit_length
 from data.prepare import open_stage, recounted
 from data.prepared import Prepared
 from data.rewards import PythonReward as PythonReward, ScoreScale as ScoreScale  # for who imports them from here
-from model import (ModelConfig, Transformer, cross_entropy_sum, limit_length, load_checkpoint,
+from model import (ModelConfig, Transformer, cross_entropy_sum, load_checkpoint,
                    load_parent, open_run)
 from runtime.device import precision
 from runtime.draws import batch_indices, key, torch_seed

@@ -31,16 +31,18 @@ from torch import Tensor
 
 import evaluate
 from convert.importing import with_checkpoints
-from data.batches import dialogue_rows, eval_windows, held_out_prompts, pack_rows, prompt_ids, text_batches
+from data.batches import (dialogue_rows, eval_windows, held_out_prompts, pack_rows, prompt_ids, text_batches,
+                          warn_of_passes)
 from data.dataset import SPLITS
-from data.drawn import drawn_prompts, grown_records, mark_of, scores_of
+from data.drawn import best_records, scores_of
 from data.feedback import require_records
 from data.overview import ListOptions, overview
+from data.parents import limit_length, refuse_judge, require_lengths
 from data.prepare import kept_input, known_max_len, open_for, open_stage, recounted, suited
 from data.prepared import Prepared
 from data.rewards import read_reward, settled
-from model import (ModelConfig, Transformer, checkpoint_path, cross_entropy_sum, limit_length,
-                   load_checkpoint, load_parent, next_token_loss, open_run, require_lengths)
+from model import (ModelConfig, Transformer, cross_entropy_sum, load_checkpoint, load_parent, next_token_loss,
+                   open_run)
 from ppo import PPOOptions, train_ppo
 from reward import RewardModel, RewardOptions, train_reward
 from runtime.commands import parse_command, prepare_machine
@@ -50,7 +52,7 @@ from runtime.fit import fit
 from runtime.machine import Interrupt, Interrupted, keep_freed_memory
 from runtime.options import Common, MaximumLikelihoodOptions, UserError, option, parse, run_main
 from runtime.products import use_products
-from runtime.run import Run, read_config, run_folder
+from runtime.run import Run, run_folder
 from runtime.terminal import memory_advice
 from sample import reply_texts, reply_to
 
@@ -163,9 +165,7 @@ def pretrain(o: PretrainOptions) -> Run | None:
     if run is None:
         return None
     task = PretrainTask(run, data)
-    if task.batches.passes > 20:
-        print(f"pretrain: warning: {o.tokens} tokens are up to {task.batches.passes} passes over a part of this "
-              "data, which will be learned by heart: bring more text, or lower --tokens", file=sys.stderr)
+    warn_of_passes(task.batches, o.tokens)
     print(f"pretrain: {run.model.n_parameters() / 1e6:.2f} M parameters, "
           f"{run.model.flops_per_token(o.window) / 1e6:.1f} MFLOP a token, {task.n_steps} steps of "
           f"{o.window * o.batch * o.accumulate} tokens", flush=True)
@@ -299,14 +299,6 @@ def judge(o: JudgeOptions) -> Run | None:
     return train_reward(o, stage="judge", parent="pretrain")
 
 
-def refuse_judge(path: str) -> None:
-    """UserError if the reward model at this path is the judge: it would judge its own pupil."""
-    record = path and (read_config(checkpoint_path(path).parent) or load_checkpoint(path, "cpu", RewardModel)[2])
-    if record and record.get("stage") == "judge":
-        raise UserError(f"{path}: this is the judge, which no policy is trained against: name a reward model instead")
-
-
-
 @memory_advice("lower --micro_batch, --rollout_rows or --reply_len, or add --recompute")
 def ppo(o: PPOOptions) -> Run | None:
     """`train_ppo`, unless its reward model is the judge."""
@@ -367,9 +359,8 @@ def best(o: BestOptions) -> Run | None:
     for network in (reference.requires_grad_(False), scorer.requires_grad_(False)):
         use_products(network.to(run.device), run.compute.products)
     room = min(policy.config.max_len, scorer.config.max_len) - o.reply_len  # for a prompt
-    mark = mark_of(o.n, o.reply_len, o.temperature, o.seed, sorted(run.folder.parents.items()))
-    records = grown_records(run.folder, mark, drawn_prompts(data, tokenizer, room, o.prompts, o.seed),
-                            lambda prompts, first: evaluate.best_of_prompts(run, reference, scorer, prompts, first))
+    records = best_records(run, data, room, lambda prompts, first: evaluate.best_of_prompts(
+        run, reference, scorer, prompts, first))
     kept = [r for r in records if r["ended"]]
     held_out = evaluate.HeldOutPrompts(
         data, tokenizer, held_out_prompts(data, "val", tokenizer, room, 128), reference, scorer,
@@ -452,7 +443,7 @@ def main(argv: list[str]) -> int:
             run_all(options)
         else:
             if stage in ("reward", "judge") and not o.evaluate:  # the others look at all their records at once
-                require_inputs(open_for(o, o.data), [stage], "")
+                require_records(open_for(o, o.data), [stage])
             STAGES[stage][1](o)
     except Interrupted as stop:
         return 128 + stop.args[0]

@@ -18,7 +18,7 @@ from convert.families import FAMILIES, GGUF, LONGEST, Config, Family
 from convert.files import open_tensors
 from convert.gguf import read_gguf
 from convert.stored import Tensors
-from convert.tokenizers import from_gguf, read_tokenizer
+from convert.tokenizers import from_gguf, read_json, read_tokenizer
 from data.downloads import Package, raw_files, read_archive
 from data.prepare import CACHE
 from model import ModelConfig, Transformer, checkpoint_path, save_checkpoint
@@ -125,7 +125,8 @@ def import_model(place: pathlib.Path, out: pathlib.Path, max_len: int = 0, chat_
     else:
         tokenizer = read_tokenizer(folder, shape.vocab_size, chat_format)
     model = read_weights(config, family, shape, tensors)
-    generation = {} if gguf else read_json(folder / "generation_config.json", needed=False)
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.exists() and not gguf else {}
     source = {"path": str(place), "family": family.model_type, "config": dict(config), "generation": generation,
               "dtype": str(next(iter(model.parameters())).dtype).removeprefix("torch.")}
     save_checkpoint(out, model, tokenizer, stage="import", step=0, source=source,
@@ -133,21 +134,6 @@ def import_model(place: pathlib.Path, out: pathlib.Path, max_len: int = 0, chat_
     size = sum(p.numel() for p in model.parameters())
     print(f"imported {place}: {family.model_type}, {size / 1e6:.1f} M parameters, rows of at most {shape.max_len} "
           f"tokens, vocabulary of {shape.vocab_size}, chat format {tokenizer.chat.name}", flush=True)
-
-
-def read_json(path: pathlib.Path, needed: bool = True) -> dict[str, Any]:
-    """A JSON object; UserError if the file is none. needed=False: {} if there is no file."""
-    if not needed and not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: has no {path.name}: give the folder that has it beside the weights") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({str(error)[:100]}): fetch it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: is no JSON object: fetch it again")
-    return value
 
 
 def sampling_of(generation: dict[str, Any], folder: pathlib.Path) -> dict[str, float]:

@@ -273,6 +273,13 @@ def text_batches(data: Prepared, window: int, batch: int, total_tokens: int, see
                            total_tokens=total_tokens, seed=seed, shares=shares, early=early)
 
 
+def warn_of_passes(batches: PackedDocuments, tokens: int) -> None:
+    """Say so if this many tokens are many passes over a part of the text."""
+    if batches.passes > 20:
+        print(f"pretrain: warning: {tokens} tokens are up to {batches.passes} passes over a part of this data, which "
+              "will be learned by heart: bring more text, or lower --tokens", file=sys.stderr)
+
+
 TEXT_ROWS = 24  # of pretraining text beside PPO, in a step of the policy
 
 

@@ -9,6 +9,7 @@
 A format yields pieces. Tokenizer.render_chat encodes all text between two special tokens at once,
 as a template's string is, so that a token may span the border of a marker and a content.
 """
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -49,7 +50,7 @@ def token(name: str, learn: bool = False) -> Piece:
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatFormat:
+class ChatFormat(abc.ABC):
     """A format with what a checkpoint fixes of it. The subclasses say what stands around a turn."""
 
     system: str = ""  # stands where a dialogue has no system message
@@ -64,17 +65,17 @@ class ChatFormat:
     leading_space: ClassVar[bool] = False  # does a reply's text begin with a space that is not the reply's own?
     tokens: ClassVar[tuple[str, ...]] = ()  # special tokens that the vocabulary must have; the last ends a reply
 
+    @abc.abstractmethod
     def start(self, system: str | None) -> list[Piece]:
         """What stands before the first turn. system: the dialogue's own message; None: it has none."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def user(self, text: str) -> list[Piece]:
         """A user's turn, up to where the assistant's begins."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def opening(self, last: bool) -> list[Piece]:
         """What the assistant's turn begins with. last: no other turn follows."""
-        raise NotImplementedError
 
     def answer(self, text: str, last: bool = True) -> list[Piece]:
         """A reply with its end: what is learned."""

@@ -57,6 +57,13 @@ def grown_records(folder: RunFolder, mark: str, prompts: Sequence, answered: Cal
     return records
 
 
+def best_records(run: Any, data: Prepared, room: int, answered: Callable[[Sequence, int], list[dict]]) -> list[dict]:
+    """The records of `best`: those of prompts of at most `room` tokens, drawn as the run's options say."""
+    o = run.o
+    mark = mark_of(o.n, o.reply_len, o.temperature, o.seed, sorted(run.folder.parents.items()))
+    return grown_records(run.folder, mark, drawn_prompts(data, run.tokenizer, room, o.prompts, o.seed), answered)
+
+
 def scores_of(records: Sequence[dict], kept: Sequence[dict]) -> str:
     """How many prompts there are, what their replies score, and how many of them are not kept, in words."""
     mean, best = np.mean([r["mean_score"] for r in records]), np.mean([r["score"] for r in kept])

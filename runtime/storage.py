@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from runtime.options import UserError
 from runtime.terminal import advice
@@ -184,6 +184,21 @@ def save_whole(path: pathlib.Path, payload: Any, previous: pathlib.Path | None =
         if isinstance(error, OSError):
             reason, remedy = error.strerror or error, advice(error)
         raise UserError(f"{path}: cannot be written: {reason}{kept}; {remedy}") from error
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Sixteen hex digits that name these weights: a child run records its parents by it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def checkpoint_path(path: str | os.PathLike) -> pathlib.Path:
+    """The checkpoint.pt of a run's folder, or the file itself."""
+    path = pathlib.Path(path)
+    return path if path.suffix == ".pt" else path / "checkpoint.pt"
 
 
 def previous_of(path: pathlib.Path) -> pathlib.Path:

@@ -11,9 +11,10 @@ import torch
 import train
 from data.batches import dialogue_rows, eval_windows, reward_batch, reward_rows
 from data.feedback import chance_warnings
+from data.parents import limit_length, require_lengths
 from data.prepare import known_max_len
 from data.prepared import Documents
-from model import limit_length, load_checkpoint, load_parent, open_run, require_lengths, save_checkpoint
+from model import load_checkpoint, load_parent, open_run, save_checkpoint
 from reward import RewardModel, RewardTask, label_loss, pairwise_loss, reward_model_from, train_reward
 from runtime.draws import batch_indices, key
 from runtime.options import UserError, run_main
