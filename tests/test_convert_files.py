@@ -277,14 +277,14 @@ BAD_SAFETENSORS = [
 ]
 
 
-def refused(path, words: str, where: str = "") -> None:
+def refused(path, words: str, where: str = "", most: int = 700) -> None:
     """Opening and reading ends in one line with these words and the name of the file, without much memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=words) as caught:
         for entry in open_tensors(path).values():
             entry.read()
     message = str(caught.value)
-    assert message.isprintable() and len(message) < 700
+    assert message.isprintable() and len(message) < most
     assert (where or path.name) in message
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
 

@@ -2,7 +2,6 @@
 gguf package's; a damaged or hostile file is refused in one line."""
 import os
 import pathlib
-import resource
 import struct
 
 import numpy as np
@@ -14,6 +13,7 @@ from convert.files import open_tensors
 from convert.gguf import LAYOUTS, OTHERS, read_gguf
 from runtime.options import UserError
 from tests.conftest import noise
+from tests.test_convert_files import refused
 
 F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
 UINT32, STRING, ARRAY = 4, 8, 9
@@ -242,14 +242,7 @@ def test_the_good_file_of_the_table_is_read(tmp_path):
 @pytest.mark.parametrize("what, raw, words", BAD, ids=[what for what, _, _ in BAD])
 def test_a_bad_file_is_refused(tmp_path, what, raw, words):
     path = written(tmp_path, raw)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match=words) as caught:
-        for entry in open_tensors(path).values():
-            entry.read()
-    message = str(caught.value)
-    assert message.isprintable() and len(message) < 400
-    assert str(path) in message
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
+    refused(path, words, str(path), most=400)
 
 
 def test_an_array_longer_than_any_vocabulary_is_refused_though_it_is_there(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from tests.ppo_world import END
 from tests.ppo_world import options as ppo_options
 from tests.test_pipeline import (checkpoint, copy_parents, lines, mosslet, refused, root,  # noqa: F401 (a fixture)
                                  run_until_killed, train, train_words)
-from tests.test_train_layers import SHAPE, bytes_of, trunk
+from tests.test_train_layers import SHAPE, bytes_of, smoke_road, trunk
 from train import STAGES
 
 
@@ -265,13 +265,8 @@ def test_a_critic_starts_as_its_reward_model():
 
 @pytest.fixture(scope="module")
 def lora(root, reviews_source, tmp_path_factory):  # noqa: F811
-    """Smoke runs of sft, reward and ppo with adapters."""
-    out = tmp_path_factory.mktemp("lora")
-    copy_parents(root, out, "sft")
-    for stage in ("sft", "reward", "ppo"):
-        done = train(stage, "--lora_rank=2", source=reviews_source, out=out)
-        assert done.returncode == 0, done.stderr
-    return out / "reviews"
+    """Runs with adapters."""
+    return smoke_road(root, reviews_source, tmp_path_factory.mktemp("lora"), "--lora_rank=2")
 
 
 def test_runs_learn_adapters_and_keep_the_weights(lora, root):  # noqa: F811

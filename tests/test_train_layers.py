@@ -267,15 +267,19 @@ def test_the_states_of_some_rows_are_those_that_were_put_there():
 
 # ---- runs ----------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def part(root, reviews_source, tmp_path_factory):  # noqa: F811
-    """Smoke runs of sft, reward and ppo of which the last block learns."""
-    out = tmp_path_factory.mktemp("part")
-    copy_parents(root, out, "sft")
+def smoke_road(parents, source, out, option: str):
+    """Smoke runs of sft, reward and ppo with an option; their folder."""
+    copy_parents(parents, out, "sft")
     for stage in ("sft", "reward", "ppo"):
-        done = train(stage, "--train_layers=1", source=reviews_source, out=out)
+        done = train(stage, option, source=source, out=out)
         assert done.returncode == 0, done.stderr
     return out / "reviews"
+
+
+@pytest.fixture(scope="module")
+def part(root, reviews_source, tmp_path_factory):  # noqa: F811
+    """Runs of which the last block learns."""
+    return smoke_road(root, reviews_source, tmp_path_factory.mktemp("part"), "--train_layers=1")
 
 
 def test_a_run_moves_the_last_block_alone(part, root):  # noqa: F811
