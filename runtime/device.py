@@ -100,15 +100,15 @@ COMPILE_FROM = {"cpu": 300.0, "cuda": 120.0}
 COMPILE_FROM_LAYERS = 4
 
 # One graph of all layers is the fastest, because a call costs up to 0.2 ms, but each layer adds two
-# seconds of compiling. On a CPU a deeper model has a graph of at most so many layers, compiled once
-# and called for each such group of them.
-LAYERS_IN_A_GRAPH = 5
+# seconds of compiling. On a CPU a model that is deeper than SHALLOW has a graph of at most so many
+# layers, compiled once and called for each such group of them.
+SHALLOW, LAYERS_IN_A_GRAPH = 12, 5
 
 
 def layers_compiled(n_layer: int, device: str) -> int:
     """How many of a model's layers one graph holds: all, or as many as divide them into equal groups.
     On a GPU all: there a call of a graph is not free beside what it computes."""
-    if device != "cpu":
+    if device != "cpu" or n_layer <= SHALLOW:
         return n_layer
     return max(n for n in range(1, LAYERS_IN_A_GRAPH + 1) if n_layer % n == 0)
 

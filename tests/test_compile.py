@@ -45,6 +45,7 @@ def test_a_compiled_trunk_learns_the_same_whatever_the_rows_and_lengths():
 @pytest.mark.parametrize("n_layer,recompute", [(3, False), (5, False), (3, True)])
 def test_blocks_that_share_graphs_learn_the_same_and_more_of_them_need_no_more(
         monkeypatch, n_layer, recompute):
+    monkeypatch.setattr(device, "SHALLOW", 0)
     monkeypatch.setattr(device, "LAYERS_IN_A_GRAPH", 1)
     plain, fast = (Transformer(ModelConfig(**{**TINY, "n_layer": n_layer})) for _ in range(2))
     plain.recompute = fast.recompute = recompute
@@ -75,6 +76,7 @@ def test_blocks_that_share_graphs_learn_the_same_and_more_of_them_need_no_more(
 def test_layers_that_share_a_graph_write_what_eager_ones_do(monkeypatch, rows, dtype, n_layer,
                                                             changes):
     """Three graphs, whatever the number of layers, lengths and weights."""
+    monkeypatch.setattr(device, "SHALLOW", 0)
     monkeypatch.setattr(device, "LAYERS_IN_A_GRAPH", 2)
     model = loud(Transformer(ModelConfig(**{**TINY, "n_layer": n_layer, **changes}))).eval()
     decoder, before = Decoder(model, dtype, compile=True), graphs()
@@ -101,6 +103,7 @@ def test_layers_that_share_a_graph_write_what_eager_ones_do(monkeypatch, rows, d
 
 @needs_compiler
 def test_layers_that_share_a_graph_go_on_with_fewer_rows(monkeypatch):
+    monkeypatch.setattr(device, "SHALLOW", 0)
     monkeypatch.setattr(device, "LAYERS_IN_A_GRAPH", 1)
     model = loud(Transformer(CONFIG)).eval()
     tokens = torch.randint(1, 70, (44, 7), generator=torch.Generator().manual_seed(5))
@@ -113,7 +116,7 @@ def test_layers_that_share_a_graph_go_on_with_fewer_rows(monkeypatch):
 
 
 def test_a_shallow_model_is_one_graph_and_so_is_one_on_a_gpu():
-    assert [device.layers_compiled(n, "cpu") for n in (4, 5, 12, 30, 31)] == [4, 5, 4, 5, 1]
+    assert [device.layers_compiled(n, "cpu") for n in (4, 6, 12, 14, 30, 31)] == [4, 6, 12, 2, 5, 1]
     assert device.layers_compiled(30, "cuda") == 30
 
 
@@ -130,7 +133,7 @@ def test_compiling_more_layers_in_a_graph_is_for_longer_work():
     def least(n_layer: int, kind: str) -> str:
         return device.compile_pays("auto", kind, 0, n_layer)[1].split()[-2]
 
-    assert [least(n, "cpu") for n in (2, 4, 5, 30)] == ["300", "300", "375", "375"]
+    assert [least(n, "cpu") for n in (2, 4, 12, 30)] == ["300", "300", "900", "375"]
     assert [least(n, "cuda") for n in (4, 32)] == ["120", "960"]
 
 
