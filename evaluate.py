@@ -40,7 +40,7 @@ from data.rewards import part_scores, reward_paid
 from data.tokenizer import Tokenizer
 from model import Transformer, checkpoint_path, compared_logprobs, load_checkpoint
 from reward import RewardModel, RewardOptions, longest_row
-from runtime.device import pick_device, precision
+from runtime.device import dtype_of, pick_device, precision
 from runtime.draws import key
 from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
@@ -105,7 +105,7 @@ def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Token
         raise UserError("nothing to evaluate: the list of held-out prompts is empty")
     ids = [prompt_ids(tokenizer, prompt, template) for prompt in prompts]
     replies = reply_to(policy, tokenizer, ids, settings.reply_len, temperature=settings.temperature,
-                       seed=settings.seed, batch_size=settings.rows_at_once)
+                       seed=settings.seed, batch_size=settings.rows_at_once, dtype=settings.dtype)
     logprobs, ref_logprobs, kl = reply_logprobs(policy, reference, ids, replies, settings)
     rows = reply_ids(replies)
     with torch.no_grad(), precision(settings.dtype, policy.embedding.weight.device.type):
@@ -276,7 +276,8 @@ def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str 
     started = last.get("options", {})
     from_own = ppos or not checkpoint_path(beside / "sft").exists()
     path = reference or (from_own and started.get("init_from")) or beside / "sft"
-    model, tokenizer, state = load_checkpoint(path, device)
+    known = {checkpoint_path(folders[name]): x for name, x in loaded.items()}
+    model, tokenizer, state = known.get(checkpoint_path(path)) or load_checkpoint(path, device)
     require_parent(ppos, "init", path, state, "reference")
     for name, (_, other, _) in loaded.items():
         tokenizer.require_same(other, f"{path} and {folders[name]}")
@@ -284,7 +285,7 @@ def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str 
                         reference_name="SFT" if state.get("stage") == "sft" else "reference")
     path = reward_from or started.get("reward_from") or beside / "reward"
     if reward_from or checkpoint_path(path).exists():
-        scorer, longest, reward_state = load_reward_model(path, device, tokenizer)
+        scorer, longest, reward_state = load_reward_model(path, device, tokenizer, dtype_of(last, device))
         if not reward_from:
             require_parent(states, "reward", path, reward_state, "reward_from")
         compared = dataclasses.replace(compared, reward_model=scorer, max_len=longest,
@@ -293,11 +294,12 @@ def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str 
     return compared, state, last
 
 
-def load_reward_model(path: str | os.PathLike, device: str,
-                      tokenizer: Tokenizer) -> tuple[RewardModel, int, dict[str, Any]]:
-    """(model, the longest row it was trained on, state); UserError unless it reads the tokenizer's
-    ids."""
+def load_reward_model(path: str | os.PathLike, device: str, tokenizer: Tokenizer,
+                      dtype: str = "float32") -> tuple[RewardModel, int, dict[str, Any]]:
+    """(model, which scores in this precision, the longest row it was trained on, state); UserError unless
+    it reads the tokenizer's ids."""
     model, own_tokenizer, state = load_checkpoint(path, device, RewardModel)
+    model.dtype = dtype
     tokenizer.require_same(own_tokenizer, f"the policy and {path}")
     return model, longest_row(model, state), state
 
@@ -309,14 +311,14 @@ def ngram_judges(data: Prepared) -> dict[str, Any]:
     return {"n-grams": NgramJudge(ngram_regressions(data, "judge"), shown_to_people(data))}
 
 
-def load_judges(data: Prepared, folder: str | os.PathLike | None = None,
-                device: str = "cpu") -> dict[str, Any]:
+def load_judges(data: Prepared, folder: str | os.PathLike | None = None, device: str = "cpu",
+                dtype: str = "float32") -> dict[str, Any]:
     """The judges by name, each with .probs(prompts, texts) -> (n,), from 0 to 1, 0.5 neutral:
     `ngram_judges`, and the transformer of `folder` where it was trained."""
     found = ngram_judges(data)
     if folder is not None and checkpoint_path(folder).exists():
         model, tokenizer, state = load_checkpoint(folder, device, RewardModel)
-        template = state.get("template", data.template)
+        model.dtype, template = dtype, state.get("template", data.template)
         found["transformer"] = ModelJudge(model, tokenizer, template, longest_row(model, state),
                                           shown_to_people(data), stage_warnings("the judge transformer", state))
     return found
@@ -339,7 +341,8 @@ def write_report(data: Prepared, root: pathlib.Path, *, seed: int, settings: Rep
     latter."""
     compared, _, ppo = load_compared(run_policies(root), device)
     reward, lost = reward_paid(ppo, data, "val", compared.reward_model, compared.tokenizer)
-    compared = dataclasses.replace(compared, judges=load_judges(data, root / "judge", device),
+    settings = dataclasses.replace(settings, dtype=dtype_of(ppo, device))
+    compared = dataclasses.replace(compared, judges=load_judges(data, root / "judge", device, settings.dtype),
                                    reward=reward, missing=lost)
     report, scores = build_report(compared, data, seed=seed, n_prompts=n_prompts, settings=settings)
     save_report(report, scores, root, seconds)
@@ -386,6 +389,7 @@ def print_validation_table(folder: str | os.PathLike, data: Prepared, device: st
     """A finished reward model beside its baselines on validation; the test texts are scored once, by
     the report."""
     model, tokenizer, state = load_checkpoint(folder, device, RewardModel)
+    model.dtype = dtype_of(state, device)
     rows, scores = reward_tables(model, data, "val", tokenizer, longest_row(model, state),
                                  state.get("ratings"))
     print(show_agreement(rows, summary(scores["val"])), flush=True)
@@ -419,18 +423,14 @@ class EvaluateOptions(Options):
     reward_from: str = option("", "reward model; empty: the one that PPO optimised, else the folder "
                                   "reward beside the first, if there is one")
     data: str = option("", "data set of the openings; empty: the checkpoint's")
-    source: str = option("", "file, folder, archive or URL of the data set's raw files; empty: "
-                             "download them")
-    split: str = option("val", "split of the openings; look at test once, at the end",
-                        choices=("val", "test"))
+    source: str = option("", "file, folder, archive or URL of the data set's raw files; empty: download them")
+    split: str = option("val", "split of the openings; look at test once, at the end", choices=("val", "test"))
     prompts: int = option(500, "number of openings", low=1)
     samples: int = option(1, "replies to each opening; intervals are over openings", low=1)
     json: str = option("", "file for all figures as JSON; -: print them, and nothing else")
     # How to draw.
-    reply_len: int = option(0, "longest reply in tokens; 0: as in the PPO run among the folders, "
-                               "else 64", low=0)
-    temperature: float = option(0.0, "sampling temperature; 0: as in the PPO run among the "
-                                     "folders, else 1", low=0)
+    reply_len: int = option(0, "longest reply in tokens; 0: as in the PPO run among the folders, else 64", low=0)
+    temperature: float = option(0.0, "sampling temperature; 0: as in the PPO run among the folders, else 1", low=0)
     seed: int = option(12345, "seed of the random numbers", low=0)
     # The machine.
     device: str = option("auto", "device to compute on", choices=("auto", "cpu", "cuda", "mps"))
@@ -476,12 +476,12 @@ def measure(folders: list[pathlib.Path], o: EvaluateOptions) -> dict[str, Any]:
     data = dataclasses.replace(data, meta=data.meta | {"template": template})
     judge = checkpoint_path(policies[[*policies][-1]]).parent.parent / "judge"
     reward, lost = reward_paid(ppo, data, o.split, compared.reward_model, compared.tokenizer)
-    compared = dataclasses.replace(compared, judges=load_judges(data, judge, device), reward=reward,
+    # Measure as the PPO run among the folders sampled and computed.
+    sampled, dtype = ppo.get("options", {}), dtype_of(ppo, device)
+    compared = dataclasses.replace(compared, judges=load_judges(data, judge, device, dtype), reward=reward,
                                    missing=lost)
-    # Measure as the PPO run among the folders sampled.
-    sampled = ppo.get("options", {})
     settings = ReplySettings(reply_len=o.reply_len or sampled.get("reply_len", 64), seed=o.seed,
-                             temperature=o.temperature or sampled.get("temperature", 1.0))
+                             temperature=o.temperature or sampled.get("temperature", 1.0), dtype=dtype)
     report, scores = build_report(compared, data, seed=sampled.get("seed", 0), split=o.split,
                                   n_prompts=o.prompts, samples=o.samples, settings=settings)
     if finished:

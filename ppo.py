@@ -74,7 +74,8 @@ class PPOOptions(Common):
                       save_every=1, eval_every=2, eval_prompts=8, report_prompts=20),
         "base": dict(dtype="auto", updates=200, batch=256, rollout_rows=128, reply_len=128, micro_batch=32,
                      policy_lr=1e-5, critic_lr=2e-5, eval_every=20, eval_prompts=256),
-        "smollm": dict(updates=24, batch=48, reply_len=48, norm_replies=128, policy_lr=1e-4, critic_lr=2e-4),
+        "smollm": dict(dtype="auto", updates=24, batch=48, reply_len=48, norm_replies=128,
+                       policy_lr=1e-4, critic_lr=2e-4),
     }
 
     # The rollout.
@@ -721,7 +722,7 @@ class PPOTrainer:
         asked = run.dtype if o.rollout_dtype == "auto" else o.rollout_dtype
         self.decoder_dtype = state.get("decoder_dtype", asked)
         self.prepare_decoder()
-        settings = evaluate.ReplySettings(o.reply_len, o.temperature, dtype=run.dtype)
+        settings = evaluate.ReplySettings(o.reply_len, o.temperature, dtype=run.dtype, rows_at_once=o.rollout_rows)
         self.alarms = Alarms("ppo", self.ALARMS, state.get("alarms"))
         steps = o.updates * o.epochs * o.minibatches
         self.text = text_for(data, run.tokenizer, steps, run.model.config.max_len, o.seed) if o.ptx_coef else None
@@ -735,7 +736,7 @@ class PPOTrainer:
         index = batch_indices(len(self.prompts), o.norm_replies, 0, o.seed, "reward")
         ids = [prompt_ids(run.tokenizer, self.prompts[i], self.template) for i in index]
         replies = reply_ids(reply_to(run.model, run.tokenizer, ids, o.reply_len,
-                                     temperature=o.temperature, batch_size=128,
+                                     temperature=o.temperature, batch_size=o.rollout_rows,
                                      seed=key(o.seed, "reward", "reply")))
         ended = torch.tensor([reply[-1] in run.tokenizer.end_ids for reply in replies])
         with torch.no_grad(), precision(run.dtype, run.device):

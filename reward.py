@@ -73,6 +73,7 @@ class RewardModel(nn.Module):
         self.backbone = Transformer(self.config)
         self.score_head = nn.Linear(config.d_model, max(1, len(self.config.parts)) * self.config.members)
         self.rows_at_once = 64  # read together by `scores`: memory and speed, nothing else
+        self.dtype = "float32"  # of `scores`, unless the caller's own autocast says more
         self.known: Tensor | None = None  # see runtime.learning.knowing
         self.initialise_head()
         # Older checkpoints also hold a mean and a spread of scores, which nothing reads any more.
@@ -189,7 +190,8 @@ class RewardModel(nn.Module):
             index = order[i:i + self.rows_at_once]
             batch, at = reward_batch([rows[j] for j in index], weight.device), torch.from_numpy(index).to(weight.device)
             below = None if self.known is None else self.known[at, :batch[0].shape[1]]
-            scores[..., at] = self.head_scores(*batch, below).float()
+            with precision(self.dtype, weight.device.type):
+                scores[..., at] = self.head_scores(*batch, below).float()
         return require_finite(scores, "scores of the reward model")
 
 
@@ -365,8 +367,7 @@ class RewardOptions(MaximumLikelihoodOptions):
     prefix_share: float = option(0.3, "share of texts truncated at a random place, without end "
                                       "token, as unfinished replies are", low=0, high=1)
     # The learning rate and its schedule.
-    lr: float = option(0.01, "learning rate of block matrices (muon) or of everything (adamw)",
-                       low=0)
+    lr: float = option(0.01, "learning rate of block matrices (muon) or of everything (adamw)", low=0)
     adam_lr: float = option(0.003, "AdamW's learning rate for embeddings, norms and the head",
                             low=0)
     warmup: float = option(0.1, "share of the steps over which the learning rate rises", low=0,

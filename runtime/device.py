@@ -7,6 +7,7 @@ import os
 import shutil
 import sysconfig
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,11 @@ def half_is_fast(device: str) -> bool:
     as most laptops have it, has no kernel for them: there they took 280 times as long (measured). The
     answer follows from the instructions in use, so --deterministic has the same one on all machines."""
     return device != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def dtype_of(state: dict[str, Any], device: str) -> str:
+    """The precision that a checkpoint's run computed in, to measure it alike; float32 where bfloat16 is slow."""
+    return state.get("dtype", "float32") if half_is_fast(device) else "float32"
 
 
 def pick_dtype(dtype: str, device: str, width: int, rows: int = 1024,
