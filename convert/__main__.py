@@ -1,7 +1,7 @@
 """Real checkpoints in and out.
 
     python -m convert import FOLDER OUT     a folder in the layout of transformers, or a GGUF file
-    python -m convert export RUN FOLDER     a run's checkpoint, as transformers, TRL and vLLM read it
+    python -m convert export RUN FOLDER     a run's checkpoint, or a GGUF file, as transformers, TRL and vLLM read it
 
 `--init_from` and `--from` import by themselves: the first command is for its options.
 """
@@ -12,7 +12,7 @@ import sys
 
 from convert.exporting import DTYPES, export_model
 from convert.families import FAMILIES
-from convert.importing import NAMED, import_model, is_real, named_file
+from convert.importing import NAMED, as_checkpoint, import_model, is_real, named_file
 from data.chat import FORMATS
 from model import checkpoint_path
 from runtime.options import Options, UserError, option, parse, run_main
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{options.__doc__.strip('`')}: give two paths before the options, not {len(places)}")
     source, out = places[0], pathlib.Path(places[1])
     if command == "export":
-        export_model(source, out, o.family, o.dtype)
+        export_model(as_checkpoint(source), out, o.family, o.dtype)
         return
     if checkpoint_path(out).exists():
         raise UserError(f"{checkpoint_path(out)}: is there already: name another folder")
