@@ -719,8 +719,7 @@ class PPOTrainer:
         if state:
             load_learned(actor_critic.value_module, state["critic"])
             restore([self.optimizer], {"optimizers": [state["optimizer"]]})
-        asked = run.dtype if o.rollout_dtype == "auto" else o.rollout_dtype
-        self.decoder_dtype = state.get("decoder_dtype", asked)
+        self.decoder_dtype = state.get("decoder_dtype", run.dtype if o.rollout_dtype == "auto" else o.rollout_dtype)
         self.prepare_decoder()
         settings = evaluate.ReplySettings(o.reply_len, o.temperature, dtype=run.dtype, rows_at_once=o.rollout_rows)
         self.alarms = Alarms("ppo", self.ALARMS, state.get("alarms"))

@@ -183,7 +183,8 @@ class SFTOptions(MaximumLikelihoodOptions):
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(batch=16, max_len=64, eval_every=20),
         "base": dict(max_len=512, lr=0.001, adam_lr=3e-5),
-        "smollm": dict(init_from="smollm2-135m", epochs=0.1, batch=16, optimizer="adamw", lr=3e-4, eval_every=50),
+        "smollm": dict(init_from="smollm2-135m", epochs=0.1, batch=16, optimizer="adamw", lr=3e-4, eval_every=1000,
+                       eval_dialogues=300),
     }
 
     epochs: float = option(1.0, "passes over the dialogues", low=0.01, high=1e6)
@@ -194,6 +195,7 @@ class SFTOptions(MaximumLikelihoodOptions):
     adam_lr: float = option(0.002, "AdamW's learning rate for embeddings and norms", low=0)
     decay: float = option(0.9, "share of the steps, at the end, over which it falls to 0", low=0, high=1)
     eval_every: int = option(150, "steps between measurements on validation", low=1)
+    eval_dialogues: int = option(3000, "dialogues of validation measured then, at most; the seed draws them", low=1)
 
 
 class SFTTask:
@@ -210,6 +212,9 @@ class SFTTask:
             for of_split in records or [data.records("sft", split) for split in SPLITS[:2]])
         if not self.rows or not self.val_rows:
             raise UserError(f"{run.stage}: {self.NOTHING.format(o.max_len)}")
+        if len(self.val_rows) > o.eval_dialogues:
+            index = batch_indices(len(self.val_rows), o.eval_dialogues, 0, o.seed, run.stage)
+            self.val_rows = [self.val_rows[i] for i in index]
         self.n_steps = math.ceil(o.epochs * len(self.rows) / o.batch)
         self.reply_len = min(64, o.max_len // 2)
         self.examples = held_out_prompts(data, "val", run.tokenizer, run.model.config.max_len - self.reply_len, 8)

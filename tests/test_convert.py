@@ -80,8 +80,9 @@ def test_an_import_is_kept_until_the_folder_changes(folders, tmp_path, capsys):
 
 def test_what_from_reads_is_exported_without_an_import_by_hand(folders, tmp_path):
     main(["export", str(folders["qwen2"]), str(tmp_path / "back")])
-    before, after = open_tensors(folders["qwen2"]), open_tensors(tmp_path / "back")
-    assert {name: x.read().tolist() for name, x in before.items()} == {name: x.read().tolist() for name, x in after.items()}
+    before, after = ({name: x.read().tolist() for name, x in open_tensors(folder).items()}
+                     for folder in (folders["qwen2"], tmp_path / "back"))
+    assert before == after
 
 
 def test_what_is_ours_is_left_alone(tmp_path):

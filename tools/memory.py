@@ -127,7 +127,8 @@ def memory_needed(config: ModelConfig, train_layers: int = 0, lora_rank: int = 0
             "cache": 2 * half * config.n_layer * o.rollout_rows * length * config.n_kv_head * config.head_dim,
             "below": 4 * o.batch * length * config.d_model * bool(policy.frozen)}
         # Held-out prompts are measured between updates, with a decoder and a cache of their own.
-        parts["measuring"] = max(0.0, parts["decoder"] + parts["cache"] - parts["casts"] - parts["forward and backward"])
+        parts["measuring"] = max(
+            0.0, parts["decoder"] + parts["cache"] - parts["casts"] - parts["forward and backward"])
     if o.device == "cpu":
         # While a checkpoint is read: its bytes and its tensors, then these and the network; beside PPO's policy.
         reading = 4 * count(plain) * (2 + ppo)
