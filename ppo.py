@@ -40,7 +40,7 @@ from data.batches import (Rows, drop_long_prompts, held_out_prompts, make_rows, 
 from data.prepare import open_stage
 from data.prepared import Prepared
 from data.functions import RewardError
-from data.health import ALARMS, HOPELESS, VARIETY, as_logged, ratio_start, rollout_metrics, warn_of_gaps
+from data.health import ALARMS, VARIETY, as_logged, ratio_start, rollout_metrics, warn_of_gaps
 from data.rewards import (Part, RewardSum, ScoreScale, needs_model, part_scores, read_reward, resolved,
                           starting_scale)
 from model import Transformer, load_parent, next_token_loss, open_run, token_logprobs
@@ -791,8 +791,8 @@ class PPOTrainer:
 
     def check_gaps(self, metrics: dict[str, float], step: int) -> None:
         """Warn if what is scored is not what was sampled; give up a decoder that is too far off."""
-        warn_of_gaps(metrics, self.run.dtype, self.decoder_dtype, step)
-        if metrics["sampler_gap"] > HOPELESS and self.decoder_dtype != "float32":
+        hopeless = warn_of_gaps(metrics, self.run, self.decoder_dtype, step)
+        if hopeless and self.decoder_dtype != "float32":
             tqdm.write("ppo: from now on replies are written in float32", file=sys.stderr)
             self.decoder_dtype = "float32"
             self.prepare_decoder()

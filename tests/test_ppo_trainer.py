@@ -401,9 +401,19 @@ def test_a_gap_between_what_is_scored_and_sampled_is_warned_of(trainer_of, capsy
     assert f"warning: {name} is {2 * limit:.1e}, above {limit:g}, at update 2" in warning
 
 
-@pytest.mark.parametrize("gap,expected", [(.04, torch.bfloat16), (.06, torch.float32)])
-def test_a_decoder_that_is_too_far_off_is_given_up(trainer_of, gap, expected):
-    trainer = trainer_of("--rollout_dtype=bfloat16")
+def test_deep_models_and_low_temperatures_may_differ_more(trainer_of, capsys):
+    trainer = trainer_of("--dtype=bfloat16", "--temperature=0.5")
+    trainer.run.model.config = dataclasses.replace(trainer.run.model.config, n_layer=36)
+    trainer.check_gaps({"sampler_gap": 5e-2}, 0)  # six times the bound of four layers at temperature 1 is 0.12
+    assert capsys.readouterr().err == ""
+    trainer.check_gaps({"sampler_gap": .13}, 0)
+    assert "above 0.12" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("temperature,gap,expected", [
+    (1, .04, torch.bfloat16), (1, .06, torch.float32), (.5, .09, torch.bfloat16), (.5, .11, torch.float32)])
+def test_a_decoder_that_is_too_far_off_is_given_up(trainer_of, temperature, gap, expected):
+    trainer = trainer_of("--rollout_dtype=bfloat16", f"--temperature={temperature}")
     trainer.check_gaps({"sampler_gap": gap}, 0)
     assert trainer.networks.decoder.dtype == expected
 
