@@ -735,7 +735,7 @@ class PPOTrainer:
         index = batch_indices(len(self.prompts), o.norm_replies, 0, o.seed, "reward")
         ids = [prompt_ids(run.tokenizer, self.prompts[i], self.template) for i in index]
         replies = reply_ids(reply_to(run.model, run.tokenizer, ids, o.reply_len,
-                                     temperature=o.temperature, batch_size=o.rollout_rows,
+                                     temperature=o.temperature, batch_size=o.rollout_rows, dtype=run.dtype,
                                      seed=key(o.seed, "reward", "reply")))
         ended = torch.tensor([reply[-1] in run.tokenizer.end_ids for reply in replies])
         with torch.no_grad(), precision(run.dtype, run.device):
