@@ -277,7 +277,7 @@ class Common(Options):
 
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(vocab_size=800, limit=800, save_every=5),
-        "base": dict(vocab_size=50_304), "smollm": dict(train_layers=8),
+        "base": dict(vocab_size=50_304), "smollm": dict(train_layers=8, limit=10_000),
     }
 
     # The data.
