@@ -183,8 +183,7 @@ class SFTOptions(MaximumLikelihoodOptions):
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(batch=16, max_len=64, eval_every=20),
         "base": dict(max_len=512, lr=0.001, adam_lr=3e-5),
-        "smollm": dict(init_from="smollm2-135m", epochs=0.33, batch=16, optimizer="adamw", lr=3e-4, eval_every=1000,
-                       eval_dialogues=300),
+        "smollm": dict(init_from="smollm2-135m", epochs=0.33, batch=16, optimizer="adamw", lr=3e-4, eval_dialogues=300),
     }
 
     epochs: float = option(1.0, "passes over the dialogues", low=0.01, high=1e6)
@@ -318,7 +317,8 @@ class BestOptions(SFTOptions):
     """`python train.py best`"""
 
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
-        "smoke": dict(n=4, prompts=64, reply_len=16), "smollm": dict(init_from="", epochs=1.0, prompts=400, temperature=0.7),
+        "smoke": dict(n=4, prompts=64, reply_len=16),
+        "smollm": dict(init_from="", epochs=1.0, prompts=400, temperature=0.7),
     }
 
     n: int = option(8, "replies to each prompt; the reward model's favourite is learned", low=2, high=10_000)
