@@ -227,8 +227,8 @@ class Int8Linear(PackedLinear):
         # _weight_int8pack_mm reads 16 numbers at a time.
         self.few_rows = self.rows < 8 and self.weight.shape[1] % 16 == 0
         q, scale = quantise_rows(self.present())
-        signed = (q.short() - 128).to(torch.int8)
-        self.product = _packed[self.number] = int8_product(signed, scale[:, 0], self.few_rows)
+        self.signed, self.half_scale = (q.short() - 128).to(torch.int8), scale[:, 0].bfloat16()
+        self.product = _packed[self.number] = int8_product(self.signed, scale[:, 0], self.few_rows)
 
     def plain_product(self, x: Tensor) -> Tensor:
         if half_is_fast(x.device.type):
@@ -239,6 +239,8 @@ class Int8Linear(PackedLinear):
         shape, x = x.shape[:-1], x.flatten(0, -2)
         if len(x) > self.rows:
             y = self.many_rows(x.bfloat16())
+        elif self.few_rows and torch.compiler.is_dynamo_compiling():  # called from the graph, not from Python
+            y = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.signed, self.half_scale)
         elif self.few_rows:
             y = torch.ops.mosslet.packed_linear(x.bfloat16(), self.index, self.n_out)
         else:
