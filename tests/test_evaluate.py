@@ -501,6 +501,23 @@ def test_another_reference_that_is_asked_for_is_refused_too(finished, tmp_path):
     assert all(torch.equal(x, expected[name]) for name, x in found.reference.state_dict().items())
 
 
+def test_a_policy_that_is_the_reference_too_is_loaded_once(finished):
+    found, _, _ = evaluate.load_compared({"SFT": finished / "sft", "PPO": finished / "ppo"}, "cpu")
+    assert found.reference is found.policies["SFT"]
+    assert found.reference is not found.policies["PPO"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_is_reported_in_the_precision_that_ppo_computed_in(finished, world, monkeypatch, dtype):
+    monkeypatch.setattr("runtime.device.half_is_fast", lambda device: True)
+    policy, tokenizer, state = load_checkpoint(finished / "ppo")
+    save_checkpoint(finished / "ppo", policy, tokenizer, **state | {"dtype": dtype})
+    found, _, ppo = evaluate.load_compared(evaluate.run_policies(finished), "cpu")
+    evaluate.write_report(world.data, finished, seed=0, n_prompts=5, settings=ReplySettings(reply_len=8))
+    report = json.loads((finished / "report.json").read_text())
+    assert (ppo["dtype"], found.reward_model.dtype, report["settings"]["dtype"]) == (dtype,) * 3
+
+
 def test_another_reward_model_can_be_asked_for(finished):
     other_weights(finished, "reward", RewardModel)
     found, _, _ = evaluate.load_compared({"PPO": finished / "ppo"}, "cpu",

@@ -14,7 +14,7 @@ from model import (ModelConfig, Transformer, attend, attention_allowed, cross_en
                    load_checkpoint, log_softmax, save_checkpoint, token_logprobs, weights_hash)
 from reward import RewardModel
 from runtime.decoding import KVCache
-from runtime.device import pick_dtype, precision
+from runtime.device import dtype_of, pick_dtype, precision
 from runtime.options import UserError
 from runtime.run import NotFinite
 
@@ -210,6 +210,14 @@ def test_dtype_auto_says_why(monkeypatch):
     assert pick_dtype("bfloat16", "cpu", 64)[0] == "bfloat16"
     monkeypatch.setattr("runtime.device.half_is_fast", lambda device: False)
     assert pick_dtype("auto", "cpu", 128, rows=64) == ("float32", "this CPU has no fast products of bfloat16")
+
+
+@pytest.mark.parametrize("state,fast,expected", [
+    ({"dtype": "bfloat16"}, True, "bfloat16"), ({"dtype": "bfloat16"}, False, "float32"),
+    ({"dtype": "float32"}, True, "float32"), ({}, True, "float32")])
+def test_a_run_is_measured_in_its_own_precision_where_that_is_fast(monkeypatch, state, fast, expected):
+    monkeypatch.setattr("runtime.device.half_is_fast", lambda device: fast)
+    assert dtype_of(state, "cpu") == expected
 
 
 @pytest.fixture(scope="module")

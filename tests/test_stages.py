@@ -41,6 +41,14 @@ def task_of(command, world):
 
 # ---- losses --------------------------------------------------------------------------------------
 
+def test_fine_tuning_measures_no_more_dialogues_than_it_is_told(task_of):
+    everything, some, again, others = (task_of("sft", *words).val_rows for words in (
+        [], ["--eval_dialogues=5"], ["--eval_dialogues=5"], ["--eval_dialogues=5", "--seed=1"]))
+    assert len(everything) > 5 == len(some)
+    assert some == again != others
+    assert all(row in everything for row in some)
+
+
 def test_pretraining_means_over_every_target_and_stays_inside_documents(task_of):
     ends = []
     for words in (["--batch=8"], ["--batch=4", "--accumulate=2"]):
