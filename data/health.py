@@ -67,8 +67,9 @@ def as_logged(metrics: dict[str, float], o: Any, step: int) -> dict[str, float]:
 
 def gap_scale(n_layer: int, temperature: float) -> float:
     """How much further apart two ways of computing may be than with four layers and temperature 1: the
-    layers' rounding errors add up like steps of a random walk, and a low temperature magnifies those of
-    logits. Measured in bfloat16: .034 with 30 layers at .7.
+    layers' rounding errors add up like steps of a random walk at most, and a low temperature magnifies
+    those of logits. Measured in bfloat16 with the first 4, 8, 15 and all 30 layers of SmolLM2-135M: .021,
+    .008, .026, .027; with all at temperature .7: .034.
 
     >>> round(gap_scale(36, 0.5), 3)
     6.0
