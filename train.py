@@ -49,7 +49,7 @@ from runtime.commands import parse_command, prepare_machine
 from runtime.device import pick_device, precision
 from runtime.draws import batch_indices, torch_seed
 from runtime.fit import fit
-from runtime.machine import Interrupt, Interrupted, keep_freed_memory
+from runtime.machine import Interrupt, Interrupted, keep_freed_memory, release_memory
 from runtime.options import Common, MaximumLikelihoodOptions, UserError, option, parse, run_main
 from runtime.products import use_products
 from runtime.run import Run, run_folder
@@ -409,6 +409,7 @@ def run_all(options: dict[str, Common]) -> None:
         o = options[stage]  # sft and the judge start from the pretrained model, the others from sft
         STAGES[stage][1](o.replace(resume=not o.fresh, init_from=init_from if stage in ("sft", "judge") else "",
                                    reward_from=reward_from if stage == "ppo" else ""))
+        release_memory()
     o = suited(options["ppo"], "ppo", data)
     settings = evaluate.ReplySettings(o.reply_len, o.temperature)
     evaluate.write_report(data, run_folder(o, ""), seed=o.seed, settings=settings,

@@ -1,6 +1,7 @@
 """Signals, memory, and the names of code and processor for a run's record."""
 import contextlib
 import ctypes
+import gc
 import os
 import pathlib
 import platform
@@ -113,6 +114,12 @@ def return_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
         return
+
+
+def release_memory() -> None:
+    """Between two stages of one process: collect what only refers to itself, and give freed memory back."""
+    gc.collect()
+    return_freed_memory()
 
 
 def git_commit() -> str:
