@@ -47,7 +47,7 @@ from ppo import PPOOptions, train_ppo
 from reward import RewardModel, RewardOptions, train_reward
 from runtime.commands import parse_command, prepare_machine
 from runtime.device import pick_device, precision
-from runtime.draws import batch_indices, drawn_from, torch_seed
+from runtime.draws import batch_indices, torch_seed
 from runtime.fit import fit
 from runtime.machine import Interrupt, Interrupted, keep_freed_memory, release_memory
 from runtime.options import Common, MaximumLikelihoodOptions, UserError, option, parse, run_main
@@ -211,7 +211,9 @@ class SFTTask:
             for of_split in records or [data.records("sft", split) for split in SPLITS[:2]])
         if not self.rows or not self.val_rows:
             raise UserError(f"{run.stage}: {self.NOTHING.format(o.max_len)}")
-        self.val_rows = drawn_from(self.val_rows, o.eval_dialogues, o.seed, run.stage)
+        if len(self.val_rows) > o.eval_dialogues:
+            index = batch_indices(len(self.val_rows), o.eval_dialogues, 0, o.seed, run.stage)
+            self.val_rows = [self.val_rows[i] for i in index]
         self.n_steps = math.ceil(o.epochs * len(self.rows) / o.batch)
         self.reply_len = min(64, o.max_len // 2)
         self.examples = held_out_prompts(data, "val", run.tokenizer, run.model.config.max_len - self.reply_len, 8)

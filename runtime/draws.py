@@ -66,8 +66,3 @@ def batch_indices(n: int, batch: int, step: int, seed: int, stage: str) -> np.nd
     """
     positions = range(step * batch, (step + 1) * batch)
     return np.array([epoch_order(n, seed, stage, i // n)[i % n] for i in positions])
-
-
-def drawn_from(rows: list, most: int, seed: int, stage: str) -> list:
-    """All of them, or as many as `most`, drawn by the seed: the same for every step of a stage."""
-    return rows if len(rows) <= most else [rows[i] for i in batch_indices(len(rows), most, 0, seed, stage)]
