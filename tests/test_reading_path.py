@@ -15,7 +15,7 @@ from ppo import train_ppo
 from tests.conftest import ROOT
 
 # Of code: without docstrings, comments and blank lines. 250 and 1,900 before real models came in.
-MOST_FUNCTIONS, MOST_LINES = 285, 2200
+MOST_FUNCTIONS, MOST_LINES = 286, 2200
 
 
 class FirstStep(Exception):
