@@ -34,14 +34,15 @@ from data.judge import ModelJudge, NgramJudge, ngram_regressions, shown_to_peopl
 from data.prepare import SETTINGS, find_data_set, kept_input, open_data
 from data.prepared import Prepared
 from data.records import load_records
-from data.report import (Measures, add_distinct, describe, drawn_pairs, judged_by, missing, opinions_on_feedback,
-                         people_wrote, policy_columns, render_report, splits_used, table_row, win_rates)
+from data.report import (Measures, add_distinct, describe, drawn_pairs, judged_by, missing, most_measured,
+                         opinions_on_feedback, people_wrote, policy_columns, render_report, splits_used,
+                         table_row, win_rates)
 from data.rewards import part_scores, reward_paid
 from data.tokenizer import Tokenizer
 from model import Transformer, checkpoint_path, compared_logprobs, load_checkpoint
 from reward import RewardModel, RewardOptions, longest_row
 from runtime.device import dtype_of, pick_device, precision
-from runtime.draws import key
+from runtime.draws import drawn_evenly, key
 from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
 from runtime.run import Run, read_config, record_of, run_folder
@@ -149,9 +150,7 @@ class HeldOutPrompts:
 
 # ---- the tables ----------------------------------------------------------------------------------
 
-# What PPO has to beat: of 16 replies the one that the reward model chooses. It costs 16 replies an
-# opening, so the first openings have to do.
-BEST_OF, BEST_OF_OPENINGS = 16, 200
+BEST_OF = 16  # what PPO has to beat: of so many replies the one that the reward model chooses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +237,7 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
         lines.append(table_row(name, metrics, replies[name], samples))
         answers.append(rows[::samples])
     if c.scorer is not None:
-        prompts = prompts[:BEST_OF_OPENINGS]
+        prompts = prompts[:most_measured(c.reference)[0]]
         ids = [prompt_ids(tokenizer, prompt, data.template) for prompt in prompts]
         rows, scores = best_of(BEST_OF, c, ids, settings)
         name, texts = f"{c.reference_name}, best of {BEST_OF}", [tokenizer.reply_text(row) for row in rows]
@@ -357,8 +356,7 @@ def build_report(compared: Compared, data: Prepared, *, seed: int, n_prompts: in
     last policy's reply is preferred, and ten pairs of replies drawn by the seed.
     """
     c, scores = compared, {}
-    policies, replies = policy_table(c, data, n_prompts=n_prompts, samples=samples, split=split,
-                                     settings=settings)
+    policies, replies = policy_table(c, data, n_prompts=n_prompts, samples=samples, split=split, settings=settings)
     first, last = list(c.policies)[0], list(c.policies)[-1]
     kind = data.feedback(split)
     report: dict[str, Any] = {
@@ -370,11 +368,11 @@ def build_report(compared: Compared, data: Prepared, *, seed: int, n_prompts: in
     report["columns"] = policy_columns(report)
     if kind and c.reward_model is not None:
         report["reward"], scores = reward_tables(c.reward_model, data, split, c.tokenizer, c.max_len,
-                                                 c.ratings)
+                                                 c.ratings, most_measured(c.reference)[1])
         report["agreement"] = summary(scores[split])
     if records := [r for r in data.records("reward", split) if all(
             judge.reads(r["prompt"]) for judge in c.judges.values())] if kind else []:
-        report["judge"] = opinions_on_feedback(c.judges, records)
+        report["judge"] = opinions_on_feedback(c.judges, drawn_evenly(records, most_measured(c.reference)[1]))
     report["win_rates"] = win_rates(replies, list(c.policies), list(c.judges), samples)
     said = [*c.warnings, *(line for judge in c.judges.values() for line in getattr(judge, "warnings", ()))]
     report["warnings"] = [*warnings_of(policies, first, last), *said, *judge_warnings(report.get("judge", {}), said)]
@@ -390,8 +388,8 @@ def print_validation_table(folder: str | os.PathLike, data: Prepared, device: st
     the report."""
     model, tokenizer, state = load_checkpoint(folder, device, RewardModel)
     model.dtype = dtype_of(state, device)
-    rows, scores = reward_tables(model, data, "val", tokenizer, longest_row(model, state),
-                                 state.get("ratings"))
+    rows, scores = reward_tables(model, data, "val", tokenizer, longest_row(model, state), state.get("ratings"),
+                                 most_measured(model.backbone)[1])
     print(show_agreement(rows, summary(scores["val"])), flush=True)
 
 

@@ -23,6 +23,7 @@ from data.ngrams import NgramRegression
 from data.prepared import Prepared
 from data.records import prompt_text
 from data.tokenizer import Tokenizer
+from runtime.draws import drawn_evenly
 from runtime.statistics import (accuracy, auc, bootstrap, calibration_curve, calibration_error, ceiling,
                                 confidence, correlation, interval, mean_correlation, pair_accuracy,
                                 paired_difference, rank_correlation, rater_halves, rating_calibration,
@@ -173,15 +174,17 @@ def feedback_table(model: Any, records: Sequence[dict], tokenizer: Tokenizer, te
 
 
 def reward_tables(model: Any, data: Prepared, split: str, tokenizer: Tokenizer, max_len: int,
-                  scale: dict[str, float] | None = None) -> tuple[list[dict], dict[str, dict[str, Any]]]:
+                  scale: dict[str, float] | None = None,
+                  most: int = 10**9) -> tuple[list[dict], dict[str, dict[str, Any]]]:
     """(rows of a reward model's table, its scores by split): of validation and, where that is the
-    split, of test beside it. A split whose feedback tells nothing apart is left out."""
+    split, of test beside it, of each at most so many records. A split whose feedback tells nothing
+    apart is left out."""
     rows: list[dict] = []
     scores: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(("val", split)):
         if data.feedback(name):
             of_split, scores[name] = feedback_table(
-                model, data.records("reward", name), tokenizer, data.template, max_len,
+                model, drawn_evenly(data.records("reward", name), most), tokenizer, data.template, max_len,
                 baselines=ngram_regressions(data, "reward"), scale=scale, name=name)
             rows += of_split
     order = [row["name"] for row in rows]

@@ -18,6 +18,7 @@ from data.ngrams import Entries, NgramRegression
 from data.prepared import Prepared
 from data.records import prompt_text
 from data.tokenizer import Tokenizer
+from runtime.draws import drawn_evenly
 from runtime.statistics import auc, correlation, share_above
 from runtime.storage import Damaged, load_whole, save_whole
 
@@ -137,8 +138,7 @@ def shown_to_people(data: Prepared, most: int = 500) -> list[tuple[Any, str]]:
     records = data.records("reward", "val") if data.has("reward") else []
     if not records or feedback_of(records[0]) != "pairs":
         return []
-    drawn = [records[i] for i in np.random.default_rng(0).permutation(len(records))[:most]]
-    return [(r["prompt"], r[field]) for r in drawn for field in ("chosen", "rejected")]
+    return [(r["prompt"], r[field]) for r in drawn_evenly(records, most) for field in ("chosen", "rejected")]
 
 
 # ---- the regressions of a data set ---------------------------------------------------------------

@@ -135,6 +135,16 @@ class Measures:
         return list(found)
 
 
+# Networks of more parameters take many times as long to write and to read: of them less is measured.
+REAL_SIZE = 50_000_000
+
+
+def most_measured(model: Any) -> tuple[int, int]:
+    """How much is measured at most of networks of this one's size: openings with best-of-n, which costs n
+    replies each, and records of feedback of a split."""
+    return (200, 10**9) if model.n_parameters() <= REAL_SIZE else (64, 1000)
+
+
 def table_row(name: str, metrics: dict[str, float], records: list[dict],
               samples: int = 1) -> dict[str, Any]:
     """A line of the report: the metrics, and 95 % intervals over the prompts by name."""

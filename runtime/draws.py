@@ -66,3 +66,9 @@ def batch_indices(n: int, batch: int, step: int, seed: int, stage: str) -> np.nd
     """
     positions = range(step * batch, (step + 1) * batch)
     return np.array([epoch_order(n, seed, stage, i // n)[i % n] for i in positions])
+
+
+def drawn_evenly(records: Sequence, most: int) -> list:
+    """At most so many of the records, in their order; the same ones whatever the run's seed."""
+    index = np.random.default_rng(0).permutation(len(records))[:most]
+    return [records[i] for i in np.sort(index)]

@@ -2,7 +2,8 @@
 import numpy as np
 import torch
 
-from runtime.draws import PURPOSES, STAGES, batch_indices, epoch_order, key, torch_seed, uniform_numbers
+from runtime.draws import (PURPOSES, STAGES, batch_indices, drawn_evenly, epoch_order, key, torch_seed,
+                           uniform_numbers)
 
 
 def test_an_epoch_is_a_permutation():
@@ -64,3 +65,13 @@ def test_uniform_numbers_are_in_the_half_open_interval():
 
 def test_a_longer_row_of_uniform_numbers_begins_with_the_shorter_one():
     assert torch.equal(uniform_numbers(0, [4], 9)[:, :5], uniform_numbers(0, [4], 5))
+
+
+def test_records_drawn_evenly_keep_their_order_and_stand_once():
+    records = list(range(1000))
+    drawn = drawn_evenly(records, 100)
+    assert drawn == sorted(set(drawn))
+    assert len(drawn) == 100
+    assert 350 < np.mean(drawn) < 650
+    assert drawn_evenly(records, 10**9) == records
+    assert drawn == drawn_evenly(records, 100)

@@ -13,7 +13,7 @@ import evaluate
 from data.batches import drop_long_prompts, prompt_ids, reward_rows
 from data.judge import ngram_regressions
 from data.agreement import score_feedback
-from data.report import people_wrote, policy_columns, show_policies
+from data.report import most_measured, people_wrote, policy_columns, show_policies
 from data.tokenizer import SPECIAL_TOKENS, train_bpe
 from evaluate import ReplySettings, measure_policy
 from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint
@@ -337,6 +337,20 @@ def test_of_a_long_text_the_baseline_reads_what_the_reward_model_reads(world, ma
     assert not all(whole)
     expected = ngram_regressions(world.data, "reward")[""].scores(texts)
     assert np.allclose(scored["baseline"], expected, atol=1e-5)
+
+
+def test_the_table_of_a_large_network_is_of_some_records_and_all_systems_read_the_same(world):
+    scorer, tokenizer, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
+    rows, scores = evaluate.reward_tables(scorer, world.data, "test", tokenizer, 128, most=30)
+    assert {row["texts"] for row in rows} == {"val 30", "test 30"}
+    assert len(scores["test"]["scores"]) == len(scores["test"]["baseline"]) == 30
+
+
+def test_of_a_network_of_real_size_less_is_measured(world, monkeypatch):
+    sft, _, _ = load_checkpoint(world.root / "sft")
+    assert most_measured(sft)[0] == 200
+    monkeypatch.setattr("data.report.REAL_SIZE", sft.n_parameters() - 1)
+    assert most_measured(sft) == (64, 1000)
 
 
 def test_validation_stands_beside_test_where_the_split_is_test(world):
