@@ -32,7 +32,7 @@ from model import (ModelConfig, Transformer, cross_entropy_sum, load_checkpoint,
                    load_parent, open_run)
 from runtime.device import precision
 from runtime.draws import batch_indices, key, torch_seed
-from runtime.fit import fit
+from runtime.fit import fit, steps_of
 from runtime.learning import learn_part, learning_copy, share_frozen
 from runtime.lora import without_adapters
 from runtime.machine import require_finite
@@ -326,7 +326,7 @@ class RewardOptions(MaximumLikelihoodOptions):
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(epochs=1.0, batch=16, max_len=64, eval_every=10),
         "base": dict(epochs=1.0, max_len=512, lr=0.003, adam_lr=1e-4),
-        "smollm": dict(epochs=0.8, batch=16, dropout=0.0, lm_coef=0.0, optimizer="adamw", lr=1e-4, eval_every=1000),
+        "smollm": dict(records=3200, batch=16, dropout=0.0, lm_coef=0.0, lr=1e-4, eval_every=1000),
     }
 
     # The model.
@@ -429,7 +429,7 @@ class RewardTask:
         rng = np.random.default_rng(key(run.o.seed, run.stage, "bootstrap"))
         self.weights = None if run.o.members == 1 else torch.from_numpy(
             rng.poisson(1, (run.o.members, len(self.records))).astype(np.float32))
-        self.n_steps = math.ceil(run.o.epochs * len(self.records) / run.o.batch)
+        self.n_steps = steps_of(run.o, len(self.records))
 
     def checked_kind(self, beside: list[dict]) -> str:
         """Which loss the main records are for; UserError if the options or the records do not fit it, nor

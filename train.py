@@ -48,7 +48,7 @@ from reward import RewardModel, RewardOptions, train_reward
 from runtime.commands import parse_command, prepare_machine
 from runtime.device import pick_device, precision
 from runtime.draws import batch_indices, torch_seed
-from runtime.fit import fit
+from runtime.fit import fit, steps_of
 from runtime.machine import Interrupt, Interrupted, keep_freed_memory, release_memory
 from runtime.options import Common, MaximumLikelihoodOptions, UserError, option, parse, run_main
 from runtime.products import use_products
@@ -64,7 +64,7 @@ class PretrainOptions(MaximumLikelihoodOptions):
     """`python train.py pretrain`"""
 
     TOTAL: ClassVar = "tokens"
-    IGNORED: ClassVar = ("train_layers", "lora_rank", "lora_alpha")  # a new model learns as a whole
+    IGNORED: ClassVar = ("train_layers", "lora_rank", "lora_alpha", "records")  # a new model learns as a whole
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(n_layer=2, n_head=2, n_kv_head=1, d_model=32, d_ff=64, max_len=128,
                       tokens=20_000, window=64, batch=8, eval_every=30),
@@ -183,7 +183,7 @@ class SFTOptions(MaximumLikelihoodOptions):
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(batch=16, max_len=64, eval_every=20),
         "base": dict(max_len=512, lr=0.001, adam_lr=3e-5),
-        "smollm": dict(init_from="smollm2-135m", epochs=0.33, batch=16, optimizer="adamw", lr=3e-4, eval_dialogues=300),
+        "smollm": dict(init_from="smollm2-135m", records=2400, batch=16, lr=3e-4, eval_dialogues=300),
     }
 
     epochs: float = option(1.0, "passes over the dialogues", low=0.01, high=1e6)
@@ -214,7 +214,7 @@ class SFTTask:
         if len(self.val_rows) > o.eval_dialogues:
             index = batch_indices(len(self.val_rows), o.eval_dialogues, 0, o.seed, run.stage)
             self.val_rows = [self.val_rows[i] for i in index]
-        self.n_steps = math.ceil(o.epochs * len(self.rows) / o.batch)
+        self.n_steps = steps_of(o, len(self.rows))
         self.reply_len = min(64, o.max_len // 2)
         self.examples = held_out_prompts(data, "val", run.tokenizer, run.model.config.max_len - self.reply_len, 8)
         self.extra, self.best_by = {"example_prompts": self.examples}, ("val_loss", -1)
@@ -287,7 +287,7 @@ def reward(o: RewardOptions) -> Run | None:
 class JudgeOptions(RewardOptions):
     """`python train.py judge`"""
 
-    PRESETS: ClassVar = {"smollm": dict(init_from="smollm2-135m", epochs=0.8)}
+    PRESETS: ClassVar = {"smollm": dict(init_from="smollm2-135m")}
 
     epochs: float = option(1.0, "passes over the training records", low=0.01, high=1e6,
                            source="AUC on reviews' validation, seed 0: .919; two passes .931")
@@ -318,7 +318,7 @@ class BestOptions(SFTOptions):
 
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(n=4, prompts=64, reply_len=16),
-        "smollm": dict(init_from="", epochs=1.0, prompts=400, temperature=0.7),
+        "smollm": dict(init_from="", records=0, prompts=400, temperature=0.7),
     }
 
     n: int = option(8, "replies to each prompt; the reward model's favourite is learned", low=2, high=10_000)

@@ -36,6 +36,12 @@ class Task(Protocol):
         """Figures on validation, with the model in evaluation mode."""
 
 
+def steps_of(o: Any, n: int) -> int:
+    """Optimizer steps of a stage with --epochs, --records and --batch that learns from n records."""
+    records = o.epochs * n
+    return math.ceil((min(records, o.records) if o.records else records) / o.batch)
+
+
 def fit(run: Run, task: Task) -> dict[str, float]:
     """Train run.model to the task's last step, from where run.state stopped; the last measurements.
     """

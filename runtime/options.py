@@ -277,7 +277,7 @@ class Common(Options):
 
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(vocab_size=800, limit=800, save_every=5),
-        "base": dict(vocab_size=50_304), "smollm": dict(train_layers=8, limit=10_000),
+        "base": dict(vocab_size=50_304), "smollm": dict(train_layers=8),
     }
 
     # The data.
@@ -342,7 +342,7 @@ class MaximumLikelihoodOptions(Common):
     """Options of the stages that maximise a likelihood: all but ppo."""
 
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
-        "base": dict(lr=0.01, adam_lr=0.003),
+        "base": dict(lr=0.01, adam_lr=0.003), "smollm": dict(optimizer="adamw"),
     }
 
     # The optimizer.
@@ -357,7 +357,9 @@ class MaximumLikelihoodOptions(Common):
     adam_lr: float = option(0.01, "AdamW's learning rate for embeddings, norms and heads", low=0)
     warmup: float = option(0.03, "share of the steps over which the learning rate rises", low=0, high=1)
     decay: float = option(0.4, "share of the steps, at the end, over which it falls to 0", low=0, high=1)
-    # What is kept, and the log.
+    # How much is learned, what is kept, and the log.
+    records: int = option(0, "records or dialogues to learn from, repetitions counted, at most; 0: as many as "
+                             "--epochs has", low=0)
     keep: str = option("best", "weights at the end: those with the best validation, or the last ones",
                        choices=("best", "last"))
     log_every: int = option(10, "steps between lines of metrics.jsonl", low=1)

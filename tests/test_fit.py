@@ -1,11 +1,12 @@
 """The loop of maximum likelihood: what it steps on, logs, measures and saves, and how it resumes."""
 import math
+import types
 
 import pytest
 import torch
 
 from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint, weights_hash
-from runtime.fit import fit
+from runtime.fit import fit, steps_of
 from runtime.machine import Interrupt, Interrupted
 from runtime.options import UserError, parse
 from runtime.run import Run, RunFolder
@@ -221,3 +222,9 @@ def test_the_best_weights_survive_an_interruption(run_of):
         fit(run, task)
     Interrupt.number = 0
     assert weights_after(run_of, "--resume", "--eval_every=1")[0] == kept
+
+
+@pytest.mark.parametrize(("epochs", "records", "steps"), [(2.0, 0, 13), (2.0, 50, 4), (2.0, 10**6, 13), (0.1, 50, 1)])
+def test_the_steps_of_a_stage_are_bounded_by_its_passes_and_by_its_records(epochs, records, steps):
+    o = types.SimpleNamespace(epochs=epochs, records=records, batch=16)
+    assert steps_of(o, 100) == steps
