@@ -15,6 +15,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Sequence
 
+from data.answers import is_event
 from data.tokenizer import train_bpe
 from data.dataset import (SPLITS, DataSet, DataWriter, feedback_of, require_one_feedback,
                           text_hash)
@@ -95,7 +96,8 @@ def stage_of(path: pathlib.Path, fields: dict[str, str]) -> str:
     first = ""
     for row in read_rows(path):
         try:
-            return form_of(renamed(row.value(), fields)).stage
+            value = row.value()
+            return "reward" if is_event(value) else form_of(renamed(value, fields)).stage
         except ValueError as error:  # it is reported, or left out, with other bad lines
             first = first or f", {row.place}: {error}"
     raise UserError(f"{path}{first or ': holds no records'}; docs/data.md has the forms that are read")

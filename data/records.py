@@ -21,6 +21,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from data.answers import log_fates, standing_record
 from data.dialogues import NO_ANSWER, NO_TURNS, Useless, transcript
 from data.forms import TIES, as_flag, form_of, renamed
 from runtime.options import UserError
@@ -247,8 +248,9 @@ def load_records(path: str | os.PathLike, kind: str, skip_bad: bool = False,
     if say:
         say_forms(path, forms)
     if kind == "reward" and len({frozenset(r) & {"chosen", "label", "score"} for r in records}) > 1:
-        raise UserError(f"{path}: pairs, labels and scores are mixed; keep one kind of feedback in "
-                        "a file")
+        raise UserError(f"{path}: pairs, labels and scores are mixed; " + (
+            "keep one kind of feedback in a file" if log_fates(path) is None else
+            f"`python -m serve export {path} --out FOLDER` makes a folder in which each kind has a file"))
     return records
 
 
@@ -257,10 +259,11 @@ def read_records(path: str | os.PathLike, kind: str, bad: list[str],
                  fields: dict[str, str] | None = None) -> Iterator[tuple[int, dict]]:
     """(number of its row, record) of the good records of a file, one after another. Bad lines are added
     to `bad`, the first SHOWN in words; each good line is counted in `forms`, and each that teaches
-    nothing, too, by LEFT_OUT and its reason."""
+    nothing, too, by LEFT_OUT and its reason: of a log of answers those that do not hold."""
+    known = log_fates(path)
     for row in read_rows(path, progress=True):
         try:
-            name, records = records_in(row.value(), kind, fields)
+            name, records = records_in(standing_record(row.value(), kind, known), kind, fields)
         except Useless as useless:
             forms[LEFT_OUT + useless.reason] += 1
         except ValueError as error:
