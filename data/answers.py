@@ -51,7 +51,7 @@ def fates(events: Iterable[dict]) -> dict[str, str]:
             found[event["id"]] = REPEATED
         elif event["kind"] == "skip":
             found[event["id"]] = SKIPPED
-        if event["id"] in found and found[event["id"]] in GONE or not event.get("card"):
+        if found.get(event["id"]) in GONE or event["kind"] == "edit" or not event.get("card"):
             continue
         place = (event.get("annotator"), event["card"])
         earlier = last.get(place)

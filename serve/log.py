@@ -110,6 +110,22 @@ class FeedbackLog:
             known = self.known[1]
             return [event for event in self.found if known.get(event["id"]) not in GONE]
 
+    def last(self, annotator: str) -> dict | None:
+        """The last answer or skip of a card by this annotator that holds: what an undo takes back."""
+        return next((event for event in reversed(self.standing()) if event["annotator"] == annotator
+                     and event["kind"] not in ("edit", "undo") and "card" in event), None)
+
+    def undo(self, annotator: str, id: str | None = None) -> dict | None:
+        """Take back the annotator's last answer, and return it; None without any. id: of the undo itself, so
+        that a request that comes twice takes back one answer."""
+        with self.lock:
+            if (stored := self.by_id.get(str(id))) is not None:
+                return self.by_id[stored["of"]] if stored["kind"] == "undo" else None
+            if (event := self.last(annotator)) is not None:
+                self.append({"id": id or secrets.token_hex(8), "annotator": annotator, "kind": "undo",
+                             "of": event["id"]})
+            return event
+
     def _load(self) -> int:
         """Read what is there and set aside what was not written whole; the length of what stays."""
         self.file.seek(0)
@@ -204,6 +220,7 @@ def check_event(event: Any) -> None:
         raise ValueError('"id" must have 16 digits of 0-9 and a-f')
     if not event["annotator"].strip():
         raise ValueError('"annotator" must be a name')
+    datetime.datetime.fromisoformat(str(event.get("time", "2000-01-01")))
     for name in NEEDED[kind]:
         if name not in event:
             raise ValueError(f'an event of the kind {kind} needs "{name}"')
