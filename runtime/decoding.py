@@ -96,8 +96,8 @@ class KVCache:
                 self.views[-1].kv = self._dynamic(kv, 1)
         return self.views
 
-    def keep(self, rows: Tensor) -> "KVCache":
-        """A cache of these rows (indices) alone: ended replies need no further steps."""
+    def keep(self, rows: Tensor | slice) -> "KVCache":
+        """A cache of these rows (indices) alone: ended replies need no further steps. A slice gives a view."""
         cache = copy.copy(self)
         cache.kv, cache.views = self._dynamic(self.kv[:, :, rows], 1), []
         return cache
