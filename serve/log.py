@@ -200,13 +200,13 @@ class FeedbackLog:
             raise
 
     def _cut_back(self, end: int) -> None:
-        """Leave `end` bytes, if there are more than these; after a failure nothing more is appended."""
+        """Leave `end` bytes; where that fails nothing more is appended, or it would join half a line."""
         try:
-            if os.fstat(self.file.fileno()).st_size > end and not self.broken:
-                os.ftruncate(self.file.fileno(), end)
-                os.fsync(self.file.fileno())
+            os.ftruncate(self.file.fileno(), end)
         except OSError as error:
             self.broken = f"an earlier answer could not be taken out again ({error.strerror}): start anew"
+        with contextlib.suppress(OSError):  # the next append tells
+            os.fsync(self.file.fileno())
 
 
 # ---- events ----------------------------------------------------------------------------------------
