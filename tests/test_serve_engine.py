@@ -247,7 +247,7 @@ def test_the_queue_is_bounded(world, monkeypatch):
         assert engine.submit([5], max_tokens=2).result(30)
 
 
-def test_an_error_reaches_the_replies_in_progress_and_the_next_request_is_answered(world, jobs, monkeypatch, capfd, expected):
+def test_an_error_reaches_who_waits_and_the_next_request_is_answered(world, jobs, monkeypatch, capfd, expected):
     with make(world) as engine:
         step = serve.batch.decode_step
         failing = threading.Event()
