@@ -11,11 +11,12 @@ themselves. serve/sources.py makes what is asked about.
 """
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from runtime.options import UserError
@@ -24,6 +25,7 @@ from serve.log import FeedbackLog
 REPEAT = 20  # one card in so many is asked twice
 GAP, SPREAD = 5, 10  # cards between the two at least, and how many more there may be
 DROPPED_IN_A_ROW = 60  # cards without two different replies, after which that is an error
+PER_REPLY = ("rows", "scores")  # in a card's sampling settings
 SIDES = {"left": 0, "right": 1}
 
 
@@ -69,8 +71,8 @@ class Card:
         def by_side(values: Sequence) -> list:
             return [values[i] for i in self.order]
 
-        rows = {"rows": by_side(self.sampling["rows"])} if "rows" in self.sampling else {}
-        whose = {"from": by_side(self.names), "hashes": by_side(self.hashes), "sampling": self.sampling | rows or None}
+        whose = {"from": by_side(self.names), "hashes": by_side(self.hashes),
+                 "sampling": sides_exchanged(self.sampling, by_side) or None}
         event |= {"prompt": self.prompt, **(whose if any(self.names) else {})}
         if mode != "compare":
             kind, field = {"rate": ("rating", "score"), "label": ("label", "label")}[mode]
@@ -91,6 +93,11 @@ class Card:
                 "prompt": self.prompt, "response": text, "original": self.shown[SIDES.get(side, 0)]}
 
 
+def sides_exchanged(sampling: dict[str, Any], exchange: Callable) -> dict[str, Any]:
+    """Sampling settings with what each reply has of its own in another order."""
+    return {name: exchange(value) if name in PER_REPLY else value for name, value in sampling.items()}
+
+
 def card_of(event: dict) -> Card | None:
     """The card that a comparison in the log was about, in the order in which it stood; None if the event
     does not say."""
@@ -103,7 +110,23 @@ def card_of(event: dict) -> Card | None:
 
     return Card(event["card"], event["prompt"], by_reply([event["left"], event["right"]]),
                 by_reply(event.get("from", ["", ""])), by_reply(event.get("hashes", ["", ""])),
-                event.get("sampling", {}), tuple(order), event.get("again", ""))
+                sides_exchanged(event.get("sampling", {}), lambda both: list(by_reply(both))), tuple(order),
+                event.get("again", ""))
+
+
+@functools.lru_cache(maxsize=100_000)
+def repetition_draw(seed: int, card: str, annotator: str) -> int:
+    """Whether a card comes again to this annotator, and how much later."""
+    return int(digest("repeat", seed, card, annotator), 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far an annotator is, by a log of so many events."""
+
+    length: int
+    answered: set[str]  # cards, the skipped ones too
+    due: Card | None  # the repetition that comes next
 
 
 class Source(Protocol):
@@ -146,6 +169,7 @@ class Pairs:
         self.changed = threading.Condition()
         self.cards: dict[str, Card | None] = dict(read_kept(kept)) if kept else {}
         self.ids: list[str] = []
+        self.progress: dict[str, Progress] = {}
         self.asking = {next((event["annotator"] for event in reversed(log.standing())), "")}
         self.error: Exception | None = None
         self.closed, self.dropped = False, 0
@@ -204,10 +228,10 @@ class Pairs:
                      if event["card"] == id and (card := card_of(event))), None)
 
     def _next(self, annotator: str) -> Card | None:
-        answered = self._answered(annotator)
-        if (card := self._due(annotator)) is not None:
-            return card
-        for id in map(self._id, self._open(answered)):
+        progress = self._progress(annotator)
+        if progress.due is not None:
+            return progress.due
+        for id in map(self._id, self._open(progress.answered)):
             if id not in self.cards:
                 return None
             if (card := self.cards[id]) is not None:
@@ -215,9 +239,9 @@ class Pairs:
         return None
 
     def _done(self, annotator: str) -> bool:
-        answered = self._answered(annotator)
-        return self.source.n is not None and not self._due(annotator) and all(
-            self._dropped(self._id(number)) for number in self._open(answered))
+        progress = self._progress(annotator)
+        return self.source.n is not None and progress.due is None and all(
+            self._dropped(self._id(number)) for number in self._open(progress.answered))
 
     def _dropped(self, id: str) -> bool:
         """Was the card made, and cannot be asked?"""
@@ -230,9 +254,14 @@ class Pairs:
             self.ids.append(self.source.id(len(self.ids)))
         return self.ids[number]
 
-    def _answered(self, annotator: str) -> set[str]:
-        """The cards that the annotator has answered or skipped."""
-        return {event["card"] for event in self.log.standing() if event["annotator"] == annotator and "card" in event}
+    def _progress(self, annotator: str) -> "Progress":
+        """What follows from the log as it is; reckoned once for each event."""
+        length, known = len(self.log.found), self.progress.get(annotator)
+        if known is None or known.length != length:
+            mine = [event for event in self.log.standing() if event["annotator"] == annotator and "card" in event]
+            known = Progress(length, {event["card"] for event in mine}, self._due(mine, annotator))
+            self.progress[annotator] = known
+        return known
 
     def _open(self, answered: set[str]) -> Iterator[int]:
         """The numbers of the cards that are not answered, without those that cannot be asked, to the end."""
@@ -249,14 +278,12 @@ class Pairs:
         swapped = int(digest("order", self.seed, card.id, annotator), 16) % 2
         return dataclasses.replace(card, order=(1, 0) if swapped else (0, 1))
 
-    def _due(self, annotator: str) -> Card | None:
-        """The first repetition whose time has come."""
-        mine = [event for event in self.log.standing()
-                if event["annotator"] == annotator and "card" in event and event["kind"] in ("pair", "skip")]
+    def _due(self, mine: list[dict], annotator: str) -> Card | None:
+        """The first repetition whose time has come. mine: the annotator's answers and skips of cards."""
         repeated = {event["again"] for event in mine if "again" in event}
         cards = [event for event in mine if "again" not in event]
         for i, event in enumerate(cards):
-            draw = int(digest("repeat", self.seed, event["card"], annotator), 16)
+            draw = repetition_draw(self.seed, event["card"], annotator)
             if (draw % REPEAT == 0 and event["card"] not in repeated
                     and len(cards) - i > GAP + draw // REPEAT % SPREAD and card_of(event)):
                 return self._repetition(event)
@@ -274,7 +301,7 @@ class Pairs:
         wanted: dict[int, None] = {}
         for annotator in self.asking:
             ready = 0
-            for number in self._open(self._answered(annotator)):
+            for number in self._open(self._progress(annotator).answered):
                 if ready >= self.ahead:
                     break
                 if self._id(number) not in self.cards:

@@ -10,6 +10,7 @@ file: n replies are n - 1 questions, each reply stands in two of them at most, a
 import collections
 import dataclasses
 import pathlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -58,12 +59,13 @@ class Model:
         """From a checkpoint that sample.py loaded, with that command's options."""
         o, tokenizer = session.o, session.tokenizer
         sampling = Sampling(o.temperature, o.top_k, o.top_p, o.repetition_penalty, control_tokens(tokenizer))
-        decoder = Decoder(session.model, session.dtype)
+        decoder, lock = Decoder(session.model, session.dtype), threading.Lock()
 
         def write(ids: list[list[int]], seed: int, rows: list[int]) -> list[str]:
-            return reply_texts(tokenizer, reply_to(
-                session.model, tokenizer, ids, o.max_new_tokens, seed=seed, rows=rows, sampling=sampling,
-                decoder=decoder, batch_size=16))
+            with lock:  # one thread at a time may use a decoder
+                return reply_texts(tokenizer, reply_to(
+                    session.model, tokenizer, ids, o.max_new_tokens, seed=seed, rows=rows, sampling=sampling,
+                    decoder=decoder, batch_size=16))
 
         return cls(name, session.state.get("hash") or "", session.ids, write, described(sampling, o.max_new_tokens))
 

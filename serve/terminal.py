@@ -66,33 +66,48 @@ def language(environment: Mapping[str, str] = os.environ) -> str:
 
 
 class Keys:
-    """What is pressed on a terminal, key by key, or the lines of any other input. None at the end."""
+    """What is pressed on a terminal, key by key within a `with` block, or the lines of any other input. None
+    at the end."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
         self.one_by_one = termios is not None and stream.isatty()
+        self.before = termios.tcgetattr(stream.fileno()) if self.one_by_one else None
         self.waiting: list[str] = []
+
+    def __enter__(self) -> "Keys":
+        if self.one_by_one:
+            tty.setcbreak(self.stream.fileno(), termios.TCSADRAIN)  # what is typed ahead stays
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.one_by_one:
+            termios.tcsetattr(self.stream.fileno(), termios.TCSADRAIN, self.before)
 
     def key(self) -> str | None:
         """The next key, or line without white space around it."""
         if not self.one_by_one:
             return self.line()
         if not self.waiting:
-            handle = self.stream.fileno()
-            before = termios.tcgetattr(handle)
-            try:
-                tty.setcbreak(handle)
-                pressed = os.read(handle, 64).decode("utf-8", "ignore")
-            finally:
-                termios.tcsetattr(handle, termios.TCSADRAIN, before)
+            pressed = os.read(self.stream.fileno(), 64).decode("utf-8", "ignore")
             # An arrow is one key of three characters; letters may have been typed ahead.
             self.waiting = [pressed] if pressed.startswith("\x1b") else list(pressed)
         return self.waiting.pop(0) if self.waiting else None
 
     def line(self) -> str | None:
         """The next line."""
-        line = self.stream.readline()
+        with self.as_before():
+            line = self.stream.readline()
         return line.strip() if line else None
+
+    @contextlib.contextmanager
+    def as_before(self) -> Iterator[None]:
+        """Within this block the terminal takes lines, as before."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
 
 
 class Questioner:
@@ -119,11 +134,12 @@ class Questioner:
 
     def run(self) -> int:
         """Ask until all is answered, the input ends or somebody quits; how many answers were saved."""
-        card = self.next_card()
-        while card is not None:
-            self.edited = self.comment = None
-            self.show(card)
-            card = self.answer(card)
+        with self.keys:
+            card = self.next_card()
+            while card is not None:
+                self.edited = self.comment = None
+                self.show(card)
+                card = self.answer(card)
         self.summary()
         return self.answered
 
@@ -246,7 +262,7 @@ class Questioner:
         with tempfile.TemporaryDirectory() as folder:
             file = pathlib.Path(folder) / "reply.txt"
             file.write_text(text, encoding="utf-8")
-            with contextlib.suppress(OSError, ValueError, subprocess.CalledProcessError):
+            with contextlib.suppress(OSError, ValueError, subprocess.CalledProcessError), self.keys.as_before():
                 subprocess.run([*shlex.split(editor), str(file)], check=True)
                 return file.read_text(encoding="utf-8").removesuffix("\n")
         self.say(self.words["text"], end="")  # the editor did not work
