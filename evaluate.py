@@ -43,6 +43,7 @@ from model import Transformer, checkpoint_path, compared_logprobs, load_checkpoi
 from reward import RewardModel, RewardOptions, longest_row
 from runtime.device import dtype_of, pick_device, precision
 from runtime.draws import drawn_evenly, key
+from runtime.learning import measured_in
 from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
 from runtime.run import Run, read_config, record_of, run_folder
@@ -92,9 +93,8 @@ def reply_logprobs(policy: Transformer, reference: Transformer, ids: Sequence[li
 
 def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Tokenizer,
                    prompts: Sequence, template: str, *, reward_model: Any = None,
-                   judges: dict[str, Any] | None = None,
-                   settings: ReplySettings = ReplySettings()) -> tuple[dict[str, float], list[dict],
-                                                                       list[list[int]]]:
+                   judges: dict[str, Any] | None = None, settings: ReplySettings = ReplySettings()
+                   ) -> tuple[dict[str, float], list[dict], list[list[int]]]:
     """Let the policy reply once to each prompt, and measure the replies.
 
     reward_model: any scorer. judges: by name, each with .probs(prompts, texts). Returns (metrics,
@@ -221,7 +221,7 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
     samples: replies of a policy to each opening; they stand side by side, and distinct-2 is of the
     first. The KL of best-of-n has no estimate, but a bound, log n − (n − 1)/n (Beirami 2024).
     """
-    c, tokenizer = compared, compared.tokenizer
+    c, tokenizer, (openings, most) = compared, compared.tokenizer, most_measured(compared.reference)
     limits = [m.config.max_len for m in (*c.policies.values(), c.reference, c.reward_model)
               if m is not None]
     limits += [judge.max_len for judge in c.judges.values() if hasattr(judge, "max_len")]
@@ -237,7 +237,7 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
         lines.append(table_row(name, metrics, replies[name], samples))
         answers.append(rows[::samples])
     if c.scorer is not None:
-        prompts = prompts[:most_measured(c.reference)[0]]
+        prompts = prompts[:openings]
         ids = [prompt_ids(tokenizer, prompt, data.template) for prompt in prompts]
         rows, scores = best_of(BEST_OF, c, ids, settings)
         name, texts = f"{c.reference_name}, best of {BEST_OF}", [tokenizer.reply_text(row) for row in rows]
@@ -247,7 +247,7 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
         metrics["kl_bound"] = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
         lines.append(table_row(name, metrics, replies[name]))
         others.append(rows)
-    for name, records, rows in people_wrote(data, tokenizer, settings.reply_len, split, limit):
+    for name, records, rows in people_wrote(data, tokenizer, settings.reply_len, split, limit, most):
         texts = [[r[key] for r in records] for key in ("prompt", "response")]
         metrics, records = describe(*texts, rows, tokenizer, c.judges, {})
         measures.add(metrics, records)
@@ -280,11 +280,13 @@ def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str 
     require_parent(ppos, "init", path, state, "reference")
     for name, (_, other, _) in loaded.items():
         tokenizer.require_same(other, f"{path} and {folders[name]}")
-    compared = Compared({name: policy for name, (policy, _, _) in loaded.items()}, model, tokenizer,
+    dtype = dtype_of(last, device)
+    policies = {name: measured_in(policy, dtype) for name, (policy, _, _) in loaded.items()}
+    compared = Compared(policies, measured_in(model, dtype), tokenizer,
                         reference_name="SFT" if state.get("stage") == "sft" else "reference")
     path = reward_from or started.get("reward_from") or beside / "reward"
     if reward_from or checkpoint_path(path).exists():
-        scorer, longest, reward_state = load_reward_model(path, device, tokenizer, dtype_of(last, device))
+        scorer, longest, reward_state = load_reward_model(path, device, tokenizer, dtype)
         if not reward_from:
             require_parent(states, "reward", path, reward_state, "reward_from")
         compared = dataclasses.replace(compared, reward_model=scorer, max_len=longest,
@@ -298,9 +300,8 @@ def load_reward_model(path: str | os.PathLike, device: str, tokenizer: Tokenizer
     """(model, which scores in this precision, the longest row it was trained on, state); UserError unless
     it reads the tokenizer's ids."""
     model, own_tokenizer, state = load_checkpoint(path, device, RewardModel)
-    model.dtype = dtype
     tokenizer.require_same(own_tokenizer, f"the policy and {path}")
-    return model, longest_row(model, state), state
+    return measured_in(model, dtype), longest_row(model, state), state
 
 
 def ngram_judges(data: Prepared) -> dict[str, Any]:
@@ -317,8 +318,8 @@ def load_judges(data: Prepared, folder: str | os.PathLike | None = None, device:
     found = ngram_judges(data)
     if folder is not None and checkpoint_path(folder).exists():
         model, tokenizer, state = load_checkpoint(folder, device, RewardModel)
-        model.dtype, template = dtype, state.get("template", data.template)
-        found["transformer"] = ModelJudge(model, tokenizer, template, longest_row(model, state),
+        template = state.get("template", data.template)
+        found["transformer"] = ModelJudge(measured_in(model, dtype), tokenizer, template, longest_row(model, state),
                                           shown_to_people(data), stage_warnings("the judge transformer", state))
     return found
 
@@ -387,7 +388,7 @@ def print_validation_table(folder: str | os.PathLike, data: Prepared, device: st
     """A finished reward model beside its baselines on validation; the test texts are scored once, by
     the report."""
     model, tokenizer, state = load_checkpoint(folder, device, RewardModel)
-    model.dtype = dtype_of(state, device)
+    measured_in(model, dtype_of(state, device))
     rows, scores = reward_tables(model, data, "val", tokenizer, longest_row(model, state), state.get("ratings"),
                                  most_measured(model.backbone)[1])
     print(show_agreement(rows, summary(scores["val"])), flush=True)
@@ -456,8 +457,7 @@ def measure(folders: list[pathlib.Path], o: EvaluateOptions) -> dict[str, Any]:
     """Load what the command names, and print its report. The report of a finished run (one folder,
     with ppo in it) is also written there."""
     device, root = pick_device(o.device), folders[0]
-    finished = len(folders) == 1 and not checkpoint_path(root).exists() and checkpoint_path(
-        root / "ppo").exists()
+    finished = len(folders) == 1 and not checkpoint_path(root).exists() and checkpoint_path(root / "ppo").exists()
     short = [folder.name for folder in folders]
     names = short if len(set(short)) == len(short) else map(str, folders)
     policies = run_policies(root) if finished else dict(zip(names, folders, strict=True))

@@ -183,7 +183,7 @@ class SFTOptions(MaximumLikelihoodOptions):
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(batch=16, max_len=64, eval_every=20),
         "base": dict(max_len=512, lr=0.001, adam_lr=3e-5),
-        "smollm": dict(init_from="smollm2-135m", records=2400, batch=16, lr=3e-4, eval_dialogues=300),
+        "smollm": dict(init_from="smollm2-135m", records=2000, batch=16, lr=3e-4, eval_dialogues=300),
     }
 
     epochs: float = option(1.0, "passes over the dialogues", low=0.01, high=1e6)
@@ -241,7 +241,7 @@ class SFTTask:
         parts = [self.nats(self.val_rows[i:i + 128]) for i in range(0, len(self.val_rows), 128)]
         ids = [prompt_ids(self.run.tokenizer, prompt, self.template) for prompt in self.examples]
         texts = reply_texts(self.run.tokenizer, reply_to(self.run.model, self.run.tokenizer, ids,
-                                                         self.reply_len, seed=self.o.seed))
+                                                         self.reply_len, seed=self.o.seed, dtype=self.run.dtype))
         self.run.samples(step, [{"prompt": p, "reply": t} for p,
                                 t in zip(self.examples, texts, strict=True)])
         return {"val_loss": float(sum(nats for nats, _ in parts)) / sum(n for _, n in parts)}
@@ -287,7 +287,7 @@ def reward(o: RewardOptions) -> Run | None:
 class JudgeOptions(RewardOptions):
     """`python train.py judge`"""
 
-    PRESETS: ClassVar = {"smollm": dict(init_from="smollm2-135m")}
+    PRESETS: ClassVar = {"smollm": dict(init_from="smollm2-135m", records=2400)}
 
     epochs: float = option(1.0, "passes over the training records", low=0.01, high=1e6,
                            source="AUC on reviews' validation, seed 0: .919; two passes .931")

@@ -18,6 +18,7 @@ from data.prepared import Prepared
 from data.records import as_messages, prompt_text
 from data.sets import DATA_SETS
 from data.tokenizer import Tokenizer
+from runtime.draws import drawn_evenly
 from runtime.statistics import (accuracy, auc, cut_alike, distinct_interval, distinct_n, interval,
                                 mean_interval, positive_share, reply_statistics, win_rate, win_rate_of_alike)
 from runtime.tables import table
@@ -66,11 +67,11 @@ def describe(prompts: Sequence, texts: Sequence[str], rows: list[list[int]], tok
 
 
 def people_wrote(data: Prepared, tokenizer: Tokenizer, reply_len: int, split: str = "val",
-                 limit: float = math.inf) -> list[tuple[str, list[dict], list[list[int]]]]:
+                 limit: float = math.inf, most: int = 10**9) -> list[tuple[str, list[dict], list[list[int]]]]:
     """What people wrote and others preferred or did not, as (name, records {"prompt", "response"},
     rows): replies that fit the reply length and whose openings are among the policies' held-out
-    ones, each once. limit: tokens of a prompt. Of ratings those above and below their mean; without
-    feedback all replies.
+    ones, each once. limit: tokens of a prompt. most: of each opinion, at most. Of ratings those above
+    and below their mean; without feedback all replies.
     """
     lines, openings = [], {prompt_text(record["prompt"]) for record in data.records("ppo", split)}
     for name, replies in by_opinion(data, split).items():
@@ -79,7 +80,7 @@ def people_wrote(data: Prepared, tokenizer: Tokenizer, reply_len: int, split: st
                    if opening in openings
                    and len(prompt_ids(tokenizer, prompt, data.template)) <= limit]
         rows = [tokenizer.reply_ids(r["response"]) for r in records]
-        fits = [(r, row) for r, row in zip(records, rows, strict=True) if len(row) <= reply_len]
+        fits = drawn_evenly([(r, row) for r, row in zip(records, rows, strict=True) if len(row) <= reply_len], most)
         if fits:
             lines.append((f"people{name}", [r for r, _ in fits], [row for _, row in fits]))
     return lines
@@ -141,8 +142,8 @@ REAL_SIZE = 50_000_000
 
 def most_measured(model: Any) -> tuple[int, int]:
     """How much is measured at most of networks of this one's size: openings with best-of-n, which costs n
-    replies each, and records of feedback of a split."""
-    return (200, 10**9) if model.n_parameters() <= REAL_SIZE else (64, 1000)
+    replies each, and records of feedback of a split, or people's replies of one opinion."""
+    return (200, 10**9) if model.n_parameters() <= REAL_SIZE else (64, 400)
 
 
 def table_row(name: str, metrics: dict[str, float], records: list[dict],

@@ -7,7 +7,7 @@ not learn; a model is a trunk, or has one as `backbone`.
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from runtime.draws import torch_seed
 from runtime.lora import add_adapters
 from runtime.options import Common, UserError
 from runtime.products import Linear
+
+T = TypeVar("T", bound=nn.Module)
 
 
 def trunk_of(model: nn.Module) -> Any:
@@ -62,7 +64,7 @@ def learn_part(model: nn.Module, o: Common, stage: str) -> None:
         parameter.requires_grad_(learns(name, frozen, bool(o.lora_rank)))
 
 
-def halve_frozen(model: nn.Module, dtype: str) -> nn.Module:
+def halve_frozen(model: T, dtype: str) -> T:
     """With --dtype bfloat16 the blocks' matrices that do not learn are kept in it: each product would round
     them to the same numbers. All else stays float32: what learns, so that small steps add up; norms and
     embedding, of which the residual stream is made; and the output layer, whose product is float32."""
@@ -70,6 +72,14 @@ def halve_frozen(model: nn.Module, dtype: str) -> nn.Module:
         if isinstance(layer, Linear) and not layer.weight.requires_grad:
             layer.weight.data = layer.weight.data.bfloat16()
     return model
+
+
+def measured_in(model: T, dtype: str) -> T:
+    """The model for measures in this precision. Nothing in it learns, so that its blocks' matrices are kept in
+    the precision, too."""
+    if trunk_of(model) is not model:  # a reward model scores by itself
+        model.dtype = dtype
+    return halve_frozen(model.requires_grad_(False), dtype)
 
 
 def learning(model: nn.Module) -> list[nn.Parameter]:

@@ -350,7 +350,7 @@ def test_of_a_network_of_real_size_less_is_measured(world, monkeypatch):
     sft, _, _ = load_checkpoint(world.root / "sft")
     assert most_measured(sft)[0] == 200
     monkeypatch.setattr("data.report.REAL_SIZE", sft.n_parameters() - 1)
-    assert most_measured(sft) == (64, 1000)
+    assert most_measured(sft) == (64, 400)
 
 
 def test_validation_stands_beside_test_where_the_split_is_test(world):
