@@ -102,6 +102,19 @@ def test_equal_prompts_are_read_once(world, jobs, monkeypatch):
     assert read == [1]
 
 
+def test_prompts_of_like_length_are_read_together_and_others_apart(world, jobs, monkeypatch):
+    read, prefill = [], serve.batch.prefill
+    monkeypatch.setattr(serve.batch, "prefill", lambda model, tokens, mask, cache: (
+        read.append(mask.sum(1).tolist()), prefill(model, tokens, mask, cache))[1])
+    ids = jobs[3]["ids"]
+    alike = [jobs[i] | {"ids": ids[:n]} for i, n in enumerate((9, 12, 10, 12, 40, 11))]
+    with make(world, rows=6) as engine:
+        with engine._work:
+            replies = [engine.submit(**job) for job in alike]
+        assert [r.result(60)[1] for r in replies] == [alone(engine, **job) for job in alike]
+    assert read == [[9, 12, 10], [40], [11]]
+
+
 @needs_compiler
 def test_a_compiled_step_writes_the_same(world, jobs, expected):
     with make(world, rows=2, compile=True) as engine:
@@ -307,16 +320,16 @@ def test_numbers_that_are_not_finite_end_one_reply_and_no_other(world, jobs, mon
 
         def spoilt(model, token, slot, start, cache, span):
             logits = step(model, token, slot, start, cache, span)
-            if len(token) > 1:
+            if len(token) == 3:
                 logits[0] = cache.kv[:, :, 0] = float("nan")
             return logits
 
         with engine._work:
             monkeypatch.setattr(serve.batch, "decode_step", spoilt)
-            others = [engine.submit(**job) for job in jobs[:1]]
+            others = [engine.submit(**jobs[i]) for i in (3, 0)]  # the shorter one takes the bad one's row
         with pytest.raises(UserError, match="not finite"):
             bad.result(30)
-        assert others[0].result(30)[1] == expected[0]
+        assert [r.result(30)[1] for r in others] == [expected[3], expected[0]]
 
 
 def test_closing_ends_what_is_written_and_refuses_more(world, monkeypatch):
