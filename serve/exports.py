@@ -191,7 +191,9 @@ def exported(events: Iterable[dict], to: str, template: str = "{prompt}") -> tup
     found: dict[str, Any] = {}
     for stage, records in data_files(events).items():
         if written := converted(records, stage.split("_")[0], to, template, lost):
-            found[f"{stage}.jsonl"] = written
+            # As labels, which KTO makes of pairs, all feedback is of one kind.
+            name = "reward" if to == "kto" and stage.startswith("reward") else stage
+            found.setdefault(f"{name}.jsonl", []).extend(written)
     if not any(name.startswith("reward") for name in found):
         raise UserError(f"the answers hold no record that {to} has a form for: {', '.join(lost)}")
     if to == "llama-factory":

@@ -26,6 +26,7 @@ REPEAT = 20  # one card in so many is asked twice
 GAP, SPREAD = 5, 10  # cards between the two at least, and how many more there may be
 DROPPED_IN_A_ROW = 60  # cards without two different replies, after which that is an error
 PER_REPLY = ("rows", "scores")  # in a card's sampling settings
+ALONE = {"rate": ("rating", "score", (1, 2, 3, 4, 5)), "label": ("label", "label", (0, 1))}  # what one reply may get
 SIDES = {"left": 0, "right": 1}
 
 
@@ -75,7 +76,9 @@ class Card:
                  "sampling": sides_exchanged(self.sampling, by_side) or None}
         event |= {"prompt": self.prompt, **(whose if any(self.names) else {})}
         if mode != "compare":
-            kind, field = {"rate": ("rating", "score"), "label": ("label", "label")}[mode]
+            kind, field, allowed = ALONE[mode]
+            if choice not in allowed:
+                raise ValueError(f'"choice" must be one of {", ".join(map(str, allowed))}, or skip')
             return event | {"kind": kind, "response": self.shown[0], field: choice}
         if choice not in ("left", "right", "tie", "both_bad"):
             raise ValueError('"choice" must be left, right, tie, both_bad or skip')

@@ -463,6 +463,15 @@ def test_an_export_is_read_again_and_overwrites_nothing(path, tmp_path, to, caps
         exported(answers(), "excel")
 
 
+@pytest.mark.parametrize("to", ["mosslet", *TOOLS])
+def test_an_export_of_several_kinds_can_be_trained_on(path, tmp_path, to):
+    write_log(path, [*answers(), *(label(i, id=f"{i + 1000:016d}") for i in range(40))])
+    export_log(path, tmp_path / to, to, template="{prompt}?")
+    data = open_data(str(tmp_path / to), vocab_size=300, cache=tmp_path / "cache")
+    assert data.feedback("train") == ("labels" if to == "kto" else "pairs")
+    assert data.has("reward_labels") == (to != "kto")
+
+
 def test_imports_in_any_form_are_stored_once(log, path):
     lines = [{"instruction": "Hi", "output_1": "a", "output_2": "b", "preference": 2}, answers()[0],
              {"prompt": "Hi", "response": "yes", "label": True}]

@@ -81,13 +81,13 @@ def test_a_server_that_is_started_anew_goes_on_as_one_that_ran_on(opened, log, t
 
 def test_all_annotators_get_the_same_cards_with_sides_of_their_own(opened, log):
     pairs = opened()
-    names = [f"person {i}" for i in range(12)]
-    cards = {name: [card for card in answer(pairs, log, 20, name) if not card.again] for name in names}
+    names = [f"person {i}" for i in range(9)]
+    cards = {name: [card for card in answer(pairs, log, 16, name) if not card.again] for name in names}
     length = min(map(len, cards.values()))
     assert len({tuple(card.id for card in cards[name][:length]) for name in names}) == 1
-    assert len({tuple(card.order for card in cards[name][:length]) for name in names}) == 12
+    assert len({tuple(card.order for card in cards[name][:length]) for name in names}) == 9
     left = np.mean([card.order == (0, 1) for name in names for card in cards[name]])
-    assert abs(left - .5) < 4 * .5 / 220 ** .5
+    assert abs(left - .5) < 4 * .5 / 140 ** .5
 
 
 def test_skipped_cards_do_not_come_again_and_undone_ones_do(opened, log):
@@ -102,9 +102,9 @@ def test_skipped_cards_do_not_come_again_and_undone_ones_do(opened, log):
 
 def test_about_one_card_in_twenty_comes_again_swapped_and_later(opened, log):
     pairs = opened()
-    cards = answer(pairs, log, 420)
+    cards = answer(pairs, log, 260)
     repeated = [card for card in cards if card.again]
-    assert 8 <= len(repeated) <= 36  # 20 on average
+    assert 3 <= len(repeated) <= 26  # 12 on average
     places = {card.id: i for i, card in enumerate(cards)}
     for card in repeated:
         first = cards[places[card.again]]
@@ -216,6 +216,9 @@ def test_a_single_reply_is_rated_or_labelled(opened, log):
     card = pairs.next("me", wait=10)
     event = log.append(card.record("me", 4, "rate"))
     assert (event["kind"], event["score"], event["response"], event["from"]) == ("rating", 4, card.shown[0], ["sft"])
+    for mode, choice in (("rate", 6), ("rate", "left"), ("label", 2), ("label", None), ("label", [])):
+        with pytest.raises(ValueError, match="choice"):
+            card.record("me", choice, mode)
     second = pairs.next("me", wait=10)
     assert log.append(second.record("me", 0, "label"))["label"] == 0
     assert len({card.id, second.id, pairs.next("me", wait=10).id}) == 3
