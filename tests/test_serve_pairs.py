@@ -250,8 +250,13 @@ def test_cards_are_prepared_ahead_but_no_more_than_that(opened, log):
     made = []
     pairs = opened(Sampled(PROMPTS, [model(text=lambda *x: made.append(x) or str(x))]), ahead=5)
     answer(pairs, log, 3)
-    time.sleep(.2)
-    assert 2 * 5 <= len(made) <= 2 * (3 + 5)
+    pairs.next("me", wait=10)
+    for _ in range(100):
+        time.sleep(.05)
+        if len(made) == 2 * (3 + 5):
+            break
+    time.sleep(.1)  # in which no more are made
+    assert len(made) == 2 * (3 + 5)
 
 
 def test_a_fault_of_the_model_is_told_and_then_tried_again(opened):
