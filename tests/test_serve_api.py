@@ -257,10 +257,9 @@ def test_who_goes_away_frees_the_rows(address, engine, slow, monkeypatch, stream
     assert time.monotonic() - started < 2  # eight replies of 80 tokens on four rows take 3.2 s
 
 
-def test_the_loop_answers_others_while_many_replies_are_written(address, engine, slow, monkeypatch):
+def test_the_loop_answers_others_while_many_replies_are_written(address, engine, slow, ask, monkeypatch):
     monkeypatch.setattr(engine, "most_waiting", 100)
-    post = lambda seed: httpx.post(f"{address}/chat/completions", timeout=60, json={
-        "messages": HELLO, "seed": seed, "max_tokens": 8})
+    post = lambda seed: ask(seed=seed, max_tokens=6)
     with concurrent.futures.ThreadPoolExecutor(48) as pool:
         answers = [pool.submit(post, seed) for seed in range(48)]  # more than a pool of threads for blocking reads
         until(lambda: len(engine.waiting) > 20)

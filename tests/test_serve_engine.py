@@ -116,11 +116,18 @@ def test_prompts_of_like_length_are_read_together_and_others_apart(world, jobs, 
 
 
 @needs_compiler
-def test_a_compiled_step_writes_the_same(world, jobs, expected):
+def test_a_compiled_step_writes_the_same_beside_an_idle_row(world, jobs, expected, monkeypatch):
+    compile_all = serve.batch.Batch._compile_all
+
+    def one_size(batch):  # of the sizes 1 and 2: compiling takes seconds
+        batch.sizes = [2]
+        compile_all(batch)
+
+    monkeypatch.setattr(serve.batch.Batch, "_compile_all", one_size)
     with make(world, rows=2, compile=True) as engine:
-        assert engine.batch.sizes == [1, 2]
-        replies = [engine.submit(**job) for job in jobs[:6]]
-        assert [r.result(60)[1] for r in replies] == expected[:6]
+        replies = [engine.submit(**job) for job in jobs[:5]]
+        assert [r.result(60)[1] for r in replies] == expected[:5]
+        assert list(engine.batch.steps) == [2]
 
 
 def test_no_control_token_is_written_but_the_end(world, engine):
