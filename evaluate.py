@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from convert.importing import as_checkpoint, with_checkpoints
-from data.agreement import feedback_table, reward_tables, show_agreement, summary
+from data.agreement import feedback_table, most_measured, reward_tables, show_agreement, summary
 from data.batches import held_out_prompts, make_rows, pad_left, prompt_ids, scatter_tokens
 from data.dataset import feedback_of
 from data.forms import parse_fields
@@ -34,9 +34,8 @@ from data.judge import ModelJudge, NgramJudge, ngram_regressions, shown_to_peopl
 from data.prepare import SETTINGS, find_data_set, kept_input, open_data
 from data.prepared import Prepared
 from data.records import load_records
-from data.report import (Measures, add_distinct, describe, drawn_pairs, judged_by, missing, most_measured,
-                         opinions_on_feedback, people_wrote, policy_columns, render_report, splits_used,
-                         table_row, win_rates)
+from data.report import (Measures, add_distinct, describe, drawn_pairs, judged_by, missing, opinions_on_feedback,
+                         people_wrote, policy_columns, render_report, splits_used, table_row, win_rates)
 from data.rewards import part_scores, reward_paid
 from data.tokenizer import Tokenizer
 from model import Transformer, checkpoint_path, compared_logprobs, load_checkpoint

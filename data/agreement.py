@@ -159,6 +159,16 @@ def people_alike(records: Sequence[dict]) -> dict[str, Any]:
             "halves": [value, low, high], "ceiling": [ceiling(x) for x in (value, low, high)]}
 
 
+# Networks of more parameters take many times as long to write and to read: of them less is measured.
+REAL_SIZE = 50_000_000
+
+
+def most_measured(model: Any) -> tuple[int, int]:
+    """How much is measured at most of networks of this one's size: openings with best-of-n, which costs n
+    replies each, and records of feedback of a split, or people's replies of one opinion."""
+    return (200, 10**9) if model.n_parameters() <= REAL_SIZE else (64, 400)
+
+
 # ---- tables --------------------------------------------------------------------------------------
 
 def feedback_table(model: Any, records: Sequence[dict], tokenizer: Tokenizer, template: str,

@@ -77,8 +77,7 @@ def people_wrote(data: Prepared, tokenizer: Tokenizer, reply_len: int, split: st
     for name, replies in by_opinion(data, split).items():
         replies = {(prompt_text(prompt), text): prompt for prompt, text in replies}
         records = [{"prompt": prompt, "response": text} for (opening, text), prompt in replies.items()
-                   if opening in openings
-                   and len(prompt_ids(tokenizer, prompt, data.template)) <= limit]
+                   if opening in openings and len(prompt_ids(tokenizer, prompt, data.template)) <= limit]
         rows = [tokenizer.reply_ids(r["response"]) for r in records]
         fits = drawn_evenly([(r, row) for r, row in zip(records, rows, strict=True) if len(row) <= reply_len], most)
         if fits:
@@ -134,16 +133,6 @@ class Measures:
             for record, value in zip(records, values, strict=True):
                 record[name] = value
         return list(found)
-
-
-# Networks of more parameters take many times as long to write and to read: of them less is measured.
-REAL_SIZE = 50_000_000
-
-
-def most_measured(model: Any) -> tuple[int, int]:
-    """How much is measured at most of networks of this one's size: openings with best-of-n, which costs n
-    replies each, and records of feedback of a split, or people's replies of one opinion."""
-    return (200, 10**9) if model.n_parameters() <= REAL_SIZE else (64, 400)
 
 
 def table_row(name: str, metrics: dict[str, float], records: list[dict],

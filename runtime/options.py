@@ -283,8 +283,7 @@ class Common(Options):
     # The data.
     data: str = option("reviews", "data set by name (docs/data.md), or your own file (.jsonl, .json, "
                                   ".csv, .tsv) or folder; - is standard input")
-    source: str = option("", "file, folder, archive or URL of the data set's raw files; empty: "
-                             "download them")
+    source: str = option("", "file, folder, archive or URL of the data set's raw files; empty: download them")
     vocab_size: int = option(4096, "tokens of the vocabulary that is trained on the data, six "
                                    "special ones included", low=262, high=1_000_000)
     limit: int = option(0, "use only this many distinct texts; 0: all", low=0)
@@ -358,8 +357,7 @@ class MaximumLikelihoodOptions(Common):
     warmup: float = option(0.03, "share of the steps over which the learning rate rises", low=0, high=1)
     decay: float = option(0.4, "share of the steps, at the end, over which it falls to 0", low=0, high=1)
     # How much is learned, what is kept, and the log.
-    records: int = option(0, "records or dialogues to learn from, repetitions counted, at most; 0: as many as "
-                             "--epochs has", low=0)
+    records: int = option(0, "records to learn from, repetitions counted, at most; 0: all that --epochs has", low=0)
     keep: str = option("best", "weights at the end: those with the best validation, or the last ones",
                        choices=("best", "last"))
     log_every: int = option(10, "steps between lines of metrics.jsonl", low=1)

@@ -12,8 +12,8 @@ import torch
 import evaluate
 from data.batches import drop_long_prompts, prompt_ids, reward_rows
 from data.judge import ngram_regressions
-from data.agreement import score_feedback
-from data.report import most_measured, people_wrote, policy_columns, show_policies
+from data.agreement import most_measured, score_feedback
+from data.report import people_wrote, policy_columns, show_policies
 from data.tokenizer import SPECIAL_TOKENS, train_bpe
 from evaluate import ReplySettings, measure_policy
 from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint
@@ -349,7 +349,7 @@ def test_the_table_of_a_large_network_is_of_some_records_and_all_systems_read_th
 def test_of_a_network_of_real_size_less_is_measured(world, monkeypatch):
     sft, _, _ = load_checkpoint(world.root / "sft")
     assert most_measured(sft)[0] == 200
-    monkeypatch.setattr("data.report.REAL_SIZE", sft.n_parameters() - 1)
+    monkeypatch.setattr("data.agreement.REAL_SIZE", sft.n_parameters() - 1)
     assert most_measured(sft) == (64, 400)
 
 
