@@ -8,6 +8,7 @@
     python train.py ppo             improve: reply so that the reward model likes it
     python train.py judge           check: predict what other people liked, for the report alone
     python train.py best            after that: learn the best of n replies, by the reward model
+    python train.py loop            round after round: ask people, learn what they like, improve, ask again
     python train.py --list          stages, data sets, presets, and what exists under out/
     python train.py ppo --help      a stage's options, with default, meaning and source
 
@@ -20,6 +21,7 @@ options, added to STAGES here and, for its random draws, in runtime/draws.py.
 import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import copy
 import dataclasses
+import importlib
 import math
 import sys
 import time
@@ -116,8 +118,7 @@ class PretrainTask:
         batch = (x.to(self.run.device).chunk(self.o.accumulate) for x in self.batches.batch(step))
         for tokens, targets, docs in zip(*batch, strict=True):
             with precision(self.run.dtype, self.run.device):
-                loss = next_token_loss(self.run.model, tokens, targets,
-                                       None if self.batches.single else docs)
+                loss = next_token_loss(self.run.model, tokens, targets, None if self.batches.single else docs)
             yield loss / self.o.accumulate, targets.numel()
 
     def measure(self, step: int) -> dict[str, float]:
@@ -242,8 +243,7 @@ class SFTTask:
         ids = [prompt_ids(self.run.tokenizer, prompt, self.template) for prompt in self.examples]
         texts = reply_texts(self.run.tokenizer, reply_to(self.run.model, self.run.tokenizer, ids,
                                                          self.reply_len, seed=self.o.seed, dtype=self.run.dtype))
-        self.run.samples(step, [{"prompt": p, "reply": t} for p,
-                                t in zip(self.examples, texts, strict=True)])
+        self.run.samples(step, [{"prompt": p, "reply": t} for p, t in zip(self.examples, texts, strict=True)])
         return {"val_loss": float(sum(nats for nats, _ in parts)) / sum(n for _, n in parts)}
 
 
@@ -413,8 +413,7 @@ def run_all(options: dict[str, Common]) -> None:
     o = suited(options["ppo"], "ppo", data)
     settings = evaluate.ReplySettings(o.reply_len, o.temperature)
     evaluate.write_report(data, run_folder(o, ""), seed=o.seed, settings=settings,
-                          n_prompts=o.report_prompts, device=pick_device(o.device),
-                          seconds=time.perf_counter() - start)
+                          n_prompts=o.report_prompts, device=pick_device(o.device), seconds=time.perf_counter() - start)
 
 
 def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
@@ -433,6 +432,8 @@ def main(argv: list[str]) -> int:
     Interrupt.install()
     keep_freed_memory()
     try:
+        if argv[:1] == ["loop"]:  # it stands above this chapter, and is imported where it is asked for
+            return importlib.import_module("serve.loop").main(argv[1:])
         stage, options = parse_command(argv, {name: cls for name, (cls, _) in STAGES.items()}, ROAD, "train.py")
         all_stages = stage == "all"
         data = kept_input([*options.values()][0].data)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STAGES = {"pretrain": 1, "sft": 2, "reward": 3, "ppo": 4, "judge": 5, "best": 6}
+STAGES = {"pretrain": 1, "sft": 2, "reward": 3, "ppo": 4, "judge": 5, "best": 6, "loop": 7}
 
 PURPOSES = {
     "order": 1,  # order of the records in an epoch
@@ -24,6 +24,8 @@ PURPOSES = {
     "minibatch": 8,  # order of a rollout's rows in an epoch of PPO
     "bootstrap": 9,  # how often a record counts for a member of an ensemble
     "adapters": 10,  # initial adapters (LoRA)
+    "ask": 11,  # which prompts people are asked about, and the replies to them
+    "answer": 12,  # what simulated people answer
 }
 
 

@@ -30,8 +30,7 @@ def option(default: Any, help: str, *, source: str = "", choices: tuple | None =
     """
     if unknown := set(more) - {"flag", "words", "compared"}:
         raise TypeError(f"option: unknown {', '.join(unknown)}")
-    return dataclasses.field(default=default, metadata={"help": help, "source": source,
-                                                        "choices": choices,
+    return dataclasses.field(default=default, metadata={"help": help, "source": source, "choices": choices,
                                                         "low": low, "high": high, **more})
 
 
@@ -57,16 +56,18 @@ def presets_of(cls: type) -> dict[str, dict[str, Any]]:
 
 
 class Options:
-    """Base of the options' dataclasses. `explicit`: the names that were given as flags."""
+    """Base of the options' dataclasses. `explicit`: the names that were given as flags. `place`: the folder of
+    the run's stages, where that is not OUT/<data>."""
 
     TOTAL: ClassVar[str] = ""  # the option that says how long a run is
     IGNORED: ClassVar[tuple[str, ...]] = ()  # options of all stages without effect on this one
     explicit: frozenset[str] = frozenset()
+    place: str = ""
 
     def replace(self: T, **changes: Any) -> T:
         """A copy of these options with some values changed."""
         options = dataclasses.replace(self, **changes)
-        options.explicit = self.explicit
+        options.explicit, options.place = self.explicit, self.place
         return options
 
     def refuse(self, *names: str, why: str) -> None:

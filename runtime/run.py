@@ -108,8 +108,8 @@ def data_name(data: str) -> str:
 
 
 def run_folder(o: Common, stage: str) -> pathlib.Path:
-    """OUT/<data>/<stage>; of stage "" the folder that holds all stages of a data set."""
-    return pathlib.Path(o.out) / data_name(o.data) / stage
+    """OUT/<data>/<stage>, or the options' own place; of stage "" the folder that holds all stages of a data set."""
+    return pathlib.Path(o.place or pathlib.Path(o.out) / data_name(o.data)) / stage
 
 
 class NotFinite(UserError):

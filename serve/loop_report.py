@@ -1,0 +1,185 @@
+"""What a round of the loop changed: the policy beside SFT and the round before, by the judges, and the reward
+model on held-out answers before and after.
+
+The judges are those of evaluate.py. Where one of them gave the answers, the report says so: then it is what
+the policy was trained to please, and the other one is the independent judge.
+"""
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+import evaluate
+from data.batches import held_out_prompts, prompt_ids, reward_rows
+from data.feedback import feedback_kind, quick_agreement
+from data.prepared import Prepared
+from data.records import prompt_text
+from data.report import add_distinct, policy_columns, show_policies, show_wins, table_row, win_rates
+from data.tokenizer import Tokenizer
+from model import load_checkpoint
+from runtime.device import precision
+from runtime.learning import measured_in
+from runtime.tables import table
+from serve.strip import wilson
+
+SHOWN = 20  # prompts whose replies before and after a report holds
+MOVED = 10  # replies whose score changed most
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all rounds are measured by."""
+
+    data: Prepared
+    device: str
+    dtype: str
+    settings: evaluate.ReplySettings
+    n_prompts: int
+    judge: pathlib.Path  # the folder of the transformer judge, whether there is one or not
+
+
+# ---- the policy --------------------------------------------------------------------------------------
+
+def measure_round(s: Setting, policies: dict[str, pathlib.Path], reward: pathlib.Path) -> dict[str, Any]:
+    """The policies by name, SFT first and the round's last, on the same held-out prompts with the same random
+    numbers; the score is that of the round's reward model."""
+    loaded = {name: load_checkpoint(path, s.device) for name, path in policies.items()}
+    reference, tokenizer, _ = next(iter(loaded.values()))
+    networks = {name: measured_in(model, s.dtype) for name, (model, _, _) in loaded.items()}
+    scorer, _, _ = evaluate.load_reward_model(reward, s.device, tokenizer, s.dtype)
+    judges = evaluate.load_judges(s.data, s.judge, s.device, s.dtype)
+    lengths = [x.config.max_len for x in (*networks.values(), scorer)]
+    lengths += [judge.max_len for judge in judges.values() if hasattr(judge, "max_len")]
+    prompts = held_out_prompts(s.data, "val", tokenizer, min(lengths) - s.settings.reply_len, s.n_prompts)
+    lines, replies, rows = [], {}, []
+    for name, network in networks.items():
+        metrics, replies[name], ids = evaluate.measure_policy(
+            network, measured_in(reference, s.dtype), tokenizer, prompts, s.data.template, reward_model=scorer,
+            judges=judges, settings=s.settings)
+        lines.append(table_row(name, metrics, replies[name]))
+        rows.append(ids)
+    add_distinct(lines, rows, [])
+    before, after = (replies[name] for name in (*replies,)[-2:])
+    report = {"policies": lines, "judges": list(judges), "feedback": s.data.feedback("val"), "prompts": len(prompts),
+              "win_rates": win_rates(replies, list(networks), list(judges)),
+              "before_after": [{"prompt": prompt_text(old["prompt"]), "before": old["reply"], "after": new["reply"],
+                                "score_before": old["raw_score"], "score_after": new["raw_score"]}
+                               for old, new in list(zip(before, after, strict=True))[:SHOWN]]}
+    return report | {"columns": policy_columns(report)}
+
+
+# ---- the reward model ----------------------------------------------------------------------------------
+
+def what_changed(s: Setting, held_out: pathlib.Path, after: pathlib.Path, before: pathlib.Path | None,
+                 tokenizer: Tokenizer) -> dict[str, Any]:
+    """How right the reward models are about held-out answers, a file of records; and the replies in them whose
+    score moved most, each model's scores brought to mean 0 and spread 1.
+
+    accuracy_before, accuracy_after: the share of decided pairs or labels; of ratings the correlation, as
+    `measure` says. Without a model before, its figures are None.
+    """
+    models = {name: path and evaluate.load_reward_model(path, s.device, tokenizer, s.dtype)
+              for name, path in (("before", before), ("after", after))}
+    limit = min(longest for _, longest, _ in filter(None, models.values()))
+    records = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
+    records = [record for record in records if len(prompt_ids(tokenizer, record["prompt"])) <= limit - 8]
+    kind = feedback_kind(records[0]) if records else "pairwise"
+    fields = ("chosen", "rejected") if kind == "pairwise" else ("response",)
+    scores: dict[str, dict[str, np.ndarray]] = {}
+    for name, loaded in models.items() if records else ():
+        if loaded:
+            with precision(s.dtype, s.device):
+                scores[name] = {field: loaded[0].score_rows(reward_rows(
+                    records, tokenizer, "{prompt}", limit, field=field)).cpu().double().numpy() for field in fields}
+    measure = "correlation" if kind == "regression" else "accuracy"
+    found: dict[str, Any] = {"measure": measure, "n": sum(not record.get("tie") for record in records)}
+    for name in models:
+        value = quick_agreement(kind, records, scores[name]).get(f"val_{measure}") if name in scores else None
+        found[f"accuracy_{name}"] = value
+        if value is not None and measure == "accuracy":
+            interval = wilson(value * found["n"], found["n"])
+            found[f"interval_{name}"] = [interval["low"], interval["high"]]
+    texts = [(record["prompt"], record[field]) for field in fields for record in records]
+    return found | {"moved": moved(texts, *(scores[name] for name in models), s.data.template)
+                    if len(scores) == 2 else []}
+
+
+def moved(texts: Sequence[tuple], before: dict[str, np.ndarray], after: dict[str, np.ndarray],
+          template: str) -> list[dict[str, Any]]:
+    """The replies whose standardised score moved most. texts: (prompt, reply), in the order of the scores."""
+    def standardised(scores: dict[str, np.ndarray]) -> np.ndarray:
+        joined = np.concatenate([*scores.values()])
+        return (joined - joined.mean()) / (joined.std() or 1.0)
+
+    start, _, end = template.partition("{prompt}")
+    old, new = standardised(before), standardised(after)
+    return [{"prompt": prompt_text(texts[i][0]).removeprefix(start).removesuffix(end), "response": texts[i][1],
+             "score_before": round(float(old[i]), 3), "score_after": round(float(new[i]), 3)}
+            for i in np.argsort(-np.abs(new - old), kind="stable")[:MOVED]]
+
+
+# ---- in words --------------------------------------------------------------------------------------------
+
+def notes(annotated: str, by_judge: bool, judges: Sequence[str]) -> list[str]:
+    """Who gave the answers, and which judge is independent of them."""
+    others = [name for name in judges if not (by_judge and name == "n-grams")]
+    if not by_judge:
+        return [annotated]
+    return [annotated, f"The independent judge is {' and '.join(others)}, which gave no answer and is asked in reports "
+                       "alone" if others else
+            "No other judge is trained, so that nobody independent looks at the policy: `python train.py judge` "
+            "trains one"]
+
+
+def render(report: dict[str, Any]) -> str:
+    """A round's report as Markdown."""
+    changed, answers = report["changed"], report["answers"]
+    parts = [f"# {report['data']}, seed {report['seed']}, round {report['round']}",
+             f"{answers['round']} answers in this round; the reward model learned {answers['learned']} of all so far, "
+             f"and {answers['held_out']} are held out, by prompt.", *(f"{note}." for note in report["notes"]),
+             f"One reply to each of {report['prompts']} held-out prompts; ± is half a 95 % interval.",
+             show_policies(report), *(show_wins(wins) for wins in report["win_rates"]),
+             "## What the answers changed", said_of_reward_model(changed)]
+    parts += ["\n".join([f"- {row['prompt']} **{row['response']}**: {row['score_before']:+.2f} → "
+                         f"{row['score_after']:+.2f}" for row in changed["moved"]])] * bool(changed["moved"])
+    parts += ["## Before and after", *(
+        "\n".join([f"**{pair['prompt']}**", f"- before ({pair['score_before']:.2f}): {pair['before']}",
+                   f"- after ({pair['score_after']:.2f}): {pair['after']}"]) for pair in report["before_after"][:10])]
+    return "\n\n".join(parts)
+
+
+def said_of_reward_model(changed: dict[str, Any]) -> str:
+    """How right the reward model is, in a sentence."""
+    def share(name: str) -> str:
+        value, ends = changed[f"accuracy_{name}"], changed.get(f"interval_{name}")
+        return "–" if value is None else f"{value:.3f}" + ("" if ends is None else " [{:.3f}, {:.3f}]".format(*ends))
+
+    return (f"The reward model's {changed['measure']} on {changed['n']} held-out answers: {share('before')} before "
+            f"this round, {share('after')} after it.")
+
+
+def summary_of(report: dict[str, Any]) -> dict[str, Any]:
+    """A round's figures, for loop.json and the table over the rounds."""
+    last, changed = report["policies"][-1], report["changed"]
+    wins = {wins["judge"]: wins["win_rate"] for wins in report["win_rates"]
+            if (wins["policy"], wins["over"]) == (last["name"], "SFT")}
+    return {"round": report["round"], "answers": report["answers"]["learned"] + report["answers"]["held_out"],
+            "accuracy_before": changed["accuracy_before"], "accuracy_after": changed["accuracy_after"],
+            **{f"win_{name}": rate for name, rate in wins.items()},
+            **{key: last[key] for key in ("kl", "length", "distinct2") if key in last},
+            **{key: value for key, value in last.items() if key.startswith("judged_positive")}}
+
+
+def show_rounds(summaries: Sequence[dict[str, Any]]) -> str:
+    """The table over the rounds."""
+    names = dict.fromkeys(key for row in summaries for key in row)
+    titles = {"round": "round", "answers": "answers", "accuracy_before": "reward model before",
+              "accuracy_after": "after", **{key: f"beats SFT, {key[4:]}" for key in names if key[:4] == "win_"},
+              **{key: key.replace("judged_positive", "judged positive").replace("_", " ") for key in names
+                 if key.startswith("judged")}, "kl": "KL, nats", "length": "length", "distinct2": "distinct-2"}
+    rows = [{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+            for row in summaries]
+    return table(rows, titles)
