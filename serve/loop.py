@@ -34,7 +34,7 @@ from runtime.device import dtype_of, pick_device
 from runtime.draws import torch_seed
 from runtime.machine import Interrupt, Interrupted, release_memory, resume_command
 from runtime.options import Common, UserError, as_dict, option, parse, parse_all
-from runtime.run import run_folder
+from runtime.run import record_of, run_folder
 from runtime.storage import replace_text
 from runtime.tables import to_json
 from runtime.terminal import for_terminal, memory_advice
@@ -298,10 +298,21 @@ def parse_loop(argv: list[str]) -> tuple[LoopOptions, RewardOptions, PPOOptions]
     return found["loop"], found["reward"], found["ppo"]
 
 
+def inherited(o: LoopOptions) -> dict[str, Any]:
+    """How the data was prepared that SFT learned from, where no flag says otherwise: with other settings, such
+    as another preset's, prompts that are held out now may have been learned then."""
+    path = checkpoint_path(o.init_from or run_folder(o, "sft"))
+    known = record_of(path.parent).get("options", {}) if path.exists() else {}
+    if not known.get("data") or "data" in o.explicit and o.data != known["data"]:
+        return {}
+    return {name: known[name] for name in ("data", *OF_ANSWERS) if name in known and name not in o.explicit}
+
+
 def main(argv: list[str]) -> int:
-    options = parse_loop(argv)
-    data = kept_input(options[0].data)
-    o, reward, ppo = (with_checkpoints(x.replace(data=data)) for x in options)
+    o, reward, ppo = (with_checkpoints(x) for x in parse_loop(argv))
+    o = o.replace(data=kept_input(o.data))
+    o = o.replace(**inherited(o))
+    ppo = ppo.replace(**{name: getattr(o, name) for name in ("data", *OF_ANSWERS)})
     prepare_machine(o)
     try:
         Loop(o, reward, ppo).run()

@@ -32,6 +32,7 @@ from serve.sources import Sampled
 
 FEEDBACK = ("pairs", "labels", "scores")
 AT_ONCE = 64  # cards that are sampled together; a resumed round begins with the next so many
+GRACE = 2.0  # seconds for which the page stays after the last answer, so that it can say that it is saved
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -149,9 +150,12 @@ def answer_by_person(round: Round, cards: Sequence[Card], port: int, terminal: b
           + ("here" if terminal else f"at http://127.0.0.1:{port}/"), flush=True)
     asking = subprocess.Popen(page_command(round, port, terminal), cwd=ROOT)
     try:
-        while asking.poll() is None and done() < len(cards):
+        while asking.poll() is None and (terminal or done() < len(cards)):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 asking.wait(1.0)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            asking.wait(GRACE)
+        code = asking.poll()
     finally:
         if asking.poll() is None:
             asking.terminate()
@@ -160,8 +164,9 @@ def answer_by_person(round: Round, cards: Sequence[Card], port: int, terminal: b
         if asking.poll() is None:
             asking.kill()
     if (n := done()) < len(cards):
-        raise UserError(f"round {round.number}: {n} of {len(cards)} answers are given and saved; the same command "
-                        "goes on with the next")
+        raise UserError(f"round {round.number}: {n} of {len(cards)} answers are given and saved"
+                        + f"; the page ended with exit code {code}, see above" * bool(code)
+                        + "; the same command goes on with the next")
 
 
 def answer_from_file(round: Round, path: str) -> None:
