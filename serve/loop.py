@@ -210,24 +210,36 @@ class Loop:
             if self.annotator is None:
                 answer_by_person(round, cards, self.o.port, self.o.terminal)
             else:
-                temperature = self.o.annotator_temperature if self.o.annotator == "judge" else 0.0
-                answer_simulated(round, cards, Simulated(self.annotator, self.o.seed, temperature, self.o.error_rate,
-                                                         self.o.tie_share))
+                answer_simulated(round, cards, self.simulated())
                 print(f"round {round.number}: {self.o.pairs} answers by {self.annotator.name}", flush=True)
+
+    def simulated(self) -> Simulated:
+        """The annotator, with the options' temperature and errors."""
+        temperature = self.o.annotator_temperature if self.o.annotator == "judge" else 0.0
+        return Simulated(self.annotator, self.o.seed, temperature, self.o.error_rate, self.o.tie_share)
 
     def source(self, round: Round, before: Round | None) -> Sampled:
         """Pairs of replies by the present policy to training prompts."""
-        o, path = self.sampling, before.path("ppo") if before else self.sft
-        sampling = SampleOptions(temperature=o.temperature, max_new_tokens=o.reply_len, device=o.device, dtype=o.dtype)
-        sampling.explicit = frozenset(as_dict(sampling))  # as PPO samples, whatever the model's own settings are
-        model = Model.of_session(ChatSession(str(path), sampling), f"round-{before.number}/ppo" if before else "sft")
-        records = self.data.records("ppo", "train")
-        prompts = [record["prompt"] for record in {digest(record["prompt"]): record for record in records}.values()]
+        path, name = (before.path("ppo"), f"round-{before.number}/ppo") if before else (self.sft, "sft")
+        model = self.writer(path, name)
+        prompts = self.prompts("train")
         score, scorer = None, ""
         if self.o.pick == "uncertain" and before:
-            score, scorer = reward_scorer(str(before.path("reward")), o.device)
+            score, scorer = reward_scorer(str(before.path("reward")), self.o.device)
         return Sampled(prompts, [model], seed=torch_seed(self.o.seed, "loop", "ask", round.number), score=score,
                        scorer=scorer)
+
+    def writer(self, path: pathlib.Path, name: str) -> Model:
+        """A policy that writes as PPO samples, whatever the model's own settings are."""
+        o = self.sampling
+        sampling = SampleOptions(temperature=o.temperature, max_new_tokens=o.reply_len, device=o.device, dtype=o.dtype)
+        sampling.explicit = frozenset(as_dict(sampling))
+        return Model.of_session(ChatSession(str(path), sampling), name)
+
+    def prompts(self, split: str) -> list:
+        """The data's prompts, each once."""
+        records = self.data.records("ppo", split)
+        return [record["prompt"] for record in {digest(record["prompt"]): record for record in records}.values()]
 
     def learn(self, round: Round, before: Sequence[Round]) -> dict[str, int]:
         """The reward model, on all answers so far; how many it learned, and how many are held out."""
@@ -308,11 +320,16 @@ def inherited(o: LoopOptions) -> dict[str, Any]:
     return {name: known[name] for name in ("data", *OF_ANSWERS) if name in known and name not in o.explicit}
 
 
-def main(argv: list[str]) -> int:
+def options_of(argv: list[str]) -> tuple[LoopOptions, RewardOptions, PPOOptions]:
+    """`parse_loop`, with the data's settings and the paths of real models as checkpoints."""
     o, reward, ppo = (with_checkpoints(x) for x in parse_loop(argv))
     o = o.replace(data=kept_input(o.data))
     o = o.replace(**inherited(o))
-    ppo = ppo.replace(**{name: getattr(o, name) for name in ("data", *OF_ANSWERS)})
+    return o, reward, ppo.replace(**{name: getattr(o, name) for name in ("data", *OF_ANSWERS)})
+
+
+def main(argv: list[str]) -> int:
+    o, reward, ppo = options_of(argv)
     prepare_machine(o)
     try:
         Loop(o, reward, ppo).run()
