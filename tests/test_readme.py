@@ -18,6 +18,7 @@ from data.check import CheckOptions
 from data.overview import ListOptions
 from data.prepare import ExportOptions, PrepareOptions, open_data
 from runtime.options import Common, parse, parse_all
+from serve.loop import LoopOptions, parse_loop
 from tests.conftest import ROOT
 from tools import busy, trials, trials_commands
 from tools.bench import SECTIONS
@@ -32,7 +33,8 @@ PAGES = [ENGLISH, CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
 STAGES = {name: cls for name, (cls, _) in train.STAGES.items()}
 OTHERS = [ListOptions, sample.SampleOptions, evaluate.EvaluateOptions, PrepareOptions, CheckOptions,
           ExportOptions, BenchOptions, PlotOptions, MemoryOptions, RaceOptions, busy.BusyOptions,
-          trials.TrialOptions, trials_commands.TrialOptions, ImportOptions, ConvertExport, TinyOptions]
+          trials.TrialOptions, trials_commands.TrialOptions, ImportOptions, ConvertExport, TinyOptions,
+          LoopOptions]
 
 
 def text_of(page: pathlib.Path) -> str:
@@ -76,6 +78,8 @@ def understand(command: str) -> None:
         parse(ListOptions, options, name)
     elif name == "train.py" and not positional:
         parse_all(Common, train.ROAD, options, name)
+    elif name == "train.py" and positional == ["loop"]:
+        parse_loop(options)
     elif name == "train.py":
         parse(STAGES[positional[0]], options, name)
     elif name == "tools.bench":
