@@ -17,15 +17,13 @@ moment, and ends as if it had not stopped.
 With --annotator judge the answers come from the judge of n-grams, so the policy is trained against that
 judge, on purpose; the transformer judge (`python train.py judge`) then is the independent one. Reports say so.
 """
-import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import evaluate
-from convert.importing import with_checkpoints
-from data.prepare import SETTINGS, kept_input, open_for, suited
+from data.prepare import open_for, suited
 from model import checkpoint_path, load_checkpoint
 from ppo import PPOOptions, train_ppo
 from reward import RewardOptions, train_reward
@@ -33,72 +31,20 @@ from runtime.commands import prepare_machine
 from runtime.device import dtype_of, pick_device
 from runtime.draws import torch_seed
 from runtime.machine import Interrupt, Interrupted, release_memory, resume_command
-from runtime.options import Common, UserError, as_dict, option, parse, parse_all
-from runtime.run import record_of, run_folder
+from runtime.options import UserError, as_dict
+from runtime.run import run_folder
 from runtime.storage import replace_text
 from runtime.tables import to_json
 from runtime.terminal import for_terminal, memory_advice
 from sample import ChatSession, SampleOptions
 from serve.annotators import FunctionAnnotator, JudgeAnnotator, Simulated, function_named
 from serve.log import read_events
+from serve.loop_options import OF_ANSWERS, LoopOptions, options_of, require_sft
 from serve.loop_report import Setting, measure_round, notes, render, show_rounds, summary_of, what_changed
 from serve.pairs import digest
 from serve.rounds import (Round, answer_by_person, answer_from_file, answer_ids, answer_simulated, ask, rounds_in,
                           write_round_data)
 from serve.sources import Model, Sampled, reward_scorer
-
-
-@dataclasses.dataclass
-class LoopOptions(Common):
-    """`python train.py loop`"""
-
-    PRESETS: ClassVar = {"smoke": dict(pairs=40)}  # what differs from the defaults
-
-    # The rounds.
-    rounds: int = option(1, "rounds in all; more of them go on where fewer ended", low=1, high=10_000, compared=False)
-    pairs: int = option(400, "questions of a round", low=10, high=10**6)
-    pick: str = option("random", "uncertain: of four pairs ask about the one on which the last round's reward model "
-                                 "is least sure", choices=("random", "uncertain"))
-    held_out: float = option(0.1, "share of the prompts whose answers no reward model learns: it is measured on them",
-                             low=0.01, high=0.5)
-    # The answers.
-    annotator: str = option("person", "person, judge (of n-grams), short, warm, or FILE.py:FUNCTION of (prompt, first, "
-                                      "second), above 0 if the first reply is better")
-    answers: str = option("", "learn from this log of answers instead; each call with new answers is a new round",
-                          compared=False)
-    annotator_temperature: float = option(1.0, "the judge's log-odds are divided by this before its choice is drawn; "
-                                               "0: always the better", low=0, source="Bradley 1952")
-    error_rate: float = option(0.0, "share of a simulated person's answers that is turned round", low=0, high=1)
-    tie_share: float = option(0.0, "how often a judge calls equally good replies a tie", low=0, high=0.9,
-                              source="Davidson 1970")
-    port: int = option(8000, "of the page on which a person answers", low=1, high=65535, compared=False)
-    terminal: bool = option(False, "ask a person in the terminal instead", compared=False)
-
-    def check(self) -> None:
-        super().check()
-        self.refuse("fresh", why="on a loop: give another --out with --init_from, or remove its folder")
-        self.refuse("reward_from", why="on a loop, which trains its own reward models")
-        simulated = ("annotator_temperature", "error_rate", "tie_share")
-        if self.answers:
-            self.refuse("annotator", "pairs", "pick", "port", "terminal", *simulated, why="with --answers, which has "
-                                                                                         "the answers already")
-            if self.rounds > 1:
-                raise UserError("--answers is for one round: give more answers, and the same command learns from them")
-        elif self.annotator == "person":
-            self.refuse(*simulated, why="on a person")
-        else:
-            self.refuse("port", "terminal", why=f"with --annotator {self.annotator}, who is asked directly")
-            if self.annotator != "judge":
-                self.refuse("annotator_temperature", "tie_share", why="on a function, whose sign decides")
-
-    def identity(self) -> dict[str, Any]:
-        """What makes it the same loop."""
-        own = {"data", "seed", "init_from", "held_out"} if self.answers else {"data", "seed", "init_from", *OWN}
-        known = {name: x for name, x in as_dict(self).items() if name in own - self.not_compared()}
-        return known | ({"annotator": "a log of answers"} if self.answers else {})
-
-
-OWN = {f.name for f in dataclasses.fields(LoopOptions)} - {f.name for f in dataclasses.fields(Common)}
 
 
 class Loop:
@@ -109,7 +55,7 @@ class Loop:
         self.data = open_for(o, o.data)
         self.root, self.folder = run_folder(o, ""), run_folder(o, "loop")
         self.sft = pathlib.Path(o.init_from or self.root / "sft")
-        self.require_sft()
+        require_sft(o, self.sft)
         self.sampling = suited(ppo, "ppo", self.data)  # as PPO will have it
         self.annotator = None if o.answers or o.annotator == "person" else self.find_annotator()
         _, self.tokenizer, state = load_checkpoint(self.sft)
@@ -122,18 +68,6 @@ class Loop:
     def beside(self, stage: str) -> pathlib.Path:
         """The folder of a stage of the run that SFT is of."""
         return checkpoint_path(self.sft).parent.parent / stage
-
-    def require_sft(self) -> None:
-        """UserError, with the commands that make it, unless SFT is there."""
-        if checkpoint_path(self.sft).exists():
-            return
-        if self.o.init_from:
-            raise UserError(f"--init_from {self.sft}: there is no checkpoint")
-        words = [f"--{name} {getattr(self.o, name)}" for name in ("data", "source", "out", "preset", "seed")
-                 if name in self.o.explicit]
-        missing = [stage for stage in ("pretrain", "sft") if not checkpoint_path(self.root / stage).exists()]
-        commands = " and then ".join(f"`{' '.join(['python train.py', stage, *words])}`" for stage in missing)
-        raise UserError(f"{self.sft}: there is no policy to start from: run {commands}, or name one as --init_from")
 
     def find_annotator(self) -> JudgeAnnotator | FunctionAnnotator:
         """The simulated annotator of the options."""
@@ -150,7 +84,7 @@ class Loop:
         path = self.folder / "loop.json"
         identity = json.loads(to_json({**self.o.identity(), "sft": self.hash}))
         if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))["options"]
+            before = read_json(path)["options"]
             if differing := [f"{name} was {before.get(name)!r}, is {identity.get(name)!r}"
                              for name in sorted({*before, *identity}) if before.get(name) != identity.get(name)]:
                 raise UserError(f"{self.folder}: the loop there differs ({'; '.join(differing[:4])}): give another "
@@ -160,8 +94,8 @@ class Loop:
     def write_summary(self, identity: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """loop.json over the finished rounds, which are returned."""
         path = self.folder / "loop.json"
-        identity = identity or json.loads(path.read_text(encoding="utf-8"))["options"]
-        rows = [summary_of(json.loads(round.path("report.json").read_text(encoding="utf-8")))
+        identity = identity or read_json(path)["options"]
+        rows = [summary_of(read_json(round.path("report.json")))
                 for round in rounds_in(self.folder) if round.finished]
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(path, to_json({"options": identity, "rounds": rows}))
@@ -172,12 +106,18 @@ class Loop:
         known = rounds_in(self.folder)
         if not self.o.answers:
             return [Round(number, self.folder / f"round-{number}") for number in range(1, self.o.rounds + 1)]
-        # An unfinished round is gone on with if it has these very answers; else a new one begins.
-        ids = answer_ids(read_events(self.o.answers))
-        if not known or answer_ids(known[-1].events()) not in (ids, set()):
-            number = known[-1].number + 1 if known else 1
-            known = [Round(number, self.folder / f"round-{number}")]
-        return known[-1:]
+        # The last round is the one that is meant if it has these very answers and options; else a new one begins.
+        number = known[-1].number if known else 1
+        if known and known[-1].events() and (
+                answer_ids(known[-1].events()) != answer_ids(read_events(self.o.answers))
+                or read_json(known[-1].path("options.json")) not in (None, self.stage_options())):
+            number += 1
+        return [Round(number, self.folder / f"round-{number}")]
+
+    def stage_options(self) -> dict[str, Any]:
+        """What the two stages are told, as JSON has it."""
+        return json.loads(to_json({name: {x: value for x, value in as_dict(o).items() if x not in o.not_compared()}
+                                   for name, o in (("reward", self.reward), ("ppo", self.ppo))}))
 
     def run(self) -> None:
         """Finish the rounds, and print the table over all."""
@@ -195,6 +135,7 @@ class Loop:
         before = [earlier for earlier in rounds_in(self.folder) if earlier.number < round.number and earlier.finished]
         if self.o.answers:
             answer_from_file(round, self.o.answers)
+            replace_text(round.path("options.json"), to_json(self.stage_options()))
         else:
             self.gather(round, before[-1] if before else None)
         counts = self.learn(round, before)
@@ -253,7 +194,7 @@ class Loop:
         with memory_advice("lower --reward.batch or --reward.max_len"):
             train_reward(o)
         between_stages()
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
 
     def improve(self, round: Round) -> None:
         """PPO from SFT, paid by the round's reward model."""
@@ -270,7 +211,7 @@ class Loop:
         earlier = before.path("reward") if before else self.beside("reward")
         report = {"data": self.data.meta["data"], "seed": self.o.seed, "round": round.number,
                   "answers": {"round": len(answer_ids(round.events())), **counts},
-                  **measure_round(self.setting, policies, round.path("reward"))}
+                  **measure_round(self.setting, policies, round.path("reward"), self.annotator)}
         report["changed"] = what_changed(self.setting, round.path("data") / "reward_val.jsonl", round.path("reward"),
                                          earlier if checkpoint_path(earlier).exists() else None, self.tokenizer)
         report["notes"] = notes(self.annotator.said if self.annotator else "People gave the answers",
@@ -282,8 +223,9 @@ class Loop:
         between_stages()
 
 
-# How the answers' folders are prepared, however the loop's own data was. No judge learns from answers.
-OF_ANSWERS: dict[str, Any] = {**SETTINGS, "source": "", "judge_share": 0.0}
+def read_json(path: pathlib.Path) -> Any:
+    """A JSON file of ours; None if it is not there."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def between_stages() -> None:
@@ -295,38 +237,6 @@ def between_stages() -> None:
 
 
 # ---- command line ------------------------------------------------------------------------------------
-
-def parse_loop(argv: list[str]) -> tuple[LoopOptions, RewardOptions, PPOOptions]:
-    """Options of the loop, and of its two stages: --reward.NAME and --ppo.NAME, or for all by their names."""
-    if {"--help", "-h"} & set(argv):
-        parse(LoopOptions, argv, "train.py loop")
-
-    def whose(word: str) -> str:
-        name = word[2:].partition("=")[0].replace("-", "_")
-        return f"--loop.{word[2:]}" if word.startswith("--") and name in OWN else word
-
-    stages = {"loop": LoopOptions, "reward": RewardOptions, "ppo": PPOOptions}
-    found = parse_all(Common, stages, [whose(word) for word in argv], "train.py loop")
-    return found["loop"], found["reward"], found["ppo"]
-
-
-def inherited(o: LoopOptions) -> dict[str, Any]:
-    """How the data was prepared that SFT learned from, where no flag says otherwise: with other settings, such
-    as another preset's, prompts that are held out now may have been learned then."""
-    path = checkpoint_path(o.init_from or run_folder(o, "sft"))
-    known = record_of(path.parent).get("options", {}) if path.exists() else {}
-    if not known.get("data") or "data" in o.explicit and o.data != known["data"]:
-        return {}
-    return {name: known[name] for name in ("data", *OF_ANSWERS) if name in known and name not in o.explicit}
-
-
-def options_of(argv: list[str]) -> tuple[LoopOptions, RewardOptions, PPOOptions]:
-    """`parse_loop`, with the data's settings and the paths of real models as checkpoints."""
-    o, reward, ppo = (with_checkpoints(x) for x in parse_loop(argv))
-    o = o.replace(data=kept_input(o.data))
-    o = o.replace(**inherited(o))
-    return o, reward, ppo.replace(**{name: getattr(o, name) for name in ("data", *OF_ANSWERS)})
-
 
 def main(argv: list[str]) -> int:
     o, reward, ppo = options_of(argv)

@@ -22,7 +22,10 @@ from data.tokenizer import Tokenizer
 from model import load_checkpoint
 from runtime.device import precision
 from runtime.learning import measured_in
+from runtime.statistics import mean_interval
 from runtime.tables import table
+from serve.annotators import Annotator
+from serve.pairs import Card
 from serve.strip import wilson
 
 SHOWN = 20  # prompts whose replies before and after a report holds
@@ -43,9 +46,11 @@ class Setting:
 
 # ---- the policy --------------------------------------------------------------------------------------
 
-def measure_round(s: Setting, policies: dict[str, pathlib.Path], reward: pathlib.Path) -> dict[str, Any]:
+def measure_round(s: Setting, policies: dict[str, pathlib.Path], reward: pathlib.Path,
+                  annotator: Annotator | None = None) -> dict[str, Any]:
     """The policies by name, SFT first and the round's last, on the same held-out prompts with the same random
-    numbers; the score is that of the round's reward model."""
+    numbers; the score is that of the round's reward model. annotator: a simulated one, who says without error
+    how often the last one's reply is better than SFT's."""
     loaded = {name: load_checkpoint(path, s.device) for name, path in policies.items()}
     reference, tokenizer, _ = next(iter(loaded.values()))
     networks = {name: measured_in(model, s.dtype) for name, (model, _, _) in loaded.items()}
@@ -68,6 +73,10 @@ def measure_round(s: Setting, policies: dict[str, pathlib.Path], reward: pathlib
               "before_after": [{"prompt": prompt_text(old["prompt"]), "before": old["reply"], "after": new["reply"],
                                 "score_before": old["raw_score"], "score_after": new["raw_score"]}
                                for old, new in list(zip(before, after, strict=True))[:SHOWN]]}
+    if annotator is not None:
+        cards = [Card("", new["prompt"], (new["reply"], old["reply"]))
+                 for new, old in zip(after, replies["SFT"], strict=True)]
+        report["annotator_prefers"] = list(mean_interval((np.sign(annotator.deltas(cards)) + 1) / 2))
     return report | {"columns": policy_columns(report)}
 
 
@@ -141,7 +150,7 @@ def render(report: dict[str, Any]) -> str:
              f"{answers['round']} answers in this round; the reward model learned {answers['learned']} of all so far, "
              f"and {answers['held_out']} are held out, by prompt.", *(f"{note}." for note in report["notes"]),
              f"One reply to each of {report['prompts']} held-out prompts; ± is half a 95 % interval.",
-             show_policies(report), *(show_wins(wins) for wins in report["win_rates"]),
+             show_policies(report), *said_of_annotator(report), *(show_wins(wins) for wins in report["win_rates"]),
              "## What the answers changed", said_of_reward_model(changed)]
     parts += ["\n".join([f"- {row['prompt']} **{row['response']}**: {row['score_before']:+.2f} → "
                          f"{row['score_after']:+.2f}" for row in changed["moved"]])] * bool(changed["moved"])
@@ -149,6 +158,13 @@ def render(report: dict[str, Any]) -> str:
         "\n".join([f"**{pair['prompt']}**", f"- before ({pair['score_before']:.2f}): {pair['before']}",
                    f"- after ({pair['score_after']:.2f}): {pair['after']}"]) for pair in report["before_after"][:10])]
     return "\n\n".join(parts)
+
+
+def said_of_annotator(report: dict[str, Any]) -> list[str]:
+    """How often a simulated annotator prefers the policy's replies, in a sentence."""
+    return ["Without its errors, who gave the answers prefers the reply of {} to that of SFT on {:.1%} of the prompts "
+            "[{:.1%}, {:.1%}].".format(report["policies"][-1]["name"], *report["annotator_prefers"])
+            ] if "annotator_prefers" in report else []
 
 
 def said_of_reward_model(changed: dict[str, Any]) -> str:
@@ -164,11 +180,12 @@ def said_of_reward_model(changed: dict[str, Any]) -> str:
 def summary_of(report: dict[str, Any]) -> dict[str, Any]:
     """A round's figures, for loop.json and the table over the rounds."""
     last, changed = report["policies"][-1], report["changed"]
+    prefers = {"win_annotator": report["annotator_prefers"]} if "annotator_prefers" in report else {}
     wins = {wins["judge"]: wins["win_rate"] for wins in report["win_rates"]
             if (wins["policy"], wins["over"]) == (last["name"], "SFT")}
     return {"round": report["round"], "answers": report["answers"]["learned"] + report["answers"]["held_out"],
             "accuracy_before": changed["accuracy_before"], "accuracy_after": changed["accuracy_after"],
-            **{f"win_{name}": rate for name, rate in wins.items()},
+            **prefers, **{f"win_{name}": rate for name, rate in wins.items()},
             **{key: last[key] for key in ("kl", "length", "distinct2") if key in last},
             **{key: value for key, value in last.items() if key.startswith("judged_positive")}}
 

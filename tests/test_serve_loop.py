@@ -10,7 +10,7 @@ import torch
 import train
 from data.splits import split_key
 from runtime.options import UserError
-from serve import annotators, loop, rounds
+from serve import annotators, loop, loop_options, rounds
 from serve.annotators import PERSONS, FunctionAnnotator, Simulated, function_named, preferred
 from serve.log import FeedbackLog, read_events
 from serve.pairs import Card, digest
@@ -19,7 +19,7 @@ from serve.sources import Sampled, read_pairs
 from tests.conftest import equal
 
 QUICK = ("--preset", "smoke", "--dtype", "float32", "--reward.batch", "8", "--save_every", "1",
-         "--ppo.updates", "3", "--ppo.eval_prompts", "4", "--ppo.report_prompts", "8", "--ppo.reply_len", "8",
+         "--ppo.updates", "2", "--ppo.eval_prompts", "4", "--ppo.report_prompts", "8", "--ppo.reply_len", "8",
          "--ppo.norm_replies", "8")
 
 
@@ -292,10 +292,9 @@ def test_killed_at_any_step_it_ends_as_if_it_had_not_been(finished, run_loop, tm
     from ppo import PPOTrainer
     from reward import RewardTask
     words = ("--rounds", 2, "--annotator", "judge", "--error_rate", "0.1")
-    first = [(Sampled, "make", 2), (FeedbackLog, "append", 7), (rounds, "write_lines", 2), (loop, "train_reward", 1),
-             (RewardTask, "losses", 3), (PPOTrainer, "update", 2), (loop, "measure_round", 1), (loop, "to_json", 3)]
-    second = [(FeedbackLog, "append", 20), (loop, "write_round_data", 1), (RewardTask, "measure", 1),
-              (PPOTrainer, "save", 2), (loop, "what_changed", 1)]
+    first = [(Sampled, "make", 2), (FeedbackLog, "append", 7), (rounds, "write_lines", 2), (RewardTask, "losses", 3),
+             (PPOTrainer, "update", 2), (loop, "measure_round", 1), (loop, "to_json", 3)]
+    second = [(FeedbackLog, "append", 20), (PPOTrainer, "save", 2)]
     for owner, name, calls in first + second:
         with pytest.MonkeyPatch.context() as m:
             dying(m, owner, name, calls)
@@ -363,6 +362,11 @@ def test_answers_that_are_there_are_learned_and_new_ones_are_a_new_round(run_loo
     assert report["answers"] == {"round": 13, "learned": 12, "held_out": 1}
     assert [row["name"] for row in report["policies"]] == ["SFT", "round 1", "round 2"]
     assert report["notes"] == ["People gave the answers"]
+    with pytest.MonkeyPatch.context() as m:  # the same answers, learned otherwise
+        dying(m, loop, "train_reward", 1)
+        with pytest.raises(Killed):
+            run_loop(tmp_path, "--answers", file, "--ppo.updates", "3")
+    assert [r.number for r in rounds.rounds_in(folder)] == [1, 2, 3]
 
 
 # ---- the command -------------------------------------------------------------------------------------
@@ -382,7 +386,7 @@ def test_what_has_no_effect_or_is_missing_is_said(words, said, tmp_path, monkeyp
 
 
 def test_options_of_the_stages_are_given_by_their_names():
-    o, reward, ppo = loop.parse_loop(["--rounds", "3", "--seed=7", "--reward.epochs=3", "--ppo.updates", "9"])
+    o, reward, ppo = loop_options.parse_loop(["--rounds", "3", "--seed=7", "--reward.epochs=3", "--ppo.updates", "9"])
     assert (o.rounds, o.seed, reward.seed, ppo.seed, reward.epochs, ppo.updates) == (3, 7, 7, 7, 3.0, 9)
 
 

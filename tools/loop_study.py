@@ -4,7 +4,9 @@ it learns.
     python -m tools.loop_study rounds --init_from out/reviews/sft --out study     rounds, beside learning once
     python -m tools.loop_study answers --init_from out/reviews/sft --out study    how many answers, and which
     python -m tools.loop_study taste --init_from out/reviews/sft --out study      two persons of opposite taste
-    python -m tools.loop_study rounds … -- --ppo.updates 20      words behind -- go to `train.py loop`
+    python -m tools.loop_study rounds --init_from s{seed}/reviews/sft --out study -- --ppo.updates 20
+
+With {seed} in it, --init_from names another SFT for each seed. Words behind -- go to `train.py loop`.
 
 Each prints a table and writes OUT/<study>.json and, with matplotlib (an extra), OUT/<study>.png; started
 again, it goes on where it stopped.
@@ -41,7 +43,8 @@ JUDGE = ("--annotator", "judge")
 class StudyOptions(Options):
     """`python -m tools.loop_study rounds|answers|taste`"""
 
-    init_from: str = option("out/reviews/sft", "the policy that all loops start from; its judges are beside it")
+    init_from: str = option("out/reviews/sft", "the policy that loops start from, its judges beside it; {seed} in it "
+                                              "stands for the seed's number")
     out: str = option("out-study", "folder for all loops of the studies")
     seeds: str = option("0,1,2", "of the loops")
     rounds: int = option(3, "in the study of rounds", low=2)
@@ -66,7 +69,12 @@ def numbers(text: str) -> list[int]:
 
 def words(o: StudyOptions, out: pathlib.Path, seed: int, more: Sequence[Any]) -> list[str]:
     """The words of a loop."""
-    return [*map(str, ("--init_from", o.init_from, "--out", out, "--seed", seed, *more))]
+    return [*map(str, ("--init_from", sft(o, seed), "--out", out, "--seed", seed, *more))]
+
+
+def sft(o: StudyOptions, seed: int) -> str:
+    """The policy that the loops of this seed start from."""
+    return o.init_from.replace("{seed}", str(seed))
 
 
 def spread(values: Sequence[float]) -> str:
@@ -149,8 +157,8 @@ def study_answers(o: StudyOptions, more: list[str]) -> list[dict[str, Any]]:
             growing = Growing(*loop.options_of(words(o, out, seed, (*own, *more))))
             growing.sizes = numbers(o.sizes)
             asked = Sampled(growing.prompts("val"), [growing.writer(growing.sft, "sft")],
-                            seed=torch_seed(0, "loop", "ask", 0))  # the same for all loops
-            growing.test = ask(Round(0, pathlib.Path(o.out) / "answers" / "test"), asked, o.test_pairs)
+                            seed=torch_seed(0, "loop", "ask", 0))  # the same for all loops from this SFT
+            growing.test = ask(Round(0, pathlib.Path(o.out) / "answers" / f"test-{growing.hash}"), asked, o.test_pairs)
             for report in growing.run():
                 found.setdefault((pick, report["answers"]), []).append(report["accuracy"])
     return [{"name": pick, "answers": n, "seeds": len(values), "accuracy": spread(values),
@@ -170,7 +178,7 @@ def study_taste(o: StudyOptions, more: list[str]) -> list[dict[str, Any]]:
             loop.main(words(o, out, seed, ("--annotator", person, "--rounds", 1, "--pairs", o.pairs or 300, *more)))
             folders[person] = loop_folder(out) / "round-1" / "ppo"
         known = loop.Loop(*loop.options_of(words(o, pathlib.Path(o.out), seed, more))).setting
-        reference, tokenizer, _ = load_checkpoint(o.init_from, known.device)
+        reference, tokenizer, _ = load_checkpoint(sft(o, seed), known.device)
         prompts = held_out_prompts(known.data, "val", tokenizer, reference.config.max_len - known.settings.reply_len,
                                    known.n_prompts)
         policies = {"SFT": reference} | {person: load_checkpoint(path, known.device)[0]
@@ -208,7 +216,8 @@ def draw(study: str, rows: list[dict[str, Any]], path: pathlib.Path) -> None:
             ax.plot(x, [np.mean(v) for v in values], marker="o", label=f"{name} pairs")
             ax.fill_between(x, [min(v) for v in values], [max(v) for v in values], alpha=0.18, linewidth=0)
         ax.set(xscale="log", xlabel="answers", ylabel="agreement with the errorless judge")
-        ax.set_xticks(x, labels=[f"{n:,}" for n in x], minor=False)
+        ax.set_xticks(x, labels=[f"{n:,}" for n in x])
+        ax.set_xticks([], minor=True)
     else:
         names = [f"{row['name']}{', seed {}'.format(row['seed']) if 'seed' in row else ''}" for row in rows]
         keys = [key for key in {**rows[0], **rows[0].get("of seeds", {})} if key.startswith(("prefers", "win_"))]
@@ -219,6 +228,7 @@ def draw(study: str, rows: list[dict[str, Any]], path: pathlib.Path) -> None:
                     [max(v) - m for m, v in zip(means, values, strict=True)]]
             ax.errorbar(names, means, ends, marker="o", capsize=3, label=key.replace("win_", "beats SFT, "))
         ax.axhline(0.5, color="#999999", linewidth=0.8)
+        ax.set_ylabel("share of held-out prompts")
         ax.tick_params(axis="x", rotation=20)
     ax.legend(frameon=False)
     figure.savefig(path, dpi=150)
