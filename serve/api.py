@@ -173,8 +173,9 @@ def routes(engines: Mapping[str, Engine]) -> list[Route]:
             question = read_question(json.loads(await request.body()))
         except (ValueError, RecursionError):
             raise Refused("the body is not valid JSON") from None
-        name, engine = engine_of(question.model)
-        # In a thread: a long prompt takes a while to encode, and others wait for this loop.
+        # In threads: a checkpoint may have to be loaded, a long prompt takes a while to encode, and others wait
+        # for this loop.
+        name, engine = await asyncio.to_thread(engine_of, question.model)
         ids, max_tokens, dropped = await asyncio.to_thread(prompt_of, engine, question)
         seed = int(question.numbers.get("seed", secrets.randbits(31)))
         replies = submit_all(engine, ids, max_tokens, question, seed)
