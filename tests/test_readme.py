@@ -18,7 +18,8 @@ from data.check import CheckOptions
 from data.overview import ListOptions
 from data.prepare import ExportOptions, PrepareOptions, open_data
 from runtime.options import Common, parse, parse_all
-from serve.loop import LoopOptions, parse_loop
+from serve.__main__ import ExportOptions as ServeExport, ServeOptions
+from serve.loop_options import LoopOptions, parse_loop
 from tests.conftest import ROOT
 from tools import busy, trials, trials_commands
 from tools.bench import SECTIONS
@@ -34,7 +35,7 @@ STAGES = {name: cls for name, (cls, _) in train.STAGES.items()}
 OTHERS = [ListOptions, sample.SampleOptions, evaluate.EvaluateOptions, PrepareOptions, CheckOptions,
           ExportOptions, BenchOptions, PlotOptions, MemoryOptions, RaceOptions, busy.BusyOptions,
           trials.TrialOptions, trials_commands.TrialOptions, ImportOptions, ConvertExport, TinyOptions,
-          LoopOptions]
+          LoopOptions, ServeOptions, ServeExport]
 
 
 def text_of(page: pathlib.Path) -> str:
@@ -56,7 +57,7 @@ def commands(page: pathlib.Path) -> list[str]:
     """Our own commands, those in the text included."""
     inline = re.findall(r"`(python [^`]*)`", text_of(page))
     lines = [" ".join(line.split()) for line in [*command_lines(page), *inline]]
-    ours = r"python (train|sample|evaluate)\.py|python -m ((tools|data)\.|convert )"
+    ours = r"python (train|sample|evaluate)\.py|python -m ((tools|data)\.|convert |serve )"
     return [line for line in lines if re.match(ours, line) and "DIR" not in line]
 
 
@@ -96,6 +97,9 @@ def understand(command: str) -> None:
     elif name == "convert":
         assert len(positional) == 3
         parse({"import": ImportOptions, "export": ConvertExport}[positional[0]], options, name)
+    elif name == "serve" and positional:
+        assert positional[0] == "export" and len(positional) == 2
+        parse(ServeExport, options, name)
     elif name == "tools.tiny":
         assert positional[0] in SHAPES
         parse(TinyOptions, options, name)
@@ -104,7 +108,7 @@ def understand(command: str) -> None:
     else:
         parse({"sample.py": sample.SampleOptions, "evaluate.py": evaluate.EvaluateOptions,
                "data.prepare": PrepareOptions, "tools.plot": PlotOptions, "tools.memory": MemoryOptions,
-               "tools.race": RaceOptions}[name], options, name)
+               "tools.race": RaceOptions, "serve": ServeOptions}[name], options, name)
 
 
 def flags(cls: type) -> set[str]:
