@@ -14,7 +14,7 @@ from runtime.run import record_of, run_folder
 
 @dataclasses.dataclass
 class LoopOptions(Common):
-    """`python train.py loop`"""
+    """`python train.py loop`; options of its two stages are --reward.NAME and --ppo.NAME"""
 
     PRESETS: ClassVar = {"smoke": dict(pairs=40)}  # what differs from the defaults
 
