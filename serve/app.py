@@ -156,18 +156,28 @@ async def refused(request: Request, error: Exception) -> Response:
 # ---- connections ---------------------------------------------------------------------------------
 
 class Connection(H11Protocol):
-    """A connection that is closed if a request's headers do not arrive in time, or if there are too many."""
+    """A connection that is closed if a request's headers do not arrive in time; of too many connections the one
+    that has done nothing for longest makes room."""
 
     headers_s = HEADERS_S
     waiting: asyncio.TimerHandle | None = None
+    used = 0.0  # when something came last
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        self.used = self.loop.time()
         if len(self.connections) > MOST_CONNECTIONS:
-            transport.abort()
+            idle = [other for other in self.connections if other.is_idle and other is not self]
+            min(idle, key=lambda other: other.used, default=self).transport.abort()
         self._watch()
 
+    @property
+    def is_idle(self) -> bool:
+        """Is no request being answered or read?"""
+        return self.conn.their_state is h11.IDLE and (self.cycle is None or self.cycle.response_complete)
+
     def data_received(self, data: bytes) -> None:
+        self.used = self.loop.time()
         super().data_received(data)
         self._watch()
 
@@ -187,7 +197,7 @@ class Connection(H11Protocol):
 
     def _close(self) -> None:
         self.waiting = None
-        if self.conn.their_state is h11.IDLE and (self.cycle is None or self.cycle.response_complete):
+        if self.is_idle:
             self.transport.close()
 
 

@@ -15,7 +15,8 @@ from serve.pairs import Card
 
 LONGEST_NAME, LONGEST_COMMENT, LONGEST_TEXT = 60, 10_000, 100_000
 MOST_MESSAGES = 200
-ABSOLUTE = re.compile(r"(?:\b[A-Za-z]:)?(?<![\w.:/\\])[/\\](?:[^\s'\":;,/\\]+[/\\])+(?=[^\s'\":;,/\\])")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+ABSOLUTE = re.compile(r"(?:\b[A-Za-z]:(?=\\)|(?<![\w.:/\\]))[/\\](?:[^\s'\":;,/\\]+[/\\])+(?=[^\s'\":;,/\\])")
 
 
 class Wrong(Exception):
@@ -74,7 +75,12 @@ def number_of(body: Mapping[str, Any], name: str, low: float, high: float, whole
 
 
 def annotator_of(body: Mapping[str, Any]) -> str:
-    return text_of(body, "annotator", LONGEST_NAME).strip()
+    """The annotator's name. ValueError for one that would look like another in a table or a terminal: with line
+    breaks, control characters, or marks that turn the direction of writing."""
+    name = text_of(body, "annotator", LONGEST_NAME).strip()
+    if CONTROL.search(name):
+        raise ValueError('"annotator" must be a name on one line')
+    return name
 
 
 def id_of(body: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ All answers carry a Content-Security-Policy under which no script runs but the p
 """
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import hmac
@@ -26,6 +27,7 @@ from typing import Any
 from runtime.options import UserError
 
 try:
+    from h11 import LocalProtocolError
     from starlette.datastructures import Headers, MutableHeaders
     from starlette.requests import ClientDisconnect
     from starlette.responses import HTMLResponse, JSONResponse
@@ -168,7 +170,9 @@ class Guard:
             await send(message)
 
         async def tell(problem: Problem) -> None:
-            await problem.response(scope["path"])(scope, receive, hardened)
+            # Where the body's form was wrong, uvicorn has answered already, and takes nothing more.
+            with contextlib.suppress(LocalProtocolError):
+                await problem.response(scope["path"])(scope, receive, hardened)
 
         try:
             headers = Headers(scope=scope)
@@ -221,7 +225,8 @@ class Guard:
         if len(hosts) != 1:
             raise Problem(400, "one Host header is needed")
         if not self.rules.is_ours(hosts[0]):
-            raise Problem(403, "this server has no such name: open it by the address that it prints at its start")
+            raise Problem(403, "this server has no such name: open it by the address that it prints at its start; a "
+                               "port that is forwarded to it must have the same number")
         if scope["method"] == "POST" and scope["path"] != "/api/import" and (
                 "transfer-encoding" in headers or int(lengths[0] if lengths else 0)):
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -91,9 +91,9 @@ def test_an_answer_is_on_the_disk_before_it_is_called_saved(tmp_path):
 
 
 def test_no_question_tells_who_wrote_it_or_that_it_comes_again(tmp_path):
-    with desk(tmp_path, 120) as (server, client):
-        fields, again = set(), 0
-        for _ in range(120):
+    with desk(tmp_path, 60) as (server, client):
+        fields = set()
+        for _ in range(60):
             answer = client.post("/api/next", json={"annotator": "me"}).json()
             if "card" in answer:
                 text = json.dumps(answer)
