@@ -47,6 +47,11 @@ from serve.rounds import (Round, answer_by_person, answer_from_file, answer_ids,
 from serve.sources import Model, Sampled, reward_scorer
 
 
+def flat(options: dict[str, Any]) -> dict[str, Any]:
+    """{"reward.epochs": 2, …} of {"reward": {"epochs": 2, …}, …}."""
+    return {f"{stage}.{name}": x for stage, of_stage in options.items() for name, x in of_stage.items()}
+
+
 class Loop:
     """The rounds of one folder."""
 
@@ -82,7 +87,8 @@ class Loop:
     def claim(self) -> None:
         """Note whose folder this is; UserError if another loop is there."""
         path = self.folder / "loop.json"
-        identity = json.loads(to_json({**self.o.identity(), "sft": self.hash}))
+        identity = json.loads(to_json({**self.o.identity(), "sft": self.hash, **(
+            {} if self.o.answers else flat(self.stage_options()))}))
         if path.exists():
             before = read_json(path)["options"]
             if differing := [f"{name} was {before.get(name)!r}, is {identity.get(name)!r}"

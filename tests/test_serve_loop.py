@@ -314,9 +314,12 @@ def test_killed_at_any_step_it_ends_as_if_it_had_not_been(finished, run_loop, tm
             assert equal(*weights)
 
 
-def test_another_loop_in_the_folder_is_refused(finished, run_loop):
-    with pytest.raises(UserError, match="error_rate was 0.1, is 0.2"):
-        run_loop(finished.parent.parent, "--rounds", 2, "--annotator", "judge", "--error_rate", "0.2")
+@pytest.mark.parametrize(("words", "said"), [
+    (("--error_rate", "0.2"), "error_rate was 0.1, is 0.2"),
+    (("--error_rate", "0.1", "--reward.label_smoothing", "0.1"), "reward.label_smoothing was 0.0, is 0.1")])
+def test_another_loop_in_the_folder_is_refused(words, said, finished, run_loop):
+    with pytest.raises(UserError, match=said):
+        run_loop(finished.parent.parent, "--rounds", 2, "--annotator", "judge", *words)
 
 
 def test_a_person_answers_on_the_page_and_the_loop_goes_on(run_loop, tmp_path, monkeypatch, capfd):

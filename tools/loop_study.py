@@ -128,6 +128,15 @@ class Growing(loop.Loop):
     def improve(self, round: Round) -> None:
         """SFT stays the policy."""
 
+    def stage_options(self) -> dict[str, Any]:
+        return super().stage_options() | {"study": {"sizes": list(self.sizes)}}
+
+    def write_summary(self, identity: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Only whose folder it is: there is no policy to tell of."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_text(self.folder / "loop.json", to_json({"options": identity, "rounds": []}))
+        return []
+
     def tell(self, round: Round, before: Round | None, counts: dict[str, int]) -> None:
         """How often the reward model prefers what the annotator prefers when it makes no error."""
         score, _ = reward_scorer(str(round.path("reward")), self.o.device)
@@ -140,6 +149,7 @@ class Growing(loop.Loop):
 
     def run(self) -> list[dict[str, Any]]:
         """The reports, one a size."""
+        self.claim()
         rounds = [Round(i, self.folder / f"round-{i}") for i in range(1, len(self.sizes) + 1)]
         for round in rounds:
             if not round.finished:
