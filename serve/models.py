@@ -2,7 +2,7 @@
 same folder of runs, which are loaded when somebody asks them.
 
     models = Models([engine], [pathlib.Path("out")], lambda path: Engine(path))
-    list(models)                 ["reviews/sft", "reviews/best", "reviews/ppo"]
+    list(models)                 ["reviews/sft", "reviews/best", "reviews/ppo", "feedback/round-1"]
     models["reviews/ppo"]        its engine
 """
 import pathlib
@@ -30,9 +30,17 @@ class Models(MutableMapping[str, Engine]):
 
     def found(self) -> dict[str, pathlib.Path]:
         """{name: folder} of the checkpoints on the disk, as they are now."""
-        return {name_of(str(path)): path for root in self.roots for place in PLACES for path in sorted(root.glob(place))
+        places = [(root, path) for root in self.roots for place in PLACES for path in sorted(root.glob(place))]
+        return {self.name(root, path): path for root, path in places
                 if path.name in STAGES and checkpoint_path(path).exists()
                 and (read_config(path) or {"finished": True}).get("finished")}
+
+    @staticmethod
+    def name(root: pathlib.Path, path: pathlib.Path) -> str:
+        """reviews/sft; of a loop's rounds reviews/loop/round-1, and of those that the page started the log's name."""
+        if not path.parent.name.startswith("round-"):
+            return name_of(str(path))
+        return f"{root.stem if root.suffix == '.training' else path.parents[2].name + '/loop'}/{path.parent.name}"
 
     def names(self) -> dict[str, pathlib.Path | None]:
         return {**dict.fromkeys(self.first), **{name: path for name, path in self.found().items()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zipfile
 
 import pytest
@@ -28,6 +29,7 @@ from serve.__main__ import ServeOptions, main  # noqa: E402
 from serve.app import Server, create_app, listening  # noqa: E402
 from serve.fields import without_paths  # noqa: E402
 from serve.log import FeedbackLog, read_events  # noqa: E402
+from serve.models import Models  # noqa: E402
 from serve.pairs import Card, Fixed, Pairs, digest  # noqa: E402
 from serve.safety import Rules  # noqa: E402
 from serve.training import Running, Training, loop_command  # noqa: E402
@@ -220,6 +222,36 @@ def test_a_thumb_is_what_was_pressed_last_and_keeps_its_edit(tmp_path):
         more = [{"role": "system", "content": "Be kind"}, *talk, *talk]
         assert thumb(0, messages=more)[-1]["prompt"] == more[:-1]
         assert {event["kind"] for event in server.log.events} == {"label", "edit", "undo"}
+
+
+def test_checkpoints_are_loaded_when_they_are_asked_and_idle_ones_make_room(tmp_path):
+    closed = []
+
+    class Fake:
+        def __init__(self, path):
+            self.path, self.waiting, self.name = path, [], "run/sft"
+            self.batch = types.SimpleNamespace(running=[])
+
+        def close(self):
+            closed.append(self.path)
+
+    out, rounds = tmp_path / "out", tmp_path / "feedback.training"
+    for folder in (out / "run/sft", out / "run/ppo", out / "run/reward", out / "run/loop/round-1/ppo",
+                   out / "other/best", rounds / "run/loop/round-1/ppo"):
+        folder.mkdir(parents=True)
+        (folder / "checkpoint.pt").touch()
+    models = Models([Fake("first")], [out, rounds], Fake)
+    assert list(models) == ["run/sft", "other/best", "run/ppo", "run/loop/round-1", "feedback/round-1"]
+    assert models["run/sft"].path == "first" and models.get("run/ppo") is None
+    busy = models["run/ppo"]
+    busy.waiting.append("somebody")
+    for name in list(models)[1:] * 2:
+        assert models[name] is models.get(name)
+    assert models["run/ppo"] is busy and len(models.loaded) == 3 and len(closed) > 0
+    with pytest.raises(KeyError):
+        models["run/reward"]
+    models.close()
+    assert "first" in closed
 
 
 # ---- training ------------------------------------------------------------------------------------
