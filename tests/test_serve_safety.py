@@ -441,7 +441,7 @@ def test_the_page_runs_its_own_script_alone(port):
 
 def test_every_answer_has_the_headers_and_names_no_program(port):
     for line in ("GET /", "GET /api/state", "GET /nowhere", "DELETE /", "GET /v1/models", "HEAD /"):
-        answer = exchange(port, request(line))
+        answer = exchange(port, request(line, "Connection: close"))
         for name in ("content-security-policy", "x-content-type-options", "referrer-policy", "x-frame-options"):
             assert name in answer.headers, line
         assert "server" not in answer.headers
