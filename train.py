@@ -13,13 +13,13 @@
     python train.py ppo --help      a stage's options, with default, meaning and source
 
 The first two stages are written out here, `reward` in reward.py and `ppo` in ppo.py; `judge` is
-`reward` on the judge's half of the labels, and `best` is `sft` on replies of its own. All but `ppo`
-share the loop of runtime/fit.py. A stage reads the checkpoints of its parents and leaves checkpoint.pt,
-config.json, metrics.jsonl and samples.jsonl in OUT/<data>/<stage>/. A new stage is a function of its
-options, added to STAGES here and, for its random draws, in runtime/draws.py.
+`reward` on the judge's half of the labels; `best` (tools/best.py) is `sft` on replies of its own, and
+`loop` (serve/loop.py) calls the other stages round after round. All but `ppo` share the training loop of
+runtime/fit.py. A stage reads the checkpoints of its parents and leaves checkpoint.pt, config.json,
+metrics.jsonl and samples.jsonl in OUT/<data>/<stage>/. A new stage is a function of its options, added
+to STAGES here and, for its random draws, in runtime/draws.py.
 """
 import runtime  # noqa: F401 (before torch: it sets how threads wait)
-import copy
 import dataclasses
 import importlib
 import math
@@ -36,7 +36,6 @@ from convert.importing import with_checkpoints
 from data.batches import (dialogue_rows, eval_windows, held_out_prompts, pack_rows, prompt_ids, text_batches,
                           warn_of_passes)
 from data.dataset import SPLITS
-from data.drawn import best_records, scores_of
 from data.feedback import require_records
 from data.overview import ListOptions, overview
 from data.parents import limit_length, refuse_judge, require_lengths
@@ -53,7 +52,6 @@ from runtime.draws import batch_indices, torch_seed
 from runtime.fit import fit, steps_of
 from runtime.machine import Interrupt, Interrupted, keep_freed_memory, release_memory
 from runtime.options import Common, MaximumLikelihoodOptions, UserError, option, parse, run_main
-from runtime.products import use_products
 from runtime.run import Run, run_folder
 from runtime.terminal import memory_advice
 from sample import reply_texts, reply_to
@@ -310,73 +308,6 @@ def ppo(o: PPOOptions) -> Run | None:
     return train_ppo(o)
 
 
-# ---- the fourth step: rejection sampling ---------------------------------------------------------
-
-@dataclasses.dataclass
-class BestOptions(SFTOptions):
-    """`python train.py best`"""
-
-    PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
-        "smoke": dict(n=4, prompts=64, reply_len=16),
-        "smollm": dict(init_from="", records=0, prompts=400, temperature=0.7),
-    }
-
-    n: int = option(8, "replies to each prompt; the reward model's favourite is learned", low=2, high=10_000)
-    prompts: int = option(2000, "training prompts to reply to, at most; the seed draws them", low=20, high=10**8)
-    reply_len: int = option(0, "longest reply in tokens; 0: PPO's default on this data", low=0)
-    temperature: float = option(1.0, "of sampling", low=0.001)
-
-
-class BestTask(SFTTask):
-    """Batches, loss and measures of `best`: those of fine-tuning, on a tenth of the replies that the
-    reward model chose as validation, and PPO's measures of held-out prompts."""
-
-    NOTHING = ("too few prompts got a reply that ends, or too few of them within {} tokens with it: raise "
-               "--reply_len, --prompts or --max_len")
-
-    def __init__(self, run: Run, data: Prepared, records: list[dict], held_out: evaluate.HeldOutPrompts):
-        super().__init__(run, data, [[r for i, r in enumerate(records) if (i % 10 == 0) == val]
-                                     for val in (False, True)])
-        self.held_out, self.reply_len, self.examples = held_out, run.o.reply_len, list(held_out.prompts[:8])
-        self.extra = {"example_prompts": self.examples}
-
-    def measure(self, step: int) -> dict[str, float]:
-        """SFT's measures, and scores, KL and variety of replies to held-out prompts."""
-        return super().measure(step) | self.held_out.measure(self.run.model)[0]
-
-
-@memory_advice("lower --batch, --max_len or --reply_len, or add --recompute")
-def best(o: BestOptions) -> Run | None:
-    """Reply n times to each prompt, keep the reply that the reward model scores highest, and learn
-    it as sft learns the replies of dialogues (rejection sampling: MOSS's fourth step)."""
-    refuse_judge(o.reward_from)
-    data, o = open_stage(o, "sft")
-    of_ppo = data.meta.get("defaults", {}).get("ppo", {})
-    o = o.replace(reply_len=o.reply_len or of_ppo.get("reply_len", PPOOptions.reply_len))
-    policy, tokenizer, state = load_parent(o, data, "sft", o.init_from)
-    scorer, other, of_reward = load_parent(o, data, "reward", o.reward_from, RewardModel)
-    tokenizer.require_same(other, "the policy and the reward model")
-    o = limit_length(o, policy.config)
-    reference = copy.deepcopy(policy)
-    run = open_run("best", o, data, {"init": state["hash"], "reward": of_reward["hash"]}, policy, tokenizer)
-    if run is None:
-        return None
-    for network in (reference.requires_grad_(False), scorer.requires_grad_(False)):
-        use_products(network.to(run.device), run.compute.products)
-    room = min(policy.config.max_len, scorer.config.max_len) - o.reply_len  # for a prompt
-    records = best_records(run, data, room, lambda prompts, first: evaluate.best_of_prompts(
-        run, reference, scorer, prompts, first))
-    kept = [r for r in records if r["ended"]]
-    held_out = evaluate.HeldOutPrompts(
-        data, tokenizer, held_out_prompts(data, "val", tokenizer, room, 128), reference, scorer,
-        evaluate.ReplySettings(o.reply_len, o.temperature, dtype=run.dtype))
-    task = BestTask(run, data, kept, held_out)
-    print(f"best: {o.n} replies to each of {scores_of(records, kept)}, {task.left_out} dialogues of over "
-          f"{o.max_len} tokens left out; {task.n_steps} steps of {o.batch}", flush=True)
-    run.finish(**fit(run, task))
-    return run
-
-
 # ---- all stages ----------------------------------------------------------------------------------
 
 STAGES: dict[str, tuple[type, Callable[[Any], Run | None]]] = {
@@ -385,9 +316,14 @@ STAGES: dict[str, tuple[type, Callable[[Any], Run | None]]] = {
     "reward": (RewardOptions, reward),
     "ppo": (PPOOptions, ppo),
     "judge": (JudgeOptions, judge),
-    "best": (BestOptions, best),
 }
-ROAD = {stage: cls for stage, (cls, _) in STAGES.items() if stage != "best"}  # what `all` runs
+ROAD = {stage: cls for stage, (cls, _) in STAGES.items()}  # what `all` runs
+
+
+def commands() -> dict[str, tuple[type, Callable[[Any], Run | None]]]:
+    """STAGES and `best`, which stands above this chapter and is imported where it is asked for."""
+    above = importlib.import_module("tools.best")
+    return STAGES | {"best": (above.BestOptions, above.best)}
 
 
 def run_all(options: dict[str, Common]) -> None:
@@ -427,14 +363,14 @@ def require_inputs(data: Prepared, stages: list[str], reward_from: str) -> None:
 def main(argv: list[str]) -> int:
     if "--list" in argv:
         o = parse(ListOptions, argv, "train.py --list")
-        print(overview({stage: cls for stage, (cls, _) in STAGES.items()}, __doc__ or "", o.out))
+        print(overview({stage: cls for stage, (cls, _) in commands().items()}, __doc__ or "", o.out))
         return 0
     Interrupt.install()
     keep_freed_memory()
     try:
         if argv[:1] == ["loop"]:  # it stands above this chapter, and is imported where it is asked for
             return importlib.import_module("serve.loop").main(argv[1:])
-        stage, options = parse_command(argv, {name: cls for name, (cls, _) in STAGES.items()}, ROAD, "train.py")
+        stage, options = parse_command(argv, {name: cls for name, (cls, _) in commands().items()}, ROAD, "train.py")
         all_stages = stage == "all"
         data = kept_input([*options.values()][0].data)
         options = {name: with_checkpoints(o.replace(data=data)) for name, o in options.items()}
@@ -451,7 +387,7 @@ def main(argv: list[str]) -> int:
         else:
             if stage in ("reward", "judge") and not o.evaluate:  # the others look at all their records at once
                 require_records(open_for(o, o.data), [stage])
-            STAGES[stage][1](o)
+            commands()[stage][1](o)
     except Interrupted as stop:
         return 128 + stop.args[0]
     return 0

@@ -36,7 +36,7 @@ def overview(stages: dict[str, type], about: str, out: str) -> str:
     meanings = dict(re.findall(r"^ *python train\.py (\w+) {2,}(.*)$", about, re.MULTILINE))
     presets = next(f for f in dataclasses.fields(Common) if f.name == "preset").metadata["help"].split("; ")
     own = {"FILE or FOLDER": "your own texts, dialogues and feedback (docs/data.md)"}
-    parts = {"Stages": {name: meanings.get(name, "") for name in stages},
+    parts = {"Stages": dict.fromkeys(stages, "") | meanings,
              "Data sets (--data)": {name: known.summary for name, known in DATA_SETS.items()} | own,
              "Presets (--preset)": dict(preset.split(": ", 1) for preset in presets)}
     lines = []

@@ -155,7 +155,7 @@ def command(world, tmp_path, monkeypatch):
                  "judge": ["--init_from", world.root / "pretrain"],
                  "ppo": ["--init_from", world.root / "sft", "--reward_from",
                          world.root / "reward"]}.get(stage, [])
-        return parse(train.STAGES[stage][0], [*map(str, ["--preset=smoke", "--dtype=float32",
+        return parse(train.commands()[stage][0], [*map(str, ["--preset=smoke", "--dtype=float32",
                                                          "--out", tmp_path,
                                                              *given, *words])], "x")
     return parsed

@@ -8,11 +8,14 @@ import train
 from data.batches import prompt_ids
 from data.records import as_messages
 from model import load_checkpoint, save_checkpoint
+from reward import RewardModel
 from runtime.draws import key
 from runtime.machine import Interrupted
 from runtime.options import UserError
+from runtime.run import Run
 from sample import reply_ids, reply_to
 from tests.conftest import equal
+from tools import best
 
 
 @pytest.fixture
@@ -32,14 +35,14 @@ def records_of(folder):
 @pytest.fixture
 def finished(best_command):
     """A run of `best`, and its folder."""
-    run = train.best(best_command())
+    run = best.best(best_command())
     return run, run.folder.path
 
 
 def test_the_kept_reply_is_the_reward_models_favourite_among_those_that_end(finished, world):
     _, folder = finished
     policy, tokenizer, _ = load_checkpoint(world.root / "sft")
-    scorer = load_checkpoint(world.root / "reward", cls=train.RewardModel)[0]
+    scorer = load_checkpoint(world.root / "reward", cls=RewardModel)[0]
     records = records_of(folder)
     assert len({r["prompt"] for r in records}) == len(records) == 96
     assert {r["ended"] for r in records} == {True, False}  # so both rules are seen
@@ -60,7 +63,7 @@ def test_it_learns_the_kept_replies_and_no_others(finished, world):
     kept = [r for r in records_of(folder) if r["ended"]]
     sft = load_checkpoint(world.root / "sft")[0]
     assert not equal(dict(sft.state_dict()), dict(run.model.state_dict()))
-    task = train.BestTask(run, world.data, kept, type("HeldOut", (), {"prompts": []})())
+    task = best.BestTask(run, world.data, kept, type("HeldOut", (), {"prompts": []})())
     learned = {tuple(ids) for ids, _ in [*task.rows, *task.val_rows]}
     every = [tuple(run.tokenizer.render_chat(as_messages(r, world.data.template))[0]) for r in kept]
     fits = [ids for ids in every if len(ids) <= 96]  # --max_len: none is cut
@@ -73,7 +76,7 @@ def test_a_resumed_run_ends_with_the_same_bits(finished, best_command, tmp_path,
     run, folder = finished
     for stop in ("sampling", "training"):
         calls, method = [0], {"sampling": "append", "training": "stop_if_asked"}[stop]
-        owner = train.Run if stop == "training" else type(run.folder)
+        owner = Run if stop == "training" else type(run.folder)
         real = getattr(owner, method)
 
         def stopped(self, *args, real=real, calls=calls, stop=stop):
@@ -93,10 +96,10 @@ def test_a_resumed_run_ends_with_the_same_bits(finished, best_command, tmp_path,
         with monkeypatch.context() as m:
             m.setattr(owner, method, stopped)
             with pytest.raises(Interrupted):
-                train.best(o)
+                best.best(o)
         written, = (tmp_path / stop).rglob("best.jsonl")
         assert written.read_text().count("\n") >= 64
-        again = train.best(o.replace(resume=True))
+        again = best.best(o.replace(resume=True))
         assert (folder / "best.jsonl").read_bytes() == (again.folder.path / "best.jsonl").read_bytes()
         assert equal(dict(run.model.state_dict()), dict(again.model.state_dict())), stop
 
@@ -104,21 +107,21 @@ def test_a_resumed_run_ends_with_the_same_bits(finished, best_command, tmp_path,
 def test_more_prompts_go_on_from_the_replies_that_are_there(finished, best_command):
     _, folder = finished
     before = records_of(folder)
-    train.best(best_command("--prompts=130", "--fresh"))
+    best.best(best_command("--prompts=130", "--fresh"))
     assert len(records_of(folder)) == 130
     assert records_of(folder)[:96] == before
-    train.best(best_command("--fresh", "--seed=1"))
+    best.best(best_command("--fresh", "--seed=1"))
     assert records_of(folder)[:96] != before
 
 
 def test_what_cannot_work_is_said(best_command, world, tmp_path):
-    scorer, tokenizer, _ = load_checkpoint(world.root / "reward", cls=train.RewardModel)
+    scorer, tokenizer, _ = load_checkpoint(world.root / "reward", cls=RewardModel)
     save_checkpoint(tmp_path / "judge", scorer, tokenizer, stage="judge", step=1, feedback="label")
     with pytest.raises(UserError, match="this is the judge"):
-        train.best(best_command("--reward_from", tmp_path / "judge"))
+        best.best(best_command("--reward_from", tmp_path / "judge"))
     with pytest.raises(UserError, match="too few of them within 16 tokens .*: raise --reply_len"):
-        train.best(best_command("--max_len=16", "--prompts=20"))
+        best.best(best_command("--max_len=16", "--prompts=20"))
 
 
 def test_best_is_no_part_of_the_whole_road():
-    assert "best" in train.STAGES and "best" not in train.ROAD
+    assert "best" in train.commands() and "best" not in train.ROAD

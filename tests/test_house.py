@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 # each may import those before it
 CHAPTERS = ["model", "reward", "sample", "evaluate", "ppo", "train"]
 BELOW_CONVERT = {"model", "reward"}  # convert/ stands behind these and before the other chapters
-CEILINGS = {"model": 450, "reward": 400, "sample": 450, "evaluate": 350, "ppo": 600, "train": 331}
+CEILINGS = {"model": 450, "reward": 400, "sample": 450, "evaluate": 350, "ppo": 600, "train": 300}
 FOLDER_CEILINGS = {"runtime": 250, "data": 250, "data.sets": 250, "convert": 250, "serve": 250, "tools": 300}
 LONGEST_FUNCTION, MOST_PARAMETERS = 60, 8  # lines from def to end; parameters without self
 

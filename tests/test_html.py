@@ -143,7 +143,7 @@ def listed(capsys, *words):
 def test_the_list_names_every_stage_data_set_and_preset(capsys, tmp_path):
     from data.sets import DATA_SETS
     said = listed(capsys, "--out", tmp_path / "nothing")
-    for name in (*train.STAGES, *DATA_SETS, "smoke", "demo", "base"):
+    for name in (*train.commands(), "loop", *DATA_SETS, "smoke", "demo", "base"):
         assert re.search(rf"^  {name} +\w", said, re.MULTILINE), name  # with a meaning
     assert "none: python train.py begins one, and --out names another" in said
 

@@ -31,7 +31,7 @@ from tools.tiny import SHAPES, TinyOptions
 
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh.md"
 PAGES = [ENGLISH, CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
-STAGES = {name: cls for name, (cls, _) in train.STAGES.items()}
+STAGES = {name: cls for name, (cls, _) in train.commands().items()}
 OTHERS = [ListOptions, sample.SampleOptions, evaluate.EvaluateOptions, PrepareOptions, CheckOptions,
           ExportOptions, BenchOptions, PlotOptions, MemoryOptions, RaceOptions, busy.BusyOptions,
           trials.TrialOptions, trials_commands.TrialOptions, ImportOptions, ConvertExport, TinyOptions,

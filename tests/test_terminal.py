@@ -143,7 +143,7 @@ def test_every_stage_and_command_names_options_that_it_has(monkeypatch):
     import train
     remedies = {}
     monkeypatch.setattr(terminal, "is_out_of_memory", lambda error: True)
-    functions = {cls: function for cls, function in train.STAGES.values()} | {
+    functions = {cls: function for cls, function in train.commands().values()} | {
         sample.SampleOptions: sample.main, evaluate.EvaluateOptions: evaluate.main,
         data.prepare.PrepareOptions: data.prepare.main}
     for cls, function in functions.items():

@@ -126,7 +126,7 @@ def random_command(rng: random.Random, tiny: pathlib.Path, base: pathlib.Path,
     """(name, main, words, options' class) of a command on tiny data and the finished runs in
     base."""
     stages = {f"train.py {stage}": (train.main, [stage], cls)
-              for stage, (cls, _) in train.STAGES.items()}
+              for stage, (cls, _) in train.commands().items()}
     commands = stages | {
         "sample.py": (sample.main, [], sample.SampleOptions),
         "evaluate.py": (evaluate.main, [str(base / "sft")], evaluate.EvaluateOptions),
