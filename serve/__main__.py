@@ -9,10 +9,12 @@
 import contextlib
 import dataclasses
 import pathlib
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 from data.export import TOOLS
 from runtime.machine import keep_freed_memory
@@ -52,6 +54,7 @@ class ServeOptions(Options):
     host: str = option("127.0.0.1", "address to listen at; another one than this computer's own needs --token")
     port: int = option(8000, "port to listen at", low=1, high=65535)
     token: str = option("", "what other computers must know: 16 letters and digits, or more")
+    stop_with_input: bool = option(False, "stop when the standard input ends, as a pipe does when its other end dies")
     rows: int = option(16, "replies that are written at once, at most", low=1, high=1024)
     # How replies are drawn.
     max_new_tokens: int = option(64, "longest reply to ask about, in tokens", low=1, high=2048)
@@ -83,7 +86,7 @@ class ServeOptions(Options):
         if self.mode != "compare":
             self.refuse("compare_with", why=f"with --mode {self.mode}, which asks about one reply")
         if self.terminal:
-            self.refuse("host", "port", "token", "rows", why="with --terminal")
+            self.refuse("host", "port", "token", "rows", "stop_with_input", why="with --terminal")
 
 
 @dataclasses.dataclass
@@ -151,8 +154,17 @@ def on_page(o: ServeOptions) -> None:
     rules = app.Rules(o.host, o.port, o.token)
     with contextlib.closing(app.listening(o.host, o.port)) as place, FeedbackLog(o.to) as log:
         with server_of(o, log, rules) as server:
+            if o.stop_with_input:
+                threading.Thread(target=stop_at_the_end_of, args=(sys.stdin.buffer,), daemon=True).start()
             app.serve_on(place, app.create_app(server), lambda: announce(o))
     print("stopped; what was called saved is in", for_terminal(o.to), flush=True)
+
+
+def stop_at_the_end_of(file: BinaryIO) -> None:
+    """Read to the end, then do what Ctrl-C does."""
+    while file.read(4096):
+        pass
+    signal.raise_signal(signal.SIGINT)
 
 
 @contextlib.contextmanager

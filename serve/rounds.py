@@ -133,7 +133,7 @@ def answer_simulated(round: Round, cards: Sequence[Card], person: Simulated) -> 
 
 def page_command(round: Round, port: int, terminal: bool) -> list[str]:
     """The command that asks a person."""
-    where = ["--terminal"] if terminal else ["--port", str(port)]
+    where = ["--terminal"] if terminal else ["--port", str(port), "--stop_with_input"]
     return [sys.executable, "-m", "serve", "--pairs", str(round.pairs.resolve()), "--to", str(round.answers.resolve()),
             *where]
 
@@ -148,7 +148,9 @@ def answer_by_person(round: Round, cards: Sequence[Card], port: int, terminal: b
         return
     print(f"round {round.number}: {done()} of {len(cards)} answers are there; the others are asked for "
           + ("here" if terminal else f"at http://127.0.0.1:{port}/"), flush=True)
-    asking = subprocess.Popen(page_command(round, port, terminal), cwd=ROOT)
+    # The page reads no line from its pipe, but ends with it: so it does not outlive a loop that is killed.
+    asking = subprocess.Popen(page_command(round, port, terminal), cwd=ROOT,
+                              stdin=None if terminal else subprocess.PIPE)
     try:
         while asking.poll() is None and (terminal or done() < len(cards)):
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -163,6 +165,8 @@ def answer_by_person(round: Round, cards: Sequence[Card], port: int, terminal: b
                 asking.wait(10.0)
         if asking.poll() is None:
             asking.kill()
+        if asking.stdin:
+            asking.stdin.close()
     if (n := done()) < len(cards):
         raise UserError(f"round {round.number}: {n} of {len(cards)} answers are given and saved"
                         + f"; the page ended with exit code {code}, see above" * bool(code)

@@ -36,7 +36,7 @@ except ImportError as error:
     raise UserError("the server needs starlette and uvicorn: python -m pip install -r requirements-extra.txt"
                     ) from error
 
-HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::([0-9]{1,5}))?")
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::[0-9]{1,5})?")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EVERYWHERE = ("", "0.0.0.0", "::")  # what --host may say for all of the machine's addresses
 SHORTEST_TOKEN = 16
@@ -96,9 +96,10 @@ class Rules:
         return f"mosslet-{self.port}", hashlib.sha256(f"mosslet cookie {self.token}".encode()).hexdigest()
 
     def is_ours(self, host: str) -> bool:
-        """Is this value of a Host header a name of this server?"""
+        """Is this value of a Host header a name of this server? Any port is: `ssh -L 9000:localhost:8000` makes
+        another one, and who may send a request is told by its origin, which has to have the same."""
         found = HOST.fullmatch(host.lower())
-        if found is None or int(found[2] or 80) != self.port:
+        if found is None:
             return False
         name = found[1].strip("[]")
         if name in LOOPBACK or name == self.host.lower():
@@ -225,8 +226,7 @@ class Guard:
         if len(hosts) != 1:
             raise Problem(400, "one Host header is needed")
         if not self.rules.is_ours(hosts[0]):
-            raise Problem(403, "this server has no such name: open it by the address that it prints at its start; a "
-                               "port that is forwarded to it must have the same number")
+            raise Problem(403, "this server has no such name: open it by the address that it prints at its start")
         if scope["method"] == "POST" and scope["path"] != "/api/import" and (
                 "transfer-encoding" in headers or int(lengths[0] if lengths else 0)):
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()

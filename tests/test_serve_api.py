@@ -3,9 +3,11 @@ wrong; who goes away or reads slowly costs the others nothing."""
 import concurrent.futures
 import contextlib
 import json
+import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -21,6 +23,7 @@ import serve.batch  # noqa: E402
 from sample import ChatSession, SampleOptions, reply_ids, reply_texts  # noqa: E402
 from serve.api import routes  # noqa: E402
 from serve.engine import Engine  # noqa: E402
+from tests.conftest import ROOT  # noqa: E402
 
 HELLO = [{"role": "user", "content": "这本书很好"}]
 
@@ -298,6 +301,36 @@ def test_the_openai_package_talks_to_it(address, ask):
         client.chat.completions.create(**fields, temperature=-1)
     with pytest.raises(openai.BadRequestError, match="only pretrained"):
         client.chat.completions.create(**fields | {"model": "small/pretrain"})
+
+
+def examples(page: str, language: str) -> list[str]:
+    """The code blocks of docs/feedback.md, or of its Chinese page, in a language; "" for commands."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["feedback.md", "feedback.zh.md"])
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_every_curl_line_of_the_page_does_what_it_says(engine, page):
+    lines = [line for block in examples(page, "") for line in block.splitlines() if line.startswith("curl ")]
+    assert len(lines) == 3
+    with serving({"reviews/sft": engine}) as address:
+        models, whole, streamed = (subprocess.run(
+            ["bash", "-c", line.replace("http://127.0.0.1:8000/v1", address)], capture_output=True, text=True,
+            timeout=60).stdout for line in lines)
+    assert json.loads(models)["data"][0]["id"] == "reviews/sft"
+    assert json.loads(whole)["choices"][0]["message"]["content"]
+    assert streamed.startswith("data: {") and streamed.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("page", ["feedback.md", "feedback.zh.md"])
+def test_the_python_of_the_page_prints_a_reply(engine, page):
+    pytest.importorskip("openai")
+    [code] = examples(page, "python")
+    with serving({"reviews/sft": engine}) as address:
+        done = subprocess.run([sys.executable, "-c", code.replace("http://127.0.0.1:8000/v1", address)],
+                              capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")

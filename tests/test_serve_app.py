@@ -31,6 +31,7 @@ from serve.fields import without_paths  # noqa: E402
 from serve.log import FeedbackLog, read_events  # noqa: E402
 from serve.models import Models  # noqa: E402
 from serve.pairs import Card, Fixed, Pairs, digest  # noqa: E402
+from serve.rounds import page_command  # noqa: E402
 from serve.safety import Rules  # noqa: E402
 from serve.training import Running, Training, loop_command  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
@@ -356,6 +357,27 @@ def test_a_taken_port_is_one_line(tmp_path):
         with pytest.raises(UserError, match="give another --port"):
             main(["--pairs", "x", "--to", str(tmp_path / "f.jsonl"), "--port", str(place.getsockname()[1])])
     assert not (tmp_path / "f.jsonl").exists()
+
+
+def test_the_page_of_a_loop_that_is_killed_stops_and_leaves_log_and_port(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    with contextlib.closing(listening("127.0.0.1", 0)) as place:
+        port = place.getsockname()[1]
+    command = page_command(types.SimpleNamespace(pairs=tmp_path / "pairs.jsonl", answers=tmp_path / "log.jsonl"), port,
+                           terminal=False)
+    # The loop's part: it starts the page with a pipe, waits until it answers, and dies at once.
+    loop = ("import os, subprocess, sys; p = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, "
+            "stdout=subprocess.PIPE, text=True); print(p.stdout.readline(), flush=True); os._exit(9)")
+    done = subprocess.run([sys.executable, "-c", loop, *command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 9 and "open http://" in done.stdout, done.stderr
+
+    def free() -> bool:
+        with contextlib.suppress(UserError), contextlib.closing(listening("127.0.0.1", port)), FeedbackLog(
+                tmp_path / "log.jsonl"):
+            return True
+        return False
+
+    until(free, 20)
 
 
 def test_errors_hold_no_absolute_path():

@@ -188,7 +188,8 @@ def test_only_our_own_names_are_served(port, host):
         assert host.encode() not in answer.raw
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1:80", "[::1]:80", "[::1]"])
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1:80", "[::1]:80", "[::1]",
+                                  "localhost:9000", "127.0.0.1:9000"])  # two by a forwarded port
 def test_names_of_this_machine_are_served(port, host):
     assert exchange(port, request("GET /api/state", host=host)).status == 200
 
