@@ -71,8 +71,7 @@ def test_estimators_without_a_critic_find_the_optimum_too(advantage):
     assert off < (.1 if advantage == "grpo" else .01)
 
 
-@pytest.mark.parametrize("critic", ["separate", "shared"])
-@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+@pytest.mark.parametrize(("critic", "kl_in"), [("separate", "reward"), ("shared", "loss")])
 def test_ppo_reaches_the_optimum_of_an_enumerated_bandit(critic, kl_in):
     rewards = torch.randn(len(REPLIES), generator=torch.Generator().manual_seed(0))
     assert learned(Table(rewards), rewards, critic, kl_in=kl_in) < .01

@@ -46,7 +46,7 @@ PPO = [[], ["--critic=shared", "--kl_control=adaptive", "--entropy_coef=.01", "-
 
 
 @pytest.mark.parametrize("stage,words", [("pretrain", []), ("sft", []), ("reward", []),
-                                         *(("ppo", w) for w in PPO)])
+                                         *(("ppo", ["--updates=3", "--norm_replies=16", *w]) for w in PPO)])
 def test_a_stage_computes_the_same_on_another_device(command, stand_in, tmp_path, stage, words):
     logged = {}
     for device in ("cpu", "cuda"):

@@ -23,6 +23,7 @@ from serve.exports import exported, saved
 from serve.log import FeedbackLog, NotSaved
 from serve.pairs import Card, Fixed, Pairs
 from serve.strip import strip
+from serve.training import CURVES
 from tests.conftest import ROOT
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page is tried in a browser by playwright")
@@ -39,13 +40,14 @@ WORDS = "a film that nobody will forget soon because its people are true".split(
 
 class Small:
     """What serve/app.py does, without checkpoints: a log, cards, chats that say the same, a round that only
-    draws its curve. `failing`: how many answers are not saved. `asked`: bodies of the posts, by path."""
+    draws its curve. `failing`: how many answers are not saved. `asked`: bodies of the posts, by path. `token`: what
+    posts must carry; a server that was started anew has another."""
 
     def __init__(self, folder: pathlib.Path, mode: str = "compare", cards: list[Card] | None = None):
         self.mode, self.log = mode, FeedbackLog(folder / "feedback.jsonl")
         self.cards = cards or make_cards(40)
         self.pairs = Pairs(Fixed(self.cards), self.log)
-        self.failing, self.waiting, self.slow, self.asked = 0, 0, 0.0, []
+        self.failing, self.waiting, self.slow, self.asked, self.token = 0, 0, 0.0, [], "t0ken"
         self.train = {"running": False, "stage": "", "lines": [], "curves": {}, "before_after": [], "changed": None}
         handler = type("Handler", (Handler,), {"small": self})
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -66,6 +68,7 @@ class Small:
         if self.waiting:
             self.waiting -= 1
             return {"waiting": True}
+        time.sleep(self.slow)
         card = self.pairs.next(body["annotator"], 2)
         return {"card": self.shown(card)} if card else {"done": True}
 
@@ -126,7 +129,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         small, (path, _, query) = self.small, self.path.partition("?")
         found = {name: value for name, value in http.server.urllib.parse.parse_qsl(query) if value}
         if path == "/":
-            page = PAGE.replace("{{nonce}}", "n0nce").replace("{{token}}", "t0ken")
+            page = PAGE.replace("{{nonce}}", "n0nce").replace("{{token}}", small.token)
             return self.send(page.encode(), kind="text/html; charset=utf-8", Content_Security_Policy=CSP)
         answer = {"/api/state": lambda: {"mode": small.mode, "models": ["reviews/sft", "reviews/ppo"],
                                          "saved": saved(small.log.events, found.get("annotator"))},
@@ -136,7 +139,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         small, path = self.small, self.path.partition("?")[0]
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        assert self.headers["X-Mosslet-Token"] == "t0ken"
+        if self.headers["X-Mosslet-Token"] != small.token:
+            return self.send(b'{"error": "reload the page"}', 403)
         if path == "/v1/chat/completions":
             return self.stream(json.loads(body))
         body = json.loads(body)
@@ -384,6 +388,46 @@ def test_what_is_not_saved_stays_on_the_screen(browser, small):
     clean(page)
 
 
+def test_a_server_that_was_started_anew_needs_no_reload(browser, small):
+    """Its token is another one: the page fetches it, and what was typed is not lost."""
+    page = visit(browser, small, allowed=("403",))
+    page.keyboard.press("e")
+    page.keyboard.type("Better.")
+    page.keyboard.press("Escape")
+    small.token = "an0ther"
+    say(page, "ArrowLeft")
+    small.token = "a-third"
+    page.click("#tab-chat")
+    page.fill("#message", "Hello")
+    page.keyboard.press("Enter")
+    until(page, "turns.length === 2 && !stopper")
+    page.locator(".turn.assistant button").first.click()
+    until(page, "saved.textContent.includes('2')")
+    assert [event["kind"] for event in small.log.events] == ["pair", "edit", "label"]
+    clean(page)
+
+
+def test_another_persons_card_is_not_answered(browser, small):
+    """Sides are in an order of each person's own: after a change of the name the card goes at once."""
+    page, first = visit(browser, small), small.cards[0]
+    other = next(name for name in ("Bo", "Cy", "Di", "Ed", "Flo") if small.pairs._for(first, name).shown
+                 != small.pairs._for(first, "Ada").shown)
+    small.slow = 0.3
+    page.click("#who")
+    page.fill("#name", other)
+    page.keyboard.press("Enter")
+    seen = page.evaluate("card && card.left")
+    page.keyboard.press("ArrowLeft")
+    assert seen in (None, small.pairs._for(first, other).shown[0])
+    page.wait_for_selector("#card", state="visible")
+    until(page, "!busy")
+    if not small.log.events:
+        say(page, "ArrowLeft")
+    [event] = small.log.events
+    assert (event["annotator"], event["chosen"]) == (other, small.pairs._for(first, other).shown[0])
+    clean(page)
+
+
 def test_keys_are_quiet_where_somebody_types_or_means_the_browser(browser, small):
     page = visit(browser, small)
     small.waiting = 1
@@ -529,9 +573,9 @@ def full_world(folder: pathlib.Path) -> Small:
               for step in range(1, 81)]
     server.train |= {
         "stage": "ppo", "lines": [f"update {i}: reward {y:.3f}" for i, y in points[-20:]],
-        "curves": {"reward": points, "KL": [[x, 0.002 * x + 0.01 * y] for x, y in points],
-                   "judge": [[x, 0.5 + y / 4] for x, y in points[::10]],
-                   "length": [[x, 40 - 9 * y] for x, y in points]},
+        "curves": {"reward score": points, "KL to SFT, nats": [[x, 0.002 * x + 0.01 * y] for x, y in points],
+                   "held out: judged positive": [[x, 0.5 + y / 4] for x, y in points[::10]],
+                   "length, tokens": [[x, 40 - 9 * y] for x, y in points]},
         "before_after": [{"prompt": "The film", "before": "was long and I do not know why.", "score_before": -0.41,
                           "after": "was a joy from its first picture to the last.", "score_after": 1.2}] * 3,
         "changed": {"accuracy_before": 0.55, "accuracy_after": 0.72, "n": 40, "moved": [
@@ -543,32 +587,25 @@ LOOKS = [("en-GB", "light", 1100), ("zh-CN", "dark", 360), ("zh-CN", "dark", 110
          ("en-GB", "dark", 1100)]
 
 
-@pytest.mark.parametrize(("language", "scheme", "width"), LOOKS if "MOSSLET_SHOTS" in os.environ else LOOKS[:2])
-def test_everybody_can_read_and_reach_everything(browser, tmp_path, language, scheme, width):
-    """Names, contrast, Tab and no scrolling sideways, on every tab; and a screenshot of each."""
-    shots = pathlib.Path(os.environ.get("MOSSLET_SHOTS", tmp_path / "shots"))
-    server = full_world(tmp_path)
-    page = visit(browser, server, locale=language, color_scheme=scheme, viewport={"width": width, "height": 740})
-    found = {}
+ALL_LOOKS = "MOSSLET_SHOTS" in os.environ
 
-    def look(name: str) -> None:
-        found[name] = [*page.evaluate(LOOK), *(f"no name: {role}" for role in unnamed(page))]
-        shots.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=str(shots / f"{name}-{language[:2]}-{scheme}-{width}.png"),
-                        full_page=name not in ("name", "help", "compare"))
 
+def tour(page):
+    """Go through the page, and yield the name of what is open: everything has something to show."""
     say(page, "t")
     page.keyboard.press("2")
-    look("compare")
+    yield "compare"
     page.keyboard.press("e")
     page.keyboard.press("Escape")
     page.keyboard.press("c")
-    look("edit")
-    found["edit"] += unreached(page, walk=True)
+    yield "edit"
     page.keyboard.press("Escape")
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press("?")
-    look("help")
+    yield "help"
+    page.keyboard.press("Escape")
+    page.click("#who")
+    yield "name"
     page.keyboard.press("Escape")
     page.click("#tab-chat")
     for text in ("Tell me of the film.", "And its music?"):
@@ -581,14 +618,48 @@ def test_everybody_can_read_and_reach_everything(browser, tmp_path, language, sc
     for tab in TABS[1:]:
         page.click(f"#tab-{tab}")
         page.wait_for_selector({"chat": ".turn textarea", "train": "#curves svg", "data": "#rows tr"}[tab])
-        look(tab)
-        found[tab] += unreached(page)
+        yield tab
+
+
+@pytest.mark.parametrize(("language", "scheme", "width"), LOOKS if ALL_LOOKS else LOOKS[:2])
+def test_everybody_can_read_and_reach_everything(browser, tmp_path, language, scheme, width):
+    """Names, contrast, Tab and no scrolling sideways, on every tab; and a screenshot of each."""
+    shots = pathlib.Path(os.environ.get("MOSSLET_SHOTS", tmp_path / "shots"))
+    server = full_world(tmp_path)
+    page = visit(browser, server, locale=language, color_scheme=scheme, viewport={"width": width, "height": 740})
+    found = {}
+    shots.mkdir(parents=True, exist_ok=True)
+    for name in tour(page):
+        found[name] = [*page.evaluate(LOOK), *(f"no name: {role}" for role in unnamed(page))]
+        page.screenshot(path=str(shots / f"{name}-{language[:2]}-{scheme}-{width}.png"),
+                        full_page=name not in ("name", "help", "compare"))
+        found[name] += unreached(page, walk=name == "edit") if name not in ("compare", "help", "name") else []
     assert found == {name: [] for name in found}
     page.click("#language")
     assert page.text_content("#tab-compare") == ("Compare" if language == "zh-CN" else "比较")
     page.reload()  # the choice is kept
     page.wait_for_selector("#rows tr")
     assert page.text_content("#tab-compare") == ("Compare" if language == "zh-CN" else "比较")
+    clean(page)
+    server.close()
+
+
+AXE_LOOKS = [(language, scheme, width) for language in ("en-GB", "zh-CN") for scheme in ("light", "dark")
+             for width in (360, 1200)]
+
+
+@pytest.mark.parametrize(("language", "scheme", "width"), AXE_LOOKS if ALL_LOOKS else [AXE_LOOKS[1], AXE_LOOKS[6]])
+def test_axe_finds_nothing(browser, tmp_path, language, scheme, width):
+    """An accessibility checker, with its rules for the size of targets, too."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is in axe-playwright-python")
+    server = full_world(tmp_path)
+    page = visit(browser, server, locale=language, color_scheme=scheme, viewport={"width": width, "height": 740},
+                 bypass_csp=True, allowed=("404",))  # of an icon, which the policy forbids to ask for
+    found, options = [], {"resultTypes": ["violations"], "rules": {"target-size": {"enabled": True}}}
+    for name in tour(page):
+        violations = axe.Axe().run(page, options=options).response["violations"]
+        found += [f"{name}: {rule['id']}: {node['html'][:90]}" for rule in violations for node in rule["nodes"]]
+    assert found == [], "\n".join(found)
     clean(page)
     server.close()
 
@@ -613,3 +684,21 @@ def test_every_word_is_there_in_both_languages():
     used = set(re.findall(r'data-(?:t|label|hint)="(\w+)"', PAGE)) | set(re.findall(r'\bt\("(\w+)"', PAGE))
     used -= {key for key in used if key.endswith("_")}
     assert used <= set(words) and len(words) > 100
+
+
+def test_what_the_server_says_is_chinese_on_the_chinese_page(browser, small):
+    """Every curve and stage, and the errors that the table knows; the table knows no text that is not said."""
+    page = visit(browser, small, locale="zh-CN")
+    names = [*(name for curves in CURVES.values() for name in curves), "starting", "answers", "reward", "report",
+             "finished", "stopped", "not saved: x", "error: 2 answers are too few to learn from"]
+    for name, said in zip(names, page.evaluate("(names) => names.map(fromServer)", names), strict=True):
+        assert re.search("[\u4e00-\u9fff]", said), name
+        assert not re.search("[a-z]{6}", said), said
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "serve").glob("*.py"))
+    source = re.sub(r'"\s+f?"', "", source)  # of texts on several lines
+    for pattern in page.evaluate("CHINESE.map(([english]) => english.source.slice(4, -2))"):
+        for text in pattern.split("|"):
+            assert max(re.split(r"\\d\+|\(.*?\)\??|\.\*", text), key=len).strip() in source, text
+    page.click("#language")
+    assert page.evaluate("fromServer('reward score')") == "reward score"
+    clean(page)
