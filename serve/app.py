@@ -8,6 +8,7 @@ runs in threads.
 """
 import asyncio
 import contextlib
+import json
 import pathlib
 import secrets
 import signal
@@ -120,9 +121,10 @@ def create_app(server: Server) -> Starlette:
 
     async def export(request: Request) -> Response:
         with as_problems():
-            name, content = await run_in_threadpool(server.export, request.query_params.get("to", "trl"))
+            name, content, lost = await run_in_threadpool(server.export, request.query_params.get("to", "trl"))
         kind = "application/zip" if name.endswith(".zip") else "application/jsonl"
-        return Response(content, media_type=kind, headers={"Content-Disposition": f'attachment; filename="{name}"'})
+        return Response(content, media_type=kind, headers={
+            "Content-Disposition": f'attachment; filename="{name}"', "X-Left-Out": json.dumps(lost)})
 
     async def take_in(request: Request) -> Response:
         with as_problems():

@@ -94,6 +94,8 @@ class Desk:
         if isinstance(choice, bool) or not isinstance(choice, int | str):
             raise ValueError('"choice" is missing, or none of the answers')
         card = self.card(body.get("card"), annotator)
+        if body.get("left", card.shown[0]) != card.shown[0]:
+            raise Wrong(409, "its sides are the other way round for this annotator: reload the page")
         seconds = number_of(body, "seconds", 0, 1e8)
         side, text = edit_of(body, card)
         record = card.record(annotator, choice, self.mode, id=id, strength=number_of(body, "strength", 0, 3, True),
@@ -201,19 +203,20 @@ class Desk:
         return {"total": len(found), "rows": [event | {"state": known.get(event["id"], "")} for event in rows],
                 "who": sorted({event["annotator"] for event in events})}
 
-    def export(self, to: str) -> tuple[str, bytes]:
-        """(file name, content) of the answers in another tool's form: one file, or all in a .zip."""
-        files, _ = exported(self.log.events, to[:30], self.template)
+    def export(self, to: str) -> tuple[str, bytes, dict[str, int]]:
+        """(file name, content, what is left out: how often) of the answers in another tool's form: one file, or
+        all in a .zip."""
+        files, lost = exported(self.log.events, to[:30], self.template)
         contents = {name: "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
                     if isinstance(records, list) else json.dumps(records, ensure_ascii=False, indent=2)
                     for name, records in files.items()}
         if len(contents) == 1:
-            return f"feedback-{to}.jsonl", next(iter(contents.values())).encode()
+            return f"feedback-{to}.jsonl", next(iter(contents.values())).encode(), lost
         packed = io.BytesIO()
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, content in contents.items():
                 archive.writestr(name, content)
-        return f"feedback-{to}.zip", packed.getvalue()
+        return f"feedback-{to}.zip", packed.getvalue(), lost
 
     def take_in(self, content: bytes, annotator: str = "import") -> dict[str, int]:
         """Add the records of a file; lines that have no form are left out and counted."""

@@ -107,6 +107,16 @@ def test_no_question_tells_who_wrote_it_or_that_it_comes_again(tmp_path):
         assert again and fields == {("id", "left", "right", "shown", "turns")}
 
 
+def test_an_answer_to_sides_that_this_person_did_not_see_is_refused(tmp_path):
+    with desk(tmp_path) as (server, client):
+        card = card_for(client)
+        body = {"annotator": "me", "card": card["id"], "choice": "left", "id": new_id()}
+        refused = client.post("/api/answer", json=body | {"left": card["right"]})
+        assert refused.status_code == 409 and "other way round" in refused.json()["error"]
+        assert server.log.events == []
+        assert client.post("/api/answer", json=body | {"left": card["left"]}).json()["saved"] == 1
+
+
 def test_the_same_request_twice_is_stored_once(tmp_path):
     with desk(tmp_path) as (server, client):
         card, id = card_for(client), new_id()
@@ -139,6 +149,8 @@ def test_answer_undo_edit_export_import(tmp_path):
             reward = archive.read("reward.jsonl").decode().splitlines()
         pairs = serve.log.training_records(server.log.events)["pairs"]
         assert len(reward) == sum(not pair.get("tie") for pair in pairs) > 9  # TRL knows no ties
+        [(reason, n)] = json.loads(packed.headers["X-Left-Out"]).items()
+        assert reason.startswith("ties are left out") and n == sum(pair.get("tie", False) for pair in pairs) == 2
         log = (tmp_path / "feedback.jsonl").read_bytes()
     (other := tmp_path / "other").mkdir()
     with desk(other) as (server, client):

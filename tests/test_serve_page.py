@@ -694,7 +694,8 @@ def test_what_the_server_says_is_chinese_on_the_chinese_page(browser, small):
     for name, said in zip(names, page.evaluate("(names) => names.map(fromServer)", names), strict=True):
         assert re.search("[\u4e00-\u9fff]", said), name
         assert not re.search("[a-z]{6}", said), said
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "serve").glob("*.py"))
+    source = "".join(path.read_text(encoding="utf-8") for path in (
+        *(ROOT / "serve").glob("*.py"), ROOT / "data" / "export.py"))
     source = re.sub(r'"\s+f?"', "", source)  # of texts on several lines
     for pattern in page.evaluate("CHINESE.map(([english]) => english.source.slice(4, -2))"):
         for text in pattern.split("|"):
