@@ -47,8 +47,8 @@ class StudyOptions(Options):
                                               "stands for the seed's number")
     out: str = option("out-study", "folder for all loops of the studies")
     seeds: str = option("0,1,2", "of the loops")
-    rounds: int = option(3, "in the study of rounds", low=2)
-    pairs: int = option(0, "of a round; 0: 400 in the study of rounds, 300 for taste", low=0)
+    rounds: int = option(3, "of the loops in the studies of rounds and of taste", low=1)
+    pairs: int = option(0, "of a round; 0: 400 in the study of rounds, 300 in all rounds for taste", low=0)
     error_rate: float = option(0.2, "of the judge's answers", low=0, high=1)
     sizes: str = option("100,300,1000,3000", "answers in all, in the study of answers")
     test_pairs: int = option(500, "pairs of SFT's replies to held-out prompts, which tell how right a reward model is",
@@ -179,14 +179,16 @@ def study_answers(o: StudyOptions, more: list[str]) -> list[dict[str, Any]]:
 
 def study_taste(o: StudyOptions, more: list[str]) -> list[dict[str, Any]]:
     """How often each of the two persons prefers the reply of the policy that learned from them to the other's,
-    and to SFT's, on held-out prompts."""
+    and to SFT's, on held-out prompts. Equally good replies count half. The policies are those of the last round:
+    after one round, a model that has only seen SFT's replies may take empty ones for the shortest good ones."""
     rows = []
     for seed in numbers(o.seeds):
         folders = {}
         for person in PERSONS:
             out = pathlib.Path(o.out) / "taste" / f"{person}-{seed}"
-            loop.main(words(o, out, seed, ("--annotator", person, "--rounds", 1, "--pairs", o.pairs or 300, *more)))
-            folders[person] = loop_folder(out) / "round-1" / "ppo"
+            loop.main(words(o, out, seed, ("--annotator", person, "--rounds", o.rounds, "--pairs", o.pairs or 300 // o.rounds,
+                                           *more)))
+            folders[person] = loop_folder(out) / f"round-{o.rounds}" / "ppo"
         known = loop.Loop(*loop.options_of(words(o, pathlib.Path(o.out), seed, more))).setting
         reference, tokenizer, _ = load_checkpoint(sft(o, seed), known.device)
         prompts = held_out_prompts(known.data, "val", tokenizer, reference.config.max_len - known.settings.reply_len,
