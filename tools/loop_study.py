@@ -186,8 +186,8 @@ def study_taste(o: StudyOptions, more: list[str]) -> list[dict[str, Any]]:
         folders = {}
         for person in PERSONS:
             out = pathlib.Path(o.out) / "taste" / f"{person}-{seed}"
-            loop.main(words(o, out, seed, ("--annotator", person, "--rounds", o.rounds, "--pairs", o.pairs or 300 // o.rounds,
-                                           *more)))
+            pairs = o.pairs or 300 // o.rounds
+            loop.main(words(o, out, seed, ("--annotator", person, "--rounds", o.rounds, "--pairs", pairs, *more)))
             folders[person] = loop_folder(out) / f"round-{o.rounds}" / "ppo"
         known = loop.Loop(*loop.options_of(words(o, pathlib.Path(o.out), seed, more))).setting
         reference, tokenizer, _ = load_checkpoint(sft(o, seed), known.device)
