@@ -65,7 +65,7 @@ class Model:
             with lock:  # one thread at a time may use a decoder
                 return reply_texts(tokenizer, reply_to(
                     session.model, tokenizer, ids, o.max_new_tokens, seed=seed, rows=rows, sampling=sampling,
-                    decoder=decoder, batch_size=16))
+                    decoder=decoder, batch_size=64))
 
         return cls(name, session.state.get("hash") or "", session.ids, write, described(sampling, o.max_new_tokens))
 
