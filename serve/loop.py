@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import evaluate
+from data.batches import held_out_prompts
 from data.prepare import open_for, suited
 from model import checkpoint_path, load_checkpoint
 from ppo import PPOOptions, train_ppo
@@ -32,7 +33,7 @@ from runtime.device import dtype_of, pick_device
 from runtime.draws import torch_seed
 from runtime.machine import Interrupt, Interrupted, release_memory, resume_command
 from runtime.options import UserError, as_dict
-from runtime.run import run_folder
+from runtime.run import record_of, run_folder
 from runtime.storage import replace_text
 from runtime.tables import to_json
 from runtime.terminal import for_terminal, memory_advice
@@ -63,12 +64,24 @@ class Loop:
         require_sft(o, self.sft)
         self.sampling = suited(ppo, "ppo", self.data)  # as PPO will have it
         self.annotator = None if o.answers or o.annotator == "person" else self.find_annotator()
-        _, self.tokenizer, state = load_checkpoint(self.sft)
-        self.hash = state["hash"]
+        policy, self.tokenizer, state = load_checkpoint(self.sft)
+        self.hash, limits = state["hash"], [policy.config.max_len]
         device = pick_device(o.device)
         dtype = dtype_of({"dtype": ppo.dtype} if ppo.dtype != "auto" else {}, device)
         settings = evaluate.ReplySettings(self.sampling.reply_len, self.sampling.temperature, dtype=dtype)
         self.setting = Setting(self.data, device, dtype, settings, ppo.report_prompts, self.beside("judge"))
+        if checkpoint_path(self.setting.judge).exists():
+            limits.append(record_of(self.setting.judge).get("options", {}).get("max_len", limits[0]))
+        self.require_room(min(limits))
+
+    def require_room(self, limit: int) -> None:
+        """UserError, before any work, unless the policies can be compared: SFT and judge read so many tokens."""
+        try:
+            held_out_prompts(self.data, "val", self.tokenizer, limit - self.sampling.reply_len, 1)
+        except UserError as error:
+            preset = record_of(checkpoint_path(self.sft).parent).get("options", {}).get("preset")
+            raise UserError(f"{error}; here it is --ppo.reply_len, now {self.sampling.reply_len}" + (
+                f", or --preset {preset}, as {self.sft} has" if preset and preset != self.o.preset else "")) from error
 
     def beside(self, stage: str) -> pathlib.Path:
         """The folder of a stage of the run that SFT is of."""

@@ -77,7 +77,10 @@ def parse_loop(argv: list[str]) -> tuple[LoopOptions, RewardOptions, PPOOptions]
         return f"--loop.{word[2:]}" if word.startswith("--") and name in OWN else word
 
     stages = {"loop": LoopOptions, "reward": RewardOptions, "ppo": PPOOptions}
-    found = parse_all(Common, stages, [whose(word) for word in argv], "train.py loop")
+    try:
+        found = parse_all(Common, stages, [whose(word) for word in argv], "train.py loop")
+    except UserError as error:
+        raise UserError(str(error).replace("--loop.", "--")) from error
     return found["loop"], found["reward"], found["ppo"]
 
 

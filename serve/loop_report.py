@@ -30,6 +30,7 @@ from serve.strip import wilson
 
 SHOWN = 20  # prompts whose replies before and after a report holds
 MOVED = 10  # replies whose score changed most
+FEWEST = 5  # records that such scores are standardised over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,17 +93,18 @@ def what_changed(s: Setting, held_out: pathlib.Path, after: pathlib.Path, before
     """
     models = {name: path and evaluate.load_reward_model(path, s.device, tokenizer, s.dtype)
               for name, path in (("before", before), ("after", after))}
-    limit = min(longest for _, longest, _ in filter(None, models.values()))
+    room = min(longest for _, longest, _ in filter(None, models.values())) - 8
     records = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
-    records = [record for record in records if len(prompt_ids(tokenizer, record["prompt"])) <= limit - 8]
+    records = [record for record in records if len(prompt_ids(tokenizer, record["prompt"])) <= room]
     kind = feedback_kind(records[0]) if records else "pairwise"
     fields = ("chosen", "rejected") if kind == "pairwise" else ("response",)
     scores: dict[str, dict[str, np.ndarray]] = {}
     for name, loaded in models.items() if records else ():
         if loaded:
+            network, longest, _ = loaded  # each reads as much of a reply as it was trained to
             with precision(s.dtype, s.device):
-                scores[name] = {field: loaded[0].score_rows(reward_rows(
-                    records, tokenizer, "{prompt}", limit, field=field)).cpu().double().numpy() for field in fields}
+                scores[name] = {field: network.score_rows(reward_rows(
+                    records, tokenizer, "{prompt}", longest, field=field)).cpu().double().numpy() for field in fields}
     measure = "correlation" if kind == "regression" else "accuracy"
     found: dict[str, Any] = {"measure": measure, "n": sum(not record.get("tie") for record in records)}
     for name in models:
@@ -113,7 +115,7 @@ def what_changed(s: Setting, held_out: pathlib.Path, after: pathlib.Path, before
             found[f"interval_{name}"] = [interval["low"], interval["high"]]
     texts = [(record["prompt"], record[field]) for field in fields for record in records]
     return found | {"moved": moved(texts, *(scores[name] for name in models), s.data.template)
-                    if len(scores) == 2 else []}
+                    if len(scores) == 2 and len(records) >= FEWEST else []}
 
 
 def moved(texts: Sequence[tuple], before: dict[str, np.ndarray], after: dict[str, np.ndarray],

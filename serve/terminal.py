@@ -30,8 +30,8 @@ except ImportError:  # Windows: lines, and no keys
     termios = None
 
 # What may be pressed, or written as a line, for each command; the first is what the help shows.
-COMPARE = {"left": ("l", "1", "left", "左", "\x1b[D"), "right": ("r", "2", "right", "右", "\x1b[C"),
-           "tie": ("t", "3", "tie", "平"), "both_bad": ("b", "4", "both bad", "都不好")}
+COMPARE = {"left": ("l", "left", "左", "\x1b[d"), "right": ("r", "right", "右", "\x1b[c"),
+           "tie": ("t", "tie", "平"), "both_bad": ("b", "both bad", "都不好")}
 LABEL = {1: ("+", "1", "y", "good", "好"), 0: ("-", "0", "n", "bad", "不好")}
 RATE = {score: (str(score),) for score in range(1, 6)}
 ANSWERS: dict[str, Mapping[Any, tuple[str, ...]]] = {"compare": COMPARE, "label": LABEL, "rate": RATE}
@@ -45,6 +45,7 @@ WORDS = {
            "stars": "1–5 {key}", "saved": "✓ {n} saved", "waiting": "writing replies …", "done": "all is answered",
            "not_saved": "not saved: {why}; the question stays", "nothing": "nothing to take back",
            "back": "taken back: {what}", "which": "which one: left or right?", "unknown": "{word} is no answer",
+           "one_key": "one key, without Enter:", "sure": "0–3 how sure, before left or right",
            "text": "new text on one line (empty: as it is): ", "note": "comment: ", "kept": "noted; now answer",
            "rate": "{n:g} an hour", "share": "left {share:.0%} ({low:.0%}–{high:.0%})",
            "self": "with yourself κ {k:.2f}"},
@@ -54,6 +55,7 @@ WORDS = {
            "stars": "1–5 {key}", "saved": "✓ 已保存 {n} 条", "waiting": "正在生成回答……", "done": "已全部回答",
            "not_saved": "未保存：{why}；此题保留", "nothing": "没有可撤销的回答",
            "back": "已撤销：{what}", "which": "改写哪一个：左还是右？", "unknown": "{word} 不是可选的回答",
+           "one_key": "按一个键，不用回车：", "sure": "0–3 多有把握（在选左右之前按）",
            "text": "写出新的回答（一行；留空则不改）：", "note": "备注：", "kept": "已记下，请作答",
            "rate": "每小时 {n:g} 条", "share": "选左 {share:.0%}（{low:.0%}–{high:.0%}）",
            "self": "自我一致 κ {k:.2f}"}}
@@ -122,6 +124,7 @@ class Questioner:
                          for word in words}
         self.edited: tuple[str, str] | None = None  # (side, new text) of the card that is asked about
         self.comment: str | None = None
+        self.strength: int | None = None
         self.answered = 0
 
     def say(self, text: str = "", end: str = "\n") -> None:
@@ -137,7 +140,7 @@ class Questioner:
         with self.keys:
             card = self.next_card()
             while card is not None:
-                self.edited = self.comment = None
+                self.edited = self.comment = self.strength = None
                 self.show(card)
                 card = self.answer(card)
         self.summary()
@@ -166,6 +169,9 @@ class Questioner:
                 return self.undo() or card
             if command in ("edit", "comment"):
                 self.note(card, command)
+            elif self.mode == "compare" and word in ("0", "1", "2", "3"):
+                self.strength = int(word)
+                self.tell("kept")
             elif command == "help" or command is None:
                 if command is None and word.strip():
                     self.tell("unknown", word=word.strip())
@@ -175,14 +181,14 @@ class Questioner:
         return None
 
     def parsed(self, word: str) -> tuple[Any, int | None]:
-        """(the command of a key or line, the strength behind it): "left 2"; None if it is none."""
+        """(the command of a key or line, the strength behind it or set before it): "left 2"; None if it is none."""
         word = word.lower()
         found = self.commands.get(word)
         before = word[:-1].strip()
         if found is None and word[-1:] in "0123" and before and not before.isdigit():
             decided = self.commands.get(before)
             return (decided, int(word[-1])) if decided in ("left", "right") else (None, None)
-        return found, None
+        return found, self.strength if found in ("left", "right") else None
 
     def save(self, card: Card, choice: Any, strength: int | None, seconds: float) -> bool:
         """Append the answer and its edit, and say so once they are on the disk; False if they are not."""
@@ -196,7 +202,7 @@ class Questioner:
             self.tell("not_saved", why=error.reason)
             return self.log.get(event["id"]) is not None  # then it is the edit alone that is lost
         self.answered += choice != "skip"
-        names = "" if choice == "skip" or not any(card.names) else "  (" + ", ".join(
+        names = "" if choice == "skip" or len({*card.names}) < 2 else "  (" + ", ".join(
             card.names[i] for i in card.order) + ")"
         self.say(self.words["saved"].format(n=saved(self.log.standing(), self.annotator)) + names)
         return True
@@ -231,7 +237,9 @@ class Questioner:
         """All commands with their keys."""
         table = COMMANDS if self.mode == "rate" else {**self.answers, **COMMANDS}
         stars = [self.words["stars"].format(key="★")] * (self.mode == "rate")
-        return "  ".join([*stars, *(f"{keys[0]} {self.words[command]}" for command, keys in table.items())])
+        return "  ".join([*[self.words["one_key"]] * self.keys.one_by_one, *stars,
+                          *(f"{keys[0]} {self.words[command]}" for command, keys in table.items()),
+                          *[self.words["sure"]] * (self.mode == "compare")])
 
     def note(self, card: Card, command: str) -> None:
         """Take a comment or an edited reply, which are saved with the answer."""

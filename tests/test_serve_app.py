@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -351,6 +352,15 @@ def test_the_command_is_one_that_the_loop_reads(world, tmp_path):
     loop, _, ppo = options_of(words[3:])
     assert words[1:3] == ["train.py", "loop"] and loop.init_from == str((world.root / "sft").resolve())
     assert (loop.rounds, loop.out, ppo.updates) == (1, str(tmp_path / "t"), 3)
+
+
+def test_without_a_size_the_round_has_that_of_the_checkpoint(world, tmp_path):
+    from serve.loop import options_of
+    shutil.copytree(world.root / "sft", tmp_path / "sft")
+    for options, preset in (({"preset": "smoke"}, "smoke"), ({}, "demo")):
+        (tmp_path / "sft" / "config.json").write_text(json.dumps({"finished": True, "parents": {}, "options": options}))
+        loop, _, _ = options_of(loop_command("log.jsonl", str(tmp_path / "sft"), str(tmp_path / "t"))[3:])
+        assert loop.preset == preset
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from runtime.options import UserError
 from serve import annotators, loop, loop_options, rounds
 from serve.annotators import PERSONS, FunctionAnnotator, Simulated, function_named, preferred
 from serve.log import FeedbackLog, read_events
+from serve.loop_report import what_changed
 from serve.pairs import Card, digest
 from serve.rounds import Round, ask, cards_in, held_out_keys, write_round_data
 from serve.sources import Sampled, read_pairs
@@ -251,6 +252,34 @@ def test_a_round_leaves_its_answers_stages_and_report(finished, world):
         for stage in ("reward", "ppo"):
             assert read_json(folder / stage / "config.json")["finished"]
     assert [row["answers"] for row in read_json(finished / "loop.json")["rounds"]] == [24, 48]
+
+
+def test_what_is_said_of_a_reward_model_does_not_depend_on_the_one_before(world, run_loop, tmp_path):
+    """Each reads as many tokens as it was trained on, so one that reads few makes the other read no less."""
+    from model import load_checkpoint, save_checkpoint
+    from reward import RewardModel
+    model, tokenizer, state = load_checkpoint(world.root / "reward", cls=RewardModel)
+    state = {name: state[name] for name in ("feedback", "template", "step")}
+    for name, longest in (("short", 20), ("long", 60)):
+        save_checkpoint(tmp_path / name, model, tokenizer, options={"max_len": longest}, **state)
+    words = ["--init_from", str(world.root / "sft"), "--annotator", "judge", *QUICK]
+    setting = loop.Loop(*loop.options_of(words)).setting
+    rng, held_out = np.random.default_rng(0), tmp_path / "held_out.jsonl"
+    texts = ["".join(rng.choice([*"好不书看店早餐房间很喜欢差"], 40)) for _ in range(80)]
+    held_out.write_text("".join(json.dumps({"prompt": "书", "chosen": a, "rejected": b}) + "\n"
+                                for a, b in zip(texts[::2], texts[1::2], strict=True)))
+    said = [what_changed(setting, held_out, tmp_path / "long", before, tokenizer)
+            for before in (None, tmp_path / "short", tmp_path / "long")]
+    assert {(row["accuracy_after"], row["n"]) for row in said} == {(said[0]["accuracy_after"], 40)}
+    assert said[1]["accuracy_before"] != said[1]["accuracy_after"]
+    assert said[2]["accuracy_before"] == said[2]["accuracy_after"]
+    assert all(row["score_before"] == row["score_after"] for row in said[2]["moved"])
+
+
+def test_replies_that_leave_no_room_for_a_prompt_are_refused_before_a_round_begins(run_loop, tmp_path):
+    with pytest.raises(UserError, match="--ppo.reply_len, now 4000"):
+        run_loop(tmp_path, "--annotator", "judge", "--ppo.reply_len", 4000)
+    assert not (tmp_path / "reviews").exists()
 
 
 def test_ppo_starts_from_sft_and_the_rounds_ask_about_the_present_policy(finished, world):

@@ -466,7 +466,7 @@ def test_other_modes(browser, tmp_path):
 
 def test_hostile_texts_stay_text(browser, tmp_path):
     """Markup in prompts, replies, names, records and chats is shown, and nothing of it runs."""
-    cards = [Card(f"{i:016x}", HOSTILE, (HOSTILE + " one", HOSTILE + " two"), (HOSTILE, HOSTILE)) for i in range(3)]
+    cards = [Card(f"{i:016x}", HOSTILE, (HOSTILE + " one", HOSTILE + " two"), (HOSTILE, HOSTILE + "!")) for i in range(3)]
     server = Small(tmp_path, cards=cards)
     page = visit(browser, server, name=HOSTILE[:60])
     assert HOSTILE in page.text_content("#prompt")

@@ -30,7 +30,7 @@ def told(log, lines, mode="compare", cards=CARDS, stdin=None):
 
 
 def test_every_answer_can_be_given_by_line(log):
-    n, out = told(log, ["l", "right 2", "t", "4", "s", "left3"])
+    n, out = told(log, ["l", "right 2", "t", "b", "s", "left3"])
     assert n == 5
     events = log.events
     assert [event.get("choice", event["kind"]) for event in events] == [
@@ -39,6 +39,17 @@ def test_every_answer_can_be_given_by_line(log):
     assert re.findall(r"✓ (\d) saved", out) == ["1", "2", "3", "4", "4", "5", "5"]
     assert all(0 <= event["seconds"] < 10 for event in events)
     assert "all is answered" in out
+
+
+def test_arrows_answer_and_a_number_says_how_sure_and_answers_nothing(log):
+    n, _ = told(log, ["\x1b[D", "2", "\x1b[C", "3", "t", "l"])
+    assert n == 4
+    assert [(event["choice"], event.get("strength")) for event in log.events] == [
+        ("left", None), ("right", 2), ("tie", None), ("left", None)]
+
+
+def test_a_name_that_both_replies_have_is_not_told(log):
+    assert "sft" not in told(log, ["l"], cards=[Card("c", "p", ("a", "b"), ("sft", "sft"))])[1]
 
 
 def test_prompt_and_replies_are_shown_whole_and_names_only_after_the_answer(log):
@@ -166,7 +177,7 @@ def test_on_a_terminal_one_key_is_an_answer(log, monkeypatch, tmp_path):
                 assert reader.key() == "\x1b[C"
             assert terminal.termios.tcgetattr(side) == before
             terminal.tty.setcbreak(side)  # what is typed ahead is as keys, too
-            os.write(main, "ltu\x7f左er1q".encode())
+            os.write(main, "ltu\x7f左erlq".encode())
             n, _ = told(log, [], stdin=keys)
     finally:
         os.close(main)
