@@ -154,14 +154,14 @@ class Training:
     # ---- looking at it
 
     def status(self) -> dict[str, Any]:
-        """What the page shows: running, stage, lines, curves, before_after, changed; error if it failed."""
+        """What the page shows: running, stage, lines, curves, before_after, changed, policy; error if it failed."""
         running, text = self.running(), self._text()
         folder = self._round(text)
         report = read_object(folder / "report.json") if folder else {}
         lines = [line for line in text.split("\n") if line.strip()][-LINES:]
         found = {"running": running, "stage": stage_of(folder, running, bool(text)), "lines": lines,
                  "curves": curves_in(folder) if folder else {}, "before_after": report.get("before_after", []),
-                 "changed": report.get("changed"), "round": folder.name if folder else ""}
+                 "changed": report.get("changed"), "policy": beside_sft(report), "round": folder.name if folder else ""}
         code = self.process.poll() if self.process is not None else None
         if code and not self.stopped:
             found["error"] = lines[-1] if lines else f"the training ended with exit code {code}"
@@ -193,6 +193,19 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def beside_sft(report: dict[str, Any]) -> dict[str, Any] | None:
+    """How the new policy does beside SFT on so many validation prompts: how often each judge prefers its reply, with
+    the ends of the interval, and the mean lengths; None where the report does not say."""
+    policies = report.get("policies") or []
+    if len(policies) < 2 or "length" not in policies[-1]:
+        return None
+    new = policies[-1]["name"]
+    return {"prompts": report.get("prompts"), "kl": policies[-1].get("kl"),
+            "length": [policies[0]["length"], policies[-1]["length"]],
+            "wins": [{"judge": wins["judge"], "rate": wins["win_rate"]} for wins in report.get("win_rates", ())
+                     if (wins["policy"], wins["over"]) == (new, "SFT")]}
 
 
 def stage_of(folder: pathlib.Path | None, running: bool, begun: bool) -> str:

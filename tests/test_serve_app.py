@@ -318,6 +318,7 @@ def test_training_is_watched_while_it_runs(tmp_path):
         until(lambda: not training.running())
         status = client.get("/api/train").json()
         assert (status["stage"], status["changed"]["accuracy_after"]) == ("finished", 0.7)
+        assert status["policy"] is None  # this report says nothing of it
         assert status["before_after"][0]["score_before"] is None and "error" not in status
         for wrong in ({"preset": "huge"}, {"updates": 0}, {"updates": True}, {"updates": "3"}):
             ask(client, "train", 400, **wrong)

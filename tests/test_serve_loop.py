@@ -17,6 +17,7 @@ from serve.loop_report import what_changed
 from serve.pairs import Card, digest
 from serve.rounds import Round, ask, cards_in, held_out_keys, write_round_data
 from serve.sources import Sampled, read_pairs
+from serve.training import beside_sft
 from tests.conftest import equal
 
 QUICK = ("--preset", "smoke", "--dtype", "float32", "--reward.batch", "8", "--save_every", "1",
@@ -249,6 +250,9 @@ def test_a_round_leaves_its_answers_stages_and_report(finished, world):
         assert set(report["before_after"][0]) == {"prompt", "before", "after", "score_before", "score_after"}
         assert {"accuracy_before", "accuracy_after", "n", "moved"} <= set(report["changed"])
         assert (folder / "report.md").read_text(encoding="utf-8").startswith(f"# reviews, seed 0, round {number}")
+        told = beside_sft(report)
+        assert told["prompts"] == 8 and [wins["judge"] for wins in told["wins"]] == report["judges"]
+        assert told["length"] == [report["policies"][0]["length"], report["policies"][-1]["length"]]
         for stage in ("reward", "ppo"):
             assert read_json(folder / stage / "config.json")["finished"]
     assert [row["answers"] for row in read_json(finished / "loop.json")["rounds"]] == [24, 48]

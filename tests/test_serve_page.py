@@ -466,7 +466,8 @@ def test_other_modes(browser, tmp_path):
 
 def test_hostile_texts_stay_text(browser, tmp_path):
     """Markup in prompts, replies, names, records and chats is shown, and nothing of it runs."""
-    cards = [Card(f"{i:016x}", HOSTILE, (HOSTILE + " one", HOSTILE + " two"), (HOSTILE, HOSTILE + "!")) for i in range(3)]
+    cards = [Card(f"{i:016x}", HOSTILE, (HOSTILE + " one", HOSTILE + " two"), (HOSTILE, HOSTILE + "!"))
+             for i in range(3)]
     server = Small(tmp_path, cards=cards)
     page = visit(browser, server, name=HOSTILE[:60])
     assert HOSTILE in page.text_content("#prompt")
@@ -578,7 +579,9 @@ def full_world(folder: pathlib.Path) -> Small:
                    "length, tokens": [[x, 40 - 9 * y] for x, y in points]},
         "before_after": [{"prompt": "The film", "before": "was long and I do not know why.", "score_before": -0.41,
                           "after": "was a joy from its first picture to the last.", "score_after": 1.2}] * 3,
-        "changed": {"accuracy_before": 0.55, "accuracy_after": 0.72, "n": 40, "moved": [
+        "policy": {"prompts": 500, "kl": 4.01, "length": [31.2, 3.4],
+                   "wins": [{"judge": "n-grams", "rate": [0.31, 0.27, 0.35]}]},
+        "changed": {"accuracy_before": 0.55, "accuracy_after": 0.72, "n": 12, "moved": [
             {"prompt": "The plot", "response": "is a joy.", "score_before": -0.3, "score_after": 0.9}] * 4}}
     return server
 
@@ -684,6 +687,24 @@ def test_every_word_is_there_in_both_languages():
     used = set(re.findall(r'data-(?:t|label|hint)="(\w+)"', PAGE)) | set(re.findall(r'\bt\("(\w+)"', PAGE))
     used -= {key for key in used if key.endswith("_")}
     assert used <= set(words) and len(words) > 100
+
+
+def test_a_round_is_told_in_sentences_and_what_looks_wrong_in_it(browser, tmp_path):
+    full = full_world(tmp_path)
+    page = visit(browser, full)
+    page.click("#tab-train")
+    page.wait_for_selector("#curves svg")
+    said = page.text_content("#changed")
+    assert "n-grams prefers its reply on 31 % of 500 validation prompts [27 %, 35 %]" in said
+    assert "Mean length: 31.2 → 3.4 tokens, 4.01 nats of KL" in said and "Read the replies below" in said
+    assert "Right about 12 held-out answers: 55 % before, 72 % after." in said and "Too few to tell" in said
+    full.train |= {"policy": full.train["policy"] | {"length": [31.2, 25.0]}}
+    page.reload()
+    page.click("#tab-train")
+    page.wait_for_selector("#curves svg")
+    assert "Read the replies below" not in page.text_content("#changed")
+    clean(page)
+    full.close()
 
 
 def test_what_the_server_says_is_chinese_on_the_chinese_page(browser, small):
