@@ -185,7 +185,7 @@ class Loop:
         prompts = self.prompts("train")
         score, scorer = None, ""
         if self.o.pick == "uncertain" and before:
-            score, scorer = reward_scorer(str(before.path("reward")), self.o.device)
+            score, scorer = reward_scorer(str(before.path("reward")), self.o.device, self.data.template)
         return Sampled(prompts, [model], seed=torch_seed(self.o.seed, "loop", "ask", round.number), score=score,
                        scorer=scorer)
 

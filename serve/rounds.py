@@ -87,13 +87,14 @@ def cards_in(path: pathlib.Path) -> list[tuple[int, Card]]:
 
 def ask(round: Round, source: Sampled, n: int) -> list[Card]:
     """The round's n questions: those of pairs.jsonl, and where there are too few, the source's next ones,
-    which are written there. UserError if the source has no more."""
+    which are written there. UserError if the source has no more. Empty replies are asked about, too: who could
+    not say that they are bad would get a policy that writes them."""
     found, tried = cards_in(round.pairs), 0
     number = (found[-1][0] // AT_ONCE + 1) * AT_ONCE if found else 0
     known = {card.id for _, card in found}
     while len(found) < n:
         for at, card in enumerate(source.make(range(number, number + AT_ONCE)), number):
-            if card is None or len(found) == n or not all(reply.strip() for reply in card.replies):
+            if card is None or len(found) == n:
                 continue
             card = dataclasses.replace(card, id=digest("file", card.prompt, *card.replies))
             found += [(at, card)] * (card.id not in known)
@@ -227,11 +228,12 @@ def write_round_data(rounds: Sequence[list[dict]], folder: pathlib.Path, templat
     for event in events:
         sides[split_key(event, "reward") in held].append(event)
     learned = main_kind(training_records(sides[False]))
-    if not sides[True] or not learned:
+    kept = training_records(sides[True])[feedback_of(learned[0])] if learned else []
+    if not kept:
         raise UserError(f"{len(events)} answers are too few to learn from some and to hold others out: give answers "
                         "to at least three prompts, and not the same one to all")
     counts = write_data(sides[False], folder, template=template)
-    kept = [in_template(record, template) for record in training_records(sides[True])[feedback_of(learned[0])]]
+    kept = [in_template(record, template) for record in kept]
     for split in ("val", "test"):  # no other test set is wanted: what is held out is measured, and not chosen by
         write_lines(folder / f"reward_{split}.jsonl", kept)
     for stage in ("ppo", "sft"):  # the policy learns on the prompts of its own data

@@ -123,11 +123,13 @@ def prompts_of(state: dict[str, Any], split: str = "train", file: str = "",
     return [record["prompt"] for record in {digest(record["prompt"]): record for record in records}.values()]
 
 
-def reward_scorer(path: str, device: str = "auto") -> tuple[Callable[[Sequence[Prompt], Sequence[str]], Any], str]:
+def reward_scorer(path: str, device: str = "auto",
+                  template: str = "") -> tuple[Callable[[Sequence[Prompt], Sequence[str]], Any], str]:
     """(score(prompts, texts) -> (n,), the reward model's hash). A text that is longer than the model's rows
-    is read up to there."""
+    is read up to there. template: around prompts that are texts, where the checkpoint does not know it: the
+    answers that a loop learns from are messages, in which the template is already."""
     model, tokenizer, state = load_checkpoint(as_checkpoint(path), pick_device(device), RewardModel)
-    template, limit = state.get("template", "{prompt}"), longest_row(model, state)
+    template, limit = template or state.get("template", "{prompt}"), longest_row(model, state)
 
     def score(prompts: Sequence[Prompt], texts: Sequence[str]) -> np.ndarray:
         ids = [prompt_ids(tokenizer, prompt, template)[-(limit - 8):] for prompt in prompts]
@@ -254,9 +256,21 @@ def cards_in(value: Any, single: bool, fields: dict[str, str] | None = None) -> 
         raise Useless("one reply, and none to compare it with")
     cards = [Card(digest("file", asked, *pair), asked, pair, tuple(names[i:i + 2]))
              for i, pair in enumerate(zip(texts, texts[1:], strict=False))]
+    if len(texts) == 2 and (made := made_by(value)):
+        return [dataclasses.replace(cards[0], **made)]
     if is_event(value) and (card := card_of(value)):  # another person's: agreement is measured over equal ids
         return [dataclasses.replace(card, order=(0, 1))]
     return cards
+
+
+def made_by(value: Any) -> dict[str, Any]:
+    """Whose the two replies of a loop's question are, as fields of a Card; {} of another record."""
+    known = {name: value.get(name) for name in ("names", "hashes", "sampling")} if isinstance(value, dict) else {}
+    pair = [known.get(name) for name in ("names", "hashes")]
+    if not isinstance(known.get("sampling"), dict) or not all(
+            isinstance(x, list) and len(x) == 2 and all(isinstance(text, str) for text in x) for x in pair):
+        return {}
+    return {"names": tuple(pair[0]), "hashes": tuple(pair[1]), "sampling": known["sampling"]}
 
 
 def replies_in(value: Any, fields: dict[str, str] | None) -> tuple[Prompt, list[str]]:

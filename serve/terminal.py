@@ -45,7 +45,7 @@ WORDS = {
            "stars": "1–5 {key}", "saved": "✓ {n} saved", "waiting": "writing replies …", "done": "all is answered",
            "not_saved": "not saved: {why}; the question stays", "nothing": "nothing to take back",
            "back": "taken back: {what}", "which": "which one: left or right?", "unknown": "{word} is no answer",
-           "one_key": "one key, without Enter:", "sure": "0–3 how sure, before left or right",
+           "one_key": "one key, without Enter:", "empty": "(empty)", "sure": "0–3 how sure, before left or right",
            "text": "new text on one line (empty: as it is): ", "note": "comment: ", "kept": "noted; now answer",
            "rate": "{n:g} an hour", "share": "left {share:.0%} ({low:.0%}–{high:.0%})",
            "self": "with yourself κ {k:.2f}"},
@@ -55,7 +55,7 @@ WORDS = {
            "stars": "1–5 {key}", "saved": "✓ 已保存 {n} 条", "waiting": "正在生成回答……", "done": "已全部回答",
            "not_saved": "未保存：{why}；此题保留", "nothing": "没有可撤销的回答",
            "back": "已撤销：{what}", "which": "改写哪一个：左还是右？", "unknown": "{word} 不是可选的回答",
-           "one_key": "按一个键，不用回车：", "sure": "0–3 多有把握（在选左右之前按）",
+           "one_key": "按一个键，不用回车：", "empty": "（空）", "sure": "0–3 多有把握（在选左右之前按）",
            "text": "写出新的回答（一行；留空则不改）：", "note": "备注：", "kept": "已记下，请作答",
            "rate": "每小时 {n:g} 条", "share": "选左 {share:.0%}（{low:.0%}–{high:.0%}）",
            "self": "自我一致 κ {k:.2f}"}}
@@ -230,7 +230,7 @@ class Questioner:
             self.say(f"{self.words.get(speaker, speaker)}: {text}")
         sides = ("left", "right") if self.mode == "compare" else ("reply",)
         for side, text in zip(sides, card.shown, strict=False):
-            self.say(f"\n[{self.words[side]}]\n{text}")
+            self.say(f"\n[{self.words[side]}]\n{text if text.strip() else self.words['empty']}")
         self.say("\n" + self.menu())
 
     def menu(self) -> str:

@@ -16,7 +16,7 @@ from serve.log import FeedbackLog, read_events
 from serve.loop_report import what_changed
 from serve.pairs import Card, digest
 from serve.rounds import Round, ask, cards_in, held_out_keys, write_round_data
-from serve.sources import Sampled, read_pairs
+from serve.sources import Sampled, read_pairs, reward_scorer
 from serve.training import beside_sft
 from tests.conftest import equal
 
@@ -256,6 +256,52 @@ def test_a_round_leaves_its_answers_stages_and_report(finished, world):
         for stage in ("reward", "ppo"):
             assert read_json(folder / stage / "config.json")["finished"]
     assert [row["answers"] for row in read_json(finished / "loop.json")["rounds"]] == [24, 48]
+
+
+def test_a_person_is_asked_the_same_cards_as_a_simulated_one(finished):
+    """With the checkpoints and the sampling that the records name."""
+    path = finished / "round-1" / "pairs.jsonl"
+    cards = [card for _, card in cards_in(path)]
+    assert read_pairs(str(path)) == cards and all(card.hashes[0] and card.sampling for card in cards)
+
+
+def test_empty_replies_are_asked_about(tmp_path):
+    """Who could not say that they are bad would get a policy that writes them."""
+    class Source:
+        def make(self, numbers):
+            return [Card(str(n), f"p {n}", ("", "a reply")) for n in numbers]
+
+    cards = ask(Round(1, tmp_path / "round-1"), Source(), 20)
+    assert len(cards) == 20 and {card.replies for card in cards} == {("", "a reply")}
+    assert read_pairs(str(tmp_path / "round-1" / "pairs.jsonl")) == cards
+    with FeedbackLog(tmp_path / "log.jsonl") as log:
+        for card in cards:
+            log.append(card.record("me", "right"))
+        counts = write_round_data([log.events], tmp_path / "data", "{prompt}", 0.1)
+    assert counts == {"learned": 18, "held_out": 2}
+
+
+def test_a_round_without_a_held_out_answer_of_its_kind_is_refused(tmp_path):
+    """Where holding labels out makes pairs the more frequent kind, nothing that is held out measures them."""
+    with FeedbackLog(tmp_path / "log.jsonl") as log:
+        for i in range(10):
+            log.append(Card(f"c{i}", f"p {i}", ("a", "b")).record("me", "left"))
+        for i in range(11):
+            log.append({"annotator": "me", "kind": "label", "prompt": f"q {i}", "response": "r", "label": i % 2})
+        with pytest.raises(UserError, match="too few to learn from some"):
+            write_round_data([log.events], tmp_path / "data", "{prompt}", 0.1)
+
+
+def test_the_loops_reward_model_is_read_in_the_template_that_its_answers_are_in(finished, world):
+    """PPO scores prompts in the data's template; so must --pick uncertain and the studies."""
+    path = finished / "round-1" / "reward"
+    prompt, text = "这本书", "很好看。"
+    template = "请接着写：{prompt}"
+    asked = [{"role": "user", "content": template.replace("{prompt}", prompt)}]
+    plain, _ = reward_scorer(str(path))
+    within, _ = reward_scorer(str(path), template=template)
+    assert within([prompt], [text]) == pytest.approx(plain([asked], [text]))
+    assert within([prompt], [text]) != pytest.approx(plain([prompt], [text]))
 
 
 def test_what_is_said_of_a_reward_model_does_not_depend_on_the_one_before(world, run_loop, tmp_path):

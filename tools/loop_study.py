@@ -100,7 +100,8 @@ def study_rounds(o: StudyOptions, more: list[str]) -> list[dict[str, Any]]:
                                            *more)))
             for row in json.loads((loop_folder(out) / "loop.json").read_text(encoding="utf-8"))["rounds"]:
                 found.setdefault(f"round {row['round']}" if name == "rounds" else "once", []).append(row)
-    keys = [key for key in found["once"][0] if key not in ("round", "answers", "accuracy_before")]
+    # How right the reward models are is left out: each round holds out other answers, about other policies.
+    keys = [key for key in found["once"][0] if key not in ("round", "answers", "accuracy_before", "accuracy_after")]
     rows = []
     for name, of_seeds in found.items():
         values = {key: [row[key][0] if isinstance(row[key], list) else row[key] for row in of_seeds] for key in keys}
@@ -129,7 +130,7 @@ class Growing(loop.Loop):
         """SFT stays the policy."""
 
     def stage_options(self) -> dict[str, Any]:
-        return super().stage_options() | {"study": {"sizes": list(self.sizes)}}
+        return super().stage_options() | {"study": {"sizes": list(self.sizes), "test_pairs": len(self.test)}}
 
     def write_summary(self, identity: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """Only whose folder it is: there is no policy to tell of."""
@@ -139,7 +140,7 @@ class Growing(loop.Loop):
 
     def tell(self, round: Round, before: Round | None, counts: dict[str, int]) -> None:
         """How often the reward model prefers what the annotator prefers when it makes no error."""
-        score, _ = reward_scorer(str(round.path("reward")), self.o.device)
+        score, _ = reward_scorer(str(round.path("reward")), self.o.device, self.data.template)
         prompts = [card.prompt for card in self.test]
         first, second = (score(prompts, [card.replies[i] for card in self.test]) for i in (0, 1))
         truth = self.annotator.deltas(self.test)
@@ -180,7 +181,7 @@ def study_answers(o: StudyOptions, more: list[str]) -> list[dict[str, Any]]:
 def study_taste(o: StudyOptions, more: list[str]) -> list[dict[str, Any]]:
     """How often each of the two persons prefers the reply of the policy that learned from them to the other's,
     and to SFT's, on held-out prompts. Equally good replies count half. The policies are those of the last round:
-    after one round, a model that has only seen SFT's replies may take empty ones for the shortest good ones."""
+    after one round, a model that has only seen SFT's replies may take empty ones for the best short ones."""
     rows = []
     for seed in numbers(o.seeds):
         folders = {}
@@ -227,7 +228,8 @@ def draw(study: str, rows: list[dict[str, Any]], path: pathlib.Path) -> None:
             values, x = [row["of seeds"]["accuracy"] for row in mine], [row["answers"] for row in mine]
             ax.plot(x, [np.mean(v) for v in values], marker="o", label=f"{name} pairs")
             ax.fill_between(x, [min(v) for v in values], [max(v) for v in values], alpha=0.18, linewidth=0)
-        ax.set(xscale="log", xlabel="answers", ylabel="agreement with the errorless judge")
+        ax.set(xscale="log", xlabel="answers, a tenth of them held out",
+               ylabel="agreement with the errorless judge")
         ax.set_xticks(x, labels=[f"{n:,}" for n in x])
         ax.set_xticks([], minor=True)
     else:
