@@ -150,8 +150,8 @@ def test_help_tells_default_presets_range_meaning_and_source(capsys):
 
 
 def test_every_stage_of_train_explains_every_option():
-    from train import STAGES
-    for cls, _ in STAGES.values():
+    from train import commands
+    for cls, _ in commands().values():
         for field in dataclasses.fields(cls):
             assert len(field.metadata["help"]) > 10, field.name
         for preset in ("smoke", "demo", "base"):
@@ -199,16 +199,16 @@ def test_a_redefined_option_drops_its_parents_preset_values():
 
 
 def test_presets_name_options_and_presets_that_there_are():
-    from train import STAGES
-    for cls, _ in STAGES.values():
+    from train import commands
+    for cls, _ in commands().values():
         assert set(presets_of(cls)) <= {"smoke", "base", "smollm"}
         for values in presets_of(cls).values():
             assert set(values) <= {field.name for field in dataclasses.fields(cls)}
 
 
 def test_the_values_of_presets_are_in_their_options_ranges():
-    from train import STAGES
-    for cls, _ in STAGES.values():
+    from train import commands
+    for cls, _ in commands().values():
         for preset, values in presets_of(cls).items():
             words = [f"--{name}={value}" for name, value in values.items()]
             assert as_dict(parse(cls, words, "x")).items() >= values.items(), preset

@@ -19,7 +19,7 @@ from tests.ppo_world import END, prompts
 from tests.ppo_world import options as ppo_options
 from tests.test_pipeline import (checkpoint, copy_parents, mosslet, refused, root,  # noqa: F401 (a fixture)
                                  run_until_killed, train, train_words)
-from train import STAGES
+from train import STAGES, commands
 
 SHAPE = dict(vocab_size=40, n_layer=4, n_head=2, n_kv_head=1, d_model=16, d_ff=32, max_len=48)
 
@@ -68,7 +68,7 @@ def rollout_of(networks: Networks, o, step: int = 0):
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "judge", "best", "ppo"])
 def test_every_stage_but_the_first_has_the_option(stage):
-    assert parse(STAGES[stage][0], ["--train_layers=2"], "x").train_layers == 2
+    assert parse(commands()[stage][0], ["--train_layers=2"], "x").train_layers == 2
 
 
 def test_pretraining_alone_refuses_it_and_all_stages_pass_it_by():
