@@ -21,8 +21,9 @@ from runtime.options import Common, parse, parse_all
 from serve.__main__ import ExportOptions as ServeExport, ServeOptions
 from serve.loop_options import LoopOptions, parse_loop
 from tests.conftest import ROOT
-from tools import busy, trials, trials_commands
+from tools import busy, loop_study, trials, trials_commands
 from tools.bench import SECTIONS
+from tools.bench_serve import ServeBenchOptions
 from tools.measure import BenchOptions
 from tools.memory import MemoryOptions
 from tools.plot import PlotOptions
@@ -103,12 +104,17 @@ def understand(command: str) -> None:
     elif name == "tools.tiny":
         assert positional[0] in SHAPES
         parse(TinyOptions, options, name)
+    elif name == "tools.loop_study":
+        assert positional[0] in loop_study.STUDIES
+        cut = options.index("--") if "--" in options else len(options)
+        parse(loop_study.StudyOptions, options[:cut], name)
+        parse_loop(options[cut + 1:])
     elif name in ("tools.seeds", "tools.show"):
         assert options[:-1] in ([], ["--from"])
     else:
         parse({"sample.py": sample.SampleOptions, "evaluate.py": evaluate.EvaluateOptions,
                "data.prepare": PrepareOptions, "tools.plot": PlotOptions, "tools.memory": MemoryOptions,
-               "tools.race": RaceOptions, "serve": ServeOptions}[name], options, name)
+               "tools.race": RaceOptions, "tools.bench_serve": ServeBenchOptions, "serve": ServeOptions}[name], options, name)
 
 
 def flags(cls: type) -> set[str]:
