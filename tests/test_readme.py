@@ -114,7 +114,8 @@ def understand(command: str) -> None:
     else:
         parse({"sample.py": sample.SampleOptions, "evaluate.py": evaluate.EvaluateOptions,
                "data.prepare": PrepareOptions, "tools.plot": PlotOptions, "tools.memory": MemoryOptions,
-               "tools.race": RaceOptions, "tools.bench_serve": ServeBenchOptions, "serve": ServeOptions}[name], options, name)
+               "tools.race": RaceOptions, "tools.bench_serve": ServeBenchOptions,
+               "serve": ServeOptions}[name], options, name)
 
 
 def flags(cls: type) -> set[str]:
