@@ -242,7 +242,8 @@ def check_round(page, first: dict[str, int]) -> None:
     assert page.locator("#curves svg polyline").count() == len(curves)
     assert any(len(curves[name]) > n for name, n in first.items()), first  # it was seen to grow
     assert re.fullmatch(r"Right about 1 held-out answers?: (\d+ %) before, (\d+ %) after\.",
-                        page.locator("#changed p").first.text_content())
+                        page.locator("#changed p", has_text="held-out answer").text_content())
+    assert "prefers its reply on" in page.text_content("#changed")
     assert page.locator("#before-after .replies").count() == 20
 
 

@@ -695,7 +695,7 @@ def test_a_round_is_told_in_sentences_and_what_looks_wrong_in_it(browser, tmp_pa
     page.click("#tab-train")
     page.wait_for_selector("#curves svg")
     said = page.text_content("#changed")
-    assert "n-grams prefers its reply on 31 % of 500 validation prompts [27 %, 35 %]" in said
+    assert "n-grams prefers its reply on 31 % of 500 validation prompts (27 % to 35 %)" in said
     assert "Mean length: 31.2 → 3.4 tokens, 4.01 nats of KL" in said and "Read the replies below" in said
     assert "Right about 12 held-out answers: 55 % before, 72 % after." in said and "Too few to tell" in said
     full.train |= {"policy": full.train["policy"] | {"length": [31.2, 25.0]}}
