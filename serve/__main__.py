@@ -114,7 +114,7 @@ def source_of(o: ServeOptions, models: Sequence[Model], state: dict[str, Any] | 
         place = checkpoint_path(o.checkpoint).parent.parent / "reward"
         if not o.reward_from and not checkpoint_path(place).exists():
             raise UserError("--pick uncertain: no reward model lies beside the checkpoint: name one as --reward_from")
-        score, scorer = reward_scorer(o.reward_from or str(place), o.device)
+        score, scorer = reward_scorer(o.reward_from or str(place), o.device, (state or {}).get("template", ""))
     return Sampled(prompts_of(state or {}, "train", o.prompts, o.checkpoint), models, seed=o.seed, single=single,
                    score=score, scorer=scorer)
 

@@ -180,7 +180,7 @@ def submit_all(engine: Engine, ids: Sequence[int], max_tokens: int, question: Qu
         for row in range(int(given.get("n", 1))):
             replies.append(engine.submit(ids, max_tokens=max_tokens, sampling=sampling, seed=seed, row=row,
                                          stop=question.stop))
-    except Exception:
+    except Exception:  # raised again: the caller tells it
         for reply in replies:
             reply.cancel()
         raise

@@ -375,6 +375,17 @@ def test_what_does_not_go_together_is_refused(words, told):
         main(words.split())
 
 
+def test_uncertain_pairs_are_picked_in_the_template_of_the_checkpoint(world, monkeypatch):
+    """A reward model of the loop does not know it: the answers that it learned are messages, in it already."""
+    from serve import __main__ as command
+    given = []
+    monkeypatch.setattr(command, "reward_scorer", lambda *words: given.append(words) or (lambda *_: None, "hash"))
+    monkeypatch.setattr(command, "prompts_of", lambda *_: ["a prompt"])
+    o = ServeOptions(checkpoint=str(world.root / "sft"), pick="uncertain", reward_from="somewhere")
+    command.source_of(o, [types.SimpleNamespace(name="", hash="", sampling={})], {"template": "Go on: {prompt}"})
+    assert given == [("somewhere", "auto", "Go on: {prompt}")]
+
+
 def test_a_taken_port_is_one_line(tmp_path):
     with contextlib.closing(listening("127.0.0.1", 0)) as place:
         with pytest.raises(UserError, match="give another --port"):
