@@ -125,46 +125,55 @@ def in_template(record: dict, template: str) -> dict:
 
 
 def write_data(events: Iterable[dict], folder: str | os.PathLike, *, template: str = "{prompt}",
-               prompts: Sequence = ()) -> dict[str, int]:
+               prompts: Sequence = (), held_out: Sequence[dict] = ()) -> dict[str, int]:
     """Write the files of `data_files` into a folder, in place of those that were written there before, and
     return how many records each has. A kind beside the main one with too few records to be divided
-    is left out, and printed. UserError without any feedback."""
+    is left out, and printed. UserError without any feedback.
+
+    held_out: other records, on which a reward model is measured. The folder then is for the reward stage
+    alone, and no judge learns from it.
+    """
     folder = pathlib.Path(folder)
     files = data_files(events, template, prompts)
+    if held_out:
+        files = {stage: records for stage, records in files.items() if stage.startswith("reward")}
     folder.mkdir(parents=True, exist_ok=True)
     for stage in ("reward", "sft", "ppo", *(f"reward_{kind}" for kind in KINDS.values())):
         if stage not in files:
             (folder / f"{stage}.jsonl").unlink(missing_ok=True)
     for stage, records in files.items():
         write_lines(folder / f"{stage}.jsonl", records)
-    for stage, n in leave_out_unusable(folder, files).items():
+    for split in ("val", "test") if held_out else ():  # nothing is chosen by the first, so it may be the second
+        write_lines(folder / f"reward_{split}.jsonl", held_out)
+    for stage, n in leave_out_unusable(folder, files, 0.0 if held_out else -1.0).items():
         print(f"{folder}: {stage.removeprefix('reward_')} ({n:,}) are left out: there are too few of them beside "
               "the others; more of them will count", flush=True)
         del files[stage]
     return {stage: len(records) for stage, records in files.items()}
 
 
-def leave_out_unusable(folder: pathlib.Path, files: dict[str, list[dict]]) -> dict[str, int]:
+def leave_out_unusable(folder: pathlib.Path, files: dict[str, list[dict]], judge_share: float) -> dict[str, int]:
     """Remove, from the smallest on, the files beside the main kind without which training takes the folder;
-    none if it does not take the main kind alone. Returns how many records each had."""
+    none if it does not take the main kind alone. Returns how many records each had. judge_share: the option
+    with which it will be prepared."""
     beside = sorted((stage for stage in files if stage not in ("reward", "ppo")), key=lambda stage: len(files[stage]))
     removed: list[str] = []
-    while beside and refused(folder):
+    while beside and refused(folder, judge_share):
         removed.append(beside.pop(0))
         (folder / f"{removed[-1]}.jsonl").unlink()
-    if removed and refused(folder):
+    if removed and refused(folder, judge_share):
         for stage in removed:
             write_lines(folder / f"{stage}.jsonl", files[stage])
         return {}
     return {stage: len(files[stage]) for stage in removed}
 
 
-def refused(folder: pathlib.Path) -> str:
+def refused(folder: pathlib.Path, judge_share: float) -> str:
     """Why training would not take the folder; "" if it would."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it is said when the data is prepared
             records, _ = divide(find_files(folder))
-            keep_for_judges(records, -1)
+            keep_for_judges(records, judge_share)
             settle_beside(records)
     except UserError as error:
         return str(error)

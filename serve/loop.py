@@ -17,6 +17,7 @@ moment, and ends as if it had not stopped.
 With --annotator judge the answers come from the judge of n-grams, so the policy is trained against that
 judge, on purpose; the transformer judge (`python train.py judge`) then is the independent one. Reports say so.
 """
+import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
@@ -43,8 +44,8 @@ from serve.log import read_events
 from serve.loop_options import OF_ANSWERS, LoopOptions, options_of, require_sft
 from serve.loop_report import Setting, measure_round, notes, render, show_rounds, summary_of, what_changed
 from serve.pairs import digest
-from serve.rounds import (Round, answer_by_person, answer_from_file, answer_ids, answer_simulated, ask, rounds_in,
-                          write_round_data)
+from serve.rounds import (Round, answer_by_person, answer_from_file, answer_ids, answer_simulated, ask, new_answers,
+                          rounds_in, write_round_data)
 from serve.sources import Model, Sampled, reward_scorer
 
 
@@ -102,6 +103,8 @@ class Loop:
         path = self.folder / "loop.json"
         identity = json.loads(to_json({**self.o.identity(), "sft": self.hash, **(
             {} if self.o.answers else flat(self.stage_options()))}))
+        if file := getattr(self.annotator, "path", None):
+            identity[f"file {file.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
         if path.exists():
             before = read_json(path)["options"]
             if differing := [f"{name} was {before.get(name)!r}, is {identity.get(name)!r}"
@@ -159,7 +162,7 @@ class Loop:
             self.gather(round, before[-1] if before else None)
         counts = self.learn(round, before)
         self.improve(round)
-        self.tell(round, before[-1] if before else None, counts)
+        self.tell(round, before, counts)
 
     # ---- the steps of a round --------------------------------------------------------------------------
 
@@ -223,18 +226,20 @@ class Loop:
             train_ppo(o)
         between_stages()
 
-    def tell(self, round: Round, before: Round | None, counts: dict[str, int]) -> None:
+    def tell(self, round: Round, earlier: Sequence[Round], counts: dict[str, int]) -> None:
         """Measure the round, and write its report."""
+        before = earlier[-1] if earlier else None
         policies = {"SFT": self.sft, **({f"round {before.number}": before.path("ppo")} if before else {}),
                     f"round {round.number}": round.path("ppo")}
-        earlier = before.path("reward") if before else self.beside("reward")
+        old_reward = before.path("reward") if before else self.beside("reward")
         report = {"data": self.data.meta["data"], "seed": self.o.seed, "round": round.number,
-                  "answers": {"round": len(answer_ids(round.events())), **counts},
-                  **measure_round(self.setting, policies, round.path("reward"), self.annotator)}
+                  "answers": {"round": len(new_answers(round, earlier)), **counts},
+                  **measure_round(self.setting, policies, round.path("reward"),
+                                  None if isinstance(self.annotator, JudgeAnnotator) else self.annotator)}
         report["changed"] = what_changed(self.setting, round.path("data") / "reward_val.jsonl", round.path("reward"),
-                                         earlier if checkpoint_path(earlier).exists() else None, self.tokenizer)
-        report["notes"] = notes(self.annotator.said if self.annotator else "People gave the answers",
-                                isinstance(self.annotator, JudgeAnnotator), report["judges"])
+                                         old_reward if checkpoint_path(old_reward).exists() else None, self.tokenizer)
+        names = sorted({event["annotator"] for event in round.events()})
+        report["notes"] = notes(names, self.annotator.said if self.annotator else "", report["judges"])
         replace_text(round.path("report.md"), render(report) + "\n")
         replace_text(round.path("report.json"), to_json(report))
         self.write_summary()

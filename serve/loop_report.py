@@ -50,8 +50,8 @@ class Setting:
 def measure_round(s: Setting, policies: dict[str, pathlib.Path], reward: pathlib.Path,
                   annotator: Annotator | None = None) -> dict[str, Any]:
     """The policies by name, SFT first and the round's last, on the same held-out prompts with the same random
-    numbers; the score is that of the round's reward model. annotator: a simulated one, who says without error
-    how often the last one's reply is better than SFT's."""
+    numbers; the score is that of the round's reward model. annotator: a simulated one that is no judge; it says
+    without error how often the last one's reply is better than SFT's."""
     loaded = {name: load_checkpoint(path, s.device) for name, path in policies.items()}
     reference, tokenizer, _ = next(iter(loaded.values()))
     networks = {name: measured_in(model, s.dtype) for name, (model, _, _) in loaded.items()}
@@ -134,13 +134,16 @@ def moved(texts: Sequence[tuple], before: dict[str, np.ndarray], after: dict[str
 
 # ---- in words --------------------------------------------------------------------------------------------
 
-def notes(annotated: str, by_judge: bool, judges: Sequence[str]) -> list[str]:
-    """Who gave the answers, and which judge is independent of them."""
-    others = [name for name in judges if not (by_judge and name == "n-grams")]
-    if not by_judge:
-        return [annotated]
-    return [annotated, f"The independent judge is {' and '.join(others)}, which gave no answer and is asked in reports "
-                       "alone" if others else
+def notes(names: Sequence[str], said: str, judges: Sequence[str]) -> list[str]:
+    """Who gave the answers, and which judge is independent of them. names: the annotators in the log. said: of a
+    simulated one, its own sentence."""
+    others = [name for name in judges if f"judge {name}" not in names]
+    more = f" and {len(names) - 5} more" * (len(names) > 5)
+    found = [said or f"The answers were given by {', '.join(names[:5])}{more}"]
+    if len(others) == len(judges):
+        return found
+    return [*found, f"The independent judge is {' and '.join(others)}, which gave no answer and is asked in reports "
+                    "alone" if others else
             "No other judge is trained, so that nobody independent looks at the policy: `python train.py judge` "
             "trains one"]
 

@@ -11,7 +11,6 @@ Every step looks at what is there, and goes on where it ends.
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -186,6 +185,12 @@ def answer_ids(events: Iterable[dict]) -> set[str]:
     return {event["id"] for event in standing(events) if event["kind"] != "skip"}
 
 
+def new_answers(round: Round, before: Sequence[Round]) -> set[str]:
+    """The ids of the round's answers that teach something, but for those that earlier rounds had already."""
+    events = round.events()
+    return ({event["id"] for event in events} - {*fates(events)}).difference(*(answer_ids(r.events()) for r in before))
+
+
 # ---- the data of a round ---------------------------------------------------------------------------
 
 def held_out_keys(rounds: Sequence[list[dict]], share: float) -> set[int]:
@@ -232,11 +237,6 @@ def write_round_data(rounds: Sequence[list[dict]], folder: pathlib.Path, templat
     if not kept:
         raise UserError(f"{len(events)} answers are too few to learn from some and to hold others out: give answers "
                         "to at least three prompts, and not the same one to all")
-    counts = write_data(sides[False], folder, template=template)
-    kept = [in_template(record, template) for record in kept]
-    for split in ("val", "test"):  # no other test set is wanted: what is held out is measured, and not chosen by
-        write_lines(folder / f"reward_{split}.jsonl", kept)
-    for stage in ("ppo", "sft"):  # the policy learns on the prompts of its own data
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(folder / f"{stage}.jsonl")
-    return {"learned": sum(n for stage, n in counts.items() if stage.startswith("reward")), "held_out": len(kept)}
+    counts = write_data(sides[False], folder, template=template,
+                        held_out=[in_template(record, template) for record in kept])
+    return {"learned": sum(counts.values()), "held_out": len(kept)}

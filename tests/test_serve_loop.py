@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import train
-from data.splits import split_key
+from data.splits import split_key, text_hash
 from runtime.options import UserError
-from serve import annotators, loop, loop_options, rounds
+from serve import annotators, exports, loop, loop_options, rounds
 from serve.annotators import PERSONS, FunctionAnnotator, Simulated, function_named, preferred
 from serve.log import FeedbackLog, read_events
 from serve.loop_report import what_changed
@@ -292,6 +292,23 @@ def test_a_round_without_a_held_out_answer_of_its_kind_is_refused(tmp_path):
             write_round_data([log.events], tmp_path / "data", "{prompt}", 0.1)
 
 
+def test_labels_count_beside_pairs_though_a_judge_would_need_their_prompts(tmp_path):
+    """No judge learns from a loop's answers, so none takes a prompt away from the reward model."""
+    cards = [Card(f"c{i}", f"p {i}", ("a", "b")) for i in range(100)]
+    with FeedbackLog(tmp_path / "log.jsonl") as log:
+        for card in cards:
+            log.append(card.record("me", "left"))
+        held = held_out_keys([log.events], 0.1)
+        judges = [card.prompt for card in cards if text_hash(f"judge {split_key({'prompt': card.prompt}, 'reward')}")
+                  < 0.2 * 2**64 and split_key({"prompt": card.prompt}, "reward") not in held]
+        for i, prompt in enumerate(judges[:4]):
+            log.append({"annotator": "me", "kind": "label", "prompt": prompt, "response": f"r {i}", "label": i % 2})
+        counts = write_round_data([log.events], tmp_path / "data", "{prompt}", 0.1)
+    assert counts == {"learned": 94, "held_out": 10}
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
+        "reward.jsonl", "reward_labels.jsonl", "reward_test.jsonl", "reward_val.jsonl"]
+
+
 def test_the_loops_reward_model_is_read_in_the_template_that_its_answers_are_in(finished, world):
     """PPO scores prompts in the data's template; so must --pick uncertain and the studies."""
     path = finished / "round-1" / "reward"
@@ -371,7 +388,7 @@ def test_killed_at_any_step_it_ends_as_if_it_had_not_been(finished, run_loop, tm
     from ppo import PPOTrainer
     from reward import RewardTask
     words = ("--rounds", 2, "--annotator", "judge", "--error_rate", "0.1")
-    first = [(Sampled, "make", 2), (FeedbackLog, "append", 7), (rounds, "write_lines", 2), (RewardTask, "losses", 3),
+    first = [(Sampled, "make", 2), (FeedbackLog, "append", 7), (exports, "write_lines", 2), (RewardTask, "losses", 3),
              (PPOTrainer, "update", 2), (loop, "measure_round", 1), (loop, "to_json", 3)]
     second = [(FeedbackLog, "append", 20), (PPOTrainer, "save", 2)]
     for owner, name, calls in first + second:
@@ -399,6 +416,29 @@ def test_killed_at_any_step_it_ends_as_if_it_had_not_been(finished, run_loop, tm
 def test_another_loop_in_the_folder_is_refused(words, said, finished, run_loop):
     with pytest.raises(UserError, match=said):
         run_loop(finished.parent.parent, "--rounds", 2, "--annotator", "judge", *words)
+
+
+def test_a_loop_whose_function_was_edited_is_another_one(run_loop, tmp_path, monkeypatch):
+    file = tmp_path / "taste.py"
+    words = ("--annotator", f"{file}:better", "--rounds", 1)
+    monkeypatch.setattr(loop.Loop, "play", lambda self, round: None)
+    for text in ("def better(prompt, first, second): return len(first) - len(second)\n", "# longer ones\n"):
+        with file.open("a") as out:
+            out.write(text)
+        if text.startswith("def"):
+            run_loop(tmp_path, *words)
+            run_loop(tmp_path, *words)
+        else:
+            with pytest.raises(UserError, match=r"the loop there differs \(file taste.py was '\w+', is '\w+'\)"):
+                run_loop(tmp_path, *words)
+
+
+def test_who_answered_is_no_independent_judge():
+    from serve.loop_report import notes
+    judges = ["n-grams", "transformer"]
+    assert notes(["me", "you"], "", judges) == ["The answers were given by me, you"]
+    assert notes(["judge n-grams"], "", judges)[1].startswith("The independent judge is transformer,")
+    assert notes([*"abcdefg"], "", judges) == ["The answers were given by a, b, c, d, e and 2 more"]
 
 
 def test_a_person_answers_on_the_page_and_the_loop_goes_on(run_loop, tmp_path, monkeypatch, capfd):
@@ -438,12 +478,13 @@ def test_answers_that_are_there_are_learned_and_new_ones_are_a_new_round(run_loo
         assert report["changed"]["accuracy_before"] is not None  # by the run's own reward model
         assert report["answers"] == {"round": 12, "learned": 11, "held_out": 1}
         log.append(pair(20))
+        log.append({**pair(20), "id": "f" * 16, "again": log.events[-1]["id"], "card": "x"})  # asked with sides swapped
     run_loop(tmp_path, "--answers", file)
     assert [r.number for r in rounds.rounds_in(folder)] == [1, 2]
     report = read_json(folder / "round-2" / "report.json")
-    assert report["answers"] == {"round": 13, "learned": 12, "held_out": 1}
+    assert report["answers"] == {"round": 1, "learned": 12, "held_out": 1}  # one is new
     assert [row["name"] for row in report["policies"]] == ["SFT", "round 1", "round 2"]
-    assert report["notes"] == ["People gave the answers"]
+    assert report["notes"] == ["The answers were given by me"]
     with pytest.MonkeyPatch.context() as m:  # the same answers, learned otherwise
         dying(m, loop, "train_reward", 1)
         with pytest.raises(Killed):

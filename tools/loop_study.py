@@ -138,7 +138,7 @@ class Growing(loop.Loop):
         replace_text(self.folder / "loop.json", to_json({"options": identity, "rounds": []}))
         return []
 
-    def tell(self, round: Round, before: Round | None, counts: dict[str, int]) -> None:
+    def tell(self, round: Round, earlier: Sequence[Round], counts: dict[str, int]) -> None:
         """How often the reward model prefers what the annotator prefers when it makes no error."""
         score, _ = reward_scorer(str(round.path("reward")), self.o.device, self.data.template)
         prompts = [card.prompt for card in self.test]
