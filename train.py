@@ -237,7 +237,8 @@ class SFTTask:
     @torch.no_grad()
     def measure(self, step: int) -> dict[str, float]:
         """Nats a reply token on validation; replies to a few prompts go into samples.jsonl."""
-        parts = [self.nats(self.val_rows[i:i + 128]) for i in range(0, len(self.val_rows), 128)]
+        at_once = 4 * self.o.batch
+        parts = [self.nats(self.val_rows[i:i + at_once]) for i in range(0, len(self.val_rows), at_once)]
         ids = [prompt_ids(self.run.tokenizer, prompt, self.template) for prompt in self.examples]
         texts = reply_texts(self.run.tokenizer, reply_to(self.run.model, self.run.tokenizer, ids,
                                                          self.reply_len, seed=self.o.seed, dtype=self.run.dtype))

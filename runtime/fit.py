@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from runtime.device import compile_trunks
 from runtime.draws import torch_seed
 from runtime.learning import learned, load_learned
+from runtime.machine import return_freed_memory
 from runtime.optim import learning_rate, make_optimizers, restore, set_learning_rate
 from runtime.options import MaximumLikelihoodOptions
 from runtime.run import NotFinite, Run
@@ -78,6 +79,7 @@ def fit(run: Run, task: Task) -> dict[str, float]:
                            "tokens_per_s": tokens / (time.perf_counter() - since),
                            "seconds": run.seconds()}
                 if measuring:
+                    return_freed_memory()  # rows of validation have other shapes than those that left it
                     model.eval()
                     measured = task.measure(done)
                 run.log(done, **metrics, **(measured if measuring else {}))

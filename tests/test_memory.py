@@ -55,6 +55,14 @@ def test_less_that_learns_takes_less(stage, dtype, device):
     assert device == "cpu" or last > both  # on a CPU reading checkpoints may take the most
 
 
+def test_the_averages_are_those_of_the_optimizer():
+    config = ModelConfig(**SHAPE)
+    everything = memory.count(Transformer(config))
+    adamw, muon = (memory_needed(config, o=MemoryOptions(stage="sft", optimizer=x))["optimizer"]
+                   for x in ("adamw", "muon"))
+    assert adamw == 8 * everything > muon > 4 * everything  # Muon's matrices have one average, the embedding two
+
+
 def test_recomputing_takes_less():
     plain, spared = (memory_needed(memory.SHAPES["0.1 B"], 0, 0, MemoryOptions(recompute=x, micro_batch=48))["total"]
                      for x in (False, True))

@@ -34,6 +34,8 @@ SHAPES = {
                         head_bias=True, rotary_dim=64, parallel=True, **LLAMA),
 }
 PROCESS = 0.45e9  # Python, torch and their libraries, on a CPU (measured)
+# What runtime/machine.py: keep_freed_memory keeps of blocks of many shapes, as rows of text have, at most (measured).
+KEPT = 0.45e9
 
 
 @dataclasses.dataclass
@@ -54,6 +56,7 @@ class MemoryOptions(Options):
     rollout_rows: int = option(48, "ppo: replies written at a time", low=1)
     prompt_len: int = option(24, "tokens of a prompt", low=1)
     reply_len: int = option(48, "tokens of a reply", low=1)
+    optimizer: str = option("muon", "of sft and reward; adapters and ppo learn by adamw", choices=("muon", "adamw"))
     recompute: bool = option(False, "gradient checkpointing")
     traceback: bool = option(False, "show where in the code an error arose")
 
@@ -110,7 +113,8 @@ def memory_needed(config: ModelConfig, train_layers: int = 0, lora_rank: int = 0
     trained = sum(count(m, True) for m in learning)
     length, half = o.prompt_len + o.reply_len, 2 if o.dtype == "bfloat16" else 4
     tokens, vocabulary = o.micro_batch * length, config.vocab_size
-    averages, step = map(sum, zip(*(optimizer_bytes(m, not ppo and not lora) for m in learning), strict=True))
+    muon = o.optimizer == "muon" and not ppo and not lora
+    averages, step = map(sum, zip(*(optimizer_bytes(m, muon) for m in learning), strict=True))
     forward = sum(activations(getattr(m, "backbone", m), tokens, o) for m in learning) + 12 * (
         min(o.micro_batch * o.reply_len * vocabulary, NUMBERS_AT_ONCE[o.device]) if ppo else 512 * vocabulary)
     frozen = sum(p.numel() for p, _ in learning[0].matrix_parameters() if not p.requires_grad) * (half == 2)
@@ -132,7 +136,7 @@ def memory_needed(config: ModelConfig, train_layers: int = 0, lora_rank: int = 0
     if o.device == "cpu":
         # While a checkpoint is read: its bytes and its tensors, then these and the network; beside PPO's policy.
         reading = 4 * count(plain) * (2 + ppo)
-        parts["process"] = PROCESS
+        parts["process"], parts["kept"] = PROCESS, min(KEPT, parts["forward and backward"]) * (not ppo)
         parts["reading"] = max(0.0, reading - sum(x for name, x in parts.items() if name != "process"))
     return parts | {"total": float(sum(parts.values()))}
 
