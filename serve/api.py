@@ -144,19 +144,23 @@ def described(name: str) -> dict[str, Any]:
 
 def routes(engines: Mapping[str, Engine]) -> list[Route]:
     """The routes under /v1 for these engines, by the names of their models. The mapping may change later."""
-    def engine_of(name: str) -> tuple[str, Engine]:
+    def known(name: str) -> str:
         name = name or next(iter(engines), "")  # a request without a model means the first
         if name not in engines:
             raise Refused(f"there is no model {name[:60]!r}; GET /v1/models lists them", 404, "model",
                           "model_not_found")
-        return name, engines[name]
+        return name
+
+    def engine_of(name: str) -> tuple[str, Engine]:
+        """It may have to be loaded, which takes a while."""
+        return known(name), engines[known(name)]
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [described(name) for name in list(engines)]})
 
     async def model(request: Request) -> Response:
         try:
-            return JSONResponse(described(engine_of(request.path_params["name"])[0]))
+            return JSONResponse(described(known(request.path_params["name"])))
         except Refused as refused:
             return refusal(refused)
 

@@ -158,6 +158,7 @@ class Batch:
         """Give the cache at least so many rows and positions: where it has fewer, twice the positions, up
         to the `most` that its rows may come to need."""
         size, old = self._size(rows), self.cache
+        length = max(length, *(row.slot + 1 for row in self.running), 0)
         if old is not None and self.length >= length:
             has = old.kv.shape[2]
             if has == size or has > size and not self.decoder.compile:

@@ -10,7 +10,7 @@ gives these methods their addresses.
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from data.answers import fates
@@ -39,6 +39,7 @@ class Desk:
         self.log, self.pairs, self.training = log, pairs, training
         self.engines: MutableMapping[str, Any] = {} if engines is None else engines
         self.mode, self.data, self.template = mode, data, template
+        self.sides = ("left", "right") if mode == "compare" else ("reply",)
         self.version = git_commit()
         self.annotator = ""  # the name with which a page begins
 
@@ -77,7 +78,7 @@ class Desk:
 
     def shown(self, card: Card, annotator: str) -> dict[str, Any]:
         """A card as the page may know it: without names, and without a word about repetitions."""
-        replies = dict(zip(("left", "right") if self.mode == "compare" else ("reply",), card.shown, strict=True))
+        replies = dict(zip(self.sides, card.shown, strict=True))
         return {"id": card.id, "turns": card.turns, **replies, "shown": saved(self.log.events, annotator) + 1}
 
     def card(self, id: Any, annotator: str) -> Card:
@@ -113,8 +114,11 @@ class Desk:
 
     def undo(self, body: dict) -> dict[str, Any]:
         """Take back the annotator's last answer; its card comes again with what was said."""
-        annotator = annotator_of(body)
-        event = self.log.undo(annotator, id_of(body))
+        annotator, id, last = annotator_of(body), id_of(body), self.log.last(annotator_of(body))
+        if self.log.get(id) is None and last and (card := self.pairs and self.pairs.find(last["card"], annotator)):
+            if len(card.shown) != len(self.sides):
+                raise Wrong(409, "the last answer was given in another --mode: take it back there")
+        event = self.log.undo(annotator, id)
         if event is None:
             figures = strip(self.log.events, annotator)
             return {"card": None, "answer": None, "saved": figures["saved"], "strip": figures}
@@ -146,7 +150,10 @@ class Desk:
                 self.relabel(about, label, id, model)
             held = self.log.get(id) or next(iter(self.labels(about)), None)
             if edited and edited != response and held:
-                self.log.append({"id": digest("edit", held["id"], edited), "annotator": annotator, "kind": "edit",
+                before = [edit for edit in self.edits({held["id"]}) if edit["response"] != edited]
+                for edit in before:  # the last text holds
+                    self.take_back(edit)
+                self.log.append({"id": digest("edit", id, edited), "annotator": annotator, "kind": "edit",
                                  "of": held["id"], "prompt": about["prompt"], "response": edited, "original": response})
         return {"saved": saved(self.log.events, annotator)}
 
@@ -155,18 +162,29 @@ class Desk:
         return [event for event in self.log.standing() if "card" not in event
                 and {name: event.get(name) for name in about} == about]
 
+    def edits(self, ids: Collection[str]) -> list[dict]:
+        """The edits that hold of what has these ids."""
+        return [event for event in self.log.standing() if event["kind"] == "edit" and event["of"] in ids]
+
+    def take_back(self, event: dict) -> None:
+        """An undo of this very event."""
+        self.log.append({"id": digest("taken back", event["id"]), "annotator": event["annotator"], "kind": "undo",
+                         "of": event["id"]})
+
+    def engine(self, model: str) -> Any:
+        """The engine of a model, loaded if need be: after a restart it is not; None without this model."""
+        return self.engines[model] if model in self.engines else None
+
     def relabel(self, about: dict[str, Any], label: int | None, id: str, model: str) -> None:
         """Take back the thumbs that hold, and set the new one; an edit stays with it."""
         before = self.labels(about)
         if label is not None and [event["label"] for event in before] == [label]:
             return
-        ids = {event["id"] for event in before}
-        edits = [event for event in self.log.standing() if event["kind"] == "edit" and event["of"] in ids]
+        edits = self.edits({event["id"] for event in before})
         for event in before:
-            self.log.append({"id": digest("taken back", event["id"]), "annotator": about["annotator"], "kind": "undo",
-                             "of": event["id"]})
+            self.take_back(event)
         if label is not None:
-            engine = self.engines.get(model)
+            engine = self.engine(model)
             self.log.append({"id": id, **about, "label": label, "from": [model] if model else None,
                              "hashes": [engine.hash] if engine else None})
             for edit in edits[-1:]:
@@ -179,7 +197,7 @@ class Desk:
         first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
         if len(turns) == 1 and first == 0:
             return turns[0]["content"]
-        if first is not None and (engine := self.engines.get(model)):
+        if first is not None and (engine := self.engine(model)):
             turns[first]["content"] = apply_template(engine.template, turns[first]["content"])
         return turns
 

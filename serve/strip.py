@@ -62,7 +62,7 @@ def verdicts(events: Iterable[dict]) -> tuple[dict[str, int | str], dict[str, in
 def per_hour(events: Sequence[dict]) -> float | None:
     """Answers an hour, by those of the hour that ends with the last one; None for fewer than two."""
     times = sorted(datetime.datetime.fromisoformat(event["time"]).timestamp() for event in events
-                   if event["kind"] in ("pair", "rating", "label") and "time" in event)
+                   if event["kind"] in ("pair", "rating", "label") and "time" in event and not event.get("imported"))
     recent = [time for time in times if time > times[-1] - HOUR]
     if len(recent) < 2:
         return None

@@ -215,6 +215,32 @@ def test_the_end_is_said(tmp_path):
 
 # ---- chat ----------------------------------------------------------------------------------------
 
+def test_a_thumb_may_change_after_a_restart(tmp_path):
+    """The model of a chat is not loaded then, but its template is needed to find what was said before."""
+    talk = [{"role": role, "content": text} for role, text in (
+        ("user", "x"), ("assistant", "Ho"), ("user", "y"), ("assistant", "Hm"))]
+
+    class Later(dict):
+        """Engines of which none is loaded until it is asked for."""
+        get = lambda self, name, default=None: default  # noqa: E731
+
+    for label in (1, 0):
+        with desk(tmp_path) as (server, client):
+            server.engines = Later({"run/ppo": types.SimpleNamespace(template="Q: {prompt}", hash="c" * 12)})
+            ask(client, "thumb", messages=talk, label=label, model="run/ppo", id=new_id())
+            server.engines = {}
+            [event] = server.log.standing()
+            assert (event["label"], event["prompt"][0]["content"], event["hashes"]) == (label, "Q: x", ["c" * 12])
+
+
+def test_an_answer_of_another_mode_is_not_taken_back(tmp_path):
+    with desk(tmp_path) as (server, client):
+        ask(client, "answer", card=card_for(client)["id"], choice="left", id=new_id())
+    with desk(tmp_path, mode="rate") as (server, client):
+        assert "another --mode" in ask(client, "undo", 409, id=new_id())["error"]
+        assert [event["kind"] for event in server.log.events] == ["pair"]
+
+
 def test_a_thumb_is_what_was_pressed_last_and_keeps_its_edit(tmp_path):
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     with desk(tmp_path) as (server, client):
@@ -229,6 +255,8 @@ def test_a_thumb_is_what_was_pressed_last_and_keeps_its_edit(tmp_path):
             ("label", 0), ("edit", "Hello")]
         assert [(event["kind"], event.get("label", event["response"])) for event in thumb(1)] == [
             ("label", 1), ("edit", "Hello")]
+        assert [event["response"] for event in thumb(1, edited="Hello!") if event["kind"] == "edit"] == ["Hello!"]
+        assert [event["response"] for event in thumb(1, edited="Hello") if event["kind"] == "edit"] == ["Hello"]
         assert thumb(None) == []
         id = new_id()
         assert len(thumb(1, id=id)) == len(thumb(1, id=id)) == 1

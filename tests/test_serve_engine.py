@@ -89,6 +89,18 @@ def test_memory_for_one_row_is_enough_for_all(world, jobs, expected):
     assert engine.batch.room == 0
 
 
+def test_a_short_prompt_may_join_a_reply_that_is_long_already(world, jobs, expected, monkeypatch):
+    """The cache grows to more rows than it had, and keeps as many positions as the long reply fills."""
+    slowed(monkeypatch, 0.005)
+    with make(world) as other:
+        first = other.submit(**long_job(other))
+        while len(first.ids) < 70:
+            time.sleep(0.005)
+        second = other.submit(**jobs[0])
+        assert second.result(60)[1] == expected[0]
+        assert first.result(60)[1] == other.submit(**long_job(other)).result(60)[1]
+
+
 def test_equal_prompts_are_read_once(world, jobs, monkeypatch):
     read, prefill = [], serve.batch.prefill
     monkeypatch.setattr(serve.batch, "prefill", lambda model, tokens, *more: (

@@ -133,6 +133,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send(page.encode(), kind="text/html; charset=utf-8", Content_Security_Policy=CSP)
         answer = {"/api/state": lambda: {"mode": small.mode, "models": ["reviews/sft", "reviews/ppo"],
                                          "saved": saved(small.log.events, found.get("annotator"))},
+                  "/v1/models": lambda: {"data": [{"id": "reviews/sft"}, {"id": "reviews/ppo"}]},
                   "/api/train": lambda: small.train, "/api/records": lambda: small.records(found)}.get(path)
         self.send(json.dumps(answer() if answer else {"error": "no such address"}).encode(), 200 if answer else 404)
 
@@ -304,6 +305,9 @@ def answer_twenty(page, log) -> None:
     page.fill("#edit-field", "A better film.")
     page.keyboard.press("Escape")
     say(page, "ArrowRight")
+    say(page, "u")  # the edit comes back with the answer
+    assert page.input_value("#edit-field") == "A better film."
+    say(page, "ArrowRight")
     page.click("#tab-data")
     page.reload()
     assert page.get_attribute("#tab-data", "aria-selected") == "true" and page.text_content("#saved") == "✓ 16 saved"
@@ -315,7 +319,7 @@ def answer_twenty(page, log) -> None:
     answers = [event for event in standing if event["kind"] == "pair"]
     assert [event["choice"] for event in answers] == [
         *["left", "right", "tie", "both_bad"] * 3, "left", "right", "left", "right", "left", "right", "tie", "both_bad"]
-    assert len({event["card"] for event in answers}) == 20 and len(log.events) == 20 + 2 + 2 + 1
+    assert len({event["card"] for event in answers}) == 20 and len(log.events) == 20 + 2 + 2 + 1 + 3
     [edit] = [event for event in standing if event["kind"] == "edit"]
     assert (edit["response"], edit["of"]) == ("A better film.", answers[15]["id"])
     assert edit["original"] == answers[15]["right"]
@@ -441,10 +445,45 @@ def test_keys_are_quiet_where_somebody_types_or_means_the_browser(browser, small
         page.keyboard.down("t")  # held: it repeats
     until(page, "saved.textContent.includes('1') && !busy && card")  # a card was waited for, too
     page.keyboard.up("t")
+    page.focus("[data-choice=left]")
+    for _ in range(5):
+        page.keyboard.down("Enter")
+        page.wait_for_timeout(50)
+    until(page, "saved.textContent.includes('2') && !busy && card")
+    page.keyboard.up("Enter")
     page.click("#tab-chat")
     page.keyboard.press("t")
     page.wait_for_timeout(50)
-    assert [path for path, _ in small.asked if path != "/api/next"] == ["/api/answer"]
+    assert [path for path, _ in small.asked if path != "/api/next"] == ["/api/answer"] * 2
+    clean(page)
+
+
+def test_what_somebody_types_stays_until_it_is_saved_or_closed(browser, small):
+    """A thumb, a new message, another language, a reload, and the own name said again."""
+    page = visit(browser, small)
+    page.keyboard.press("e")
+    page.fill("#edit-field", "My own words.")
+    page.click("#who")
+    page.keyboard.press("Enter")
+    assert page.input_value("#edit-field") == "My own words."
+    page.click("#tab-chat")
+    for n, text in enumerate(("Hello", "And then?"), 1):
+        page.fill("#message", text)
+        page.keyboard.press("Enter")
+        until(page, f"turns.length === {2 * n} && !stopper")
+        if n == 1:
+            page.locator(".turn.assistant button").nth(2).click()
+            page.fill("#better-1", "A better reply")
+    assert page.input_value("#better-1") == "A better reply"
+    page.locator(".turn.assistant").nth(1).locator("button").first.click()
+    until(page, "saved.textContent.includes('1')")
+    page.click("#language")
+    page.reload()
+    assert page.input_value("#better-1") == "A better reply"
+    page.locator(".turn.assistant").nth(0).locator("button.main").click()
+    until(page, "saved.textContent.includes('2') && !document.getElementById('better-1')")
+    [body] = [body for path, body in small.asked if path == "/api/thumb" and body.get("edited")]
+    assert body["edited"] == "A better reply" and body["messages"][-1]["content"].startswith("Reply 1")
     clean(page)
 
 

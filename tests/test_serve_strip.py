@@ -147,6 +147,8 @@ def test_the_rate_is_that_of_the_last_hour():
     assert per_hour([event(f"c{i}", "left", minute=i / 2) for i in range(11)]) == 120
     slow_then_fast = [event(f"c{i}", "left", minute=m) for i, m in enumerate([0, 10, 20, 200, 201, 202, 203])]
     assert per_hour(slow_then_fast) == 60
+    imported = [event(f"i{i}", "left", minute=203) | {"imported": True} for i in range(50)]
+    assert per_hour([*slow_then_fast, *imported]) == 60
 
 
 @pytest.mark.parametrize("k,n,low,high", [(0, 10, 0, .2775), (8, 10, .4902, .9433), (10, 10, .7225, 1),
