@@ -114,10 +114,11 @@ class Desk:
 
     def undo(self, body: dict) -> dict[str, Any]:
         """Take back the annotator's last answer; its card comes again with what was said."""
-        annotator, id, last = annotator_of(body), id_of(body), self.log.last(annotator_of(body))
-        if self.log.get(id) is None and last and (card := self.pairs and self.pairs.find(last["card"], annotator)):
-            if len(card.shown) != len(self.sides):
-                raise Wrong(409, "the last answer was given in another --mode: take it back there")
+        annotator, id = annotator_of(body), id_of(body)
+        last = self.log.last(annotator) if self.log.get(id) is None else None
+        card = self.pairs.find(last["card"], annotator, wait=READY_S) if last and self.pairs else None
+        if card and len(card.shown) != len(self.sides):
+            raise Wrong(409, "the last answer was given in another --mode: take it back there")
         event = self.log.undo(annotator, id)
         if event is None:
             figures = strip(self.log.events, annotator)
