@@ -208,8 +208,14 @@ class Loop:
         """The reward model, on all answers so far; how many it learned, and how many are held out."""
         path, folder = round.path("data.json"), round.path("data")
         if not path.exists():  # written last: from now on the round's answers are these
-            counts = write_round_data([r.events() for r in (*before, round)], folder, self.data.template,
-                                      self.o.held_out, cumulative=not self.o.answers)
+            try:
+                counts = write_round_data([r.events() for r in (*before, round)], folder, self.data.template,
+                                          self.o.held_out, cumulative=not self.o.answers)
+            except UserError as error:
+                if self.o.answers or self.annotator:
+                    raise
+                raise UserError(f"{error}: take some back by `python -m serve --pairs {round.pairs} --to "
+                                f"{round.answers}`, and answer them anew") from error
             replace_text(path, to_json(counts))
         o = self.reward.replace(data=str(folder), init_from=str(self.sft), resume=True, **OF_ANSWERS)
         o.explicit, o.place = o.explicit - {*OF_ANSWERS}, str(round.folder)

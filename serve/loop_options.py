@@ -52,6 +52,8 @@ class LoopOptions(Common):
             self.refuse(*simulated, why="on a person")
         else:
             self.refuse("port", "terminal", why=f"with --annotator {self.annotator}, who is asked directly")
+            if self.annotator_temperature == 0:
+                self.refuse("tie_share", why="at --annotator_temperature 0, where only equals tie")
             if self.annotator != "judge":
                 self.refuse("annotator_temperature", "tie_share", why="on a function, whose sign decides")
 
@@ -97,6 +99,8 @@ def inherited(o: LoopOptions) -> dict[str, Any]:
 def options_of(argv: list[str]) -> tuple[LoopOptions, RewardOptions, PPOOptions]:
     """`parse_loop`, with the data's settings and the paths of real models as checkpoints."""
     o, reward, ppo = (with_checkpoints(x) for x in parse_loop(argv))
+    if reward.keep == "best":
+        raise UserError("--reward.keep best would choose by the answers that are held out to measure it: leave it out")
     o = o.replace(data=kept_input(o.data))
     o = o.replace(**inherited(o))
     return o, reward, ppo.replace(**{name: getattr(o, name) for name in ("data", *OF_ANSWERS)})

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from data.answers import GONE, fates
-from data.dataset import feedback_of
+from data.dataset import feedback_of, tells
 from data.own import groups_of
 from data.splits import split_key
 from runtime.lines import parse_line, read_lines
@@ -212,7 +212,8 @@ def held_out_keys(rounds: Sequence[list[dict]], share: float) -> set[int]:
         for keys in groups.values():
             new = sorted(keys - seen)
             n = round(share * len(new))
-            held |= set(new[len(new) - max(n, not seen):])
+            # One at least, unless what was held out earlier is still answered.
+            held |= set(new[len(new) - max(n, not held & keys):])
         seen |= {split_key(record, "reward") for of_kind in FEEDBACK for record in found[of_kind]}
     return held
 
@@ -234,9 +235,9 @@ def write_round_data(rounds: Sequence[list[dict]], folder: pathlib.Path, templat
         sides[split_key(event, "reward") in held].append(event)
     learned = main_kind(training_records(sides[False]))
     kept = training_records(sides[True])[feedback_of(learned[0])] if learned else []
-    if not kept:
+    if not (tells(learned) and tells(kept)):
         raise UserError(f"{len(events)} answers are too few to learn from some and to hold others out: give answers "
-                        "to at least three prompts, and not the same one to all")
+                        "that decide to at least three prompts, and not the same one to all")
     counts = write_data(sides[False], folder, template=template,
                         held_out=[in_template(record, template) for record in kept])
     return {"learned": sum(counts.values()), "held_out": len(kept)}

@@ -292,6 +292,36 @@ def test_a_round_without_a_held_out_answer_of_its_kind_is_refused(tmp_path):
             write_round_data([log.events], tmp_path / "data", "{prompt}", 0.1)
 
 
+def test_answers_that_decide_nothing_are_refused_before_the_round_is_fixed(tmp_path):
+    cards = [Card(f"c{i}", f"p {i}", ("a", "b")) for i in range(10)]
+    for decided in (0, 1):
+        with FeedbackLog(tmp_path / f"{decided}.jsonl") as log:
+            for i, card in enumerate(cards):
+                log.append(card.record("me", "left" if i < decided else "both_bad"))
+            with pytest.raises(UserError, match="give answers that decide to at least three prompts"):
+                write_round_data([log.events], tmp_path / "data", "{prompt}", 0.1)
+    assert not (tmp_path / "data").exists()
+
+
+def test_held_out_answers_choose_no_weights():
+    with pytest.raises(UserError, match="would choose by the answers that are held out"):
+        loop.options_of(["--reward.keep", "best"])
+
+
+def test_when_the_held_out_answer_is_undone_another_one_is_held_out(tmp_path):
+    with FeedbackLog(tmp_path / "log.jsonl") as log:
+        for i in range(10):
+            log.append(Card(f"c{i}", f"p {i}", ("a", "b")).record("me", "left"))
+        first = list(log.events)
+        held = held_out_keys([first], 0.1)
+        [event] = [event for event in first if split_key(event, "reward") in held]
+        log.append({"annotator": "me", "kind": "undo", "of": event["id"]})
+        for i in range(10, 13):
+            log.append(Card(f"c{i}", f"p {i}", ("a", "b")).record("me", "left"))
+        counts = write_round_data([first, log.events], tmp_path / "data", "{prompt}", 0.1, cumulative=False)
+    assert counts == {"learned": 11, "held_out": 1}
+
+
 def test_labels_count_beside_pairs_though_a_judge_would_need_their_prompts(tmp_path):
     """No judge learns from a loop's answers, so none takes a prompt away from the reward model."""
     cards = [Card(f"c{i}", f"p {i}", ("a", "b")) for i in range(100)]
@@ -496,6 +526,7 @@ def test_answers_that_are_there_are_learned_and_new_ones_are_a_new_round(run_loo
 
 @pytest.mark.parametrize(("words", "said"), [
     (["--error_rate", ".2"], "--error_rate has no effect on a person"),
+    (["--annotator", "judge", "--annotator_temperature", "0", "--tie_share", ".2"], "where only equals tie"),
     (["--annotator", "short", "--tie_share", ".2"], "--tie_share has no effect on a function"),
     (["--annotator", "judge", "--port", "9000"], "--port has no effect"),
     (["--answers", "x.jsonl", "--annotator", "judge"], "--annotator has no effect with --answers"),
