@@ -123,7 +123,8 @@ class Desk:
         if event is None:
             figures = strip(self.log.events, annotator)
             return {"card": None, "answer": None, "saved": figures["saved"], "strip": figures}
-        card = self.pairs.find(event["card"], annotator, wait=READY_S) if self.pairs else None
+        if not last and self.pairs:  # a request that came twice
+            card = self.pairs.find(event["card"], annotator, wait=READY_S)
         said = next((event[name] for name in ("choice", "score", "label") if name in event), "skip")
         edit = next((other for other in self.log.events if other.get("of") == event["id"] and other["kind"] == "edit"),
                     None)
