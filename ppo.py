@@ -726,7 +726,7 @@ class PPOTrainer:
         steps = o.updates * o.epochs * o.minibatches
         self.text = text_for(data, run.tokenizer, steps, run.model.config.max_len, o.seed) if o.ptx_coef else None
         self.held_out = evaluate.HeldOutPrompts(data, run.tokenizer, held_out, reference, self.scorer, settings)
-        self.best = Best(*evaluate.OPINION, state.get("best")) if o.keep == "best" else None
+        self.best = Best(*evaluate.OPINION, run, o.updates) if o.keep == "best" else None
 
     def measure_start(self) -> tuple[ScoreScale, tuple[float, float], float, float]:
         """`starting_scale` on replies that the starting policy writes as PPO will. They are drawn from
@@ -804,7 +804,7 @@ class PPOTrainer:
         self.run.samples(step, records[:12])
         self.alarms.check(step, metrics)
         if self.best is not None and metrics["eval_distinct2"] >= VARIETY * self.alarms.first["eval_distinct2"]:
-            self.best.see(step, self.run.model, metrics)
+            self.best.see(step, metrics)
         return metrics
 
     def save(self, step: int) -> None:
@@ -813,7 +813,7 @@ class PPOTrainer:
                       control=self.control.state(), decoder_dtype=self.decoder_dtype,
                       alarms=self.alarms.state(), example_prompts=self.held_out.prompts[:8],
                       scales=self.scorer.state() if isinstance(self.scorer, RewardSum) else {},
-                      **({"best": self.best.state} if self.best and step < self.o.updates else {}))
+                      **({"best": self.best.state} if self.best else {}))
 
 
 # ---- the stage -----------------------------------------------------------------------------------
@@ -864,7 +864,7 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
                                 f"`{resume_command(o)}`") from error
             run.log(done, **metrics, seconds=run.seconds())
             if last and trainer.best:
-                metrics |= trainer.best.restore(run, {name: x for name, x in metrics.items() if name[:5] == "eval_"})
+                metrics |= trainer.best.restore({name: x for name, x in metrics.items() if name[:5] == "eval_"})
             bar.update(**{name: metrics[name] for name in ("score", "kl", "length", "end_rate")})
             if last or done % o.save_every == 0:
                 trainer.save(done)

@@ -54,10 +54,10 @@ def fit(run: Run, task: Task) -> dict[str, float]:
     if run.compute.compile == "on":
         compile_trunks(trunk)
     measured, tokens, since = run.state.get("measured", {}), 0, time.perf_counter()
-    best = Best(*task.best_by, run.state.get("best")) if o.keep == "best" else None
+    best = Best(*task.best_by, run, n_steps) if o.keep == "best" else None
 
     def save(step: int) -> None:
-        kept = {"best": best.state} if best and step < n_steps else {}
+        kept = {"best": best.state} if best else {}
         run.save(step, optimizers=[x.state_dict() for x in optimizers], measured=measured,
                  **task.extra, **kept)
 
@@ -89,8 +89,8 @@ def fit(run: Run, task: Task) -> dict[str, float]:
                 raise NotFinite(f"the validation loss is {measured['val_loss']} after step {done}: "
                                 f"{advice(o)}")
             if best and measuring:
-                best.see(done, model, measured)
-                measured = best.restore(run, measured) if last else measured
+                best.see(done, measured)
+                measured = best.restore(measured) if last else measured
             if last or done % o.save_every == 0:
                 save(done)
             run.stop_if_asked(done, save)
@@ -99,26 +99,41 @@ def fit(run: Run, task: Task) -> dict[str, float]:
 
 
 class Best:
-    """The weights with the best validation so far, with their step and measures."""
+    """The weights with the best validation so far, in the computer's memory, with their step and measures.
 
-    def __init__(self, name: str, sign: int, state: dict[str, Any] | None = None):
-        self.name, self.sign, self.state = name, sign, state
+    At the end the model has them. Where they are not the last ones, the last ones are kept in their
+    place: a finished run that is lengthened goes on from those, as if it had never ended.
+    """
 
-    def see(self, step: int, model: nn.Module, measured: dict[str, float]) -> None:
-        """Keep a copy of the weights, in the computer's memory, if they are the best until now."""
+    def __init__(self, name: str, sign: int, run: Run, total: int):
+        """name, sign: the measure, and 1 or −1: higher or lower is better. total: the run's steps."""
+        self.name, self.sign, self.run, self.total = name, sign, run, total
+        self.state: dict[str, Any] | None = run.state.get("best")
+        if self.state and "weights" not in self.state and run.step < total:  # the run had ended
+            self.state["weights"] = self._copy()
+            if "last" in self.state:
+                load_learned(run.model, self.state.pop("last"))
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: x.cpu().clone() for name, x in learned(self.run.model).items()}
+
+    def see(self, step: int, measured: dict[str, float]) -> None:
+        """Keep a copy of the weights if they are the best until now."""
         value = measured.get(self.name)
         if value is not None and (self.state is None
                                   or self.sign * value >= self.sign * self.state["measured"][self.name]):
-            weights = {name: x.cpu().clone() for name, x in learned(model).items()}
-            self.state = {"step": step, "measured": measured, "weights": weights}
+            self.state = {"step": step, "measured": measured, "weights": self._copy()}
 
-    def restore(self, run: Run, measured: dict[str, float]) -> dict[str, float]:
-        """Give the run's model the best weights, and say so if they are not the last ones."""
-        if self.state is None or self.state["measured"] == measured:
+    def restore(self, measured: dict[str, float]) -> dict[str, float]:
+        """Give the model the best weights, and say so if they are not the last ones; their measures."""
+        if self.state is None:
             return measured
-        load_learned(run.model, self.state["weights"])
-        print(f"{run.stage}: kept the weights of step {self.state['step']}: {self.name} "
-              f"{self.state['measured'][self.name]:.4g}, at the end {measured[self.name]:.4g}", flush=True)
+        best = self.state.pop("weights")
+        if self.state["step"] != self.total:
+            self.state["last"] = self._copy()
+            load_learned(self.run.model, best)
+            print(f"{self.run.stage}: kept the weights of step {self.state['step']}: {self.name} "
+                  f"{self.state['measured'][self.name]:.4g}, at the end {measured[self.name]:.4g}", flush=True)
         return self.state["measured"]
 
 

@@ -95,7 +95,8 @@ class Simulated:
 # ---- who they are ----------------------------------------------------------------------------------
 
 class JudgeAnnotator:
-    """A judge (data/judge.py): the difference of its scores, which are log-odds."""
+    """A judge (data/judge.py): the difference of its scores. These are log-odds, or, of a judge that learned
+    ratings, spreads of people's ratings, which Bradley–Terry then takes as log-odds."""
 
     def __init__(self, judge: Any, name: str):
         self.judge, self.name = judge, f"judge {name}"

@@ -187,7 +187,9 @@ class Loop:
         model = self.writer(path, name)
         prompts = self.prompts("train")
         score, scorer = None, ""
-        if self.o.pick == "uncertain" and before:
+        if self.o.pick == "uncertain" and not before:
+            print("round 1: asked at random: --pick uncertain goes by the reward model of the round before", flush=True)
+        elif self.o.pick == "uncertain":
             score, scorer = reward_scorer(str(before.path("reward")), self.o.device, self.data.template)
         return Sampled(prompts, [model], seed=torch_seed(self.o.seed, "loop", "ask", round.number), score=score,
                        scorer=scorer)

@@ -50,6 +50,8 @@ class LoopOptions(Common):
                 raise UserError("--answers is for one round: give more answers, and the same command learns from them")
         elif self.annotator == "person":
             self.refuse(*simulated, why="on a person")
+            if self.terminal:
+                self.refuse("port", why="with --terminal, which opens no page")
         else:
             self.refuse("port", "terminal", why=f"with --annotator {self.annotator}, who is asked directly")
             if self.annotator_temperature == 0:

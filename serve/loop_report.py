@@ -22,7 +22,7 @@ from data.tokenizer import Tokenizer
 from model import load_checkpoint
 from runtime.device import precision
 from runtime.learning import measured_in
-from runtime.statistics import mean_interval
+from runtime.statistics import auc, bootstrap, correlation, mean_interval
 from runtime.tables import table
 from serve.annotators import Annotator
 from serve.pairs import Card
@@ -31,6 +31,7 @@ from serve.strip import wilson
 SHOWN = 20  # prompts whose replies before and after a report holds
 MOVED = 10  # replies whose score changed most
 FEWEST = 5  # records that such scores are standardised over
+MEASURES = {"pairwise": "accuracy", "regression": "correlation", "label": "AUC"}  # by the loss of the reward model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +89,8 @@ def what_changed(s: Setting, held_out: pathlib.Path, after: pathlib.Path, before
     """How right the reward models are about held-out answers, a file of records; and the replies in them whose
     score moved most, each model's scores brought to mean 0 and spread 1.
 
-    accuracy_before, accuracy_after: the share of decided pairs or labels; of ratings the correlation, as
-    `measure` says. Without a model before, its figures are None.
+    accuracy_before, accuracy_after: of `how_right`, with its interval as interval_before and interval_after;
+    `measure` names it. Without a model before, its figures are None.
     """
     models = {name: path and evaluate.load_reward_model(path, s.device, tokenizer, s.dtype)
               for name, path in (("before", before), ("after", after))}
@@ -105,17 +106,34 @@ def what_changed(s: Setting, held_out: pathlib.Path, after: pathlib.Path, before
             with precision(s.dtype, s.device):
                 scores[name] = {field: network.score_rows(reward_rows(
                     records, tokenizer, "{prompt}", longest, field=field)).cpu().double().numpy() for field in fields}
-    measure = "correlation" if kind == "regression" else "accuracy"
-    found: dict[str, Any] = {"measure": measure, "n": sum(not record.get("tie") for record in records)}
+    found: dict[str, Any] = {"measure": MEASURES[kind], "n": sum(not record.get("tie") for record in records)}
     for name in models:
-        value = quick_agreement(kind, records, scores[name]).get(f"val_{measure}") if name in scores else None
-        found[f"accuracy_{name}"] = value
-        if value is not None and measure == "accuracy":
-            interval = wilson(value * found["n"], found["n"])
-            found[f"interval_{name}"] = [interval["low"], interval["high"]]
+        value, ends = how_right(kind, records, scores[name]) if name in scores else (None, None)
+        found |= {f"accuracy_{name}": value, f"interval_{name}": ends}
     texts = [(record["prompt"], record[field]) for field in fields for record in records]
     return found | {"moved": moved(texts, *(scores[name] for name in models), s.data.template)
                     if len(scores) == 2 and len(records) >= FEWEST else []}
+
+
+def how_right(kind: str, records: Sequence[dict],
+              scores: dict[str, np.ndarray]) -> tuple[float | None, list[float] | None]:
+    """(value, its 95 % interval): the share of decided pairs in the right order, the correlation with ratings, or
+    the AUC on labels; (None, None) where these records have no such measure. scores: of each reply, by its field.
+
+    Only the order counts: the zero of a model that learned from pairs means nothing. Answers to one prompt are
+    alike, so an interval counts prompts. That of a share is Wilson's, which holds for few of them, too.
+    """
+    value = quick_agreement(kind, records, scores).get(f"val_{MEASURES[kind]}".lower())
+    if value is None:
+        return None, None
+    prompts = [prompt_text(record["prompt"]) for record in records if not record.get("tie")]
+    if kind == "pairwise":
+        n = len(set(prompts))
+        interval = wilson(value * n, n)
+        return value, [interval["low"], interval["high"]]
+    field, measure = ("label", auc) if kind == "label" else ("score", correlation)
+    _, *ends = bootstrap(measure, scores["response"], [record[field] for record in records], groups=prompts)
+    return value, ends
 
 
 def moved(texts: Sequence[tuple], before: dict[str, np.ndarray], after: dict[str, np.ndarray],
@@ -175,7 +193,7 @@ def said_of_annotator(report: dict[str, Any]) -> list[str]:
 def said_of_reward_model(changed: dict[str, Any]) -> str:
     """How right the reward model is, in a sentence."""
     def share(name: str) -> str:
-        value, ends = changed[f"accuracy_{name}"], changed.get(f"interval_{name}")
+        value, ends = changed[f"accuracy_{name}"], changed[f"interval_{name}"]
         return "–" if value is None else f"{value:.3f}" + ("" if ends is None else " [{:.3f}, {:.3f}]".format(*ends))
 
     return (f"The reward model's {changed['measure']} on {changed['n']} held-out answers: {share('before')} before "

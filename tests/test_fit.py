@@ -198,7 +198,7 @@ def weights_after(run_of, *words, best_by=("val_loss", -1)):
 def test_the_weights_with_the_best_validation_are_kept_and_said(run_of, capsys):
     kept, state, measured = weights_after(run_of, "--eval_every=2", "--save_every=1")
     assert measured == state["measured"] == {"val_loss": 2.0}  # of steps 2, 4 and 6 the lowest
-    assert state["step"] == 6 and "best" not in state
+    assert state["step"] == 6
     assert "kept the weights of step 2: val_loss 2, at the end 6" in capsys.readouterr().out
     run = run_of("--fresh", "--eval_every=2", "--save_every=1")
     fit(run, Toy(run))
@@ -222,6 +222,32 @@ def test_the_best_weights_survive_an_interruption(run_of):
         fit(run, task)
     Interrupt.number = 0
     assert weights_after(run_of, "--resume", "--eval_every=1")[0] == kept
+
+
+@pytest.mark.parametrize("best_by", [("val_loss", 1), ("val_loss", -1)])  # best at the end, or before
+def test_a_finished_run_that_is_lengthened_is_the_run_of_that_length(run_of, best_by):
+    words = ("--eval_every=2", "--decay=0", "--warmup=0")  # else its rates are those of another length
+    kept, state, measured = weights_after(run_of, *words, best_by=best_by)
+    run = run_of("--fresh", *words, "--epochs=1")
+    task = Toy(run, 4)
+    task.best_by = best_by
+    fit(run, task)
+    run.finish()
+    lengthened, longer, same = weights_after(run_of, *words, "--epochs=2", "--resume", best_by=best_by)
+    assert (lengthened, same) == (kept, measured)
+    for name in ("best", "optimizers"):
+        assert equal(longer[name], state[name]), name
+
+
+def test_the_best_weights_of_a_run_that_had_ended_are_not_forgotten(run_of, capsys):
+    run = run_of("--epochs=1", "--eval_every=2")
+    task = Toy(run, 2)
+    fit(run, task)
+    run.finish()
+    ended = weights_hash(run.model)
+    kept, state, _ = weights_after(run_of, "--epochs=2", "--eval_every=2", "--resume", best_by=("val_loss", -1))
+    assert (kept, state["best"]["step"]) == (ended, 2)
+    assert "kept the weights of step 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("epochs", "records", "steps"), [(2.0, 0, 13), (2.0, 50, 4), (2.0, 10**6, 13), (0.1, 50, 1)])

@@ -13,12 +13,13 @@ import train
 from data.functions import PythonReward, RewardError, load_function
 from data.records import records_in
 from data.rewards import RewardSum, needs_model, part_scores, read_reward, resolved
-from model import ModelConfig, weights_hash
+from model import ModelConfig, load_checkpoint, weights_hash
 from ppo import KLController, PPOOptions, PPOTrainer, train_ppo
 from reward import RewardModel
 from runtime.machine import Interrupted
 from runtime.options import UserError
 from runtime.run import Run
+from tests.conftest import equal
 from tests.ppo_world import make_trainer
 
 
@@ -420,6 +421,29 @@ def test_keep_best_ends_with_the_policy_that_held_out_opinion_found_best(command
     opinions = iter([.5, .9, .4, .6])
     last = train_ppo(command("ppo", "--updates=3", "--eval_every=1", "--policy_lr=.01", "--fresh"))
     assert weights_hash(last.model) != kept
+
+
+def test_finished_ppo_that_kept_its_best_policy_goes_on_from_its_last(command, tmp_path, monkeypatch):
+    """Lengthened equals uninterrupted, weights and optimizer; constant rates, else they are of another length."""
+    words = ("--eval_every=1", "--keep=best", "--policy_lr=.01", "--warmup=0", "--final_lr=1")
+
+    def run(opinions, *more):
+        opinions = iter(opinions)
+
+        def measure(self, policy):
+            return {"eval_judged_positive": next(opinions), "eval_distinct2": .9}, []
+
+        monkeypatch.setattr("evaluate.HeldOutPrompts.measure", measure)
+        train_ppo(command("ppo", *words, *more))
+        return load_checkpoint(tmp_path / "reviews" / "ppo")
+
+    whole, _, uninterrupted = run([.5, .9, .4, .6, .7], "--updates=4")
+    run([.5, .9, .4], "--updates=2", "--fresh")
+    model, _, lengthened = run([.6, .7], "--updates=4", "--resume")
+    assert uninterrupted["best"]["step"] == 1
+    assert weights_hash(model) == weights_hash(whole)
+    for name in ("best", "optimizer", "critic"):
+        assert equal(lengthened[name], uninterrupted[name]), name
 
 
 def test_what_repeats_is_not_kept_and_nobodys_opinion_is_an_error(command, monkeypatch):

@@ -104,6 +104,16 @@ def test_a_template_stands_around_prompts_that_are_texts(opened, tmp_path):
                template="Answer: {prompt}")
 
 
+def test_a_reply_that_lost_to_another_is_not_preferred():
+    """So the original of a reply that somebody chose and then edited is no example."""
+    pairs = [{"prompt": "p", "chosen": a, "rejected": b} for a, b in (("good", "bad"), ("better", "good"))]
+    others = [{"prompt": "q", "chosen": "good", "rejected": "bad"},  # to another prompt
+              {"prompt": "p", "chosen": "better", "rejected": "best", "tie": True}]
+    assert preferred([*pairs, *others], 0.0) == [{"prompt": "p", "response": "better"},
+                                                 {"prompt": "q", "response": "good"}]
+    assert len(preferred(pairs, None)) == 2
+
+
 def test_preferred_replies_are_chosen_liked_or_above_the_mean():
     assert preferred([{"prompt": "a", "response": "x", "score": s} for s in (1, 2, 3)], 2) == [
         {"prompt": "a", "response": "x"}]

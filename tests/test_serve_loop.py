@@ -10,10 +10,11 @@ import torch
 import train
 from data.splits import split_key, text_hash
 from runtime.options import UserError
+from runtime.statistics import auc
 from serve import annotators, exports, loop, loop_options, rounds
 from serve.annotators import PERSONS, FunctionAnnotator, Simulated, function_named, preferred
 from serve.log import FeedbackLog, read_events
-from serve.loop_report import what_changed
+from serve.loop_report import how_right, what_changed
 from serve.pairs import Card, digest
 from serve.rounds import Round, ask, cards_in, held_out_keys, write_round_data
 from serve.sources import Sampled, read_pairs, reward_scorer
@@ -371,6 +372,33 @@ def test_what_is_said_of_a_reward_model_does_not_depend_on_the_one_before(world,
     assert said[1]["accuracy_before"] != said[1]["accuracy_after"]
     assert said[2]["accuracy_before"] == said[2]["accuracy_after"]
     assert all(row["score_before"] == row["score_after"] for row in said[2]["moved"])
+
+
+def test_how_right_a_model_is_does_not_depend_on_where_its_zero_is():
+    """A model that learned from pairs has no zero; the AUC of its labels, unlike their accuracy, needs none."""
+    labels = [{"prompt": f"{i}", "response": "x", "label": i % 2} for i in range(40)]
+    scores = np.random.default_rng(0).normal(size=40) + np.arange(40) % 2
+    value, ends = how_right("label", labels, {"response": scores})
+    assert (value, ends) == how_right("label", labels, {"response": scores + 9})
+    assert value == auc(scores, [record["label"] for record in labels])
+    assert ends[0] < value < ends[1]
+    assert how_right("label", labels[::2], {"response": scores[::2]}) == (None, None)  # nothing to tell apart
+
+
+def test_the_interval_of_a_share_counts_prompts_not_answers():
+    def pairs(prompts):
+        return [{"prompt": prompt, "chosen": "a", "rejected": "b", "tie": False} for prompt in prompts]
+
+    scores = {"chosen": np.tile([1.0, 1.0, 1.0, -1.0], 10), "rejected": np.zeros(40)}
+    value, ends = how_right("pairwise", pairs(map(str, range(40))), scores)
+    assert value == 0.75
+    assert ends == pytest.approx([0.598, 0.858], abs=1e-3)  # Wilson's, of 30 in 40
+    value, ends = how_right("pairwise", pairs([str(i % 10) for i in range(40)]), scores)
+    assert value == 0.75
+    assert ends == pytest.approx([0.442, 0.919], abs=1e-3)  # of 7.5 in 10
+    ratings = [{"prompt": str(i % 12), "response": "x", "score": float(i % 7)} for i in range(48)]
+    value, ends = how_right("regression", ratings, {"response": np.arange(48) % 7 + np.arange(48) % 3})
+    assert ends[0] < value < ends[1]
 
 
 def test_replies_that_leave_no_room_for_a_prompt_are_refused_before_a_round_begins(run_loop, tmp_path):
