@@ -42,7 +42,7 @@ from model import Transformer, checkpoint_path, compared_logprobs, load_checkpoi
 from reward import RewardModel, RewardOptions, longest_row
 from runtime.device import dtype_of, pick_device, precision
 from runtime.draws import drawn_evenly, key
-from runtime.learning import measured_in
+from runtime.learning import measured_in, sharing
 from runtime.machine import require_finite
 from runtime.options import Options, UserError, option, parse, run_main
 from runtime.run import Run, read_config, record_of, run_folder
@@ -83,7 +83,8 @@ def reply_logprobs(policy: Transformer, reference: Transformer, ids: Sequence[li
                          torch.cat((prompt_mask, mask), 1),
                          torch.cat((torch.zeros_like(prompt_mask), mask), 1))
         with precision(settings.dtype, device.type):
-            hidden = [model.hidden(rows.tokens, where=rows.before) for model in (policy, reference)]
+            below = policy.below(rows.tokens)
+            hidden = [model.hidden(rows.tokens, where=rows.before, below=below) for model in (policy, reference)]
         parts.append([scatter_tokens(x, mask) for x in compared_logprobs(
             (policy, reference), hidden, rows.targets, settings.temperature)])
     return tuple(require_finite(torch.cat(part), "log-probabilities of the replies")
@@ -229,9 +230,10 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
     lines, replies, answers, others = [], {}, [], []  # the last two: ids, for distinct-2
     measures = Measures(data, split)
     for name, policy in c.policies.items():
-        metrics, replies[name], rows = measure_policy(
-            policy, c.reference, tokenizer, [p for p in prompts for _ in range(samples)],
-            data.template, reward_model=c.scorer, judges=c.judges, settings=settings)
+        with sharing(policy, c.reference):
+            metrics, replies[name], rows = measure_policy(
+                policy, c.reference, tokenizer, [p for p in prompts for _ in range(samples)],
+                data.template, reward_model=c.scorer, judges=c.judges, settings=settings)
         measures.add(metrics, replies[name])
         lines.append(table_row(name, metrics, replies[name], samples))
         answers.append(rows[::samples])

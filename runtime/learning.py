@@ -6,6 +6,7 @@ not learn; a model is a trunk, or has one as `backbone`.
 """
 import contextlib
 import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -139,6 +140,33 @@ def shared_depth(trunk: Any, other: Any) -> int:
     ours, theirs = (below(x, trunk.frozen) for x in (trunk, other))
     same = ours.keys() == theirs.keys() and all(ours[name] is theirs[name] for name in ours)
     return trunk.frozen if same else 0
+
+
+def equal_depth(trunk: Any, other: Any) -> int:
+    """How many of the lowest blocks of two trunks, embedding included, have equal weights, the last block aside."""
+    def equal(part: nn.Module | None, its: nn.Module | None) -> bool:
+        ours, theirs = (dict(x.named_parameters()) if x is not None else {} for x in (part, its))
+        return ours.keys() == theirs.keys() and all(
+            p is theirs[name] or p.dtype == theirs[name].dtype and torch.equal(p, theirs[name])
+            for name, p in ours.items())
+
+    below = (trunk.embedding, other.embedding), (trunk.position_embedding, other.position_embedding)
+    if trunk.config != other.config or not all(equal(*pair) for pair in below):
+        return 0
+    blocks = zip(trunk.blocks[:-1], other.blocks[:-1], strict=True)
+    return sum(1 for _ in itertools.takewhile(lambda pair: equal(*pair), blocks))
+
+
+@contextlib.contextmanager
+def sharing(trunk: Any, other: Any) -> Iterator[None]:
+    """In this block what two trunks have in common counts as frozen, so that `trunk.below` serves both: of a
+    policy and its reference, for instance, when neither learns."""
+    before = trunk.frozen, other.frozen
+    trunk.frozen = other.frozen = equal_depth(trunk, other)
+    try:
+        yield
+    finally:
+        trunk.frozen, other.frozen = before
 
 
 class Below(NamedTuple):

@@ -21,7 +21,7 @@ from data.report import add_distinct, policy_columns, show_policies, show_wins, 
 from data.tokenizer import Tokenizer
 from model import load_checkpoint
 from runtime.device import precision
-from runtime.learning import measured_in
+from runtime.learning import measured_in, sharing
 from runtime.statistics import auc, bootstrap, correlation, mean_interval
 from runtime.tables import table
 from serve.annotators import Annotator
@@ -54,7 +54,7 @@ def measure_round(s: Setting, policies: dict[str, pathlib.Path], reward: pathlib
     numbers; the score is that of the round's reward model. annotator: a simulated one that is no judge; it says
     without error how often the last one's reply is better than SFT's."""
     loaded = {name: load_checkpoint(path, s.device) for name, path in policies.items()}
-    reference, tokenizer, _ = next(iter(loaded.values()))
+    _, tokenizer, _ = loaded["SFT"]
     networks = {name: measured_in(model, s.dtype) for name, (model, _, _) in loaded.items()}
     scorer, _, _ = evaluate.load_reward_model(reward, s.device, tokenizer, s.dtype)
     judges = evaluate.load_judges(s.data, s.judge, s.device, s.dtype)
@@ -63,9 +63,10 @@ def measure_round(s: Setting, policies: dict[str, pathlib.Path], reward: pathlib
     prompts = held_out_prompts(s.data, "val", tokenizer, min(lengths) - s.settings.reply_len, s.n_prompts)
     lines, replies, rows = [], {}, []
     for name, network in networks.items():
-        metrics, replies[name], ids = evaluate.measure_policy(
-            network, measured_in(reference, s.dtype), tokenizer, prompts, s.data.template, reward_model=scorer,
-            judges=judges, settings=s.settings)
+        with sharing(network, networks["SFT"]):
+            metrics, replies[name], ids = evaluate.measure_policy(
+                network, networks["SFT"], tokenizer, prompts, s.data.template, reward_model=scorer,
+                judges=judges, settings=s.settings)
         lines.append(table_row(name, metrics, replies[name]))
         rows.append(ids)
     add_distinct(lines, rows, [])

@@ -316,6 +316,22 @@ def test_bfloat16_is_used_where_asked_for_and_stays_near(model, monkeypatch):
     assert seen == [torch.float32, torch.bfloat16]
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("batch_size", [12, 5])
+def test_a_prompt_that_gets_several_replies_is_read_once(model, monkeypatch, batch_size, compiled):
+    """Each reply is what its prompt gets alone, whatever stands beside it and whichever rows are free."""
+    tokens, mask = (x.repeat_interleave(4, 0) for x in prompts([5, 3, 7]))
+    read, real = [], sample_module.prefill
+    monkeypatch.setattr(sample_module, "prefill", lambda m, t, *more: read.append(len(t)) or real(m, t, *more))
+    together = generate(model, tokens, mask, 9, seed=3, end_id=7, batch_size=batch_size,
+                        decoder=Decoder(model, compile=compiled))
+    assert read == [3] if batch_size == 12 else read[0] == 2 and max(read) <= 2
+    for i in range(12):
+        alone = generate(model, tokens[i:i + 1], mask[i:i + 1], 9, seed=3, end_id=7, rows=[i])
+        assert torch.equal(together.tokens[i], alone.tokens[0])
+        assert torch.allclose(together.logprobs[i], alone.logprobs[0], atol=1e-5)
+
+
 END, PATTERN = 49, ["FTT", "TTF", "TFT", "FFF", "TFF", "FFT"]
 
 

@@ -6,14 +6,16 @@ import dataclasses
 import pytest
 import torch
 
-from data.batches import Rows
+import evaluate
+from data.batches import Rows, pad_left
 from model import ModelConfig, Transformer, load_checkpoint, open_run
 from ppo import ActorCritic, Networks, PPOTrainer, ScoreScale, collect_rollout, score_replies, update
 from reward import RewardConfig, RewardModel, critic_from
-from runtime.learning import (Below, halve_frozen, learn_part, learned, learning, learning_copy, load_learned,
-                              share_frozen, shared_depth)
+from runtime.learning import (Below, equal_depth, halve_frozen, learn_part, learned, learning, learning_copy,
+                              load_learned, share_frozen, shared_depth, sharing)
 from runtime.optim import make_optimizers
 from runtime.options import UserError, parse
+from sample import generate
 from tests.conftest import equal, loud, noise
 from tests.ppo_world import END, prompts
 from tests.ppo_world import options as ppo_options
@@ -239,6 +241,34 @@ def test_the_blocks_below_run_once_for_a_rollout_and_never_in_an_update():
     again = Counted(*trunks_of(apart))
     rollout_of(apart, o)
     assert again.runs[0] - together == 2 * parts + -(-o.batch // nets.reward_model.rows_at_once)
+
+
+def test_what_two_policies_have_in_common_is_computed_once_where_they_are_measured():
+    policy, reference = trunk(), trunk()
+    policy.blocks[2].load_state_dict(trunk(7).blocks[2].state_dict())
+    ids, calls = prompts(6), []
+    replies = generate(policy, *pad_left(ids, 0), 8, seed=1)
+    alone = evaluate.reply_logprobs(policy, reference, ids, replies, evaluate.ReplySettings())
+    for block in reference.blocks:
+        block.register_forward_hook(lambda *_: calls.append(1))
+    with sharing(policy, reference):
+        assert (policy.frozen, reference.frozen) == (2, 2)
+        together = evaluate.reply_logprobs(policy, reference, ids, replies, evaluate.ReplySettings())
+    assert len(calls) == 2  # of the reference's four blocks those above
+    assert all(map(torch.equal, alone, together))
+    assert (policy.frozen, reference.frozen) == (0, 0)
+
+
+def test_of_equal_trunks_the_last_block_is_computed_for_each_and_of_others_all():
+    assert equal_depth(trunk(), trunk()) == 3
+    assert equal_depth(trunk(n_layer=1), trunk(n_layer=1)) == 0
+    assert equal_depth(trunk(), trunk(7)) == 0
+    other = trunk()
+    with torch.no_grad():
+        other.embedding.weight[0, 0] += 1
+    assert equal_depth(trunk(), other) == 0
+    assert equal_depth(trunk(), trunk(norm_eps=1e-3)) == 0
+    assert equal_depth(trunk(), halve_frozen(trunk().requires_grad_(False), "bfloat16")) == 0
 
 
 @pytest.mark.parametrize("changed", [2, 3])
