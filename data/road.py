@@ -33,17 +33,20 @@ Records = dict[tuple[str, str], list[dict] | Texts]  # (stage, split) -> records
 # ---- from stage to stage -------------------------------------------------------------------------
 
 def preferred(feedback: Sequence[dict], mean: float | None) -> list[dict]:
-    """sft records of the replies that people liked, rated above the mean, or chose and never put second to another,
-    as they do with one that they edit; None: all that stand as chosen, labelled or rated. Each stands once."""
+    """sft records of the replies that people chose, liked, or rated above the mean, but for those that they put
+    second to another one, as they do with one that they edit. None: all but the rejected ones of pairs. Each
+    stands once."""
     def key(r: dict, field: str) -> str:
         return json.dumps([r["prompt"], r[field]])
 
     beaten = {key(r, "rejected") for r in feedback if "chosen" in r and "tie" not in r}
 
     def is_meant(r: dict) -> bool:
-        if "chosen" in r:  # of a tie neither reply
-            return mean is None or "tie" not in r and key(r, "chosen") not in beaten
-        return mean is None or (r["label"] == 1 if "label" in r else r["score"] > mean)
+        if mean is None:
+            return True
+        if key(r, "chosen" if "chosen" in r else "response") in beaten or "tie" in r:  # of a tie neither reply
+            return False
+        return "chosen" in r or (r["label"] == 1 if "label" in r else r["score"] > mean)
 
     found = [{"prompt": r["prompt"], "response": r.get("chosen", r.get("response"))}
              for r in feedback if is_meant(r)]

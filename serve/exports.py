@@ -93,7 +93,7 @@ def saved(events: Iterable[dict], annotator: str | None = None) -> int:
 
 def data_files(events: Iterable[dict], template: str = "{prompt}", prompts: Sequence = ()) -> dict[str, list[dict]]:
     """{stage: records} of the files that training reads: `reward` has the most frequent kind of feedback,
-    `reward_labels` and the like the others; `sft`, only with edits, these and the preferred replies; `ppo`
+    `reward_labels` and the like the others; `sft`, only with edits, these and what `preferred` is; `ppo`
     each prompt once. UserError without any feedback.
 
     template: the checkpoint's, if that is not "{prompt}": prompts that are texts then stand in it as
@@ -105,7 +105,8 @@ def data_files(events: Iterable[dict], template: str = "{prompt}", prompts: Sequ
         raise UserError("no answers yet: give some before they are trained on or exported")
     files = {"reward": found[kinds[0]], **{f"reward_{kind}": found[kind] for kind in kinds[1:] if found[kind]}}
     if edits:
-        liked = [normal(record, "sft") for record in preferred(files["reward"], mean_score(files["reward"]))]
+        answers = [record for kind in kinds for record in found[kind]]
+        liked = [normal(record, "sft") for record in preferred(answers, mean_score(answers))]
         files["sft"] = list({json.dumps(record): record for record in [*edits, *liked]}.values())
     asked = [*(record["prompt"] for kind in kinds for record in found[kind]), *prompts]
     files["ppo"] = [{"prompt": prompt} for prompt in {json.dumps(x): x for x in asked}.values()]

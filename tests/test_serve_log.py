@@ -421,6 +421,19 @@ def test_a_folder_has_the_most_frequent_kind_and_the_others_beside_it(tmp_path):
     assert open_data(str(folder), vocab_size=300, cache=tmp_path / "cache").feedback("train") == "labels"
 
 
+def test_a_reply_that_was_edited_is_no_example_though_it_was_chosen_or_liked(tmp_path):
+    liked = [label(i, id=f"{i + 1000:016d}") | {"label": 1} for i in range(40)]
+    edit = {"annotator": "me", "kind": "edit", "id": "f" * 16, "prompt": liked[0]["prompt"],
+            "response": "better", "original": liked[0]["response"]}
+    write_data([*answers(), *liked, edit], tmp_path)
+    examples = [(r.get("prompt"), r.get("response")) for r in lines_of(tmp_path / "sft.jsonl")]
+    assert (liked[0]["prompt"], "better") in examples
+    assert ("第 0 问？\u2028", "better 0") in examples
+    assert (liked[0]["prompt"], liked[0]["response"]) not in examples
+    assert ("第 0 问？\u2028", "good 0") not in examples
+    assert (liked[1]["prompt"], liked[1]["response"]) in examples
+
+
 def test_two_thumbs_beside_many_pairs_do_not_stop_the_training(tmp_path, capsys):
     events = [*answers(200), label(1, id="b" * 16), label(1, id="c" * 16, prompt="Talk 2")]
     counts = write_data(events, tmp_path / "data")
