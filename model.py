@@ -656,6 +656,8 @@ def load_parent(o: Common, data: Prepared, stage: str, path: str,
           f"vocabulary of {c.vocab_size}")
     for warning in state.get("warnings", ()):
         print(f"{where}: warning: {warning}", file=sys.stderr)
+    for name in ("optimizers", "optimizer", "critic", "best"):  # else they stay in memory while the child trains
+        state.pop(name, None)
     differs = data.tokenizer is not None and data.tokenizer.to_state() != tokenizer.to_state()
     if "vocab_size" in o.explicit and differs:
         raise UserError(f"--vocab_size {o.vocab_size} contradicts {where}, whose own vocabulary, "

@@ -33,23 +33,24 @@ Records = dict[tuple[str, str], list[dict] | Texts]  # (stage, split) -> records
 # ---- from stage to stage -------------------------------------------------------------------------
 
 def preferred(feedback: Sequence[dict], mean: float | None) -> list[dict]:
-    """sft records of the replies that people chose, liked, or rated above the mean, but for those that they put
-    second to another one, as they do with one that they edit. None: all but the rejected ones of pairs. Each
-    stands once."""
-    def key(r: dict, field: str) -> str:
-        return json.dumps([r["prompt"], r[field]])
+    """sft records of the replies that people chose, liked, or rated above the mean, each once. Those that they also
+    put second to another one, as they do with one that they edit, are left out, unless no other is left.
 
-    beaten = {key(r, "rejected") for r in feedback if "chosen" in r and "tie" not in r}
+    mean: None takes all replies but the rejected ones of pairs.
+    """
+    def key(r: dict, field: str) -> str:
+        return json.dumps([r["prompt"], r[field]], sort_keys=True)
 
     def is_meant(r: dict) -> bool:
-        if mean is None:
-            return True
-        if key(r, "chosen" if "chosen" in r else "response") in beaten or "tie" in r:  # of a tie neither reply
-            return False
-        return "chosen" in r or (r["label"] == 1 if "label" in r else r["score"] > mean)
+        if "chosen" in r:  # of a tie neither reply
+            return "tie" not in r or mean is None
+        return mean is None or (r["label"] == 1 if "label" in r else r["score"] > mean)
 
     found = [{"prompt": r["prompt"], "response": r.get("chosen", r.get("response"))}
              for r in feedback if is_meant(r)]
+    if mean is not None:
+        beaten = {key(r, "rejected") for r in feedback if "chosen" in r and "tie" not in r}
+        found = [r for r in found if key(r, "response") not in beaten] or found
     return list({json.dumps(record): record for record in found}.values())
 
 

@@ -145,9 +145,9 @@ def shared_depth(trunk: Any, other: Any) -> int:
 def equal_depth(trunk: Any, other: Any) -> int:
     """How many of the lowest blocks of two trunks, embedding included, have equal weights, the last block aside."""
     def equal(part: nn.Module | None, its: nn.Module | None) -> bool:
-        ours, theirs = (dict(x.named_parameters()) if x is not None else {} for x in (part, its))
+        ours, theirs = ({} if x is None else x.state_dict() for x in (part, its))
         return ours.keys() == theirs.keys() and all(
-            p is theirs[name] or p.dtype == theirs[name].dtype and torch.equal(p, theirs[name])
+            p.data_ptr() == theirs[name].data_ptr() or p.dtype == theirs[name].dtype and torch.equal(p, theirs[name])
             for name, p in ours.items())
 
     below = (trunk.embedding, other.embedding), (trunk.position_embedding, other.position_embedding)

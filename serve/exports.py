@@ -93,8 +93,8 @@ def saved(events: Iterable[dict], annotator: str | None = None) -> int:
 
 def data_files(events: Iterable[dict], template: str = "{prompt}", prompts: Sequence = ()) -> dict[str, list[dict]]:
     """{stage: records} of the files that training reads: `reward` has the most frequent kind of feedback,
-    `reward_labels` and the like the others; `sft`, only with edits, these and what `preferred` is; `ppo`
-    each prompt once. UserError without any feedback.
+    `reward_labels` and the like the others; `sft`, with edits or several kinds, what is `preferred` of all;
+    `ppo` each prompt once. UserError without any feedback.
 
     template: the checkpoint's, if that is not "{prompt}": prompts that are texts then stand in it as
     messages, so that no stage needs --template. prompts: more of them, for PPO.
@@ -104,10 +104,14 @@ def data_files(events: Iterable[dict], template: str = "{prompt}", prompts: Sequ
     if not found[kinds[0]]:
         raise UserError("no answers yet: give some before they are trained on or exported")
     files = {"reward": found[kinds[0]], **{f"reward_{kind}": found[kind] for kind in kinds[1:] if found[kind]}}
-    if edits:
+    if edits or len(files) > 1:
         answers = [record for kind in kinds for record in found[kind]]
         liked = [normal(record, "sft") for record in preferred(answers, mean_score(answers))]
-        files["sft"] = list({json.dumps(record): record for record in [*edits, *liked]}.values())
+        worse = {json.dumps(normal({"prompt": r["prompt"], "response": r["rejected"]}, "sft"))
+                 for r in found["pairs"] if "tie" not in r}  # an edit may be edited, too
+        better = [record for record in edits if json.dumps(record) not in worse]
+        sft = list({json.dumps(record): record for record in [*better, *liked]}.values())
+        files |= {"sft": sft} if sft else {}
     asked = [*(record["prompt"] for kind in kinds for record in found[kind]), *prompts]
     files["ppo"] = [{"prompt": prompt} for prompt in {json.dumps(x): x for x in asked}.values()]
     if template != "{prompt}":

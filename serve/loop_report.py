@@ -119,13 +119,14 @@ def what_changed(s: Setting, held_out: pathlib.Path, after: pathlib.Path, before
 def how_right(kind: str, records: Sequence[dict],
               scores: dict[str, np.ndarray]) -> tuple[float | None, list[float] | None]:
     """(value, its 95 % interval): the share of decided pairs in the right order, the correlation with ratings, or
-    the AUC on labels; (None, None) where these records have no such measure. scores: of each reply, by its field.
+    the AUC on labels. (None, None) where these records have no such measure; no interval where they are too few for
+    one. scores: of each reply, by its field.
 
     Only the order counts: the zero of a model that learned from pairs means nothing. Answers to one prompt are
-    alike, so an interval counts prompts. That of a share is Wilson's, which holds for few of them, too.
+    alike. So a share counts prompts, by Wilson's interval; the others are bootstrapped, by prompt from ten on.
     """
     value = quick_agreement(kind, records, scores).get(f"val_{MEASURES[kind]}".lower())
-    if value is None:
+    if value is None or kind == "regression" and len({record["score"] for record in records}) < 2:
         return None, None
     prompts = [prompt_text(record["prompt"]) for record in records if not record.get("tie")]
     if kind == "pairwise":
@@ -133,8 +134,8 @@ def how_right(kind: str, records: Sequence[dict],
         interval = wilson(value * n, n)
         return value, [interval["low"], interval["high"]]
     field, measure = ("label", auc) if kind == "label" else ("score", correlation)
-    _, *ends = bootstrap(measure, scores["response"], [record[field] for record in records], groups=prompts)
-    return value, ends
+    _, low, high = bootstrap(measure, scores["response"], [record[field] for record in records], groups=prompts)
+    return value, [low, high] if low < high else None
 
 
 def moved(texts: Sequence[tuple], before: dict[str, np.ndarray], after: dict[str, np.ndarray],

@@ -112,6 +112,11 @@ def test_a_reply_that_lost_to_another_is_not_preferred():
     assert preferred([*pairs, *others], 0.0) == [{"prompt": "p", "response": "better"},
                                                  {"prompt": "q", "response": "good"}]
     assert len(preferred(pairs, None)) == 2
+    turned = [pairs[0], {"prompt": "p", "chosen": "bad", "rejected": "good"}]
+    assert [r["response"] for r in preferred(turned, 0.0)] == ["good", "bad"]  # else nothing would be left
+    talks = [{"prompt": [{"role": "user", "content": "p"}], "chosen": "b", "rejected": "c"},
+             {"prompt": [{"content": "p", "role": "user"}], "chosen": "a", "rejected": "b"}]
+    assert [r["response"] for r in preferred(talks, 0.0)] == ["a"]
 
 
 def test_preferred_replies_are_chosen_liked_or_above_the_mean():

@@ -425,13 +425,23 @@ def test_a_reply_that_was_edited_is_no_example_though_it_was_chosen_or_liked(tmp
     liked = [label(i, id=f"{i + 1000:016d}") | {"label": 1} for i in range(40)]
     edit = {"annotator": "me", "kind": "edit", "id": "f" * 16, "prompt": liked[0]["prompt"],
             "response": "better", "original": liked[0]["response"]}
-    write_data([*answers(), *liked, edit], tmp_path)
+    again = edit | {"id": "7" * 16, "response": "best", "original": "better"}
+    write_data([*answers(), *liked, edit, again], tmp_path)
     examples = [(r.get("prompt"), r.get("response")) for r in lines_of(tmp_path / "sft.jsonl")]
-    assert (liked[0]["prompt"], "better") in examples
+    assert (liked[0]["prompt"], "best") in examples
+    assert (liked[0]["prompt"], "better") not in examples
     assert ("第 0 问？\u2028", "better 0") in examples
     assert (liked[0]["prompt"], liked[0]["response"]) not in examples
     assert ("第 0 问？\u2028", "good 0") not in examples
     assert (liked[1]["prompt"], liked[1]["response"]) in examples
+
+
+def test_with_several_kinds_and_no_edit_the_liked_replies_are_examples_too(tmp_path):
+    write_data([*[pair(i, id=f"{i:016x}") for i in range(60)], *(label(i, id=f"{i + 1000:016d}") for i in range(40))],
+               tmp_path)
+    examples = [record["response"] for record in lines_of(tmp_path / "sft.jsonl")]
+    assert {"good 0", "words 1"} <= {*examples}
+    assert "words 0" not in examples  # a thumb down
 
 
 def test_two_thumbs_beside_many_pairs_do_not_stop_the_training(tmp_path, capsys):

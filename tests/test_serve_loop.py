@@ -385,6 +385,14 @@ def test_how_right_a_model_is_does_not_depend_on_where_its_zero_is():
     assert how_right("label", labels[::2], {"response": scores[::2]}) == (None, None)  # nothing to tell apart
 
 
+def test_records_too_few_for_an_interval_have_none():
+    two = [{"prompt": "p", "response": "x", "label": i} for i in (0, 1)]
+    assert how_right("label", two, {"response": np.array([0.0, 1.0])}) == (1.0, None)
+    alike = [{"prompt": str(i), "response": "x", "score": 3.0} for i in range(5)]
+    assert how_right("regression", alike, {"response": np.arange(5.0)}) == (None, None)
+    assert how_right("regression", alike[:1], {"response": np.arange(1.0)}) == (None, None)
+
+
 def test_the_interval_of_a_share_counts_prompts_not_answers():
     def pairs(prompts):
         return [{"prompt": prompt, "chosen": "a", "rejected": "b", "tie": False} for prompt in prompts]

@@ -18,6 +18,7 @@ from model import load_checkpoint, load_parent, open_run, save_checkpoint
 from reward import RewardModel, RewardTask, label_loss, pairwise_loss, reward_model_from, train_reward
 from runtime.draws import batch_indices, key
 from runtime.options import UserError, run_main
+from runtime.storage import tensors_of
 from tests.conftest import logprobs_of, loud
 
 
@@ -227,6 +228,14 @@ def test_a_reward_model_that_learned_nothing_is_said_by_it_and_by_what_builds_on
     train_reward(command("reward", "--epochs=.1", "--fresh"))
     load_parent(run.o, world.data, "reward", run.folder.path, RewardModel)
     assert "chance" not in capsys.readouterr().err
+
+
+def test_a_parent_brings_no_optimizer_along(command, world):
+    """What its own training needs would stay in memory as long as the child trains."""
+    run = train_reward(command("reward", "--epochs=.1"))
+    assert "optimizers" in load_checkpoint(run.folder.path, cls=RewardModel)[2]
+    _, _, state = load_parent(run.o, world.data, "reward", run.folder.path, RewardModel)
+    assert not [*tensors_of(state)]
 
 
 def test_a_judge_that_learned_nothing_is_named_as_such(command, capsys):
