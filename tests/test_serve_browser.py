@@ -258,7 +258,8 @@ def check_export(files: dict[str, list[dict]], given: list, edit: str, turns: li
     assert label["label"] is True and label["completion"][0]["content"] == turns[3]["content"]
     assert [message["content"] for message in label["prompt"]][1:] == [turns[1]["content"], turns[2]["content"]]
     examples = [record["messages"][-1]["content"] for record in files["sft.jsonl"]]
-    assert edit in examples and set(examples) <= {edit, *(chosen for chosen, _ in decided)}
+    assert {edit, turns[3]["content"]} <= set(examples) <= {
+        edit, turns[3]["content"], *(chosen for chosen, _ in decided)}  # a liked reply is one, too
 
 
 def check_table(rows: list[list], events: list[dict]) -> None:
