@@ -82,7 +82,7 @@ def reply_logprobs(policy: Transformer, reference: Transformer, ids: Sequence[li
         rows = make_rows(torch.cat((prompt, replies.tokens[i:i + size]), 1),
                          torch.cat((prompt_mask, mask), 1),
                          torch.cat((torch.zeros_like(prompt_mask), mask), 1))
-        with precision(settings.dtype, device.type):
+        with precision(settings.dtype, device.type), sharing(policy, reference):
             below = policy.below(rows.tokens)
             hidden = [model.hidden(rows.tokens, where=rows.before, below=below) for model in (policy, reference)]
         parts.append([scatter_tokens(x, mask) for x in compared_logprobs(
@@ -230,10 +230,9 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
     lines, replies, answers, others = [], {}, [], []  # the last two: ids, for distinct-2
     measures = Measures(data, split)
     for name, policy in c.policies.items():
-        with sharing(policy, c.reference):
-            metrics, replies[name], rows = measure_policy(
-                policy, c.reference, tokenizer, [p for p in prompts for _ in range(samples)],
-                data.template, reward_model=c.scorer, judges=c.judges, settings=settings)
+        metrics, replies[name], rows = measure_policy(
+            policy, c.reference, tokenizer, [p for p in prompts for _ in range(samples)],
+            data.template, reward_model=c.scorer, judges=c.judges, settings=settings)
         measures.add(metrics, replies[name])
         lines.append(table_row(name, metrics, replies[name], samples))
         answers.append(rows[::samples])

@@ -246,9 +246,6 @@ class Writer:
         self.end_id = end_id
         self.tokens, self.mask = prompts
         (n, self.P), self.R, device = self.tokens.shape, reply_len, self.tokens.device
-        # The number of each prompt among the different ones; several replies to one stand side by side.
-        other = (self.tokens[1:] != self.tokens[:-1]) | (self.mask[1:] != self.mask[:-1])
-        self.distinct = F.pad(other.any(1).long().cumsum(0), (1, 0))
         self.out = Generation(torch.zeros(n, self.R, dtype=torch.int64, device=device),
                               torch.zeros(n, self.R, dtype=torch.bool, device=device),
                               torch.zeros(n, self.R, device=device))
@@ -293,15 +290,15 @@ class Writer:
         prompt = torch.arange(self.next_prompt, self.next_prompt + len(free), device=at.device)
         self.next_prompt += len(free)
         tokens, mask = self.tokens[prompt], self.mask[prompt]
-        # Prefill each prompt once, however many replies it gets: all rows directly, fewer in a cache of
-        # their own that is then copied.
-        source = self.distinct[prompt] - self.distinct[prompt[0]]  # of each row, where its prompt is read
-        first = source.diff(prepend=source.new_tensor([-1])) > 0
-        n = int(source[-1]) + 1
+        # Prefill each prompt once, though it stands in several rows, side by side: all rows directly, fewer
+        # in a cache of their own that is then copied.
+        other = (tokens[1:] != tokens[:-1]) | (mask[1:] != mask[:-1])
+        first = F.pad(other.any(1), (1, 0), value=True)
+        source, n = first.cumsum(0) - 1, int(first.sum())  # of each row, where its prompt is read
         cache = self.cache if n == self.rows else self.decoder.new_cache(n, self.P)
         logits = prefill(self.model, tokens[first], mask[first], cache)[source]
         if cache is not self.cache:
-            self.cache.put(at, cache if n == len(free) else cache.keep(source), self.P)
+            self.cache.put(at, cache.keep(source), self.P)
         self.prompt[at], self.length[at], self.running[at] = prompt, 0, True
         self.start[at] = self.P - mask.sum(1)
         # The first token of each reply.

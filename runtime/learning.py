@@ -159,8 +159,11 @@ def equal_depth(trunk: Any, other: Any) -> int:
 
 @contextlib.contextmanager
 def sharing(trunk: Any, other: Any) -> Iterator[None]:
-    """In this block what two trunks have in common counts as frozen, so that `trunk.below` serves both: of a
-    policy and its reference, for instance, when neither learns."""
+    """In this block what two trunks have in common counts as frozen, so that `trunk.below` serves both. Where the
+    first one learns, what is frozen stays as it is: a compiled trunk would be compiled anew."""
+    if learning(trunk):
+        yield
+        return
     before = trunk.frozen, other.frozen
     trunk.frozen = other.frozen = equal_depth(trunk, other)
     try:

@@ -21,7 +21,7 @@ from data.report import add_distinct, policy_columns, show_policies, show_wins, 
 from data.tokenizer import Tokenizer
 from model import load_checkpoint
 from runtime.device import precision
-from runtime.learning import measured_in, sharing
+from runtime.learning import measured_in
 from runtime.statistics import auc, bootstrap, correlation, mean_interval
 from runtime.tables import table
 from serve.annotators import Annotator
@@ -63,10 +63,9 @@ def measure_round(s: Setting, policies: dict[str, pathlib.Path], reward: pathlib
     prompts = held_out_prompts(s.data, "val", tokenizer, min(lengths) - s.settings.reply_len, s.n_prompts)
     lines, replies, rows = [], {}, []
     for name, network in networks.items():
-        with sharing(network, networks["SFT"]):
-            metrics, replies[name], ids = evaluate.measure_policy(
-                network, networks["SFT"], tokenizer, prompts, s.data.template, reward_model=scorer,
-                judges=judges, settings=s.settings)
+        metrics, replies[name], ids = evaluate.measure_policy(
+            network, networks["SFT"], tokenizer, prompts, s.data.template, reward_model=scorer,
+            judges=judges, settings=s.settings)
         lines.append(table_row(name, metrics, replies[name]))
         rows.append(ids)
     add_distinct(lines, rows, [])

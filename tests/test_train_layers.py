@@ -249,6 +249,7 @@ def test_what_two_policies_have_in_common_is_computed_once_where_they_are_measur
     ids, calls = prompts(6), []
     replies = generate(policy, *pad_left(ids, 0), 8, seed=1)
     alone = evaluate.reply_logprobs(policy, reference, ids, replies, evaluate.ReplySettings())
+    policy.requires_grad_(False)  # from now on it learns no more
     for block in reference.blocks:
         block.register_forward_hook(lambda *_: calls.append(1))
     with sharing(policy, reference):
