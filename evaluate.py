@@ -25,7 +25,7 @@ import torch
 
 from convert.importing import as_checkpoint, with_checkpoints
 from data.agreement import feedback_table, most_measured, reward_tables, show_agreement, summary
-from data.batches import held_out_prompts, make_rows, pad_left, prompt_ids, scatter_tokens
+from data.batches import LEAST_REPLY, held_out_prompts, make_rows, pad_left, prompt_ids, scatter_tokens, similar_lengths
 from data.dataset import feedback_of
 from data.forms import parse_fields
 from data.health import judge_warnings, stage_warnings, warnings_of
@@ -75,20 +75,21 @@ def reply_logprobs(policy: Transformer, reference: Transformer, ids: Sequence[li
     of Σ log π/π_ref and, as a rule, less variance: each token's draw is averaged over
     (Rao–Blackwell).
     """
-    device, size, parts = policy.embedding.weight.device, settings.rows_at_once, []
-    for i in range(0, len(ids), size):
-        mask = replies.mask[i:i + size]
-        prompt, prompt_mask = (t.to(device) for t in pad_left(ids[i:i + size], 0))
-        rows = make_rows(torch.cat((prompt, replies.tokens[i:i + size]), 1),
-                         torch.cat((prompt_mask, mask), 1),
-                         torch.cat((torch.zeros_like(prompt_mask), mask), 1))
-        with precision(settings.dtype, device.type), sharing(policy, reference):
-            below = policy.below(rows.tokens)
-            hidden = [model.hidden(rows.tokens, where=rows.before, below=below) for model in (policy, reference)]
-        parts.append([scatter_tokens(x, mask) for x in compared_logprobs(
-            (policy, reference), hidden, rows.targets, settings.temperature)])
-    return tuple(require_finite(torch.cat(part), "log-probabilities of the replies")
-                 for part in zip(*parts, strict=True))
+    device = policy.embedding.weight.device
+    lengths, compared = replies.mask.sum(1), torch.zeros(3, *replies.mask.shape, device=device)
+    lengths = lengths + torch.tensor([len(prompt) for prompt in ids], device=device)
+    with sharing(policy, reference):
+        for part in similar_lengths(lengths):
+            mask = replies.mask[part]
+            prompt, prompt_mask = (t.to(device) for t in pad_left([ids[i] for i in part.tolist()], 0))
+            rows = make_rows(torch.cat((prompt, replies.tokens[part]), 1), torch.cat((prompt_mask, mask), 1),
+                             torch.cat((torch.zeros_like(prompt_mask), mask), 1))
+            with precision(settings.dtype, device.type):
+                below = policy.below(rows.tokens)
+                hidden = [model.hidden(rows.tokens, where=rows.before, below=below) for model in (policy, reference)]
+            compared[:, part] = torch.stack([scatter_tokens(x, mask) for x in compared_logprobs(
+                (policy, reference), hidden, rows.targets, settings.temperature)])
+    return tuple(require_finite(compared, "log-probabilities of the replies"))
 
 
 def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Tokenizer,
@@ -223,9 +224,8 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
     """
     c, tokenizer, (openings, most) = compared, compared.tokenizer, most_measured(compared.reference)
     limits = [m.config.max_len for m in (*c.policies.values(), c.reference, c.reward_model)
-              if m is not None]
-    limits += [judge.max_len for judge in c.judges.values() if hasattr(judge, "max_len")]
-    limit = min(limits) - settings.reply_len
+              if m is not None] + [judge.max_len for judge in c.judges.values() if hasattr(judge, "max_len")]
+    limit = min(min(limits) - settings.reply_len, (c.max_len or max(limits)) - LEAST_REPLY)
     prompts = held_out_prompts(data, split, tokenizer, limit, n_prompts)
     lines, replies, answers, others = [], {}, [], []  # the last two: ids, for distinct-2
     measures = Measures(data, split)

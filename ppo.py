@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import evaluate
 from data.batches import (Rows, drop_long_prompts, held_out_prompts, make_rows, pad_left, prompt_ids,
-                          scatter_tokens, text_for)
+                          scatter_tokens, similar_lengths, text_for)
 from data.prepare import open_stage
 from data.prepared import Prepared
 from data.functions import RewardError
@@ -44,7 +44,7 @@ from data.health import ALARMS, VARIETY, as_logged, ratio_start, rollout_metrics
 from data.rewards import (Part, RewardSum, ScoreScale, needs_model, part_scores, read_reward, resolved,
                           starting_scale)
 from model import Transformer, load_parent, next_token_loss, open_run, token_logprobs
-from reward import RewardModel, Scorer, critic_from, critic_of_policy
+from reward import RewardModel, Scorer, critic_from, critic_of_policy, room_for_prompt
 from runtime.control import KLController, actor_critic_rates
 from runtime.alarms import Alarms
 from runtime.decoding import ends
@@ -83,6 +83,7 @@ class PPOOptions(Common):
     batch: int = option(144, "replies per rollout", low=1, high=1_000_000)
     samples_per_prompt: int = option(1, "replies to each prompt, a group (for RLOO)", low=1)
     reply_len: int = option(64, "longest reply in tokens; a truncated one is terminal: no bootstrap value", low=1)
+    prompt_len: int = option(0, "longest prompt in tokens, others are left out; 0: as the parents learned", low=0)
     temperature: float = option(1.0, "of sampling and of every log-probability alike", low=0.001,
                                 source="N+: else the ratio does not start at 1")
     rollout_rows: int = option(64, "replies written at a time; ended ones make room", low=1)
@@ -123,7 +124,7 @@ class PPOOptions(Common):
     # Optimisation.
     epochs: int = option(1, "passes over a rollout", source="MOSS 1; 4 in N+", low=1)
     minibatches: int = option(4, "optimizer steps per pass", source="1 in N+", low=1)
-    micro_batch: int = option(36, "rows per forward; changes memory and speed alone", low=1)
+    micro_batch: int = option(36, "rows per forward and backward; changes memory and speed alone", low=1)
     dtype: str = option("float32", "precision of matrix products; bfloat16 rounds what the ratio is of",
                         choices=("auto", "float32", "bfloat16"))
     critic: str = option("separate", "separate: a copy of the reward model; shared: a head on the policy",
@@ -426,7 +427,7 @@ def score_replies(networks: Networks, replies: Replies, o: PPOOptions) -> tuple[
     shape, device = replies.response_mask.shape, replies.tokens.device
     prediction = Prediction(*torch.zeros(3, *shape, device=device))
     ref_logprobs, below = torch.zeros(shape, device=device), Below()
-    for index in replies.by_length(torch.arange(shape[0], device=device), o.micro_batch):
+    for index in similar_lengths(replies.mask.sum(1)):
         mask = replies.response_mask[index]
         with precision(networks.actor_critic.dtype, device.type):
             rows = networks.actor_critic.with_below(replies.rows(index))
@@ -680,13 +681,10 @@ class PPOTrainer:
         self.estimator = estimator or (gae_estimator if o.advantage == "gae" else group_estimator)
         # What no network learns and all have in common is in memory once, and computed once.
         reference, self.reward_model = drop_adapters(learning_copy(reference, o, "ppo")), reward_model
-        if reward_model is not None:
-            reward_model.rows_at_once = o.micro_batch
         for network in (reference, reward_model) if reward_model is not None else (reference,):
             share_frozen(run.model, network.requires_grad_(False))
             use_products(network.to(run.device), run.compute.products)
-        # Prompts that leave room for a reply in every network.
-        room = min(x.config.max_len for x in (run.model, reward_model) if x is not None) - o.reply_len
+        room = o.prompt_len or run.model.config.max_len - o.reply_len
         records = drop_long_prompts(data.records("ppo", "train"), run.tokenizer, data.template, room)
         self.prompts = [record["prompt"] for record in records]
         held_out = held_out_prompts(data, "val", run.tokenizer, room, o.eval_prompts)
@@ -829,15 +827,16 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     terms = read_reward(o.reward) if o.reward else []
     policy, tokenizer, state = load_parent(o, data, "sft", o.init_from)
     parents, reward_model, feedback = {"init": state["hash"]}, None, "scores of any kind"
+    room = room_for_prompt(o.reply_len, policy, state)
     parents |= {f"file {term.path}": term.digest for term in terms if term.path is not None}
     if not terms or needs_model(o, terms):
         reward_model, reward_tokenizer, reward_state = load_parent(
             o, data, "reward", o.reward_from, RewardModel, merged=not o.lora_rank)  # else adapters go on learning
         tokenizer.require_same(reward_tokenizer, "the policy and the reward model")
         parents["reward"] = reward_state["hash"]
-        if "scorer" not in seams:
-            feedback = reward_state.get("feedback", "unknown scores")
-    run = open_run("ppo", resolved(o, terms, feedback), data, parents, policy, tokenizer)
+        room = min(room, room_for_prompt(o.reply_len, reward_model, reward_state))
+        feedback = feedback if "scorer" in seams else reward_state.get("feedback", "unknown scores")
+    run = open_run("ppo", resolved(o, terms, feedback, room), data, parents, policy, tokenizer)
     if run is None:
         return None
     o = run.o

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.batches import IN_A_ROW, Row, different_pairs, drop_long_prompts, pack_rows, reward_batch, reward_rows
+from data.batches import (IN_A_ROW, LEAST_REPLY, Row, different_pairs, drop_long_prompts, pack_rows, reward_batch,
+                          reward_rows, similar_lengths)
 from data.feedback import (by_kind, chance_warnings, denoised, feedback_beside, feedback_kind, parts_of,
                            quick_agreement, rating_scale, require_varied, standardised, tie_odds_of)
 from data.parents import limit_length
@@ -72,7 +73,6 @@ class RewardModel(nn.Module):
             raise UserError(f"unknown pooling {self.config.pool!r}: use last or mean")
         self.backbone = Transformer(self.config)
         self.score_head = nn.Linear(config.d_model, max(1, len(self.config.parts)) * self.config.members)
-        self.rows_at_once = 64  # read together by `scores`: memory and speed, nothing else
         self.dtype = "float32"  # of `scores`, unless the caller's own autocast says more
         self.known: Tensor | None = None  # see runtime.learning.knowing
         self.initialise_head()
@@ -183,12 +183,10 @@ class RewardModel(nn.Module):
     @torch.no_grad()
     def score_heads(self, rows: Sequence[Row]) -> Tensor:
         """Every head's score of each row, (parts, members, n) float32, in batches of similar length."""
-        order = np.argsort([len(ids) for ids, _ in rows], kind="stable")
         members, weight = self.config.members, self.score_head.weight
         scores = torch.zeros(len(weight) // members, members, len(rows), device=weight.device)
-        for i in range(0, len(rows), self.rows_at_once):
-            index = order[i:i + self.rows_at_once]
-            batch, at = reward_batch([rows[j] for j in index], weight.device), torch.from_numpy(index).to(weight.device)
+        for at in similar_lengths(torch.tensor([len(ids) for ids, _ in rows], device=weight.device)):
+            batch = reward_batch([rows[i] for i in at.tolist()], weight.device)
             below = None if self.known is None else self.known[at, :batch[0].shape[1]]
             with precision(self.dtype, weight.device.type):
                 scores[..., at] = self.head_scores(*batch, below).float()
@@ -208,9 +206,15 @@ class Scorer(Protocol):
         """One score (B,) for each reply, from prompts and replies as lists of token ids."""
 
 
-def longest_row(model: RewardModel, state: dict[str, Any]) -> int:
+def longest_row(model: nn.Module, state: dict[str, Any]) -> int:
     """The longest row, in tokens, that this model was trained on."""
     return min(state.get("options", {}).get("max_len", math.inf), model.config.max_len)
+
+
+def room_for_prompt(reply_len: int, model: nn.Module, state: dict[str, Any]) -> int:
+    """The most tokens of a prompt to which replies of reply_len tokens are learned: this parent (its checkpoint's
+    state) can read both, and was trained on prompts so long."""
+    return min(model.config.max_len - reply_len, longest_row(model, state) - LEAST_REPLY)
 
 
 def critic_from(reward_model: RewardModel, mean: float = 0.0, std: float = 1.0,
@@ -407,7 +411,7 @@ class RewardTask:
         self.render = dict(tokenizer=run.tokenizer, template=data.template, max_len=run.o.max_len)
         # The main kind's records first; what other kinds a folder has is learned, but not measured.
         self.records, self.val, beside = (
-            records and drop_long_prompts(records, run.tokenizer, data.template, run.o.max_len - 8, IN_A_ROW)
+            records and drop_long_prompts(records, run.tokenizer, data.template, run.o.max_len - LEAST_REPLY, IN_A_ROW)
             for records in (data.records(run.stage, "train"), data.records("reward", "val"),
                             feedback_beside(data, run.stage)))
         self.kind = self.checked_kind(beside)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convert.importing import as_checkpoint, own_sampling
-from data.batches import pad_left, prompt_ids
+from data.batches import pad_left, prompt_ids, prompts_to_read
 from data.records import apply_template, load_records, prompt_text
 from data.tokenizer import Tokenizer
 from model import Transformer, attention_allowed, checkpoint_path, load_checkpoint
@@ -290,15 +290,14 @@ class Writer:
         prompt = torch.arange(self.next_prompt, self.next_prompt + len(free), device=at.device)
         self.next_prompt += len(free)
         tokens, mask = self.tokens[prompt], self.mask[prompt]
-        # Prefill each prompt once, though it stands in several rows, side by side: all rows directly, fewer
-        # in a cache of their own that is then copied.
-        other = (tokens[1:] != tokens[:-1]) | (mask[1:] != mask[:-1])
-        first = F.pad(other.any(1), (1, 0), value=True)
-        source, n = first.cumsum(0) - 1, int(first.sum())  # of each row, where its prompt is read
-        cache = self.cache if n == self.rows else self.decoder.new_cache(n, self.P)
-        logits = prefill(self.model, tokens[first], mask[first], cache)[source]
-        if cache is not self.cache:
-            self.cache.put(at, cache.keep(source), self.P)
+        # Prefill: all rows directly, some of them in a cache of their own that is then copied.
+        logits = torch.zeros(len(at), self.model.config.vocab_size, device=at.device)
+        for part, part_mask, row, index, skip in prompts_to_read(tokens, mask, KVCache.BLOCK):
+            whole = len(part) == self.rows and not skip
+            cache = self.cache if whole else self.decoder.new_cache(*part.shape)
+            logits[row] = prefill(self.model, part, part_mask, cache)[index].float()
+            if not whole:
+                self.cache.put(at[row], cache.keep(index), part.shape[1], skip)
         self.prompt[at], self.length[at], self.running[at] = prompt, 0, True
         self.start[at] = self.P - mask.sum(1)
         # The first token of each reply.

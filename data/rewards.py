@@ -274,10 +274,10 @@ def settled(o: Any, terms: Sequence[Part], data: Prepared) -> bool:
     return needed
 
 
-def resolved(o: Any, terms: Sequence[Part], feedback: str) -> Any:
+def resolved(o: Any, terms: Sequence[Part], feedback: str, room: int = 0) -> Any:
     """PPO's options with what `auto` means for this reward, and without a critic where none is used.
 
-    feedback: the kind that the reward model learned from.
+    feedback: the kind that the reward model learned from. room: the most tokens of a prompt.
     """
     reward_norm = chosen_reward_norm(o.reward_norm, feedback)
     if terms and reward_norm == "running":
@@ -288,4 +288,5 @@ def resolved(o: Any, terms: Sequence[Part], feedback: str) -> Any:
         steers = (several or feedback not in ("label", "scores of any kind")) and "kl_coef" not in o.explicit
         control = "adaptive" if steers or {"kl_target", "kl_horizon"} & o.explicit else "fixed"
     without = {} if o.advantage == "gae" else {"critic": "shared", "critic_warmup": 0, "value_coef": 0.0}
-    return o.replace(reward_norm=reward_norm, kl_control=control, **without)
+    return o.replace(reward_norm=reward_norm, kl_control=control, prompt_len=min(o.prompt_len or room, room),
+                     **without)

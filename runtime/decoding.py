@@ -102,10 +102,11 @@ class KVCache:
         cache.kv, cache.views = self._dynamic(self.kv[:, :, rows], 1), []
         return cache
 
-    def put(self, rows: Tensor, other: "KVCache", length: int) -> None:
-        """Copy the first `length` positions of another cache's rows into these rows (indices)."""
-        n = -(-length // self.size)
-        self.kv[:, :n, rows, :, :length] = other.kv[:, :n, :, :, :length]
+    def put(self, rows: Tensor, other: "KVCache", length: int, at: int = 0) -> None:
+        """Copy the first `length` positions of another cache's rows into these rows (indices), to position
+        `at` and those behind it; `at` is a multiple of BLOCK."""
+        n, (block, at) = -(-length // other.size), divmod(at, self.size)
+        self.kv[:, block:block + n, rows, :, at:at + length] = other.kv[:, :n, :, :, :length]
 
 
 # ---- packed weights ------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import evaluate
-from data.batches import held_out_prompts, prompt_ids, reward_rows
+from data.batches import LEAST_REPLY, held_out_prompts, prompt_ids, reward_rows
 from data.feedback import feedback_kind, quick_agreement
 from data.prepared import Prepared
 from data.records import prompt_text
@@ -56,11 +56,12 @@ def measure_round(s: Setting, policies: dict[str, pathlib.Path], reward: pathlib
     loaded = {name: load_checkpoint(path, s.device) for name, path in policies.items()}
     _, tokenizer, _ = loaded["SFT"]
     networks = {name: measured_in(model, s.dtype) for name, (model, _, _) in loaded.items()}
-    scorer, _, _ = evaluate.load_reward_model(reward, s.device, tokenizer, s.dtype)
+    scorer, longest, _ = evaluate.load_reward_model(reward, s.device, tokenizer, s.dtype)
     judges = evaluate.load_judges(s.data, s.judge, s.device, s.dtype)
     lengths = [x.config.max_len for x in (*networks.values(), scorer)]
     lengths += [judge.max_len for judge in judges.values() if hasattr(judge, "max_len")]
-    prompts = held_out_prompts(s.data, "val", tokenizer, min(lengths) - s.settings.reply_len, s.n_prompts)
+    room = min(min(lengths) - s.settings.reply_len, longest - LEAST_REPLY)
+    prompts = held_out_prompts(s.data, "val", tokenizer, room, s.n_prompts)
     lines, replies, rows = [], {}, []
     for name, network in networks.items():
         metrics, replies[name], ids = evaluate.measure_policy(

@@ -108,5 +108,7 @@ def stand_in_device(monkeypatch):
     monkeypatch.setattr(torch, "save", lambda x, file: save(tree_map(
         lambda t: t.inner.clone() if isinstance(t, There) else t, x), file))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # From torch 2.14 on an optimizer asks it whether a graph is being captured.
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)
     with Factories(), Named():
         yield

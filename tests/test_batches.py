@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import (drop_equal_pairs, PackedDocuments, dialogue_rows, drop_long_prompts, eval_windows,
-                          held_out_prompts, make_rows, pack_rows, pad_left, pad_right, prompt_ids, reward_batch,
-                          reward_rows, scatter_tokens)
+from data.batches import (PackedDocuments, TOKENS_AT_ONCE, dialogue_rows, drop_equal_pairs, drop_long_prompts,
+                          eval_windows, held_out_prompts, make_rows, pack_rows, pad_left, pad_right, prompt_ids,
+                          prompts_to_read, reward_batch, reward_rows, scatter_tokens, similar_lengths)
 from data.tokenizer import train_bpe
 from data.prepared import Documents
 from runtime.options import UserError
@@ -235,6 +235,39 @@ def test_little_of_packed_windows_is_padding_and_none_is_learned(packed_rows):
     _, (_, flags, docs, _) = packed_rows
     assert (docs < 0).float().mean() < .1
     assert not flags[docs < 0].any()
+
+
+@pytest.mark.parametrize("most", [1, 20, 60, 150])
+def test_rows_of_similar_length_are_put_together_as_far_as_they_fit(most):
+    lengths = torch.from_numpy(np.random.default_rng(0).integers(1, 30, 17))
+    parts = similar_lengths(lengths, most)
+    assert sorted(torch.cat(parts).tolist()) == [*range(17)]
+    assert all(len(part) == 1 or len(part) * int(lengths[part].max()) <= most for part in parts)
+    for part, after in zip(parts, parts[1:], strict=False):
+        assert int(lengths[part].max()) <= int(lengths[after].min())
+        assert (len(part) + 1) * int(lengths[after].min()) > most  # no part could take one more
+
+
+def test_rows_that_fit_together_keep_their_order():
+    assert [part.tolist() for part in similar_lengths(torch.tensor([7, 2, 5]), 21)] == [[0, 1, 2]]
+    assert similar_lengths(torch.zeros(0, dtype=torch.int64)) == []
+
+
+@pytest.mark.parametrize("most", [1, 40, 500])
+@pytest.mark.parametrize("block", [1, 4])
+def test_each_prompt_is_read_once_and_reaches_all_its_rows(monkeypatch, most, block):
+    monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", most)
+    rows = [list(range(1, n + 1)) for n in (3, 3, 9, 2, 2, 2, 17, 3)]  # the last one does not stand beside its equals
+    tokens, mask = pad_left(rows, 0)
+    seen, read = {}, 0
+    for part, part_mask, at, index, skip in prompts_to_read(tokens, mask, block):
+        assert skip % block == 0
+        assert part.shape[1] == tokens.shape[1] - skip
+        read += len(part)
+        for row, i in zip(at.tolist(), index.tolist(), strict=True):
+            seen[row] = part[i][part_mask[i]].tolist()
+    assert seen == dict(enumerate(rows))
+    assert read == 5
 
 
 def test_the_window_grows_to_the_longest_row():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import evaluate
+from data import batches
 from data.batches import drop_long_prompts, prompt_ids, reward_rows
 from data.judge import ngram_regressions
 from data.agreement import most_measured, score_feedback
@@ -68,8 +69,10 @@ def test_a_policys_measures_equal_those_of_its_replies_alone(pair):
     assert metrics["length"] == np.mean([len(row) for row in rows])
 
 
-def test_they_do_not_depend_on_how_many_are_measured_at_a_time(pair):
-    assert measured(pair, rows_at_once=1)[0] == pytest.approx(measured(pair)[0], rel=1e-4)
+def test_they_do_not_depend_on_how_many_are_measured_at_a_time(pair, monkeypatch):
+    together = measured(pair)[0]
+    monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 30)
+    assert measured(pair, rows_at_once=1)[0] == pytest.approx(together, rel=1e-4)
 
 
 def test_a_policy_measured_twice_writes_the_same_replies(pair):

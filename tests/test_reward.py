@@ -4,10 +4,12 @@ import math
 import pytest
 import torch
 
+from data import batches
 from data.feedback import feedback_kind
 from model import ModelConfig
 from reward import (PythonReward, RewardConfig, RewardModel, RewardOptions, critic_from,
-                    davidson_log_probs, feedback_loss, label_loss, pairwise_loss, regression_loss)
+                    davidson_log_probs, feedback_loss, label_loss, pairwise_loss, regression_loss,
+                    room_for_prompt)
 from runtime.options import UserError, parse
 from tests.conftest import equal, loud
 
@@ -90,15 +92,22 @@ def test_nan_in_a_pad_changes_no_score():
     assert reward_model("mean").pool(values, mask).tolist() == [1.5]
 
 
-def test_scores_of_rows_keep_their_order_and_do_not_depend_on_the_batch():
+def test_scores_of_rows_keep_their_order_and_do_not_depend_on_the_batch(monkeypatch):
     model, rng = reward_model("mean"), torch.Generator().manual_seed(0)
     texts = [torch.randint(0, 50, (n,), generator=rng).tolist() for n in (9, 4, 12, 7, 5)]
-    model.rows_at_once = 2
+    monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 18)
     scored = model.score_rows([(ids, [False] * 2 + [True] * (len(ids) - 2)) for ids in texts])
     for ids, score in zip(texts, scored, strict=True):
         real = torch.ones(1, len(ids), dtype=torch.bool)
         alone, = model(torch.tensor([ids]), real, torch.arange(len(ids))[None] > 1)
         assert float(score) == pytest.approx(float(alone), abs=1e-5)
+
+
+@pytest.mark.parametrize("learned,reply_len,room", [(None, 16, 16), (32, 16, 16), (20, 4, 12), (20, 30, 2)])
+def test_replies_are_learned_to_prompts_that_the_parents_learned_from(learned, reply_len, room):
+    """The model reads 32 tokens; rows of 20 were made of prompts of up to 12."""
+    state = {"options": {"max_len": learned}} if learned else {}
+    assert room_for_prompt(reply_len, reward_model("mean"), state) == room
 
 
 def test_a_score_is_that_of_the_replys_tokens_after_the_prompt():

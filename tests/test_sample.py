@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sample as sample_module
+from data import batches
 from data.records import apply_template
 from model import ModelConfig, Transformer, log_softmax
 from reward import RewardConfig, RewardModel
@@ -330,6 +331,24 @@ def test_a_prompt_that_gets_several_replies_is_read_once(model, monkeypatch, bat
         alone = generate(model, tokens[i:i + 1], mask[i:i + 1], 9, seed=3, end_id=7, rows=[i])
         assert torch.equal(together.tokens[i], alone.tokens[0])
         assert torch.allclose(together.logprobs[i], alone.logprobs[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("batch_size", [8, 5])
+def test_replies_do_not_depend_on_how_many_prompt_tokens_are_read_at_once(model, monkeypatch, batch_size, compiled):
+    """Short prompts beside long ones are read without the columns that they leave empty."""
+    tokens, mask = prompts([31, 3, 5, 21, 3, 27, 1, 18])
+    settings = dict(seed=3, end_id=7, batch_size=batch_size)
+    expected = generate(model, tokens, mask, 9, **settings)
+    read, real = [], sample_module.prefill
+    monkeypatch.setattr(sample_module, "prefill", lambda m, t, *more: read.append(t.shape) or real(m, t, *more))
+    for most in (1, 30, 80):
+        monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", most)
+        out = generate(model, tokens, mask, 9, decoder=Decoder(model, compile=compiled), **settings)
+        assert torch.equal(out.tokens, expected.tokens)
+        assert torch.allclose(out.logprobs, expected.logprobs, atol=1e-5)
+    assert sum(rows * length for rows, length in read) < 3 * 8 * 31
+    assert {length for _, length in read} == {31, 15}  # whole blocks of 16 are left out
 
 
 END, PATTERN = 49, ["FTT", "TTF", "TFT", "FFF", "TFF", "FFT"]

@@ -43,7 +43,6 @@ class Update:
         self.optimizer = torch.optim.Adam(groups, eps=1e-8, fused=True)
         self.o = PPOOptions(batch=episodes, rollout_rows=episodes, reply_len=reply, epochs=epochs,
                             minibatches=1, micro_batch=min(16, episodes), reward_norm="fixed")
-        self.reward_model.rows_at_once = self.o.micro_batch
 
     def collect(self) -> Rollout:
         """A rollout on random prompts of this step."""
