@@ -51,7 +51,7 @@ from runtime.decoding import ends
 from runtime.device import compile_trunks, pick_device, precision
 from runtime.fit import Best
 from runtime.draws import batch_indices, key
-from runtime.machine import resume_command
+from runtime.machine import resume_command, return_freed_memory
 from runtime.learning import (Below, halve_frozen, knowing, learned, learning, learning_copy, load_learned,
                               share_frozen, shared_depth)
 from runtime.lora import drop_adapters
@@ -590,8 +590,7 @@ def predict(actor_critic: ActorCritic, rollout: Rollout, index: Tensor, o: PPOOp
 def backward(actor_critic: ActorCritic, rollout: Rollout, parts: list[tuple[Tensor, Minibatch]],
              o: PPOOptions, loss: Callable) -> tuple[Shares, list[Tensor]]:
     """Gradients of a minibatch, part by part. Returns (metrics, log π/π_old of each part)."""
-    shares: Shares = {}
-    ratios = []
+    shares, ratios = Shares(), []
     for index, batch in parts:
         new = predict(actor_critic, rollout, index, o, batch.train_policy)
         part_loss, metrics = loss(batch, new, o)
@@ -768,6 +767,7 @@ class PPOTrainer:
                                   scale=self.scale, kl_coef=self.control.price,
                                   estimator=self.estimator)
         # Learn. The critic's first values may be far off: alone, it learns them without clip.
+        return_freed_memory()  # learning has other shapes than writing
         if not train_policy:
             o = o.replace(value_clip=0.0, epochs=o.critic_epochs)
         learned = update(self.networks.actor_critic, self.optimizer, rollout, o, step,
@@ -798,6 +798,7 @@ class PPOTrainer:
     def measure(self, step: int, measured: tuple | None = None) -> dict[str, float]:
         """Figures on the held-out prompts, whose first replies go into samples.jsonl. measured: what
         `held_out.measure` gave before; None: measure now."""
+        return_freed_memory()
         metrics, records = measured or self.held_out.measure(self.run.model)
         self.run.samples(step, records[:12])
         self.alarms.check(step, metrics)
@@ -824,7 +825,7 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     fixed for a scorer. Returns the finished run, or None if it was finished before.
     """
     data, o = open_stage(o, "ppo")
-    terms = read_reward(o.reward) if o.reward else []
+    terms = read_reward(o.reward)
     policy, tokenizer, state = load_parent(o, data, "sft", o.init_from)
     parents, reward_model, feedback = {"init": state["hash"]}, None, "scores of any kind"
     room = room_for_prompt(o.reply_len, policy, state)
@@ -839,8 +840,7 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     run = open_run("ppo", resolved(o, terms, feedback, room), data, parents, policy, tokenizer)
     if run is None:
         return None
-    o = run.o
-    trainer, metrics = PPOTrainer(run, policy, reward_model, data, terms=terms, **seams), {}
+    o, trainer, metrics = run.o, PPOTrainer(run, policy, reward_model, data, terms=terms, **seams), {}
     # Measured before training begins, which makes the folder this run's: until then nothing changes.
     start = trainer.held_out.measure(run.model) if run.step == 0 else None
     if start and trainer.best and trainer.best.name not in start[0]:

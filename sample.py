@@ -166,7 +166,8 @@ class Decoder:
     def cache(self, rows: int, length: int) -> KVCache:
         """A cache of this size: that of the last call, if its size was the same."""
         if (rows, length) not in self.caches:
-            self.caches = {(rows, length): self.new_cache(rows, length)}
+            self.caches.clear()  # before the new one takes memory, too
+            self.caches[rows, length] = self.new_cache(rows, length)
         return self.caches[rows, length]
 
     def new_cache(self, rows: int, length: int) -> KVCache:
