@@ -53,7 +53,7 @@ from runtime.fit import Best
 from runtime.draws import batch_indices, key
 from runtime.machine import resume_command, return_freed_memory
 from runtime.learning import (Below, halve_frozen, knowing, learned, learning, learning_copy, load_learned,
-                              share_frozen, shared_depth)
+                              share_frozen, shared_depth, trunk_of)
 from runtime.lora import drop_adapters
 from runtime.optim import clip_gradients, restore, stop_unless_finite
 from runtime.options import Common, UserError, option
@@ -680,10 +680,11 @@ class PPOTrainer:
         self.estimator = estimator or (gae_estimator if o.advantage == "gae" else group_estimator)
         # What no network learns and all have in common is in memory once, and computed once.
         reference, self.reward_model = drop_adapters(learning_copy(reference, o, "ppo")), reward_model
-        for network in (reference, reward_model) if reward_model is not None else (reference,):
+        self.fixed = [network for network in (reference, reward_model) if network is not None]
+        for network in self.fixed:
             share_frozen(run.model, network.requires_grad_(False))
             use_products(network.to(run.device), run.compute.products)
-        room = o.prompt_len or run.model.config.max_len - o.reply_len
+        room = min(o.prompt_len or sys.maxsize, *(x.config.max_len - o.reply_len for x in self.fixed))
         records = drop_long_prompts(data.records("ppo", "train"), run.tokenizer, data.template, room)
         self.prompts = [record["prompt"] for record in records]
         held_out = held_out_prompts(data, "val", run.tokenizer, room, o.eval_prompts)
@@ -749,8 +750,7 @@ class PPOTrainer:
         """
         compiles = self.run.compute.compile == "on"
         if compiles:
-            scoring = [self.reward_model.backbone] if self.reward_model is not None else []
-            compile_trunks(self.networks.reference, *scoring, *self.trunks)
+            compile_trunks(*map(trunk_of, self.fixed), *self.trunks)
         self.networks.decoder = Decoder(self.run.model, self.decoder_dtype, compile=compiles)
 
     def update(self, step: int) -> dict[str, float]:
