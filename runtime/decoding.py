@@ -91,16 +91,19 @@ class KVCache:
     def groups(self, size: int) -> "list[KVCache]":
         """A cache of each group of `size` layers: views of this one."""
         if not self.views:
-            for kv in self.kv.split(2 * size):
-                self.views.append(copy.copy(self))
-                self.views[-1].kv = self._dynamic(kv, 1)
+            self.views = [self._with(kv) for kv in self.kv.split(2 * size)]
         return self.views
+
+    def _with(self, kv: Tensor) -> "KVCache":
+        """This cache with other keys and values. It has views of its own: a cache in a list that it holds itself
+        is a reference cycle, whose memory comes free only when the garbage collector runs."""
+        cache = copy.copy(self)
+        cache.kv, cache.views = self._dynamic(kv, 1), []
+        return cache
 
     def keep(self, rows: Tensor | slice) -> "KVCache":
         """A cache of these rows (indices) alone: ended replies need no further steps. A slice gives a view."""
-        cache = copy.copy(self)
-        cache.kv, cache.views = self._dynamic(self.kv[:, :, rows], 1), []
-        return cache
+        return self._with(self.kv[:, :, rows])
 
     def put(self, rows: Tensor, other: "KVCache", length: int, at: int = 0) -> None:
         """Copy the first `length` positions of another cache's rows into these rows (indices), to position
