@@ -74,8 +74,9 @@ class PPOOptions(Common):
                       save_every=1, eval_every=2, eval_prompts=8, report_prompts=20),
         "base": dict(dtype="auto", updates=200, batch=256, rollout_rows=128, reply_len=128, micro_batch=32,
                      policy_lr=1e-5, critic_lr=2e-5, eval_every=20, eval_prompts=256),
-        "smollm": dict(dtype="auto", updates=16, batch=48, micro_batch=6, reply_len=48, temperature=0.7, kl_coef=0.2,
-                       norm_replies=128, policy_lr=1e-4, critic_lr=2e-4, critic_warmup=1, eval_every=8, report_prompts=200),
+        "smollm": dict(dtype="auto", updates=16, batch=48, reply_len=48, temperature=0.7, norm_replies=128,
+                       kl_coef=0.2, micro_batch=6, policy_lr=1e-4, critic_lr=2e-4, critic_warmup=1, eval_every=8,
+                       report_prompts=200),
     }
 
     # The rollout.
@@ -763,9 +764,8 @@ class PPOTrainer:
         index = batch_indices(len(self.prompts), o.batch // o.samples_per_prompt, step, o.seed, "ppo")
         prompts = [self.prompts[i] for i in index]
         ids = [prompt_ids(self.run.tokenizer, prompt, self.template) for prompt in prompts]
-        rollout = collect_rollout(self.networks, ids, self.paying, step=step, scorer=self.scorer,
-                                  scale=self.scale, kl_coef=self.control.price,
-                                  estimator=self.estimator)
+        rollout = collect_rollout(self.networks, ids, self.paying, step=step, scorer=self.scorer, scale=self.scale,
+                                  kl_coef=self.control.price, estimator=self.estimator)
         # Learn. The critic's first values may be far off: alone, it learns them without clip.
         return_freed_memory()  # learning has other shapes than writing
         if not train_policy:
