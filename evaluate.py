@@ -225,7 +225,7 @@ def policy_table(compared: Compared, data: Prepared, *, n_prompts: int = 500, sa
     c, tokenizer, (openings, most) = compared, compared.tokenizer, most_measured(compared.reference)
     limits = [m.config.max_len for m in (*c.policies.values(), c.reference, c.reward_model)
               if m is not None] + [judge.max_len for judge in c.judges.values() if hasattr(judge, "max_len")]
-    limit = min(min(limits) - settings.reply_len, (c.max_len or max(limits)) - LEAST_REPLY)
+    limit = min(min(limits) - settings.reply_len, (c.max_len or math.inf) - LEAST_REPLY)
     prompts = held_out_prompts(data, split, tokenizer, limit, n_prompts)
     lines, replies, answers, others = [], {}, [], []  # the last two: ids, for distinct-2
     measures = Measures(data, split)

@@ -84,7 +84,7 @@ class PPOOptions(Common):
     batch: int = option(144, "replies per rollout", low=1, high=1_000_000)
     samples_per_prompt: int = option(1, "replies to each prompt, a group (for RLOO)", low=1)
     reply_len: int = option(64, "longest reply in tokens; a truncated one is terminal: no bootstrap value", low=1)
-    prompt_len: int = option(0, "longest prompt in tokens, others are left out; 0: as the parents learned", low=0)
+    prompt_len: int = option(0, "longest prompt in tokens, others are left out; 0: as the reward model learned", low=0)
     temperature: float = option(1.0, "of sampling and of every log-probability alike", low=0.001,
                                 source="N+: else the ratio does not start at 1")
     rollout_rows: int = option(64, "replies written at a time; ended ones make room", low=1)
@@ -828,7 +828,7 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     terms = read_reward(o.reward)
     policy, tokenizer, state = load_parent(o, data, "sft", o.init_from)
     parents, reward_model, feedback = {"init": state["hash"]}, None, "scores of any kind"
-    room = room_for_prompt(o.reply_len, policy, state)
+    room = policy.config.max_len - o.reply_len
     parents |= {f"file {term.path}": term.digest for term in terms if term.path is not None}
     if not terms or needs_model(o, terms):
         reward_model, reward_tokenizer, reward_state = load_parent(

@@ -206,14 +206,14 @@ class Scorer(Protocol):
         """One score (B,) for each reply, from prompts and replies as lists of token ids."""
 
 
-def longest_row(model: nn.Module, state: dict[str, Any]) -> int:
+def longest_row(model: RewardModel, state: dict[str, Any]) -> int:
     """The longest row, in tokens, that this model was trained on."""
     return min(state.get("options", {}).get("max_len", math.inf), model.config.max_len)
 
 
-def room_for_prompt(reply_len: int, model: nn.Module, state: dict[str, Any]) -> int:
-    """The most tokens of a prompt to which replies of reply_len tokens are learned: this parent (its checkpoint's
-    state) can read both, and was trained on prompts so long."""
+def room_for_prompt(reply_len: int, model: RewardModel, state: dict[str, Any]) -> int:
+    """The most tokens of a prompt for whose replies, of reply_len tokens, this reward model (with its checkpoint's
+    state) gives scores that count: it can read both, and was trained on prompts so long."""
     return min(model.config.max_len - reply_len, longest_row(model, state) - LEAST_REPLY)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data.batches import IN_A_ROW, Row, drop_equal_pairs, drop_long_prompts, reward_rows
+from data.batches import IN_A_ROW, LEAST_REPLY, Row, drop_equal_pairs, drop_long_prompts, reward_rows
 from data.dataset import feedback_of
 from data.judge import ngram_regressions, plain_text
 from data.ngrams import NgramRegression
@@ -86,7 +86,7 @@ def score_feedback(model: Any, records: Sequence[dict], tokenizer: Tokenizer, te
     UserError if no prompt fits max_len.
     """
     kind = feedback_of(records[0])
-    records = drop_long_prompts(records, tokenizer, template, max_len - 8, IN_A_ROW)
+    records = drop_long_prompts(records, tokenizer, template, max_len - LEAST_REPLY, IN_A_ROW)
     if kind == "pairs":  # those that are equal within max_len would tell nothing
         records = drop_equal_pairs(records, tokenizer, template, max_len)[0] or records
     parts = [record.get("part", "") for record in records]

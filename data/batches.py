@@ -73,9 +73,10 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str | list[dict[str, str]],
     return tokenizer.render_chat(prompt, reply=True)[0]
 
 
-LEAST_REPLY = 8  # tokens that the rows of the reward stage have room for beside a prompt
-BESIDE_A_REPLY = ("max_len leaves beside a reply, that of a model or of its training: allow shorter replies "
-                  "(--reply_len of ppo, best and evaluate.py), bring shorter prompts, or train with a larger --max_len")
+LEAST_REPLY = 8  # tokens of a reply that a reward model's rows have room for, beside any prompt
+BESIDE_A_REPLY = ("--prompt_len of ppo, or else max_len of the models and of the reward model's training leaves for a "
+                  "prompt: allow shorter replies (--reply_len of ppo, best and evaluate.py), bring shorter prompts, or "
+                  "train with a larger --max_len, in pretraining, too")
 IN_A_ROW = "the reward model's max_len leaves: bring shorter prompts, or train it with a larger --max_len"
 
 
@@ -314,7 +315,7 @@ def eval_windows(tokens: np.ndarray, starts: np.ndarray, window: int,
 
 # Tokens that are read at once without gradients, padding included. More of them do not fit into a CPU's caches: a
 # prompt's tokens then took 2.5 times as long (measured at 135 M, 2 cores).
-TOKENS_AT_ONCE = {"cpu": 2**11, "mps": 2**11, "cuda": 2**14}
+TOKENS_AT_ONCE = {"cpu": 2**11, "mps": 2**11, "cuda": 2**13}
 
 
 class Rows(NamedTuple):

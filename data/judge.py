@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data.batches import prompt_ids, reward_rows
+from data.batches import LEAST_REPLY, prompt_ids, reward_rows
 from data.dataset import feedback_of, tells
 from data.ngrams import Entries, NgramRegression
 from data.prepared import Prepared
@@ -128,7 +128,7 @@ class ModelJudge(Judge):
 
     def reads(self, prompt: Any) -> bool:
         """Whether the prompt leaves room for a reply in a row of its length."""
-        return len(prompt_ids(self.tokenizer, prompt, self.template)) <= self.max_len - 8
+        return len(prompt_ids(self.tokenizer, prompt, self.template)) <= self.max_len - LEAST_REPLY
 
 
 def shown_to_people(data: Prepared, most: int = 500) -> list[tuple[Any, str]]:

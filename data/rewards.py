@@ -288,5 +288,7 @@ def resolved(o: Any, terms: Sequence[Part], feedback: str, room: int = 0) -> Any
         steers = (several or feedback not in ("label", "scores of any kind")) and "kl_coef" not in o.explicit
         control = "adaptive" if steers or {"kl_target", "kl_horizon"} & o.explicit else "fixed"
     without = {} if o.advantage == "gae" else {"critic": "shared", "critic_warmup": 0, "value_coef": 0.0}
-    return o.replace(reward_norm=reward_norm, kl_control=control, prompt_len=min(o.prompt_len or room, room),
-                     **without)
+    if o.prompt_len > room > 0:
+        raise UserError(f"--prompt_len {o.prompt_len}: beside replies of {o.reply_len} tokens policy and reward model "
+                        f"leave room for prompts of {room} tokens: lower it, or train with a larger --max_len")
+    return o.replace(reward_norm=reward_norm, kl_control=control, prompt_len=o.prompt_len or room, **without)

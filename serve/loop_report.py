@@ -56,12 +56,11 @@ def measure_round(s: Setting, policies: dict[str, pathlib.Path], reward: pathlib
     loaded = {name: load_checkpoint(path, s.device) for name, path in policies.items()}
     _, tokenizer, _ = loaded["SFT"]
     networks = {name: measured_in(model, s.dtype) for name, (model, _, _) in loaded.items()}
-    scorer, longest, _ = evaluate.load_reward_model(reward, s.device, tokenizer, s.dtype)
+    scorer, _, _ = evaluate.load_reward_model(reward, s.device, tokenizer, s.dtype)
     judges = evaluate.load_judges(s.data, s.judge, s.device, s.dtype)
     lengths = [x.config.max_len for x in (*networks.values(), scorer)]
     lengths += [judge.max_len for judge in judges.values() if hasattr(judge, "max_len")]
-    room = min(min(lengths) - s.settings.reply_len, longest - LEAST_REPLY)
-    prompts = held_out_prompts(s.data, "val", tokenizer, room, s.n_prompts)
+    prompts = held_out_prompts(s.data, "val", tokenizer, min(lengths) - s.settings.reply_len, s.n_prompts)
     lines, replies, rows = [], {}, []
     for name, network in networks.items():
         metrics, replies[name], ids = evaluate.measure_policy(
@@ -95,7 +94,7 @@ def what_changed(s: Setting, held_out: pathlib.Path, after: pathlib.Path, before
     """
     models = {name: path and evaluate.load_reward_model(path, s.device, tokenizer, s.dtype)
               for name, path in (("before", before), ("after", after))}
-    room = min(longest for _, longest, _ in filter(None, models.values())) - 8
+    room = min(longest for _, longest, _ in filter(None, models.values())) - LEAST_REPLY
     records = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
     records = [record for record in records if len(prompt_ids(tokenizer, record["prompt"])) <= room]
     kind = feedback_kind(records[0]) if records else "pairwise"

@@ -104,7 +104,7 @@ def test_scores_of_rows_keep_their_order_and_do_not_depend_on_the_batch(monkeypa
 
 
 @pytest.mark.parametrize("learned,reply_len,room", [(None, 16, 16), (32, 16, 16), (20, 4, 12), (20, 30, 2)])
-def test_replies_are_learned_to_prompts_that_the_parents_learned_from(learned, reply_len, room):
+def test_replies_are_learned_to_prompts_as_long_as_the_reward_models(learned, reply_len, room):
     """The model reads 32 tokens; rows of 20 were made of prompts of up to 12."""
     state = {"options": {"max_len": learned}} if learned else {}
     assert room_for_prompt(reply_len, reward_model("mean"), state) == room

@@ -266,6 +266,13 @@ def test_a_reward_without_a_model_refuses_the_models_options(command, tmp_path):
         resolved(command("ppo", "--reward_norm=running"), read_reward("model,length"), "pairwise")
 
 
+def test_prompts_are_as_long_as_there_is_room_or_shorter_where_asked(command):
+    for words, length in (([], 40), (["--prompt_len=30"], 30)):
+        assert resolved(command("ppo", *words), [], "pairwise", 40).prompt_len == length
+    with pytest.raises(UserError, match="--prompt_len 41: .* 40 tokens"):
+        resolved(command("ppo", "--prompt_len=41"), [], "pairwise", 40)
+
+
 def test_adaptive_control_starts_where_normal_scores_would_have_the_target(command, capsys):
     o = command("ppo", "--kl_control=adaptive", "--kl_target=8")
     assert KLController.starting(o, 2.0).coef == pytest.approx(2 / 4)

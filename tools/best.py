@@ -72,7 +72,7 @@ def best(o: BestOptions) -> Run | None:
         return None
     for network in (reference.requires_grad_(False), scorer.requires_grad_(False)):
         use_products(network.to(run.device), run.compute.products)
-    room = min(room_for_prompt(o.reply_len, *parent) for parent in ((policy, state), (scorer, of_reward)))
+    room = min(policy.config.max_len - o.reply_len, room_for_prompt(o.reply_len, scorer, of_reward))
     records = best_records(run, data, room, lambda prompts, first: evaluate.best_of_prompts(
         run, reference, scorer, prompts, first))
     kept = [r for r in records if r["ended"]]
