@@ -220,7 +220,7 @@ def missing(data: Prepared, split: str, *, judges: Sequence[str], reward_model: 
     lines, name = [], {"val": "validation"}.get(split, split)
     there = min(wanted, len({prompt_text(record["prompt"]) for record in data.records("ppo", split)}))
     if openings < there:
-        lines.append(f"{there - openings} of {there} openings: longer, with a reply, than a model or judge can read, or "
+        lines.append(f"{there - openings} of {there} openings: longer, with a reply, than a model or judge can read or "
                      "the reward model learned; allow shorter replies (--reply_len), or train with a larger --max_len")
     if not judges:
         lines.append("no judge: none of the feedback was kept for one, so that only the reward model that was "

@@ -286,7 +286,7 @@ def test_what_is_missing_is_said_with_what_to_bring():
     assert "bring reward.jsonl" in said(Data([]))
     assert "tells nothing apart; bring more, or reward_test.jsonl" in said(Data(labels))
     assert "--reward_from" in said(Data(pairs), reward_model=False)
-    assert "1 of 1 openings: with a reply beside them they are longer" in said(Data(pairs), openings=0)
+    assert "1 of 1 openings: longer, with a reply, than a model or judge can read" in said(Data(pairs), openings=0)
     assert "Missing: " in render_report(report(missing=["no judge: bring one"]), "x")
 
 
