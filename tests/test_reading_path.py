@@ -14,8 +14,9 @@ from data.judge import ngram_regressions
 from ppo import train_ppo
 from tests.conftest import ROOT
 
-# Of code: without docstrings, comments and blank lines. 250 and 1,900 before real models came in.
-MOST_FUNCTIONS, MOST_LINES = 286, 2200
+# Of code: without docstrings, comments and blank lines. 250 and 1,900 before real models came in, 286
+# and 2,200 before prompts were read in parts of similar length. Run alone, this test sees two functions more.
+MOST_FUNCTIONS, MOST_LINES = 293, 2235
 
 
 class FirstStep(Exception):
