@@ -182,8 +182,8 @@ class Attention(nn.Module):
         if not torch.compiler.is_dynamo_compiling():
             keys, values = (t.movedim(0, 2).flatten(2, 3) for t in (keys, values))  # (B, G, n S, K)
             allowed = allowed.transpose(0, 1).reshape(B, 1, 1, n * S)
-            y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=allowed,
-                                               enable_gqa=self.n_head != self.n_kv_head)
+            q = q.view(B, self.n_kv_head, -1, self.head_dim)  # a group's heads as queries: its keys are read once
+            y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=allowed)
         else:
             q = q.view(1, B, self.n_kv_head, -1, 1, self.head_dim)  # (1, B, G, H/G, 1, K)
             scores = self.head_dim ** -0.5 * (q * keys[:, :, :, None].float()).sum(-1)
@@ -555,10 +555,12 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, tokenizer: Tokeni
         previous=previous_of(path))
 
 
-def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
-                    cls: type = Transformer, merged: bool = True) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
+def load_checkpoint(path: str | os.PathLike, device: str = "cpu", cls: type = Transformer, merged: bool = True,
+                    resumes: bool = False) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
     """(model in evaluation mode, tokenizer, state) from a file or a run's folder; with its adapters (LoRA)
     merged into its weights, unless they are to learn further.
+
+    The state is without what only a run that `resumes` needs: it would take more memory than the model.
 
     If the file is damaged, the one before is taken and a line says so; state["recovered"] is then
     True. A missing file, a damaged one without an older one, and one of another kind than `cls` are
@@ -585,6 +587,8 @@ def load_checkpoint(path: str | os.PathLike, device: str = "cpu",
     use_products(model, state.get("products", "aten"))  # those that its numbers were made with
     if merged:
         merge_adapters(model)
+    for name in () if resumes else ("optimizers", "optimizer", "critic", "best"):
+        state.pop(name, None)
     return model.to(device).eval(), tokenizer, state
 
 
@@ -656,8 +660,6 @@ def load_parent(o: Common, data: Prepared, stage: str, path: str,
           f"vocabulary of {c.vocab_size}")
     for warning in state.get("warnings", ()):
         print(f"{where}: warning: {warning}", file=sys.stderr)
-    for name in ("optimizers", "optimizer", "critic", "best"):  # else they stay in memory while the child trains
-        state.pop(name, None)
     differs = data.tokenizer is not None and data.tokenizer.to_state() != tokenizer.to_state()
     if "vocab_size" in o.explicit and differs:
         raise UserError(f"--vocab_size {o.vocab_size} contradicts {where}, whose own vocabulary, "
@@ -677,7 +679,7 @@ def open_run(stage: str, o: Common, data: Prepared, parents: dict[str, str], mod
         return None
     state: dict[str, Any] = {}
     if folder.resumes:
-        model, tokenizer, state = load_checkpoint(folder.path, cls=type(model), merged=False)
+        model, tokenizer, state = load_checkpoint(folder.path, cls=type(model), merged=False, resumes=True)
     if stage in PARENTS:  # pretraining starts from nothing: all of it learns
         learn_part(model, o, stage)
     return Run(folder, model, tokenizer, data.template, state, save_checkpoint)

@@ -298,7 +298,7 @@ class Writer:
             cache = self.cache if whole else self.decoder.new_cache(*part.shape)
             logits[row] = prefill(self.model, part, part_mask, cache)[index].float()
             if not whole:
-                self.cache.put(at[row], cache.keep(index), part.shape[1], skip)
+                self.cache.put(at[row], cache, index, part.shape[1], skip)
         self.prompt[at], self.length[at], self.running[at] = prompt, 0, True
         self.start[at] = self.P - mask.sum(1)
         # The first token of each reply.
@@ -340,7 +340,7 @@ class Writer:
             if self.rows - running <= 0.1 * self.rows:
                 return
             keep = self.running.nonzero()[:, 0]
-        self.cache, self.rows = self.cache.keep(keep), len(keep)
+        self.cache, self.rows = self.cache.shrink(keep), len(keep)
         self.prompt, self.length, self.token, self.start, self.running = (
             x[keep] for x in (self.prompt, self.length, self.token, self.start, self.running))
         self.seen = None if self.seen is None else self.seen[keep]

@@ -7,6 +7,7 @@ number, outside the graph, so repacking after an update recompiles nothing.
 import copy
 import functools
 import itertools
+import math
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -101,15 +102,25 @@ class KVCache:
         cache.kv, cache.views = self._dynamic(kv, 1), []
         return cache
 
-    def keep(self, rows: Tensor | slice) -> "KVCache":
-        """A cache of these rows (indices) alone: ended replies need no further steps. A slice gives a view."""
-        return self._with(self.kv[:, :, rows])
+    def first(self, rows: int) -> "KVCache":
+        """So many of the first rows alone, as a view."""
+        return self._with(self.kv[:, :, :rows])
 
-    def put(self, rows: Tensor, other: "KVCache", length: int, at: int = 0) -> None:
-        """Copy the first `length` positions of another cache's rows into these rows (indices), to position
-        `at` and those behind it; `at` is a multiple of BLOCK."""
+    def shrink(self, rows: Tensor) -> "KVCache":
+        """These rows (indices) alone, moved together in this cache's own memory, so that its old contents are
+        lost: ended replies need no further steps."""
+        shape = (*self.kv.shape[:2], len(rows), *self.kv.shape[3:])
+        small = self.kv.view(-1)[:math.prod(shape)].view(shape)
+        for new, old in zip(small, self.kv, strict=True):  # new ends before the next old begins
+            new.copy_(old[:, rows])
+        return self._with(small)
+
+    def put(self, rows: Tensor, other: "KVCache", source: Tensor, length: int, at: int = 0) -> None:
+        """Copy the first `length` positions of another cache's rows `source` into the rows `rows` (indices,
+        both), to position `at` and those behind it; `at` is a multiple of BLOCK."""
         n, (block, at) = -(-length // other.size), divmod(at, self.size)
-        self.kv[:, block:block + n, rows, :, at:at + length] = other.kv[:, :n, :, :, :length]
+        for own, new in zip(self.kv, other.kv, strict=True):  # a copy of all layers' rows would take gigabytes
+            own[block:block + n, rows, :, at:at + length] = new[:n, source, :, :length]
 
 
 # ---- packed weights ------------------------------------------------------------------------------

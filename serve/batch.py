@@ -131,7 +131,7 @@ class Batch:
         cache = self.decoder.new_cache(len(prompts), P)
         logits = prefill(self._model(self.cache.kv.shape[2]), tokens, mask, cache)
         index = torch.tensor([prompts.index(row.prompt) for row in joining], device=self.device)
-        self.cache.put(torch.arange(len(self.running), n, device=self.device), cache.keep(index), P)
+        self.cache.put(torch.arange(len(self.running), n, device=self.device), cache, index, P)
         self.running += joining
         self._choose(joining, logits[index])
 
@@ -167,7 +167,7 @@ class Batch:
         self.cache = self.decoder.new_cache(size, self.length)
         if n := len(self.running):
             at = torch.arange(n, device=self.device)
-            self.cache.put(at, old.keep(slice(n)), max(row.slot for row in self.running))
+            self.cache.put(at, old, at, max(row.slot for row in self.running))
 
     # ---- writing
 
@@ -200,7 +200,7 @@ class Batch:
         self._make_room(n, longest, max(row.positions for row in self.running))
         # An eager step computes n rows, a compiled one all of the cache.
         size = self.cache.kv.shape[2] if self.decoder.compile else n
-        cache = self.cache if size == self.cache.kv.shape[2] else self.cache.keep(slice(n))
+        cache = self.cache if size == self.cache.kv.shape[2] else self.cache.first(n)
         idle = [0] * (size - n)
         token, slot, start = torch.tensor(
             [[getattr(row, name) for row in self.running] + idle for name in ("token", "slot", "start")],

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import ModelConfig, Transformer
-from runtime.decoding import Int8Linear, PackedLinear, decoding_copy, packed_layers, quantise_rows
+from runtime.decoding import Int8Linear, KVCache, PackedLinear, decoding_copy, packed_layers, quantise_rows
 from runtime.device import compiler_fault
 from runtime.options import UserError
 from runtime.products import use_products
 from sample import Decoder, generate
-from tests.conftest import TINY, logprobs_of, loud, noise
+from tests.conftest import TINY, equal, logprobs_of, loud, noise
 
 CONFIG = ModelConfig(**TINY)
 BIASES = dict(qkv_bias=True, out_bias=True, mlp_bias=True, head_bias=True, tied=False)
@@ -53,6 +53,23 @@ def test_a_cache_that_is_not_needed_any_more_is_freed_at_once(compiled, layers):
         assert [ref() is None for ref in seen[1:]] == [True, False]  # the compiler may keep what it compiled with
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_cache_shrinks_in_its_own_memory_and_takes_rows_of_another(blocks):
+    cache, other = (KVCache(CONFIG, rows, 40, blocks=blocks) for rows in (5, 2))
+    for kv, seed in ((cache.kv, 0), (other.kv, 1)):
+        kv.copy_(noise(*kv.shape, seed=seed))
+    whole, at = cache.kv.clone(), torch.tensor([3, 0, 1])
+    small = cache.shrink(at)
+    assert equal(small.kv, whole[:, :, at])
+    smaller = small.shrink(torch.tensor([1, 2]))
+    assert equal(smaller.kv, whole[:, :, [0, 1]])
+    assert smaller.kv.data_ptr() == cache.kv.data_ptr()  # no more memory is taken
+    smaller.put(torch.tensor([1]), other, torch.tensor([0]), 3, at=16)
+    block, start = divmod(16, smaller.size)
+    assert equal(smaller.kv[:, block, 1, :, start:start + 3], other.kv[:, 0, 0, :, :3])
+    assert equal(smaller.kv[:, :, 0], whole[:, :, 0])
 
 
 # ---- packed weights ------------------------------------------------------------------------------

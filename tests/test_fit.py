@@ -10,6 +10,7 @@ from runtime.fit import fit, steps_of
 from runtime.machine import Interrupt, Interrupted
 from runtime.options import UserError, parse
 from runtime.run import Run, RunFolder
+from runtime.storage import tensors_of
 from tests.conftest import TINY, equal
 from train import SFTOptions
 
@@ -41,7 +42,7 @@ def run_of(world, tmp_path):
         model = Transformer(ModelConfig(**{**TINY, "vocab_size": 500}))
         model.initialise(0)
         if folder.resumes:
-            model, _, state = load_checkpoint(folder.path)
+            model, _, state = load_checkpoint(folder.path, resumes=True)
         run = Run(folder, model, world.data.tokenizer, "{prompt}", state, save_checkpoint)
         run.logged, run.saved = [], []
         run.log = lambda step, **metrics: run.logged.append({"step": step, **metrics})
@@ -185,13 +186,20 @@ def test_a_run_that_was_killed_after_its_last_save_learns_nothing_more(run_of):
     assert weights_hash(run.model) == before
 
 
+def test_only_a_run_that_goes_on_keeps_the_optimizer_s_averages_in_memory(run_of):
+    run = run_of("--eval_every=2")
+    fit(run, Toy(run))
+    for resumes in (False, True):
+        assert any(tensors_of(load_checkpoint(run.folder.path, resumes=resumes)[2])) == resumes
+
+
 def weights_after(run_of, *words, best_by=("val_loss", -1)):
     """(hash of the weights in the checkpoint, its state, what `fit` returned) of a run of Toy."""
     run = run_of(*words)
     task = Toy(run)
     task.best_by = best_by
     measured = fit(run, task)
-    kept, _, state = load_checkpoint(run.folder.path)
+    kept, _, state = load_checkpoint(run.folder.path, resumes=True)
     return weights_hash(kept), state, measured
 
 
