@@ -331,16 +331,11 @@ class Writer:
         A compiled step is specialised on its number of rows, so compiled rows shrink by a factor of
         4 or not at all.
         """
-        if self.decoder.compile:
-            if self.rows < 32 or running > self.rows // 4:
-                return
-            keep = torch.cat((self.running.nonzero()[:, 0],
-                              (~self.running).nonzero()[:, 0]))[:self.rows // 4]
-        else:
-            if self.rows - running <= 0.1 * self.rows:
-                return
-            keep = self.running.nonzero()[:, 0]
-        self.cache, self.rows = self.cache.shrink(keep), len(keep)
+        size = self.rows // 4 if self.decoder.compile else running
+        if running > size or (self.rows < 32 if self.decoder.compile else self.rows - size <= 0.1 * self.rows):
+            return
+        keep = (~self.running).to(torch.uint8).argsort(stable=True)[:size]  # those in progress first
+        self.cache, self.rows = self.cache.shrink(keep), size
         self.prompt, self.length, self.token, self.start, self.running = (
             x[keep] for x in (self.prompt, self.length, self.token, self.start, self.running))
         self.seen = None if self.seen is None else self.seen[keep]

@@ -7,7 +7,6 @@ number, outside the graph, so repacking after an update recompiles nothing.
 import copy
 import functools
 import itertools
-import math
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -109,8 +108,8 @@ class KVCache:
     def shrink(self, rows: Tensor) -> "KVCache":
         """These rows (indices) alone, moved together in this cache's own memory, so that its old contents are
         lost: ended replies need no further steps."""
-        shape = (*self.kv.shape[:2], len(rows), *self.kv.shape[3:])
-        small = self.kv.view(-1)[:math.prod(shape)].view(shape)
+        like = self.kv[:, :, :len(rows)]
+        small = self.kv.view(-1)[:like.numel()].view_as(like)
         for new, old in zip(small, self.kv, strict=True):  # new ends before the next old begins
             new.copy_(old[:, rows])
         return self._with(small)
