@@ -10,7 +10,6 @@ from runtime.fit import fit, steps_of
 from runtime.machine import Interrupt, Interrupted
 from runtime.options import UserError, parse
 from runtime.run import Run, RunFolder
-from runtime.storage import tensors_of
 from tests.conftest import TINY, equal
 from train import SFTOptions
 
@@ -184,13 +183,6 @@ def test_a_run_that_was_killed_after_its_last_save_learns_nothing_more(run_of):
     assert fit(run, Toy(run)) == {"val_loss": 6.0}  # the last measurements, from the checkpoint
     assert run.logged == []
     assert weights_hash(run.model) == before
-
-
-def test_only_a_run_that_goes_on_keeps_the_optimizer_s_averages_in_memory(run_of):
-    run = run_of("--eval_every=2")
-    fit(run, Toy(run))
-    for resumes in (False, True):
-        assert any(tensors_of(load_checkpoint(run.folder.path, resumes=resumes)[2])) == resumes
 
 
 def weights_after(run_of, *words, best_by=("val_loss", -1)):

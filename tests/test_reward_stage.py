@@ -206,11 +206,11 @@ def test_ppo_optimises_parts_and_an_ensemble_and_logs_them(command, world, tmp_p
     last = logged(path)[-1]
     assert {"part_length", "part_relevance", "part_spread"} <= set(last)
     assert last["part_spread"] > 0
-    state = load_checkpoint(path)[2]
+    state = load_checkpoint(path, resumes=True)[2]
     assert state["critic"]["score_head.weight"].shape[0] == 1
     Interrupt.number = 15
     with pytest.raises(Interrupted):
         train.ppo(command("ppo", *words, "--fresh"))
     Interrupt.number = 0
     train.ppo(command("ppo", *words, "--resume"))
-    assert equal(load_checkpoint(path)[2]["critic"], state["critic"])
+    assert equal(load_checkpoint(path, resumes=True)[2]["critic"], state["critic"])

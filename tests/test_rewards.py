@@ -442,7 +442,7 @@ def test_finished_ppo_that_kept_its_best_policy_goes_on_from_its_last(command, t
 
         monkeypatch.setattr("evaluate.HeldOutPrompts.measure", measure)
         train_ppo(command("ppo", *words, *more))
-        return load_checkpoint(tmp_path / "reviews" / "ppo")
+        return load_checkpoint(tmp_path / "reviews" / "ppo", resumes=True)
 
     whole, _, uninterrupted = run([.5, .9, .4, .6, .7], "--updates=4")
     run([.5, .9, .4], "--updates=2", "--fresh")

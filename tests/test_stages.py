@@ -230,10 +230,11 @@ def test_a_reward_model_that_learned_nothing_is_said_by_it_and_by_what_builds_on
     assert "chance" not in capsys.readouterr().err
 
 
-def test_a_parent_brings_no_optimizer_along(command, world):
-    """What its own training needs would stay in memory as long as the child trains."""
+def test_only_a_run_that_goes_on_has_its_optimizer_in_memory(command, world):
+    """What its own training needs would stay as long as a child trains, a report measures or a person chats."""
     run = train_reward(command("reward", "--epochs=.1"))
-    assert "optimizers" in load_checkpoint(run.folder.path, cls=RewardModel)[2]
+    assert "optimizers" in load_checkpoint(run.folder.path, cls=RewardModel, resumes=True)[2]
+    assert not [*tensors_of(load_checkpoint(run.folder.path, cls=RewardModel)[2])]
     _, _, state = load_parent(run.o, world.data, "reward", run.folder.path, RewardModel)
     assert not [*tensors_of(state)]
 
