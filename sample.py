@@ -331,8 +331,10 @@ class Writer:
         A compiled step is specialised on its number of rows, so compiled rows shrink by a factor of
         4 or not at all.
         """
-        size = self.rows // 4 if self.decoder.compile else running
-        if running > size or (self.rows < 32 if self.decoder.compile else self.rows - size <= 0.1 * self.rows):
+        size, pays = running, self.rows - running > 0.1 * self.rows
+        if self.decoder.compile:
+            size, pays = self.rows // 4, self.rows >= 32 and running <= self.rows // 4
+        if not pays:
             return
         keep = (~self.running).to(torch.uint8).argsort(stable=True)[:size]  # those in progress first
         self.cache, self.rows = self.cache.shrink(keep), size
