@@ -1,6 +1,7 @@
 """Rewards without a reward model: what --reward may say, what a function in Python is given and may
 return, what is said of one that fails, and sums of parts."""
 import json
+import math
 import os
 import pathlib
 import types
@@ -11,13 +12,15 @@ import torch
 
 import train
 from data.functions import PythonReward, RewardError, load_function
+from data.prepare import suited
 from data.records import records_in
 from data.rewards import RewardSum, needs_model, part_scores, read_reward, resolved
+from data.sets import DATA_SETS
 from model import ModelConfig, load_checkpoint, weights_hash
 from ppo import KLController, PPOOptions, PPOTrainer, train_ppo
 from reward import RewardModel
 from runtime.machine import Interrupted
-from runtime.options import UserError
+from runtime.options import UserError, parse
 from runtime.run import Run
 from tests.conftest import equal
 from tests.ppo_world import make_trainer
@@ -271,6 +274,20 @@ def test_prompts_are_as_long_as_there_is_room_or_shorter_where_asked(command):
         assert resolved(command("ppo", *words), [], "pairwise", 40).prompt_len == length
     with pytest.raises(UserError, match="--prompt_len 41: .* 40 tokens"):
         resolved(command("ppo", "--prompt_len=41"), [], "pairwise", 40)
+
+
+@pytest.mark.parametrize("words, feedback", [
+    (["--preset=smollm"], "pairwise"), (["--preset=smollm", "--kl_control=adaptive"], "label"),
+    (["--data=imdb", "--kl_target=4"], "label"), (["--data=imdb", "--reward=model:1,length:-.01"], "label")])
+def test_steering_starts_where_the_scores_say_whatever_a_preset_or_a_data_set_pays(words, feedback):
+    data = types.SimpleNamespace(meta={"defaults": DATA_SETS["imdb"].defaults if "--data=imdb" in words else {}})
+    o = suited(parse(PPOOptions, words, "x"), "ppo", data)
+    terms = read_reward(o.reward)
+    found = KLController.starting(resolved(o, terms, feedback), 2.0)
+    assert found.target == o.kl_target and found.coef == pytest.approx(2 / math.sqrt(2 * o.kl_target))
+    asked = suited(parse(PPOOptions, [*words, "--kl_coef=.2", "--kl_control=adaptive"], "x"), "ppo", data)
+    asked = resolved(asked, terms, feedback)
+    assert KLController.starting(asked, 2.0).coef == 0.2
 
 
 def test_adaptive_control_starts_where_normal_scores_would_have_the_target(command, capsys):
