@@ -74,9 +74,9 @@ class PPOOptions(Common):
                       save_every=1, eval_every=2, eval_prompts=8, report_prompts=20),
         "base": dict(dtype="auto", updates=200, batch=256, rollout_rows=128, reply_len=128, micro_batch=32,
                      policy_lr=1e-5, critic_lr=2e-5, eval_every=20, eval_prompts=256),
-        "smollm": dict(dtype="auto", updates=40, batch=48, reply_len=48, temperature=0.7, norm_replies=128,
-                       kl_coef=0.2, kl_horizon=300.0, micro_batch=6, policy_lr=1e-4, critic_lr=2e-4,
-                       critic_warmup=1, report_prompts=200),
+        "real": dict(dtype="auto", temperature=0.7, kl_coef=0.2, micro_batch=6, policy_lr=1e-4, critic_lr=2e-4),
+        "smollm": dict(updates=40, batch=48, reply_len=48, norm_replies=128, kl_horizon=300.0, critic_warmup=1,
+                       report_prompts=200),
     }
 
     # The rollout.

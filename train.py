@@ -38,7 +38,7 @@ from data.batches import (dialogue_rows, eval_windows, held_out_prompts, pack_ro
 from data.dataset import SPLITS
 from data.feedback import require_records
 from data.overview import ListOptions, overview
-from data.parents import limit_length, refuse_judge, require_lengths
+from data.parents import PARENTS, like_parent, limit_length, refuse_judge, require_lengths
 from data.prepare import kept_input, known_max_len, open_for, open_stage, recounted, suited
 from data.prepared import Prepared
 from data.rewards import read_reward, settled
@@ -182,7 +182,8 @@ class SFTOptions(MaximumLikelihoodOptions):
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(batch=16, max_len=64, eval_every=20),
         "base": dict(max_len=512, lr=0.001, adam_lr=3e-5),
-        "smollm": dict(init_from="smollm2-135m", records=2000, batch=16, lr=3e-4, eval_dialogues=300),
+        "real": dict(batch=16, lr=3e-4),
+        "smollm": dict(init_from="smollm2-135m", records=2000, eval_dialogues=300),
     }
 
     epochs: float = option(1.0, "passes over the dialogues", low=0.01, high=1e6)
@@ -375,6 +376,7 @@ def main(argv: list[str]) -> int:
         all_stages = stage == "all"
         data = kept_input([*options.values()][0].data)
         options = {name: with_checkpoints(o.replace(data=data)) for name, o in options.items()}
+        options = like_parent(options, PARENTS.get(stage, ""))
         o = options["ppo" if all_stages else stage]
         if all_stages:
             for name in ("reward", "judge"):

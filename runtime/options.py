@@ -43,7 +43,8 @@ def presets_of(cls: type) -> dict[str, dict[str, Any]]:
     """{preset: {option: value}} of a class: its own block over those of its parents.
 
     A class that redefines an option gives it a default of its own, so the parents' preset values
-    of that option no longer apply; the class repeats those that it wants.
+    of that option no longer apply; the class repeats those that it wants. `smollm` has
+    those of `real`, too.
     """
     merged: dict[str, dict[str, Any]] = {}
     for base in reversed(cls.__mro__):
@@ -52,7 +53,7 @@ def presets_of(cls: type) -> dict[str, dict[str, Any]]:
                   for preset, values in merged.items()}
         for preset, values in vars(base).get("PRESETS", {}).items():
             merged[preset] = merged.get(preset, {}) | values
-    return merged
+    return merged | ({"smollm": merged["real"] | merged.get("smollm", {})} if "real" in merged else {})
 
 
 class Options:
@@ -190,7 +191,7 @@ def _given(argv: list[str], fields: dict[str, dataclasses.Field], prog: str) -> 
     return values
 
 
-def _build(cls: type[T], given: dict[str, Any]) -> T:
+def build(cls: type[T], given: dict[str, Any]) -> T:
     """Default < preset < flag; remembers which names were given."""
     options = cls(**{**presets_of(cls).get(given.get("preset", ""), {}), **given})
     options.explicit = frozenset(given)
@@ -212,7 +213,7 @@ def parse(cls: type[T], argv: list[str], prog: str) -> T:
     if {"--help", "-h"} & set(argv):
         print(_help({"": cls}, prog))
         raise SystemExit(0)
-    return _build(cls, _given(argv, _fields(cls), prog))
+    return build(cls, _given(argv, _fields(cls), prog))
 
 
 def parse_all(common: type, stages: dict[str, type], argv: list[str], prog: str) -> dict[str, Any]:
@@ -229,7 +230,7 @@ def parse_all(common: type, stages: dict[str, type], argv: list[str], prog: str)
         stage, dot, own = name.rpartition(".")
         for target in [stage] if dot else stages:
             given[target][own] = value
-    return {stage: _build(cls, given[stage]) for stage, cls in stages.items()}
+    return {stage: build(cls, given[stage]) for stage, cls in stages.items()}
 
 
 # ---- showing -------------------------------------------------------------------------------------
@@ -294,8 +295,10 @@ class Common(Options):
     judge_share: float = option(-1.0, "share of your feedback kept for judges; -1: half of 2,000 records "
                                       "and more, a fifth of fewer", low=-1, high=0.9)
     # The run.
-    preset: str = option("demo", "demo: two CPU cores; smoke: seconds, for tests; base: a GPU; smollm: a real model",
-                         choices=("smoke", "demo", "base", "smollm"), compared=False)
+    preset: str = option("demo", "demo: two CPU cores; smoke: seconds, for tests; base: a GPU; real: a model of "
+                                 "others; smollm: SmolLM2-135M on two cores", compared=False,
+                         source="not given: that of the model that is gone on from",
+                         choices=("smoke", "demo", "base", "real", "smollm"))
     out: str = option("out", "runs are written to OUT/<data>/<stage>/", compared=False)
     init_from: str = option("", "checkpoint to start from; empty: this run's own parent stage; in "
                                 "PPO it is both policy and reference")
@@ -341,9 +344,7 @@ class Common(Options):
 class MaximumLikelihoodOptions(Common):
     """Options of the stages that maximise a likelihood: all but ppo."""
 
-    PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
-        "base": dict(lr=0.01, adam_lr=0.003), "smollm": dict(optimizer="adamw"),
-    }
+    PRESETS: ClassVar = {"base": dict(lr=0.01, adam_lr=0.003), "real": dict(optimizer="adamw")}
 
     # The optimizer.
     optimizer: str = option("muon", "muon: block matrices by Muon, all else by AdamW; adamw: everything by AdamW",

@@ -116,7 +116,7 @@ class NotFinite(UserError):
     """Training met numbers that are not finite. `Run.progress` adds which checkpoint is kept."""
 
 
-CONFIG = {"finished": bool, "options": dict, "parents": dict, "versions": dict, "processes": list,
+CONFIG = {"finished": bool, "preset": str, "options": dict, "parents": dict, "versions": dict, "processes": list,
           "stage": str, "seconds": (int, float)}  # what is read of config.json, whoever edited it
 
 
@@ -368,7 +368,7 @@ class Run:
         earlier = before.get("processes") or [
             {"step": 0, **{name: before[name] for name in self.machine if name in before}}] * ("threads" in before)
         self.folder.write_config({
-            "stage": self.stage, "finished": finished, "options": self.folder.options,
+            "stage": self.stage, "finished": finished, "preset": self.folder.o.preset, "options": self.folder.options,
             "parents": self.folder.parents, **self.compute.settings(), **self.machine,
             "seconds": round(self.seconds(), 1), "peak_memory_mb": peak_memory_mb(),
             "processes": [*earlier, {"step": self.step, **self.machine}]})

@@ -16,15 +16,16 @@ from typing import Any
 from data.answers import fates
 from data.records import apply_template
 from runtime.machine import git_commit
-from runtime.options import UserError
+from runtime.options import Common, UserError
 from serve.exports import events_of, exported, saved
 from serve.fields import (LONGEST_COMMENT, LONGEST_TEXT, Wrong, annotator_of, dialogue_of, edit_of, finite, id_of,
                           number_of, read_json, text_of, without_paths)
 from serve.log import ID, FeedbackLog, NotSaved
 from serve.pairs import Card, Pairs, digest
 from serve.strip import strip
-from serve.training import PRESETS, Training
+from serve.training import Training
 
+PRESETS = Common.__dataclass_fields__["preset"].metadata["choices"]
 MOST_ROWS = 500  # at once
 READY_S = 0.4  # for which a request waits for a card that is being written
 

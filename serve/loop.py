@@ -25,6 +25,7 @@ from typing import Any
 
 import evaluate
 from data.batches import held_out_prompts
+from data.parents import preset_of
 from data.prepare import open_for, suited
 from model import checkpoint_path, load_checkpoint
 from ppo import PPOOptions, train_ppo
@@ -80,7 +81,7 @@ class Loop:
         try:
             held_out_prompts(self.data, "val", self.tokenizer, limit - self.sampling.reply_len, 1)
         except UserError as error:
-            preset = record_of(checkpoint_path(self.sft).parent).get("options", {}).get("preset")
+            preset = preset_of(self.sft)
             raise UserError(f"{error}; here it is --ppo.reply_len, now {self.sampling.reply_len}" + (
                 f", or --preset {preset}, as {self.sft} has" if preset and preset != self.o.preset else "")) from error
 

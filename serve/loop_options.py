@@ -4,6 +4,7 @@ import pathlib
 from typing import Any, ClassVar
 
 from convert.importing import with_checkpoints
+from data.parents import like_parent
 from data.prepare import SETTINGS, kept_input
 from model import checkpoint_path
 from ppo import PPOOptions
@@ -100,7 +101,8 @@ def inherited(o: LoopOptions) -> dict[str, Any]:
 
 def options_of(argv: list[str]) -> tuple[LoopOptions, RewardOptions, PPOOptions]:
     """`parse_loop`, with the data's settings and the paths of real models as checkpoints."""
-    o, reward, ppo = (with_checkpoints(x) for x in parse_loop(argv))
+    found = dict(zip(("loop", "reward", "ppo"), map(with_checkpoints, parse_loop(argv)), strict=True))
+    o, reward, ppo = like_parent(found, "sft").values()
     if reward.keep == "best":
         raise UserError("--reward.keep best would choose by the answers that are held out to measure it: leave it out")
     o = o.replace(data=kept_input(o.data))

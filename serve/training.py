@@ -22,7 +22,6 @@ from typing import Any
 
 from runtime.lines import read_lines
 from runtime.options import UserError
-from runtime.run import record_of
 from runtime.storage import checkpoint_path
 
 try:
@@ -31,7 +30,6 @@ except ImportError:  # Windows
     fcntl = None
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PRESETS = ("smoke", "demo", "base", "smollm")
 LINES, TAIL = 20, 2**15  # lines of the output that are shown, in so many bytes at its end
 MOST_POINTS = 400  # of a curve
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f]")
@@ -52,12 +50,11 @@ class Running(Exception):
 
 def loop_command(log: str, checkpoint: str, out: str, preset: str = "", updates: int | None = None) -> list[str]:
     """The command of a round on a log, from the SFT checkpoint beside `checkpoint`, or from that itself; without a
-    preset, of the size that this was trained with."""
+    preset the loop has the one that this was trained with."""
     start = pathlib.Path(checkpoint)
     if (place := checkpoint_path(start)).exists():
         beside = place.parent.parent / "sft"
         start = (beside if checkpoint_path(beside).exists() else start).resolve()
-        preset = preset or record_of(checkpoint_path(start).parent).get("options", {}).get("preset", "")
     command = [sys.executable, "train.py", "loop", "--answers", log, "--rounds", "1", "--init_from", str(start),
                "--out", out]
     command += ["--preset", preset] if preset else []

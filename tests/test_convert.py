@@ -15,10 +15,11 @@ from convert.__main__ import main
 from convert.exporting import export_model
 from convert.files import open_tensors, write_tensors
 from convert.importing import as_checkpoint, import_model
+from data.parents import like_parent
 from data.tokenizer import train_bpe
 from model import ModelConfig, Transformer, checkpoint_path, load_checkpoint, next_token_loss, save_checkpoint
 from reward import RewardConfig, RewardModel
-from runtime.options import UserError
+from runtime.options import UserError, parse
 from tests.conftest import signals_restored, write_reviews_source
 from tools import tiny
 
@@ -44,6 +45,19 @@ def cache(tmp_path, monkeypatch):
 
 def greedy(model, tokens, n):
     return sample.generate(model, tokens, torch.ones_like(tokens).bool(), n, temperature=0).tokens
+
+
+# ---- what a real model is trained with -----------------------------------------------------------
+
+def test_a_model_of_others_is_not_trained_at_the_demos_rates(folders, capsys):
+    argv = ["--init_from", str(folders["qwen2"]), "--batch", "4"]
+    o = importing.with_checkpoints(parse(train.SFTOptions, argv, "x"))
+    found = like_parent({"sft": o}, "pretrain")["sft"]
+    assert (found.preset, found.optimizer, found.lr, found.batch) == ("real", "adamw", 3e-4, 4)
+    assert f"--preset real, as {o.init_from} has" in capsys.readouterr().out
+    for preset in ("demo", "smollm"):  # a flag says otherwise
+        o = importing.with_checkpoints(parse(train.SFTOptions, [*argv, "--preset", preset], "x"))
+        assert like_parent({"sft": o}, "pretrain")["sft"] is o
 
 
 # ---- there and back ------------------------------------------------------------------------------

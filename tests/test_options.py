@@ -201,7 +201,7 @@ def test_a_redefined_option_drops_its_parents_preset_values():
 def test_presets_name_options_and_presets_that_there_are():
     from train import commands
     for cls, _ in commands().values():
-        assert set(presets_of(cls)) <= {"smoke", "base", "smollm"}
+        assert set(presets_of(cls)) <= {"smoke", "base", "real", "smollm"}
         for values in presets_of(cls).values():
             assert set(values) <= {field.name for field in dataclasses.fields(cls)}
 

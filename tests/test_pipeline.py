@@ -183,6 +183,13 @@ def test_running_again_skips_what_is_done(root, reviews_source):
     assert written() == before
 
 
+def test_a_stage_without_a_preset_has_that_of_its_parent(root, reviews_source, tmp_path):
+    done = mosslet("train.py", "reward", "--source", reviews_source, "--init_from", root / "sft", "--out", tmp_path,
+                   "--epochs", "0.1")
+    assert done.returncode == 0 and f"--preset smoke, as {root / 'sft'} has" in done.stdout
+    assert json.loads((tmp_path / "reviews" / "reward" / "config.json").read_text())["preset"] == "smoke"
+
+
 def test_other_options_in_the_same_place_are_refused_with_the_difference(root, reviews_source):
     refused(train("--ppo.kl_coef=.3", source=reviews_source, out=root.parent),
             f"kl_coef was {PPOOptions.kl_coef}, is 0.3", "--fresh", "--out")

@@ -27,7 +27,8 @@ class BestOptions(SFTOptions):
 
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(n=4, prompts=64, reply_len=16),
-        "smollm": dict(init_from="", records=0, prompts=400, temperature=0.7),
+        "real": dict(temperature=0.7),
+        "smollm": dict(init_from="", records=0, prompts=400),
     }
 
     n: int = option(8, "replies to each prompt; the reward model's favourite is learned", low=2, high=10_000)
