@@ -7,8 +7,8 @@ loophole?
 From small to large: a policy on held-out prompts; the reward model on held-out feedback, be it
 pairs, ratings or labels; the report. The n-gram regression of data/judge.py serves twice: fitted on
 one share of the feedback it is the reward model's baseline, on the other an independent judge;
-`train.py judge` trains a second one. PPO and the reward model are never trained against a judge;
-their opinions reach metrics and reports only.
+`train.py judge` trains a second one. PPO and the reward model are never trained against a judge:
+no reward and no gradient comes from one. Only with --keep best the n-grams choose among PPO's weights.
 """
 import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import contextlib
@@ -168,7 +168,7 @@ class Compared:
     reference_name: str = "SFT"
     reward: Any = None  # what PPO was paid, if that was not the reward model alone: a scorer
     missing: Sequence[str] = ()  # what could not be loaded, in words
-    warnings: Sequence[str] = ()  # what the reward model's stage warned of
+    warnings: Sequence[str] = ()  # of the reward model's stage, and of how the last policy was chosen
 
     @property
     def scorer(self) -> Any:
@@ -262,8 +262,9 @@ def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str 
     """(checkpoints by name with reference and reward model, the reference's state, the state of the last
     checkpoint of ppo, else of best, else {}).
 
-    Reference and reward model are where the PPO checkpoint has them from, else beside the first
-    folder, else where the checkpoint of best has them from. UserError if the reference, or a reward model
+    The reference is the one that the PPO checkpoint started from, else the folder sft beside the first
+    one, else what the checkpoint of best started from; the reward model that of the last of PPO and best,
+    else beside the first folder. UserError if the reference, or a reward model
     that is not asked for, is another one.
     """
     loaded = {name: load_checkpoint(folder, device) for name, folder in folders.items()}
@@ -282,7 +283,7 @@ def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str 
         tokenizer.require_same(other, f"{path} and {folders[name]}")
     dtype = dtype_of(last, device)
     policies = {name: measured_in(policy, dtype) for name, (policy, _, _) in loaded.items()}
-    compared = Compared(policies, measured_in(model, dtype), tokenizer,
+    compared = Compared(policies, measured_in(model, dtype), tokenizer, warnings=stage_warnings("PPO", last),
                         reference_name="SFT" if state.get("stage") == "sft" else "reference")
     path = reward_from or started.get("reward_from") or beside / "reward"
     if reward_from or checkpoint_path(path).exists():
@@ -291,7 +292,7 @@ def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str 
             require_parent(states, "reward", path, reward_state, "reward_from")
         compared = dataclasses.replace(compared, reward_model=scorer, max_len=longest,
                                        ratings=reward_state.get("ratings"),
-                                       warnings=stage_warnings("the reward model", reward_state))
+                                       warnings=[*compared.warnings, *stage_warnings("the reward model", reward_state)])
     return compared, state, last
 
 
@@ -337,8 +338,8 @@ def run_policies(root: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def write_report(data: Prepared, root: pathlib.Path, *, seed: int, settings: ReplySettings,
                  n_prompts: int = 500, device: str = "cpu", seconds: float = 0.0) -> None:
-    """Measure the run in `root` on validation; write report.json and report.md, and print the
-    latter."""
+    """Measure the run in `root` on validation; write report.json, report.md, report.html and
+    report.svg, and each reward model's scores; print report.md."""
     compared, _, ppo = load_compared(run_policies(root), device)
     reward, lost = reward_paid(ppo, data, "val", compared.reward_model, compared.tokenizer)
     settings = dataclasses.replace(settings, dtype=dtype_of(ppo, device))
@@ -419,7 +420,7 @@ class EvaluateOptions(Options):
     # What to measure.
     reference: str = option("", "checkpoint that KL, perplexity and best-of-n refer to; empty: the "
                                 "one that PPO started from, else the folder sft beside the first")
-    reward_from: str = option("", "reward model; empty: the one that PPO optimised, else the folder "
+    reward_from: str = option("", "reward model; empty: the one that PPO or best went by, else the folder "
                                   "reward beside the first, if there is one")
     data: str = option("", "data set of the openings; empty: the checkpoint's")
     source: str = option("", "file, folder, archive or URL of the data set's raw files; empty: download them")

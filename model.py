@@ -5,8 +5,9 @@ itself, its losses, and the checkpoint file. The language model, the policy, the
 reward model and the critic all have this trunk.
 
 Letters for shapes: B rows, T positions, D width, H query heads, G key/value heads, K width of a
-head, V vocabulary, L cached positions, N selected positions. Nothing here knows about text: a
-tokenizer is only stored beside the weights.
+head and R its rotated part, V vocabulary, L cached positions, in n blocks of S (runtime/decoding.py),
+N selected positions. The network knows nothing about text: a tokenizer is only stored beside the
+weights. Last stands what a stage starts from.
 """
 import dataclasses
 import math
@@ -21,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data.parents import PARENTS
 from data.prepared import Prepared
 from data.tokenizer import Tokenizer
 from runtime.decoding import KVCache
@@ -114,8 +114,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
     """softmax(q kᵀ / √K) v: q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K).
 
     allowed: (B or 1, 1, T, T) bool, or None for plain causal attention. Uses SDPA, except for short
-    bfloat16 rows on a CPU, where its backward is 3 to 4 times slower than plain matrix products
-    (measured). The softmax of those computes in float32 internally.
+    bfloat16 rows (of at most 512 tokens) on a CPU, where its backward is 3 to 4 times slower than plain
+    matrix products (measured). The plain products' softmax computes in float32 internally.
     """
     if v.dtype == torch.bfloat16 and v.device.type == "cpu" and v.shape[2] <= 512:
         repeats, T = q.shape[1] // k.shape[1], q.shape[2]
@@ -268,7 +268,7 @@ class Transformer(nn.Module):
     each position."""
 
     config_class = ModelConfig
-    products = "aten"  # of the tied output layer; see runtime.products.use_products
+    products = "aten"  # which kernels multiply: PyTorch's own, or "onednn" (runtime/products.py)
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -285,7 +285,7 @@ class Transformer(nn.Module):
         self.register_buffer("absent", None, persistent=False)
         # Gradient checkpointing: store only each block's input, recompute the block in backward.
         self.recompute = False
-        self.frozen = 0  # of the lowest blocks; see runtime.learning
+        self.frozen = 0  # how many of the lowest blocks do not learn; see runtime.learning
         self.initialise()
 
     def make_tables(self) -> None:
@@ -401,8 +401,8 @@ class Transformer(nn.Module):
         return self.head(self.hidden(tokens, mask, docs))
 
     def matrix_parameters(self) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
-        """The blocks' matrices, which Muon trains: (parameter, rows of each matrix stacked in it).
-        """
+        """The blocks' matrices: (parameter, rows of each matrix stacked in it). The optimizer Muon trains them
+        (Jordan 2024, runtime/optim.py)."""
         c = self.config
         stacked = {"qkv": tuple(n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)),
                    "gate_up": (c.d_ff, c.d_ff)}
@@ -680,6 +680,6 @@ def open_run(stage: str, o: Common, data: Prepared, parents: dict[str, str], mod
     state: dict[str, Any] = {}
     if folder.resumes:
         model, tokenizer, state = load_checkpoint(folder.path, cls=type(model), merged=False, resumes=True)
-    if stage in PARENTS:  # pretraining starts from nothing: all of it learns
+    if stage != "pretrain":  # which starts from nothing: all of it learns
         learn_part(model, o, stage)
     return Run(folder, model, tokenizer, data.template, state, save_checkpoint)

@@ -104,10 +104,10 @@ class PPOOptions(Common):
                             source="validation; MOSS 0.05, swept .05 to .2; N+ 0.05", low=0)
     kl_in: str = option("reward", "k1 of each token in its reward, or k2 of each reply in the loss",
                         choices=("reward", "loss"), source="reward in MOSS, N+")
-    kl_control: str = option("auto", "adaptive steers the coefficient towards --kl_target; auto: by the feedback",
+    kl_control: str = option("auto", "adaptive steers the price to --kl_target; auto: fixed for labels and functions",
                              choices=("auto", "fixed", "adaptive"), source="Ziegler 2019")
     kl_target: float = option(4.0, "nats per reply to aim at", source="measured; Ziegler 2019: 6", low=0.01)
-    kl_horizon: float = option(1_000.0, "replies over which it acts slowly", source="Ziegler 2019: 10,000", low=1)
+    kl_horizon: float = option(1_000.0, "replies in which it drifts by a fifth", source="Ziegler 2019: 10,000", low=1)
     # Advantages and loss.
     advantage: str = option("gae", "gae has a critic; the others compare a reply with those to its prompt, or "
                                    "(reinforce) with all", choices=("gae", "rloo", "grpo", "reinforce"),
@@ -119,14 +119,14 @@ class PPOOptions(Common):
     clip_range: float = option(0.2, "policy ratio clip", source="Schulman 2017, N+, MOSS", low=0)
     dual_clip: float = option(0.0, "where A < 0 no gradient above this ratio; 0 disables", source="Ye 2020: 3", low=0)
     value_clip: float = option(0.2, "value clip around the rollout's values; 0 disables", source="N+, MOSS", low=0)
-    value_coef: float = option(0.1, "weight of the value loss, for a critic on a shared trunk", source="N+", low=0)
+    value_coef: float = option(0.1, "weight of the value loss; a separate critic's sets its clip alone", source="N+", low=0)
     entropy_coef: float = option(0.0, "entropy bonus", source="MOSS: not recommended")
     ptx_coef: float = option(0.0, "weight of the loss on pretraining text", source="InstructGPT: 27.8", low=0)
     # Optimisation.
     epochs: int = option(1, "passes over a rollout", source="MOSS 1; 4 in N+", low=1)
     minibatches: int = option(4, "optimizer steps per pass", source="1 in N+", low=1)
     micro_batch: int = option(36, "rows per forward and backward; changes memory and speed alone", low=1)
-    dtype: str = option("float32", "precision of matrix products; bfloat16 rounds what the ratio is of",
+    dtype: str = option("float32", "precision of matrix products; bfloat16 rounds the ratio's log-probabilities",
                         choices=("auto", "float32", "bfloat16"))
     critic: str = option("separate", "separate: a copy of the reward model; shared: a head on the policy",
                          choices=("separate", "shared"), source="separate in MOSS and N+")
@@ -139,7 +139,7 @@ class PPOOptions(Common):
     adam_eps: float = option(1e-8, "Adam's; keep it below gradients, 1e-6 to 1e-5 here", source="N+: 1e-5", low=0)
     warmup: float = option(0.3, "share of its updates over which the policy's rate rises", low=0, high=1,
                            source="validation; MOSS 0.1")
-    final_lr: float = option(0.1, "then rates fall to this share of themselves", source="N+: 0", low=0, high=1)
+    final_lr: float = option(0.1, "then rates fall to this share of their peak", source="N+: 0", low=0, high=1)
     max_grad_norm: float = option(1.0, "clip each network's gradients to this norm; 0 disables", low=0)
     max_approx_kl: float = option(0.0, "above it the policy skips the rest of an update; 0 disables", low=0,
                                   source="Spinning Up: 0.015")
@@ -242,9 +242,10 @@ def gae_estimator(scored: "ScoredReplies", o: PPOOptions) -> tuple[Tensor, Tenso
 def group_estimator(scored: "ScoredReplies", o: PPOOptions) -> tuple[Tensor, Tensor]:
     """Advantages without a critic, equal for all tokens of a reply; and returns, which nothing learns.
 
-    R: a reply's rewards summed, with --kl_in reward the KL in them; k: --samples_per_prompt.
-    rloo: R − mean of the k − 1 others of its group. grpo: (R − group's mean) / group's spread (by k);
-    every token counts alike, whatever its reply's length. reinforce: R − mean of all replies.
+    total: a reply's rewards summed, with --kl_in reward the KL in them; k: --samples_per_prompt.
+    rloo: total − mean of the k − 1 others of its group. grpo: (total − group's mean) / group's standard
+    deviation (divided by k, not k − 1); every token counts alike, whatever its reply's length.
+    reinforce: total − mean of all replies.
     """
     k, total = o.samples_per_prompt, scored.rewards.sum(1)
     if o.advantage == "reinforce":
@@ -263,13 +264,13 @@ def group_estimator(scored: "ScoredReplies", o: PPOOptions) -> tuple[Tensor, Ten
 # ---- the networks --------------------------------------------------------------------------------
 
 class Prediction(NamedTuple):
-    """What policy and critic say of reply tokens: (N,) for each real one, or spread to (M, R)."""
+    """What policy and critic say of reply tokens: (N,) for each real one, or scattered to (M, R)."""
 
     logprobs: Tensor  # of the token that was drawn, at the sampling temperature
     entropy: Tensor  # of the policy's distribution there, nats
     values: Tensor  # the critic's, before the token
 
-    def spread(self, response_mask: Tensor) -> "Prediction":
+    def scattered(self, response_mask: Tensor) -> "Prediction":
         """(N,) to (M, R), 0 where the mask is False."""
         return Prediction(*(scatter_tokens(x, response_mask) for x in self))
 
@@ -331,7 +332,7 @@ class Networks:
     reference: Transformer
     end_id: int | Sequence[int]  # the token, or any of the tokens, that ends a reply
     decoder: Decoder | None = None  # the policy ready to write; None: made for each rollout
-    reward_model: RewardModel | None = None  # if it has blocks in common with the critic
+    reward_model: RewardModel | None = None  # where it shares frozen blocks with the critic, it reads their states
 
 
 # ---- the rollout ---------------------------------------------------------------------------------
@@ -401,7 +402,7 @@ class Rollout(ScoredReplies):
 
     advantages: Tensor  # (B, R): whitened if so asked
     returns: Tensor  # (B, R): from unwhitened advantages
-    spread: float  # that advantages were divided by
+    spread: float  # the standard deviation that advantages were divided by
     seconds: dict[str, float]  # of writing and of scoring
 
 
@@ -432,7 +433,7 @@ def score_replies(networks: Networks, replies: Replies, o: PPOOptions) -> tuple[
         mask = replies.response_mask[index]
         with precision(networks.actor_critic.dtype, device.type):
             rows = networks.actor_critic.with_below(replies.rows(index))
-            part = networks.actor_critic(rows, o.temperature).spread(mask)
+            part = networks.actor_critic(rows, o.temperature).scattered(mask)
             hidden = networks.reference.hidden(rows.tokens, where=rows.before, below=rows.below.policy)
             reference, _ = token_logprobs(networks.reference, hidden, rows.targets, o.temperature)
         ref_logprobs[index] = scatter_tokens(reference, mask)
@@ -536,9 +537,9 @@ def ppo_loss(batch: Minibatch, new: Prediction, o: PPOOptions) -> tuple[Tensor, 
             + β · Σ over replies of ½ (Σ log π/π_ref)² / tokens        (with --kl_in loss)
 
     A: advantages, G: returns, V: values, H: entropy, ε: clip_range, c_v: value_coef, c_e:
-    entropy_coef. The policy gradient is ∇J = E[Σ A_t ∇ log π(token_t)]; at ratio 1 the gradient of
-    −A · ratio is −A ∇ log π, its negative. The ratio lets the same replies serve for several steps:
-    once a step has moved a token's ratio beyond 1 ± ε in the direction that A asks for, the
+    entropy_coef, β: the price of KL in units of A. The policy gradient is ∇J = E[Σ A_t ∇ log π(token_t)];
+    at ratio 1 the gradient of −A · ratio is −A ∇ log π, its negative. The ratio lets the same replies serve
+    for several steps: once a step has moved a token's ratio beyond 1 ± ε in the direction that A asks for, the
     maximum's gradient is 0 and nothing pulls it further. With --dual_clip c the maximum is at most −A · c
     where A < 0 (Ye 2020, eq. 5): a ratio far above 1 has no gradient there either. The last term is k2 of the
     whole reply: its expected gradient E[Σ log π/π_ref · ∇ log π(reply)] is that of the KL.
@@ -585,7 +586,7 @@ def predict(actor_critic: ActorCritic, rollout: Rollout, index: Tensor, o: PPOOp
     """Predictions (M, R) of the networks as they are now, for these rows."""
     with precision(actor_critic.dtype, rollout.tokens.device.type):
         flat = actor_critic(rollout.rows(index), o.temperature, train_policy, o.entropy_coef != 0)
-    return flat.spread(rollout.response_mask[index])
+    return flat.scattered(rollout.response_mask[index])
 
 
 def backward(actor_critic: ActorCritic, rollout: Rollout, parts: list[tuple[Tensor, Minibatch]],
@@ -595,7 +596,7 @@ def backward(actor_critic: ActorCritic, rollout: Rollout, parts: list[tuple[Tens
     for index, batch in parts:
         new = predict(actor_critic, rollout, index, o, batch.train_policy)
         part_loss, metrics = loss(batch, new, o)
-        if batch.train_policy or part_loss.requires_grad:  # not: it has no value term, and waits
+        if batch.train_policy or part_loss.requires_grad:  # else nothing learns: a loss of yours without a value term
             part_loss.backward()
         ratios.append(batch.log_ratio(new))
         metrics = {"loss": (part_loss, batch.n_tokens), **metrics, **ratio_metrics(batch, new)}

@@ -8,7 +8,8 @@ where people also said that neither is), how good one is (`regression_loss`), li
 (`label_loss`). A reward of several parts has a head for each, an ensemble several for the same. What
 PPO pays for a score, data/rewards.py says (`ScoreScale`). The chapter ends in the stage, `train_reward`.
 
-Letters for shapes: B rows, T positions, D width, N selected tokens.
+Letters for shapes: B rows, T positions, D width, N selected tokens. N+ is Huang 2024 (docs/sources.md).
+The critic is a copy of this model that estimates, before each token, the reward still to come (ppo.py).
 """
 import dataclasses
 import math
@@ -73,7 +74,7 @@ class RewardModel(nn.Module):
             raise UserError(f"unknown pooling {self.config.pool!r}: use last or mean")
         self.backbone = Transformer(self.config)
         self.score_head = nn.Linear(config.d_model, max(1, len(self.config.parts)) * self.config.members)
-        self.dtype = "float32"  # of `scores`, unless the caller's own autocast says more
+        self.dtype = "float32"  # of `scores`; around a float32 model a caller's autocast still applies
         self.known: Tensor | None = None  # see runtime.learning.knowing
         self.initialise_head()
         # Older checkpoints also hold a mean and a spread of scores, which nothing reads any more.
@@ -103,7 +104,7 @@ class RewardModel(nn.Module):
         """(…, D) -> (…): the mean of the heads, of which a critic has one."""
         return self.heads(hidden).mean((0, 1))
 
-    def pooled(self, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
+    def counted(self, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
         """Mask (B, T) of the tokens whose head outputs are averaged: the reply's tokens, or only
         the last.
 
@@ -120,19 +121,19 @@ class RewardModel(nn.Module):
     def pool(self, values: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
         """Values per token (…, B, T) -> one score per row (…, B). Padding on either side changes
         nothing."""
-        chosen = self.pooled(mask, reply_mask)
-        return torch.where(chosen, values, 0).sum(-1) / chosen.sum(1)
+        counted = self.counted(mask, reply_mask)
+        return torch.where(counted, values, 0).sum(-1) / counted.sum(1)
 
     def head_scores(self, tokens: Tensor, mask: Tensor, reply_mask: Tensor | None = None,
                     below: Tensor | None = None) -> Tensor:
         """Every head's score of each row: tokens, mask and reply_mask (B, T) -> (parts, members, B)
         float32. below: of rows padded to the right, as `Transformer.hidden` takes it."""
-        chosen = self.pooled(mask, reply_mask)
+        counted = self.counted(mask, reply_mask)
         right_padded = bool((mask[:, :-1] | ~mask[:, 1:]).all())  # then causality hides the padding
         values = self.heads(self.backbone.hidden(tokens, None if right_padded else mask,
-                                                 where=chosen.flatten().nonzero()[:, 0], below=below))
-        everywhere = values.new_zeros(*values.shape[:2], *mask.shape).masked_scatter(chosen, values)
-        return everywhere.sum(-1) / chosen.sum(1)
+                                                 where=counted.flatten().nonzero()[:, 0], below=below))
+        everywhere = values.new_zeros(*values.shape[:2], *mask.shape).masked_scatter(counted, values)
+        return everywhere.sum(-1) / counted.sum(1)
 
     def forward(self, tokens: Tensor, mask: Tensor, reply_mask: Tensor | None = None) -> Tensor:
         """Raw score of each row: tokens, mask and reply_mask (B, T) -> (B,) float32."""
@@ -219,8 +220,9 @@ def room_for_prompt(reply_len: int, model: RewardModel, state: dict[str, Any]) -
 
 def critic_from(reward_model: RewardModel, mean: float = 0.0, std: float = 1.0,
                 o: Common | None = None) -> RewardModel:
-    """A copy to be trained with one head, the mean of all, that gives (raw − mean) / std: w/σ and
-    (b − μ)/σ. o: says which part learns (None: all); the rest are the reward model's very tensors.
+    """A copy to be trained with one head, the mean of all. Its weight is weight / std and its bias
+    (bias − mean) / std, so that it gives (raw − mean) / std. o: says which part learns (None: all); the
+    rest are the reward model's very tensors.
 
     PPO's critic starts from it, with a mean and a spread at which its values are those that the
     starting policy's replies are paid.

@@ -567,7 +567,7 @@ def chat(session: ChatSession) -> None:
         if len(ids) > longest:
             print(f"(that is too long by {len(ids) - longest} tokens: say it shorter)")
             continue
-        reply = session.stream(ids, rows=[turn], before="MOSS: ")
+        reply = session.stream(ids, rows=[turn], before="Model: ")
         messages = [*history, {"role": "assistant", "content": reply}]
         turn += 1
 

@@ -4,7 +4,7 @@
     python train.py --preset smoke --out out-smoke      the same in seconds, to see that everything works
     python train.py pretrain        read: predict the next token of plain text
     python train.py sft             obey: predict the reply of dialogues
-    python train.py reward          judge: predict what people liked
+    python train.py reward          score: predict what people liked
     python train.py ppo             improve: reply so that the reward model likes it
     python train.py judge           check: predict what other people liked, for the report alone
     python train.py best            after that: learn the best of n replies, by the reward model
@@ -17,7 +17,7 @@ The first two stages are written out here, `reward` in reward.py and `ppo` in pp
 `loop` (serve/loop.py) calls the other stages round after round. All but `ppo` share the training loop of
 runtime/fit.py. A stage reads the checkpoints of its parents and leaves checkpoint.pt, config.json,
 metrics.jsonl and samples.jsonl in OUT/<data>/<stage>/. A new stage is a function of its options, added
-to STAGES here and, for its random draws, in runtime/draws.py.
+to STAGES here, to PARENTS in data/parents.py and, for its random draws, in runtime/draws.py.
 """
 import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import dataclasses
@@ -192,7 +192,7 @@ class SFTOptions(MaximumLikelihoodOptions):
                           high=1_000_000)
     lr: float = option(0.005, "learning rate of block matrices (muon) or of everything (adamw)", low=0)
     adam_lr: float = option(0.002, "AdamW's learning rate for embeddings and norms", low=0)
-    decay: float = option(0.9, "share of the steps, at the end, over which it falls to 0", low=0, high=1)
+    decay: float = option(0.9, "share of the steps, at the end, over which the rate falls to 0", low=0, high=1)
     eval_every: int = option(150, "steps between measurements on validation", low=1)
     eval_dialogues: int = option(3000, "dialogues of validation measured then, at most; the seed draws them", low=1)
 
@@ -255,7 +255,7 @@ def sft(o: SFTOptions) -> Run | None:
         raise UserError("sft reads no reward model: --reward_from has no effect on it")
     data, o = open_stage(o, "sft")
     model, tokenizer, state = load_parent(o, data, "pretrain", o.init_from)
-    o = limit_length(recounted(o, "sft", data, tokenizer), model.config)
+    o = limit_length(recounted(o, "sft", data, tokenizer), model.config)  # lengths in the parent's vocabulary
     run = open_run("sft", o, data, {"init": state["hash"]}, model, tokenizer)
     if run is None:
         return None
@@ -281,7 +281,7 @@ def reward(o: RewardOptions) -> Run | None:
     return run
 
 
-# ---- the judge, and stage 4, PPO, which is never trained against it -------------------------------
+# ---- the judge, and PPO, which is never trained against it -----------------------------------------
 
 @dataclasses.dataclass
 class JudgeOptions(RewardOptions):
@@ -290,7 +290,7 @@ class JudgeOptions(RewardOptions):
     PRESETS: ClassVar = {"smollm": dict(init_from="smollm2-135m", records=2400)}
 
     epochs: float = option(1.0, "passes over the training records", low=0.01, high=1e6,
-                           source="AUC on reviews' validation, seed 0: .919; two passes .931")
+                           source="one for time; AUC on reviews' validation, seed 0: .919, of two passes .931")
 
 
 @memory_advice("lower --batch or --max_len, or add --recompute")

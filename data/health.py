@@ -105,8 +105,11 @@ def warnings_of(policies: Sequence[dict], first: str, last: str) -> list[str]:
 
 
 def stage_warnings(whose: str, state: Mapping[str, Any]) -> list[str]:
-    """What a stage warned of when it ended, as its checkpoint's state has it, for the report."""
-    return [f"{whose}: {warning}" for warning in state.get("warnings", ())]
+    """What a stage warned of when it ended, as its checkpoint's state has it, for the report; of PPO also that
+    a judge chose its weights."""
+    chosen = ["the n-gram judge chose among its weights (--keep best): it is no independent judge of them"]
+    judged = state.get("stage") == "ppo" and state.get("options", {}).get("keep") == "best"
+    return [f"{whose}: {warning}" for warning in [*state.get("warnings", ()), *(chosen if judged else ())]]
 
 
 def judge_warnings(opinions: Mapping[str, Mapping[str, str]], said: Sequence[str]) -> list[str]:

@@ -357,7 +357,7 @@ class MaximumLikelihoodOptions(Common):
     lr: float = option(0.02, "learning rate of block matrices (muon) or of everything (adamw)", low=0)
     adam_lr: float = option(0.01, "AdamW's learning rate for embeddings, norms and heads", low=0)
     warmup: float = option(0.03, "share of the steps over which the learning rate rises", low=0, high=1)
-    decay: float = option(0.4, "share of the steps, at the end, over which it falls to 0", low=0, high=1)
+    decay: float = option(0.4, "share of the steps, at the end, over which the learning rate falls to 0", low=0, high=1)
     # How much is learned, what is kept, and the log.
     records: int = option(0, "records to learn from, repetitions counted, at most; 0: all that --epochs has", low=0)
     keep: str = option("best", "weights at the end: those with the best validation, or the last ones",

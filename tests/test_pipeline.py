@@ -372,7 +372,7 @@ def test_two_checkpoints_are_compared_on_the_same_openings(root):
 
 def test_a_conversation_answers_each_line(root):
     printed = sample("--from", root / "ppo", "--chat", input="房间\n早餐\n")
-    assert printed.count("MOSS: ") == 2
+    assert printed.count("Model: ") == 2
 
 
 def test_checkpoints_are_measured(root, reviews_source):

@@ -12,6 +12,7 @@ import torch
 
 import train
 from data.functions import PythonReward, RewardError, load_function
+from data.health import stage_warnings
 from data.prepare import suited
 from data.records import records_in
 from data.rewards import RewardSum, needs_model, part_scores, read_reward, resolved
@@ -442,9 +443,11 @@ def test_keep_best_ends_with_the_policy_that_held_out_opinion_found_best(command
     run = train_ppo(command("ppo", "--updates=3", "--eval_every=1", "--keep=best", "--policy_lr=.01"))
     assert "kept the weights of step 1: eval_judged_positive 0.9, at the end 0.6" in capsys.readouterr().out
     kept = weights_hash(run.model)
+    said = stage_warnings("PPO", load_checkpoint(run.folder.path)[2])
+    assert said == ["PPO: the n-gram judge chose among its weights (--keep best): it is no independent judge of them"]
     opinions = iter([.5, .9, .4, .6])
     last = train_ppo(command("ppo", "--updates=3", "--eval_every=1", "--policy_lr=.01", "--fresh"))
-    assert weights_hash(last.model) != kept
+    assert weights_hash(last.model) != kept and not stage_warnings("PPO", load_checkpoint(last.folder.path)[2])
 
 
 def test_finished_ppo_that_kept_its_best_policy_goes_on_from_its_last(command, tmp_path, monkeypatch):
