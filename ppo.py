@@ -119,7 +119,7 @@ class PPOOptions(Common):
     clip_range: float = option(0.2, "policy ratio clip", source="Schulman 2017, N+, MOSS", low=0)
     dual_clip: float = option(0.0, "where A < 0 no gradient above this ratio; 0 disables", source="Ye 2020: 3", low=0)
     value_clip: float = option(0.2, "value clip around the rollout's values; 0 disables", source="N+, MOSS", low=0)
-    value_coef: float = option(0.1, "weight of the value loss; a separate critic's sets its clip alone", source="N+", low=0)
+    value_coef: float = option(0.1, "weight of the value loss; separate critic: of its clip", low=0, source="N+")
     entropy_coef: float = option(0.0, "entropy bonus", source="MOSS: not recommended")
     ptx_coef: float = option(0.0, "weight of the loss on pretraining text", source="InstructGPT: 27.8", low=0)
     # Optimisation.
