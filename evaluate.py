@@ -430,7 +430,7 @@ class EvaluateOptions(Options):
     json: str = option("", "file for all figures as JSON; -: print them, and nothing else")
     # How to draw.
     reply_len: int = option(0, "longest reply in tokens; 0: as in the PPO run among the folders, else 64", low=0)
-    temperature: float = option(0.0, "sampling temperature; 0: as in the PPO run among the folders, else 1", low=0)
+    temperature: float = option(0.0, "of sampling; 0: as in the PPO run among the folders, else 1", low=0, high=100)
     seed: int = option(12345, "seed of the random numbers", low=0)
     # The machine.
     device: str = option("auto", "device to compute on", choices=("auto", "cpu", "cuda", "mps"))

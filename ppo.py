@@ -85,7 +85,7 @@ class PPOOptions(Common):
     samples_per_prompt: int = option(1, "replies to each prompt, a group (for RLOO)", low=1)
     reply_len: int = option(64, "longest reply in tokens; a truncated one is terminal: no bootstrap value", low=1)
     prompt_len: int = option(0, "longest prompt in tokens, others are left out; 0: as the reward model learned", low=0)
-    temperature: float = option(1.0, "of sampling and of every log-probability alike", low=0.001,
+    temperature: float = option(1.0, "of sampling and of every log-probability alike", low=0.001, high=100,
                                 source="N+: else the ratio does not start at 1")
     rollout_rows: int = option(64, "replies written at a time; ended ones make room", low=1)
     rollout_dtype: str = option("auto", "of writing; auto: as --dtype; int8: CPU only",

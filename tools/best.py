@@ -34,7 +34,7 @@ class BestOptions(SFTOptions):
     n: int = option(8, "replies to each prompt; the reward model's favourite is learned", low=2, high=10_000)
     prompts: int = option(2000, "training prompts to reply to, at most; the seed draws them", low=20, high=10**8)
     reply_len: int = option(0, "longest reply in tokens; 0: PPO's default on this data", low=0)
-    temperature: float = option(1.0, "of sampling", low=0.001)
+    temperature: float = option(1.0, "of sampling", low=0.001, high=100)
 
 
 class BestTask(SFTTask):
