@@ -210,9 +210,10 @@ def open_stage(o: T, stage: str) -> tuple[Prepared, T]:
 
 def recounted(o: T, stage: str, data: Prepared, tokenizer: Tokenizer) -> T:
     """The options with --max_len counted anew in tokens of this vocabulary, if the length that suits the
-    data was counted with another one. What changes is printed."""
-    own = data.tokenizer
-    if "max_len" in o.explicit or not data.meta.get("lengths") or own.to_state() == tokenizer.to_state():
+    data was counted with another one, and not fixed by a data set. What changes is printed."""
+    own, of_set = data.tokenizer, DATA_SETS[o.data].defaults if o.data in DATA_SETS else {}
+    fixed = "max_len" in o.explicit or "max_len" in of_set.get(stage, {})
+    if fixed or not data.meta.get("lengths") or own.to_state() == tokenizer.to_state():
         return o
     records = {(name, "train"): data.records(name, "train") for name in ("sft", "reward", "judge", *BESIDE)
                if data.has(name)}

@@ -192,6 +192,8 @@ def test_lengths_are_counted_in_the_vocabulary_that_reads_them(opened, capsys):
     assert recounted(o, "sft", data, data.tokenizer) is o
     asked = suited(parse(SFTOptions, ["--max_len=77"], "x"), "sft", data)
     assert recounted(asked, "sft", data, finer).max_len == 77
+    of_set = parse(SFTOptions, ["--data=hh"], "x").replace(max_len=288)  # what two cores have time for
+    assert recounted(of_set, "sft", data, finer) is of_set
 
 
 def test_texts_too_short_for_opening_words_are_divided_one_by_one(tmp_path):
