@@ -89,10 +89,11 @@ class Tokenizer:
         v.check(len(ranks))
         self.chat = chat_format(**v.chat)
         self.special, self.n_vocab = v.special | v.text, v.rows
-        if missing := [name for name in (*self.chat.tokens, self.chat.bos, self.chat.end)
+        thoughts = ("<think>", "</think>") if self.chat.think else ()
+        if missing := [name for name in (*self.chat.tokens, self.chat.bos, self.chat.end, *thoughts)
                        if name and name not in self.special]:
             raise UserError(f"chat format {self.chat.name}: this vocabulary has no {', '.join(missing)}: choose "
-                            "another by --chat_format")
+                            "another by `python -m convert import … --chat_format`")
         self.end_ids, self.eot_id, self.pad_id = tuple(v.end_ids), v.eot_id, v.pad_id
         self.eom_id = self.end_ids[0]
         self._bytes = dict(zip(v.ids, ranks, strict=True))
@@ -148,7 +149,12 @@ class Tokenizer:
 
     def _ordinary(self, text: str) -> list[int]:
         """Ids of merged tokens."""
-        ranks = self._encoding.encode(text, disallowed_special=())
+        try:
+            ranks = self._encoding.encode(text, disallowed_special=())
+        except ValueError:  # its regular expressions have a stack of limited size
+            longest = max(re.findall(r"\s+", text), key=len, default="")
+            raise UserError(f"the text {text[:20]!a}… of {len(text)} characters has {len(longest)} of white space in a "
+                            "row, which is more than tiktoken can split: shorten them") from None
         if self._id_of_rank is None:
             return ranks
         if self._without_token and max(ranks, default=0) >= len(self.ranks):
