@@ -24,7 +24,7 @@ class ImportOptions(Options):
     """`python -m convert import FOLDER|FILE.gguf OUT`"""
 
     max_len: int = option(0, "longest row in tokens that the model is made for; 0: its config's, up to 4096", low=0)
-    chat_format: str = option("", "of a tokenizer that says none: " + ", ".join(FORMATS), choices=("", *FORMATS))
+    chat_format: str = option("", "instead of the tokenizer's own: " + ", ".join(FORMATS), choices=("", *FORMATS))
     traceback: bool = option(False, "show where in the code an error arose")
 
 

@@ -59,7 +59,7 @@ def text_of(pieces: list[Piece] | str) -> str:
 
 def jinja(text: str, content: str = "") -> str:
     """A Jinja expression of this text, in which MARK is `content`."""
-    parts = [json.dumps(part) for part in text.split(MARK)]
+    parts = [json.dumps(part, ensure_ascii=False) for part in text.split(MARK)]  # Jinja reads no pairs of surrogates
     return f" + {content} + ".join(parts)
 
 
@@ -77,6 +77,8 @@ def template_of(chat: ChatFormat) -> str:
     after = [jinja(text_of(chat.after(last))) for last in (True, False)]
     bos, default = jinja(chat.bos), jinja(text_of(chat.start(None)))
     system = jinja(text_of(chat.start(MARK)), f"messages[0].content{trim}")
+    if chat.name == "moss":  # Moss.start: a message brings its own line break, or none if it is empty
+        system = "messages[0].content + ('' if messages[0].content[-1:] in ('', '\\n') else '\\n')"
     user = jinja(text_of(chat.user(MARK)), f"message.content{trim}")
     return ("{{- " + bos + " }}{%- if messages[0].role == 'system' %}{{- " + system + " }}{%- else %}{{- " + default
             + " }}{%- endif %}{%- for message in messages %}{%- if message.role == 'user' %}{{- " + user

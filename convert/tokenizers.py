@@ -10,14 +10,13 @@ A special token's name in a text stays text (see Tokenizer.encode), unlike in Hu
 import dataclasses
 import json
 import pathlib
-import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import tiktoken
 
 from convert.splits import GGUF_PATTERNS, GPT2, QWEN2, pattern_of, splits_of, to_bytes
+from convert.templates import say_difference, system_line
 from data.chat import FORMATS, LLAMA_DATE, MOSS_SYSTEM, chat_format
 from data.pieces import SentencePieces
 from data.tokenizer import CHARACTER_PATTERN, PATTERN, SPECIAL_TOKENS, Tokenizer, Vocabulary
@@ -79,17 +78,24 @@ def make(parts: Parts, rows: int | None, chat_name: str = "") -> Tokenizer:
         ranks, ids, unmerged, added = list(pieces.values()), list(pieces), {}, special | added
     else:
         ranks, ids, unmerged = ranked(parts)
+    if not names["eos"]:  # GPT-2's page names its end in generation_config.json alone
+        names["eos"] = next((name for i in parts.ends for name, j in added.items() if j == i), "")
     control = {name: i for name, i in added.items() if name not in parts.text or name in names.values()}
-    chat = chat_of(settings, names, control, chat_name, parts.where)
+    chat = chat_of(settings, names, control, chat_name)
     # A reply's end in the chat format first, then the ends of generation_config.json, then the tokenizer's own.
-    format_end = [added[name] for name in FORMATS[chat["name"]].tokens[-1:] if name in added]
-    ends = [*dict.fromkeys([*format_end, *parts.ends, *(added[name] for name in (names["eos"],) if name in added)])]
-    if not ends:
+    format_end = chat.get("end") or "".join(FORMATS[chat["name"]].tokens[-1:])
+    named = [[added[name]] if name in added else [] for name in (format_end, names["eos"])]
+    ends = [*dict.fromkeys([*named[0], *parts.ends, *named[1]])]
+    if not ends or not format_end:
         raise UserError(f"{parts.where}: names no token that ends a text (eos_token): take the file "
                         "tokenizer_config.json or generation_config.json from the model's page, too")
     starts = [added[name] for name in (*DOCUMENT_STARTS, names["bos"]) if name in control]
     pad = added.get(names["pad"], (starts or ends)[0])
     rows = rows or 1 + max([*added.values(), *ids])
+    if not {"<think>", "</think>"} <= set(added):
+        chat.pop("think", None)  # the template's thoughts need tokens that are not there
+    if (template := template_of(settings)) and not chat_name:
+        say_difference(chat_format(**chat), template, names, parts.where)
     if chat == {"name": "mosslet"} and ids == [*range(len(ids))] and parts.pattern in (PATTERN, CHARACTER_PATTERN):
         own = Tokenizer(ranks, parts.pattern)
         if (own.special, own.n_vocab) == (added, rows):
@@ -104,29 +110,24 @@ def name_of(token: Any) -> str:
     return (token.get("content") if isinstance(token, dict) else token) or ""
 
 
-def chat_of(settings: dict[str, Any], names: dict[str, str], control: dict[str, int], asked: str,
-            where: str) -> dict[str, str]:
+def chat_of(settings: dict[str, Any], names: dict[str, str], control: dict[str, int], asked: str) -> dict[str, str]:
     """A chat format's name and settings: the one asked for, else that of the checkpoint's template, else
     MOSS's if its tokens are there, else "plain"."""
     template, bos = template_of(settings), names["bos"] if settings.get("add_bos_token") else ""
-    marks = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "Human: ": "plain"}
+    marks = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", '"Human: " + message.content': "plain"}
     family = chat_format(asked).name if asked else next((marks[m] for m in marks if m in template), "")
     if not family and set(SPECIAL_TOKENS) <= set(control):
         return {"name": "mosslet"}
     family = family or ("moss" if {"<eoh>", "<eom>"} <= set(control) else "plain")
     if family == "plain":
-        if template and not asked and "Human: " not in template:
-            print(f"{where}: its chat template is of no format that Mosslet knows; it speaks plainly, Human: and "
-                  "Assistant:, unless --chat_format names another", file=sys.stderr)
         return {"name": family, "end": names["eos"]} | ({"bos": bos} if bos else {})
     chat = {"name": family} | ({"template": template} if template and not asked else {})
     if family == "moss":
         return chat | {"system": MOSS_SYSTEM}
     if family == "llama3":
         return chat | {"bos": "<|begin_of_text|>"} | ({"date": LLAMA_DATE} if "Today Date" in template else {})
-    if family == "chatml":  # a template that adds a system line holds it as a literal
-        line = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<{}'\"]+)<\|im_end\|>", template)
-        return (chat | ({"system": line[1]} if line else {})
+    if family == "chatml":
+        return (chat | ({"system": line} if (line := system_line(template)) else {})
                 | ({"bos": names["bos"]} if "bos_token" in template and names["bos"] else {})
                 | ({"think": "off"} if "enable_thinking" in template else {}))
     return chat
@@ -287,7 +288,7 @@ def of_encoding(encoding: tiktoken.Encoding, rows: int | None = None, chat_forma
     end = "<|endoftext|>" if "<|endoftext|>" in special else min(special, key=special.get, default="")
     if not end:
         raise UserError(f"tiktoken's encoding {encoding.name!r} has no special token that could end a text")
-    chat = chat_of({}, {"bos": "", "eos": end}, special, chat_format, encoding.name)
+    chat = chat_of({}, {"bos": "", "eos": end}, special, chat_format)
     order = sorted(ranks, key=ranks.get)
     return Tokenizer(order, encoding._pat_str, Vocabulary(
         [ranks[token] for token in order], rows or encoding.n_vocab, dict(special), [special[end]], special[end],

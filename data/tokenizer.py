@@ -89,10 +89,10 @@ class Tokenizer:
         v.check(len(ranks))
         self.chat = chat_format(**v.chat)
         self.special, self.n_vocab = v.special | v.text, v.rows
-        if missing := [name for name in (*self.chat.tokens, self.chat.bos, self.chat.end)
-                       if name and name not in self.special]:
+        if missing := [name for name in (*self.chat.tokens, self.chat.bos, self.chat.end, *(
+                       ("<think>", "</think>") if self.chat.think else ())) if name and name not in self.special]:
             raise UserError(f"chat format {self.chat.name}: this vocabulary has no {', '.join(missing)}: choose "
-                            "another by --chat_format")
+                            "another by `python -m convert import … --chat_format`")
         self.end_ids, self.eot_id, self.pad_id = tuple(v.end_ids), v.eot_id, v.pad_id
         self.eom_id = self.end_ids[0]
         self._bytes = dict(zip(v.ids, ranks, strict=True))
@@ -101,8 +101,7 @@ class Tokenizer:
         self.empty_ids = [i for i in range(v.rows) if i not in self._bytes]
         self._control = {*v.special.values(), *self.empty_ids, *self.end_ids}
         self.special_ids = sorted(self._control)
-        self._characters = ({token.decode() for token in ranks} if pattern == CHARACTER_PATTERN
-                            else None)
+        self._characters = {token.decode() for token in ranks} if pattern == CHARACTER_PATTERN else None
         self._prepare_encoding()
 
     def _prepare_encoding(self) -> None:
@@ -114,10 +113,8 @@ class Tokenizer:
         if self.vocabulary.sentencepiece:
             self._encoding, self._without_token = SentencePieces(self.vocabulary.sentencepiece.encode("latin-1")), []
             return
-        if self._characters is None:
-            self._without_token = [bytes([i]) for i in range(256) if bytes([i]) not in ranks]
-        else:
-            self._without_token = []
+        missing = [bytes([i]) for i in range(256) if bytes([i]) not in ranks]
+        self._without_token = missing if self._characters is None else []
         ranks |= {byte: len(self.ranks) + i for i, byte in enumerate(self._without_token)}
         self._encoding = tiktoken.Encoding("mosslet", pat_str=self.pattern, special_tokens={},
                                            mergeable_ranks=ranks)
@@ -148,7 +145,10 @@ class Tokenizer:
 
     def _ordinary(self, text: str) -> list[int]:
         """Ids of merged tokens."""
-        ranks = self._encoding.encode(text, disallowed_special=())
+        try:
+            ranks = self._encoding.encode(text, disallowed_special=())
+        except ValueError:
+            raise UserError(too_long(text)) from None
         if self._id_of_rank is None:
             return ranks
         if self._without_token and max(ranks, default=0) >= len(self.ranks):
@@ -283,6 +283,13 @@ class Tokenizer:
         """The tokenizer that `to_state` described."""
         vocabulary = Vocabulary(**state["vocabulary"]) if "vocabulary" in state else None
         return cls([token.encode("latin-1") for token in state["ranks"]], state["pattern"], vocabulary)
+
+
+def too_long(text: str) -> str:
+    """What is wrong with a text that tiktoken's regular expressions, with their limited stack, cannot split."""
+    longest = max(re.findall(r"\s+", text), key=len, default="")
+    return (f"the text {text[:20]!a}… of {len(text)} characters has {len(longest)} of white space in a row, which is "
+            "more than tiktoken can split: shorten them")
 
 
 # ---- vocabularies --------------------------------------------------------------------------------

@@ -171,6 +171,11 @@ def test_another_format_puts_its_own_end_first():
         chat_format("alpaca")
 
 
+def test_thoughts_need_their_tokens():
+    with pytest.raises(UserError, match="this vocabulary has no <think>, </think>: .*`python -m convert import"):
+        QWEN.with_chat("chatml", think="off")
+
+
 # ---- vocabularies --------------------------------------------------------------------------------
 
 def test_rows_without_a_token_are_known_and_never_text():
@@ -183,6 +188,12 @@ def test_added_tokens_of_white_space_are_encoded_and_others_are_not():
     assert QWEN3.encode("a   b") == [*QWEN3.encode("a"), QWEN3.special["   "], *QWEN3.encode("b")]
     assert QWEN3.special["<think>"] not in QWEN3.encode("<think>")
     assert QWEN3.special["<think>"] not in QWEN3.special_ids  # a model that thinks must be able to write it
+
+
+def test_white_space_that_tiktoken_cannot_split_is_one_line():
+    assert len(QWEN.encode("a" + " " * 20_000)) == 20_001
+    with pytest.raises(UserError, match="the text 'ab .*'… of 1000003 characters has 1000000 of white space in a row"):
+        QWEN.encode("ab" + " " * 1_000_000 + "x")
 
 
 def test_text_is_brought_to_nfc_where_the_family_does():

@@ -13,9 +13,9 @@ import pytest
 import regex
 import tiktoken
 
-from convert import splits, tokenizers
-from convert.tokenizer_files import tokenizer_config, tokenizer_json, write_tokenizer
-from data.chat import MOSS_SYSTEM
+from convert import splits, templates, tokenizers
+from convert.tokenizer_files import template_of, text_of, tokenizer_config, tokenizer_json, write_tokenizer
+from data.chat import MOSS_SYSTEM, chat_format
 from data.tokenizer import PATTERN, Tokenizer, train_bpe, train_chars
 from runtime.options import UserError
 
@@ -45,7 +45,9 @@ def mixed_strings(n: int, seed: int = 0) -> list[str]:
 
 
 BPE = train_bpe([*mixed_strings(300, 1), "hello world, the world is good"] * 2, 700)
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+THINKS = "{% if add_generation_prompt and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
 
 
 def a_file(first: int = 0, names: tuple[str, ...] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
@@ -192,9 +194,7 @@ def test_without_the_network_tiktoken_s_encodings_are_one_line(monkeypatch):
 
 @pytest.mark.parametrize("template,expected", [
     (TEMPLATE, {"name": "chatml"}),
-    ("{{ '<|im_start|>system\\nYou are kind.<|im_end|>\\n' }}", {"name": "chatml", "system": "You are kind."}),
-    ("{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}", {"name": "chatml", "system": "You are kind."}),
-    ("{{ '<|im_start|>' }}{% if enable_thinking %}", {"name": "chatml", "think": "off"}),
+    (TEMPLATE + THINKS, {"name": "chatml", "think": "off"}),
     ([{"name": "tools", "template": "x"}, {"name": "default", "template": TEMPLATE}], {"name": "chatml"}),
     ("", {"name": "plain", "end": "<|endoftext|>"})])
 def test_the_chat_format_is_the_template_s(tmp_path, template, expected):
@@ -205,6 +205,80 @@ def test_the_chat_format_is_the_template_s(tmp_path, template, expected):
     if expected["name"] == "chatml":
         assert tokenizer.decode(tokenizer.end_ids) == "<|im_end|><|endoftext|>"
         assert state["template"] in (template, TEMPLATE)
+
+
+@pytest.mark.parametrize("line,system", [
+    (r"{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}", "You are kind."),
+    ("{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}", "You are kind."),
+    ("\n<|im_start|>system\nIt's {} \\n.<|im_end|>\n", "It's {} \\n."),  # text, in which nothing is an escape
+    (r"{{ '<|im_start|>system\nStep by step, within \\boxed{}.<|im_end|>\n' }}", r"Step by step, within \boxed{}."),
+    (r"""{{ "<|im_start|>system\nYou're a helpful assistant.<|im_end|>\n" }}""", "You're a helpful assistant."),
+    (r"""{{ '<|im_start|>system\nYou\'re \u00e9 🐱.<|im_end|>\n' }}""", "You're é 🐱."),
+    (r"""{{ "<|im_start|>system\nSay \"hi\", <b>.\nLine {{ 2 }}.<|im_end|>\n" }}""", 'Say "hi", <b>.\nLine {{ 2 }}.')])
+def test_a_system_line_is_what_the_template_inserts(tmp_path, capsys, line, system):
+    template = "{% if messages[0].role != 'system' %}" + line + "{% endif %}" + TEMPLATE
+    tokenizer = tokenizers.read_tokenizer(saved(tmp_path, a_file(), chat_template=template))
+    assert tokenizer.chat.system == system
+    assert capsys.readouterr().err == ""  # Jinja renders the same
+    assert templates.rendered(template, [{"role": "user", "content": "Hi"}], {}) == tokenizer.decode(
+        tokenizer.render_chat([{"role": "user", "content": "Hi"}], reply=True)[0])
+
+
+@pytest.mark.parametrize("template,name,theirs", [
+    (TEMPLATE + "{% if add_generation_prompt %}<think>\n{% endif %}", "chatml", r"assistant\n<think>\n'"),
+    (TEMPLATE.replace("m.content", "m.content.split('</think>')[-1]"), "chatml", r"assistant\n\n\nYes. <|im_end|>"),
+    (TEMPLATE.replace("m.content", "m.content|trim"), "chatml", r"user\nHi.<|im_end|>"),
+    ("{% set s = 'Be good.' %}<|im_start|>system\n{{ s }}<|im_end|>\n" + TEMPLATE, "chatml", "Be good."),
+    (TEMPLATE + THINKS, "chatml", "<think>"),  # of a vocabulary without such tokens
+    (TEMPLATE + "{{ raise_exception('No.') }}", "chatml", "TemplateError: No."),
+    (TEMPLATE + "{{", "chatml", "TemplateSyntaxError"),
+    ("{% for m in messages %}### Human: {{ m.content }}\n### Assistant:{% endfor %}", "plain", "'### Human:")])
+def test_a_template_that_renders_other_text_than_our_format_is_said(tmp_path, capsys, template, name, theirs):
+    tokenizer = tokenizers.read_tokenizer(saved(tmp_path, a_file(), chat_template=template))
+    line = capsys.readouterr().err
+    assert line.count("\n") == line.count(f"no format that Mosslet knows; it speaks {name}, ") == 1
+    assert theirs in line.split(" where the template has ")[1]
+    assert tokenizer.chat.name == name
+    tokenizer.render_chat([{"role": "user", "content": "Hi"}], reply=True)
+    assert tokenizers.read_tokenizer(tmp_path, chat_format="chatml").chat.name == "chatml"
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_safe_sandbox_no_template_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(templates.importlib.metadata, "version", lambda name: "3.1.5")
+    assert tokenizers.read_tokenizer(saved(tmp_path, a_file(), chat_template=TEMPLATE + "{{")).chat.name == "chatml"
+    assert capsys.readouterr().err.count("is not compared with Mosslet's format chatml") == 1
+
+
+@pytest.mark.parametrize("ends,chat_format,expected", [
+    (["<|im_end|>", "<|endoftext|>"], "", "<|im_end|><|endoftext|>"), (["<|im_end|>"], "chatml", "<|im_end|>"),
+    (["a", "<|endoftext|>"], "", "<|endoftext|>a")])  # no chat format ends in text
+def test_where_the_files_name_no_end_it_is_generation_config_s_first_token(tmp_path, ends, chat_format, expected):
+    file = a_file()
+    ids = file["model"]["vocab"] | {token["content"]: token["id"] for token in file["added_tokens"]}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids[name] for name in ends]}))
+    tokenizer = tokenizers.read_tokenizer(saved(tmp_path, file, eos_token=None), chat_format=chat_format)
+    assert tokenizer.decode(tokenizer.end_ids) == expected
+    _, mask = tokenizer.render_chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    assert tokenizer.reply_ids("b")[-1] == tokenizer.eom_id
+    assert any(mask)
+
+
+def test_an_end_that_is_no_special_token_is_refused(tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 65}))
+    with pytest.raises(UserError, match="names no token that ends a text"):
+        tokenizers.read_tokenizer(saved(tmp_path, a_file(), eos_token=None))
+
+
+def test_a_plain_reply_s_end_comes_first(tmp_path):
+    """generation_config.json of Llama 3.2 names another first."""
+    file = a_file()
+    ends = [token["id"] for token in file["added_tokens"]]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    tokenizer = tokenizers.read_tokenizer(saved(tmp_path, file, eos_token="<|im_end|>"), chat_format="plain")
+    assert tokenizer.decode(tokenizer.end_ids) == "<|im_end|><|endoftext|><|im_start|>"
+    assert tokenizer.reply_ids("x")[-1] == tokenizer.eom_id
+    assert tokenizer_config(tokenizer)["eos_token"] == "<|im_end|>"
 
 
 def test_an_unknown_template_is_said_and_another_format_can_be_asked_for(tmp_path, capsys):
@@ -407,6 +481,15 @@ def test_a_template_of_ours_gives_the_ids_of_render_chat(tmp_path, chat):
     (tmp_path / "out").mkdir()
     write_tokenizer(tokenizer, tmp_path / "out")
     same_as_template(tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["mosslet", "moss", "chatml", "llama3", "plain"])
+@pytest.mark.parametrize("system", ["", "S", "S\n", MOSS_SYSTEM, "It's \\ \"x\" {{ y }} 🐱 \x1c\x85\u2028\r\n\t."])
+def test_a_template_of_ours_renders_any_system_line(name, system):
+    pytest.importorskip("jinja2")
+    chat, user = chat_format(name, system=system, end="<e>"), {"role": "user", "content": "Hi"}
+    for messages in ([user], [{"role": "system", "content": system}, user]):
+        assert templates.rendered(template_of(chat), messages, {}) == text_of(chat.pieces(messages, True))
 
 
 def test_our_own_template_renders_our_text():
