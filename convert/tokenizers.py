@@ -16,7 +16,7 @@ from typing import Any
 import tiktoken
 
 from convert.splits import GGUF_PATTERNS, GPT2, QWEN2, pattern_of, splits_of, to_bytes
-from convert.templates import say_difference, system_line
+from convert.templates import OURS, say_difference, system_line
 from data.chat import FORMATS, LLAMA_DATE, MOSS_SYSTEM, chat_format
 from data.pieces import SentencePieces
 from data.tokenizer import CHARACTER_PATTERN, PATTERN, SPECIAL_TOKENS, Tokenizer, Vocabulary
@@ -95,7 +95,7 @@ def make(parts: Parts, rows: int | None, chat_name: str = "") -> Tokenizer:
     if not {"<think>", "</think>"} <= set(added):
         chat.pop("think", None)  # the template's thoughts need tokens that are not there
     if (template := template_of(settings)) and not chat_name:
-        say_difference(chat_format(**chat), template, names, parts.where)
+        say_difference(chat_format(**chat), template, parts.where)
     if chat == {"name": "mosslet"} and ids == [*range(len(ids))] and parts.pattern in (PATTERN, CHARACTER_PATTERN):
         own = Tokenizer(ranks, parts.pattern)
         if (own.special, own.n_vocab) == (added, rows):
@@ -114,7 +114,7 @@ def chat_of(settings: dict[str, Any], names: dict[str, str], control: dict[str, 
     """A chat format's name and settings: the one asked for, else that of the checkpoint's template, else
     MOSS's if its tokens are there, else "plain"."""
     template, bos = template_of(settings), names["bos"] if settings.get("add_bos_token") else ""
-    marks = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", '"Human: " + message.content': "plain"}
+    marks = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", OURS: "plain"}
     family = chat_format(asked).name if asked else next((marks[m] for m in marks if m in template), "")
     if not family and set(SPECIAL_TOKENS) <= set(control):
         return {"name": "mosslet"}

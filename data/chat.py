@@ -58,7 +58,7 @@ class ChatFormat(abc.ABC):
     end: str = ""  # the special token that ends a reply, where the format names none
     date: str = ""  # llama3: today's date in the system header; "": no dates (3.0)
     think: str = ""  # chatml: "off": a last reply has empty thoughts (Qwen3), "on": it writes them
-    template: str = ""  # the checkpoint's own Jinja template, kept for export
+    template: str = ""  # the checkpoint's own Jinja template, kept for export and never run
 
     name: ClassVar[str] = ""
     whole: ClassVar[bool] = True  # is all text between special tokens encoded at once?

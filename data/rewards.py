@@ -288,11 +288,10 @@ def resolved(o: Any, terms: Sequence[Part], feedback: str, room: int = 0) -> Any
         several = len(terms) > 1 and any(term.head is not None for term in terms)
         steers = (several or feedback not in ("label", "scores of any kind")) and "kl_coef" not in o.explicit
         control = "adaptive" if steers or {"kl_target", "kl_horizon"} & o.explicit else "fixed"
-    if control == "adaptive" and "kl_coef" not in o.explicit:
-        # A preset's price and a data set's are fixed ones: where steering starts follows from the scores.
-        of_data = [known.defaults.get("ppo", {}) for known in DATA_SETS.values()]
-        if o.kl_coef in [x.get("kl_coef") for x in (presets_of(type(o)).get(o.preset, {}), *of_data)]:
-            o = o.replace(kl_coef=type(o).kl_coef)
+    # A preset's price and a data set's are fixed ones: where steering starts follows from the scores.
+    fixed = [presets_of(type(o)).get(o.preset, {}), *(known.defaults.get("ppo", {}) for known in DATA_SETS.values())]
+    if control == "adaptive" and "kl_coef" not in o.explicit and o.kl_coef in [x.get("kl_coef") for x in fixed]:
+        o = o.replace(kl_coef=type(o).kl_coef)
     without = {} if o.advantage == "gae" else {"critic": "shared", "critic_warmup": 0, "value_coef": 0.0}
     if o.prompt_len > room > 0:
         raise UserError(f"--prompt_len {o.prompt_len}: beside replies of {o.reply_len} tokens policy and reward model "

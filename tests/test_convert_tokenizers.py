@@ -13,7 +13,7 @@ import pytest
 import regex
 import tiktoken
 
-from convert import splits, templates, tokenizers
+from convert import splits, tokenizers
 from convert.tokenizer_files import template_of, text_of, tokenizer_config, tokenizer_json, write_tokenizer
 from data.chat import MOSS_SYSTEM, chat_format
 from data.tokenizer import PATTERN, Tokenizer, train_bpe, train_chars
@@ -207,6 +207,13 @@ def test_the_chat_format_is_the_template_s(tmp_path, template, expected):
         assert state["template"] in (template, TEMPLATE)
 
 
+def rendered(template, messages):
+    """What `transformers` would make of a dialogue before a reply."""
+    sandbox = pytest.importorskip("jinja2.sandbox")
+    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(messages=messages, add_generation_prompt=True)
+
+
 @pytest.mark.parametrize("line,system", [
     (r"{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}", "You are kind."),
     ("{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}", "You are kind."),
@@ -220,34 +227,24 @@ def test_a_system_line_is_what_the_template_inserts(tmp_path, capsys, line, syst
     tokenizer = tokenizers.read_tokenizer(saved(tmp_path, a_file(), chat_template=template))
     assert tokenizer.chat.system == system
     assert capsys.readouterr().err == ""  # Jinja renders the same
-    assert templates.rendered(template, [{"role": "user", "content": "Hi"}], {}) == tokenizer.decode(
+    assert rendered(template, [{"role": "user", "content": "Hi"}]) == tokenizer.decode(
         tokenizer.render_chat([{"role": "user", "content": "Hi"}], reply=True)[0])
 
 
-@pytest.mark.parametrize("template,name,theirs", [
-    (TEMPLATE + "{% if add_generation_prompt %}<think>\n{% endif %}", "chatml", r"assistant\n<think>\n'"),
-    (TEMPLATE.replace("m.content", "m.content.split('</think>')[-1]"), "chatml", r"assistant\n\n\nYes. <|im_end|>"),
-    (TEMPLATE.replace("m.content", "m.content|trim"), "chatml", r"user\nHi.<|im_end|>"),
-    ("{% set s = 'Be good.' %}<|im_start|>system\n{{ s }}<|im_end|>\n" + TEMPLATE, "chatml", "Be good."),
-    (TEMPLATE + THINKS, "chatml", "<think>"),  # of a vocabulary without such tokens
-    (TEMPLATE + "{{ raise_exception('No.') }}", "chatml", "TemplateError: No."),
-    (TEMPLATE + "{{", "chatml", "TemplateSyntaxError"),
-    ("{% for m in messages %}### Human: {{ m.content }}\n### Assistant:{% endfor %}", "plain", "'### Human:")])
-def test_a_template_that_renders_other_text_than_our_format_is_said(tmp_path, capsys, template, name, theirs):
+@pytest.mark.parametrize("template,name,said", [
+    (TEMPLATE + "{% if add_generation_prompt %}<think>\n{% endif %}", "chatml", "writes thoughts"),
+    (TEMPLATE + THINKS, "chatml", "writes thoughts"),  # of a vocabulary without such tokens
+    (TEMPLATE.replace("m.content", "m.content|trim"), "chatml", "trims what is said"),
+    (TEMPLATE.replace("m.content", "m['content'] | trim"), "chatml", "trims what is said"),
+    ("{% for m in messages %}### Human: {{ m.content }}\n### Assistant:{% endfor %}", "plain", "of no format")])
+def test_a_template_that_is_seen_to_differ_from_our_format_is_said(tmp_path, capsys, template, name, said):
     tokenizer = tokenizers.read_tokenizer(saved(tmp_path, a_file(), chat_template=template))
     line = capsys.readouterr().err
-    assert line.count("\n") == line.count(f"no format that Mosslet knows; it speaks {name}, ") == 1
-    assert theirs in line.split(" where the template has ")[1]
+    assert line.count("\n") == line.count(f"Mosslet speaks {name}") == 1 and said in line
     assert tokenizer.chat.name == name
     tokenizer.render_chat([{"role": "user", "content": "Hi"}], reply=True)
     assert tokenizers.read_tokenizer(tmp_path, chat_format="chatml").chat.name == "chatml"
     assert capsys.readouterr().err == ""
-
-
-def test_without_a_safe_sandbox_no_template_runs(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(templates.importlib.metadata, "version", lambda name: "3.1.5")
-    assert tokenizers.read_tokenizer(saved(tmp_path, a_file(), chat_template=TEMPLATE + "{{")).chat.name == "chatml"
-    assert capsys.readouterr().err.count("is not compared with Mosslet's format chatml") == 1
 
 
 @pytest.mark.parametrize("ends,chat_format,expected", [
@@ -486,10 +483,9 @@ def test_a_template_of_ours_gives_the_ids_of_render_chat(tmp_path, chat):
 @pytest.mark.parametrize("name", ["mosslet", "moss", "chatml", "llama3", "plain"])
 @pytest.mark.parametrize("system", ["", "S", "S\n", MOSS_SYSTEM, "It's \\ \"x\" {{ y }} 🐱 \x1c\x85\u2028\r\n\t."])
 def test_a_template_of_ours_renders_any_system_line(name, system):
-    pytest.importorskip("jinja2")
     chat, user = chat_format(name, system=system, end="<e>"), {"role": "user", "content": "Hi"}
     for messages in ([user], [{"role": "system", "content": system}, user]):
-        assert templates.rendered(template_of(chat), messages, {}) == text_of(chat.pieces(messages, True))
+        assert rendered(template_of(chat), messages) == text_of(chat.pieces(messages, True))
 
 
 def test_our_own_template_renders_our_text():
