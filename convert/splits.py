@@ -3,7 +3,9 @@
 tiktoken cuts by a single regular expression. Hugging Face's files may name several rules that work one after
 another, each on what the one before left; SPLITS has the families whose sequence is expressed as one.
 """
+import itertools
 import json
+import math
 from typing import Any
 
 import tiktoken
@@ -90,6 +92,25 @@ def pre_tokenizer_of(pattern: str) -> dict[str, Any]:
     rules.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                   "use_regex": "gpt2" in splits})
     return {"type": "Sequence", "pretokenizers": rules}
+
+
+# ---- merges --------------------------------------------------------------------------------------
+
+def merged(token: str, merges: dict[tuple[str, ...], int]) -> tuple[list[str], int]:
+    """(what a token's characters are merged to, the last merge's number): of all pairs the first in the order of
+    merges, leftmost, until none is left.
+
+    >>> merged("abc", {("b", "c"): 0, ("a", "b"): 1, ("ab", "c"): 2})
+    (['a', 'bc'], 0)
+    """
+    parts, last = list(token), -1
+    while len(parts) > 1:
+        numbers = [merges.get(pair, math.inf) for pair in itertools.pairwise(parts)]
+        if (best := min(numbers)) == math.inf:
+            break
+        i, last = numbers.index(best), int(best)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts, last
 
 
 # ---- bytes ---------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 
 import tiktoken
 
-from convert.splits import GGUF_PATTERNS, GPT2, QWEN2, pattern_of, splits_of, to_bytes
+from convert.splits import GGUF_PATTERNS, GPT2, QWEN2, merged, pattern_of, splits_of, to_bytes
 from data.chat import FORMATS, LLAMA_DATE, MOSS_SYSTEM, chat_format
 from data.pieces import SentencePieces
 from data.tokenizer import CHARACTER_PATTERN, PATTERN, SPECIAL_TOKENS, Tokenizer, Vocabulary
@@ -46,23 +46,34 @@ def ranked(parts: Parts) -> tuple[list[bytes], list[int], dict[str, int]]:
     """(tokens in the order of their merges, their ids, tokens that no merge leads to).
 
     tiktoken merges the pair whose result has the lowest rank. So ranks must be in the order of merges;
-    ids are where training ran once, but they need not be, and need not begin at 0.
+    ids are where training ran once, but they need not be, and need not begin at 0. A token that its own
+    merges do not make (those of its parts come first, or there are none) is never written, unless
+    ignore_merges takes it where it is a whole piece: then it has a rank that no merge reaches.
     """
-    order = {token: -1 for token in parts.vocab if len(token) == 1}
+    merges: dict[tuple[str, ...], int] = {}
     for i, merge in enumerate(parts.merges):
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        token = "".join(pair)
-        if len(pair) != 2 or any(name not in parts.vocab for name in (*pair, token)):
+        pair = tuple(merge.split(" ") if isinstance(merge, str) else merge)
+        if len(pair) != 2 or any(name not in parts.vocab for name in (*pair, "".join(pair))):
             raise UserError(f"{parts.where}: merge {i}, {str(merge)[:60]!r}, is not of two tokens of its vocabulary "
                             "that make a third: the file is damaged, or vocabulary and merges are of two models")
-        order.setdefault(token, i)
-    unmerged = {token: i for token, i in parts.vocab.items() if token not in order}
+        merges[pair] = i
+    order, unmerged = dict[str, int](), dict[str, int]()
+    for token, i in parts.vocab.items():
+        left, last = merged(token, merges)
+        if len(left) == 1:
+            order[token] = last
+        elif len(left) == 2 and parts.ignore_merges:  # tiktoken would merge them inside a piece, too
+            raise UserError(f"{parts.where}: ignore_merges takes the token {token[:40]!r} as a whole piece only, for "
+                            f"its parts {left[0][:40]!r} and {left[1][:40]!r} have no merge; Mosslet cannot express "
+                            "that: add the merge, or remove the token")
+        else:
+            unmerged[token] = i
     if parts.ignore_merges:
         order |= {token: len(parts.merges) + i for token, i in unmerged.items()}
+        unmerged = {}
     tokens = sorted(order, key=lambda token: (order[token], parts.vocab[token]))
-    rest = {} if parts.ignore_merges else unmerged
     return ([to_bytes(token, parts.where) for token in tokens], [parts.vocab[token] for token in tokens],
-            {to_bytes(token, parts.where).decode("latin-1"): i for token, i in rest.items()})
+            {to_bytes(token, parts.where).decode("latin-1"): i for token, i in unmerged.items()})
 
 
 DOCUMENT_STARTS = ("<|endoftext|>", "<|begin_of_text|>", "<s>", "<｜begin▁of▁sentence｜>")

@@ -112,8 +112,31 @@ def test_a_token_that_no_merge_leads_to_is_written_only_where_the_file_says_so(t
     token = file["model"]["vocab"]["Ġworld"]
     assert token not in without.encode("hello world")
     assert without.decode([token]) == " world"
-    file["model"]["ignore_merges"] = True
-    assert tokenizers.read_tokenizer(saved(tmp_path, file)).encode(" world") == [token]
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+
+
+def small(tokens: str, *merges: str, **more) -> dict:
+    """Changes of a_file: a vocabulary of the 256 bytes, these tokens and merges, and GPT-2's pattern."""
+    names = [*map(splits.from_bytes, (bytes([i]) for i in range(256))), *tokens.split()]
+    return {"first": 300, "pre_tokenizer": BYTE_LEVEL,
+            "model": {"vocab": {name: i for i, name in enumerate(names)}, "merges": list(merges)} | more}
+
+
+@pytest.mark.parametrize("change,texts", [
+    (small("ab bc abc", "b c", "a b", "ab c"), ["abc", "xabc", "ab", "abcd"]),
+    (small("ab cd bc abc", "a bc", "a b", "c d", "ab c", "b c"), ["abcd", "abc", "bcd"]),  # one merge is never reached
+    (small("ab", "a b", "a b"), ["ab"]), (small("abc"), ["abc", "xabc"]),
+    (small("abc", ignore_merges=True), ["abc", "xabc", "abcd"])])
+def test_tokens_are_written_where_their_own_merges_make_them(tmp_path, change, texts):
+    """tiktoken takes a piece that is a token, and merges any pair that makes one: "abc" was one token although the
+    file's merges gave a, bc."""
+    package = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.read_tokenizer(saved(tmp_path, a_file(**change)))
+    for file in ((tmp_path / "tokenizer.json").read_text(), json.dumps(tokenizer_json(tokenizer))):
+        theirs = package.Tokenizer.from_str(file)
+        assert [tokenizer.encode(text) for text in texts] == [theirs.encode(text).ids for text in texts]
 
 
 def write_pair(folder: pathlib.Path, names: tuple[str, str] = ("vocab.json", "merges.txt"), **settings) -> pathlib.Path:
@@ -310,6 +333,7 @@ def rule(pattern: str) -> dict:
     ({"model": {"merges": ["Q Qq"]}}, "merge 0, 'Q Qq', is not of two tokens"),
     ({"model": {"merges": ["Q"]}}, "merge 0"), ({"model": {"vocab": {"好": 5}, "merges": []}}, "stands for no byte"),
     ({"model": {"vocab": {"a": 0, "b": 0}, "merges": []}}, "share ids"), ({"model": {"vocab": [1]}}, "damaged"),
+    (small("ab bc abc", "b c", "a b", "ab c", ignore_merges=True), "'abc' as a whole piece only, for its parts 'a' and"),
     ({"added_tokens": [{"id": 1}]}, "damaged"), ({"added_tokens": []}, "names no token")])
 def test_what_cannot_be_expressed_is_refused_by_name(tmp_path, change, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
