@@ -6,8 +6,10 @@ another, each on what the one before left; SPLITS has the families whose sequenc
 import itertools
 import json
 import math
+import re
 from typing import Any
 
+import regex  # comes with tiktoken
 import tiktoken
 
 from data.tokenizer import CHARACTER_PATTERN, PATTERN
@@ -40,6 +42,17 @@ SPLITS: dict[tuple[str, ...], str] = {
     (r"[\s\S]",): CHARACTER_PATTERN}
 GGUF_PATTERNS = {"gpt-2": GPT2, "llama-bpe": LLAMA3, "qwen2": QWEN2, "smollm": SMOLLM, "starcoder": SMOLLM,
                  "refact": SMOLLM, "command-r": SMOLLM, "deepseek-v3": DEEPSEEK}
+WHOLE = (LLAMA3, QWEN2, PATTERN)  # they leave out nothing
+
+# The parts of a regular expression that tiktoken's engine and Hugging Face's (Onig) read alike. Of the others
+# `\w`, `\b`, `[[:alpha:]]`, `^`, `$`, `{1,3}+` and more differ, and ignoring case does for "ss", which Onig finds in ß.
+_PROPERTY = r"\\[pP]\{(?:[A-Z][a-z]?|Han|Hiragana|Katakana|Hangul|Latin|Cyrillic|Greek|Arabic|Hebrew|Thai)\}"
+_ONE = _PROPERTY + r"|\\[sSdDrnt]|\\[^\w\s]"
+_CLASS = rf"\[\^?(?:(?:{_ONE}|[^\\\[\]&~^-])(?:-(?:\\[^\w\s]|[^\\\[\]&~^-]))?)+\]"
+_SHORT = r"'?(?:\[sdmt\]|re|ve|ll|[stmd])"
+_ALIKE = re.compile(rf"(?:(?:{_ONE}|{_CLASS}|\(\?i:{_SHORT}(?:\|{_SHORT})*\)|[^\\\[\](){{}}^$|?*+]|\))"
+                    r"(?:[?*+][?+]?|\{\d+(?:,\d*)?\}(?:\?|(?!\+)))?(?![?*+{])|\((?:\?(?::|<?[=!])|(?!\?))|\|)*")
+_TRIAL = "".join(map(chr, range(32, 127))) + "\n\tAb aB 1é你 \n\n1a "  # for matches of nothing
 
 
 def splits_of(pre_tokenizer: dict | None, where: str) -> tuple[str, ...]:
@@ -51,6 +64,9 @@ def splits_of(pre_tokenizer: dict | None, where: str) -> tuple[str, ...]:
         if kind == "Split" and "Regex" in part["pattern"] and (part.get("behavior"), part.get("invert")) in (
                 ("Isolated", False), ("Removed", True)):
             found.append(part["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n"))
+            if part["invert"] and found[-1] not in WHOLE:
+                raise UserError(f"{where}: its pre_tokenizer removes from texts what {found[-1][:60]!r} does not "
+                                "match, and Mosslet drops nothing: if it matches all, write Isolated, invert false")
         elif kind == "Digits" and part.get("individual_digits"):
             found.append("digits")
         elif kind == "ByteLevel" and not part.get("add_prefix_space"):
@@ -69,25 +85,46 @@ def pattern_of(splits: tuple[str, ...], where: str) -> str:
     if splits not in SPLITS and len(splits) != 1:
         raise UserError(f"{where}: its pre_tokenizer splits by {len(splits)} rules in a row, {str(splits)[:120]}, and "
                         "Mosslet knows this sequence of no family")
-    pattern = SPLITS.get(splits) or splits[0]
-    if splits not in SPLITS and pattern not in (LLAMA3, QWEN2, PATTERN):
-        pattern += rf"|(?:(?!{pattern})[\s\S])+"  # what it leaves out between two matches is a piece, too
+    if splits in SPLITS:
+        return SPLITS[splits]
+    pattern = splits[0]
+    require_alike(pattern, where)
     try:
+        if any(not match.group() for match in regex.finditer(pattern, _TRIAL)):  # tiktoken would panic
+            raise UserError(f"{where}: its regular expression {pattern[:60]!r} can match nothing at all, which makes "
+                            "no piece of a text: write + for * where it does")
         tiktoken.Encoding("try", pat_str=pattern, mergeable_ranks={b"a": 0}, special_tokens={}).encode("")
-    except ValueError as error:
-        raise UserError(f"{where}: tiktoken cannot read its regular expression {splits[0][:60]!r}: "
+    except (ValueError, regex.error) as error:
+        raise UserError(f"{where}: tiktoken cannot read its regular expression {pattern[:60]!r}: "
                         f"{' '.join(str(error).split())[:100]}") from None
-    return pattern
+    return pattern if pattern in WHOLE else with_rest(pattern)
+
+
+def require_alike(pattern: str, where: str) -> None:
+    """UserError unless tiktoken and the package `tokenizers` surely find the same by this pattern."""
+    if rest := pattern[_ALIKE.match(pattern).end():]:
+        raise UserError(f"{where}: its regular expression {pattern[:60]!r} has, at {rest[:12]!r}, what tiktoken may "
+                        "read otherwise than the package tokenizers; write it with \\p{L} and its like, \\s, \\d, "
+                        "plain classes and groups, and (?=…)")
+
+
+def with_rest(pattern: str) -> str:
+    """The pattern, and as a piece what it leaves out between two matches."""
+    return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
 
 
 def pre_tokenizer_of(pattern: str) -> dict[str, Any]:
     """A tokenizer.json's pre_tokenizer that cuts as this pattern does."""
+    half = pattern[:(len(pattern) - len(with_rest(""))) // 2]
+    pattern = half if with_rest(half) == pattern else pattern  # what is left out is a piece there, too
     splits = next((names for names, known in SPLITS.items() if known == pattern), (pattern,))
     rules: list[dict[str, Any]] = []
     for split in splits:
         if split == "digits":
             rules.append({"type": "Digits", "individual_digits": True})
         elif split != "gpt2":
+            if splits not in SPLITS:
+                require_alike(split, "tokenizer.json")
             rules.append({"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False})
     rules.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                   "use_regex": "gpt2" in splits})

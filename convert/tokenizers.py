@@ -62,7 +62,8 @@ def ranked(parts: Parts) -> tuple[list[bytes], list[int], dict[str, int]]:
         left, last = merged(token, merges)
         if len(left) == 1:
             order[token] = last
-        elif len(left) == 2 and parts.ignore_merges:  # tiktoken would merge them inside a piece, too
+        elif len(left) == 2 and parts.ignore_merges and parts.pattern != CHARACTER_PATTERN:
+            # tiktoken would merge them inside a piece, too
             raise UserError(f"{parts.where}: ignore_merges takes the token {token[:40]!r} as a whole piece only, for "
                             f"its parts {left[0][:40]!r} and {left[1][:40]!r} have no merge; Mosslet cannot express "
                             "that: add the merge, or remove the token")
@@ -300,6 +301,8 @@ def of_encoding(encoding: tiktoken.Encoding, rows: int | None = None, chat_forma
         raise UserError(f"tiktoken's encoding {encoding.name!r} has no special token that could end a text")
     chat = chat_of({}, {"bos": "", "eos": end}, special, chat_format, encoding.name)
     order = sorted(ranks, key=ranks.get)
-    return Tokenizer(order, encoding._pat_str, Vocabulary(
+    # As Hugging Face's engine reads it, too: there $ ends a line, and {1,3}+ has no limit.
+    pattern = encoding._pat_str.replace("{1,3}+|", "{1,3}|").replace("$", r"(?![\s\S])")
+    return Tokenizer(order, pattern, Vocabulary(
         [ranks[token] for token in order], rows or encoding.n_vocab, dict(special), [special[end]], special[end],
         special[end], chat))

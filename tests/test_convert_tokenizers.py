@@ -53,7 +53,8 @@ def a_file(first: int = 0, names: tuple[str, ...] = ("<|endoftext|>", "<|im_star
     """A tokenizer.json of BPE's merges with its own pattern: tokens' ids begin at `first`, names follow."""
     file = tokenizer_json(BPE)
     ranks = [splits.from_bytes(token) for token in BPE.ranks]
-    added = [{"id": first + len(ranks) + i, "content": name, "special": name not in text}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": first + len(ranks) + i, "content": name, "special": name not in text, **flags}
              for i, name in enumerate((*names, *text))]
     merges = file["model"]["merges"]
     model = {"type": "BPE", "vocab": {token: first + i for i, token in enumerate(ranks)},
@@ -114,7 +115,7 @@ def test_a_token_that_no_merge_leads_to_is_written_only_where_the_file_says_so(t
     assert without.decode([token]) == " world"
 
 
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
 def small(tokens: str, *merges: str, **more) -> dict:
@@ -312,7 +313,7 @@ def pre(*rules: dict) -> dict:
     return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": list(rules)}}
 
 
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
 def rule(pattern: str) -> dict:
@@ -330,10 +331,16 @@ def rule(pattern: str) -> dict:
     ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space"),
     (pre(rule("a+")), "does not end in ByteLevel"), (pre(rule("a"), rule("b"), BYTES), "by 2 rules in a row"),
     (pre(rule("(a"), BYTES), "tiktoken cannot read its regular expression"),
+    *((pre(rule(pattern), BYTES), f"has, at {at!r}") for pattern, at in (
+        (r"\w+|\s", r"\w+|\s"), ("a|[[:alpha:]]+", "[[:alpha:]]+"), (r"\R|a", r"\R|a"), ("^a|b", "^a|b"),
+        ("b$|.", "$|."), (r"a\b", r"\b"), (r"\Aa|\z", r"\Aa|\z"), (r"\p{N}{1,3}+", r"\p{N}{1,3}+"),
+        ("(?i:ss)", "(?i:ss)"), (r"(a)\1", r"\1"), (r"\p{Punct}", r"\p{Punct}"), ("[a&&b]", "[a&&b]"))),
+    *((pre(rule(pattern), BYTES), "can match nothing") for pattern in ("a*|b", r"\p{L}*", "a|", r"(?=\d)|a+")),
+    (pre(rule(r"\p{L}+|\d") | {"behavior": "Removed", "invert": True}, BYTES), "removes from texts what"),
     ({"model": {"merges": ["Q Qq"]}}, "merge 0, 'Q Qq', is not of two tokens"),
     ({"model": {"merges": ["Q"]}}, "merge 0"), ({"model": {"vocab": {"好": 5}, "merges": []}}, "stands for no byte"),
     ({"model": {"vocab": {"a": 0, "b": 0}, "merges": []}}, "share ids"), ({"model": {"vocab": [1]}}, "damaged"),
-    (small("ab bc abc", "b c", "a b", "ab c", ignore_merges=True), "'abc' as a whole piece only, for its parts 'a' and"),
+    (small("ab bc abc", "b c", "a b", "ab c", ignore_merges=True), "'abc' as a whole piece only"),
     ({"added_tokens": [{"id": 1}]}, "damaged"), ({"added_tokens": []}, "names no token")])
 def test_what_cannot_be_expressed_is_refused_by_name(tmp_path, change, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
@@ -439,6 +446,35 @@ def test_our_own_template_renders_our_text():
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "{{ x }}"}]
     assert template.render(messages=messages, add_generation_prompt=True) == BPE.decode(
         BPE.render_chat(messages, reply=True)[0])
+
+
+@pytest.mark.parametrize("pattern", [
+    r"\p{L}+|\d", r".+|\n", r"(?<=a)b|\p{L}+", r"[a-z_/\-]+?[^\S\n]*|\s{2,}|(?:\p{Lu}|\p{Han}){1,3}",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{M}]*[\p{Ll}\p{M}]+(?i:'s|'re|'[sdmt])?| ?[^\s\p{L}]+[\r\n/]*|\s+(?!\S)"])
+def test_another_pattern_cuts_as_the_package_does_and_comes_back_as_itself(tmp_path, pattern):
+    package = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.read_tokenizer(saved(tmp_path, a_file(**pre(rule(pattern), BYTES))))
+    theirs = package.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in mixed_strings(300):
+        assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+    assert splits.pre_tokenizer_of(tokenizer.pattern)["pretokenizers"][0]["pattern"]["Regex"] == pattern
+
+
+@pytest.mark.parametrize("tail,other", [(r"\s++$|\s+(?!\S)|\s", False), (r"[\w\s]", True)])
+def test_an_encoding_s_pattern_is_written_for_the_other_engine_or_refused(tail, other):
+    """cl100k_base has `{1,3}+` and `$`, which there mean any number, and the end of a line."""
+    package = pytest.importorskip("tokenizers")
+    pattern = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|" + tail
+    encoding = tiktoken.Encoding("mine", pat_str=pattern, special_tokens={"<|endoftext|>": 900},
+                                 mergeable_ranks={token: i for i, token in enumerate(BPE.ranks)})
+    tokenizer = tokenizers.of_encoding(encoding)
+    if other:
+        with pytest.raises(UserError, match="tokenizer.json: its regular expression"):
+            tokenizer_json(tokenizer)
+        return
+    theirs = package.Tokenizer.from_str(json.dumps(tokenizer_json(tokenizer)))
+    for text in mixed_strings(300):
+        assert encoding.encode(text) == tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids
 
 
 # ---- the real ones -------------------------------------------------------------------------------
