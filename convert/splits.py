@@ -1,12 +1,15 @@
-"""How byte-level tokenizers cut a text into pieces: a tokenizer.json's rules, and one pattern that does the same.
+"""How byte-level tokenizers cut a text into pieces, by a tokenizer.json's rules or one pattern that does the same,
+and in which order they merge the bytes of a piece.
 
 tiktoken cuts by a single regular expression. Hugging Face's files may name several rules that work one after
 another, each on what the one before left; SPLITS has the families whose sequence is expressed as one.
 """
+import dataclasses
 import itertools
 import json
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import regex  # comes with tiktoken
@@ -131,25 +134,6 @@ def pre_tokenizer_of(pattern: str) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": rules}
 
 
-# ---- merges --------------------------------------------------------------------------------------
-
-def merged(token: str, merges: dict[tuple[str, ...], int]) -> tuple[list[str], int]:
-    """(what a token's characters are merged to, the last merge's number): of all pairs the first in the order of
-    merges, leftmost, until none is left.
-
-    >>> merged("abc", {("b", "c"): 0, ("a", "b"): 1, ("ab", "c"): 2})
-    (['a', 'bc'], 0)
-    """
-    parts, last = list(token), -1
-    while len(parts) > 1:
-        numbers = [merges.get(pair, math.inf) for pair in itertools.pairwise(parts)]
-        if (best := min(numbers)) == math.inf:
-            break
-        i, last = numbers.index(best), int(best)
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts, last
-
-
 # ---- bytes ---------------------------------------------------------------------------------------
 
 def byte_characters() -> list[str]:
@@ -179,3 +163,80 @@ def from_bytes(token: bytes) -> str:
     'ĠaĊ'
     """
     return "".join(_CHARACTERS[i] for i in token)
+
+
+# ---- merges --------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Parts:
+    """What all kinds of files say."""
+
+    where: str  # for errors
+    vocab: dict[str, int]  # byte-level names to ids
+    merges: Sequence[Any]  # "a b" or [a, b], in order
+    added: dict[str, int]  # names to ids
+    text: set[str]  # those of them that are text, not control tokens
+    pattern: str = GPT2
+    nfc: bool = False
+    ignore_merges: bool = False  # may a token without merges be a whole piece?
+    unk: str = ""  # the token for a byte that has none
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # as in tokenizer_config.json
+    ends: Sequence[int] = ()  # generation_config.json's
+    sentencepiece: bytes = b""  # SentencePiece's model, which has neither vocab nor merges
+
+
+def merged(token: str, merges: dict[tuple[str, ...], int]) -> tuple[list[str], int]:
+    """(what a token's characters are merged to, the last merge's number): of all pairs the first in the order of
+    merges, leftmost, until none is left.
+
+    >>> merged("abc", {("b", "c"): 0, ("a", "b"): 1, ("ab", "c"): 2})
+    (['a', 'bc'], 0)
+    """
+    parts, last = list(token), -1
+    while len(parts) > 1:
+        numbers = [merges.get(pair, math.inf) for pair in itertools.pairwise(parts)]
+        if (best := min(numbers)) == math.inf:
+            break
+        i, last = numbers.index(best), int(best)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts, last
+
+
+def ranked(parts: Parts) -> tuple[list[bytes], list[int], dict[str, int]]:
+    """(tokens in the order of their merges, their ids, tokens that no merge leads to).
+
+    tiktoken merges the pair whose result has the lowest rank. So ranks must be in the order of merges;
+    ids are where training ran once, but they need not be, and need not begin at 0. A token that its own
+    merges do not make (those of its parts come first, or there are none) is never written, unless
+    ignore_merges takes it where it is a whole piece: then it has a rank that no merge reaches.
+    """
+    merges: dict[tuple[str, ...], int] = {}
+    for i, merge in enumerate(parts.merges):
+        pair = tuple(merge.split(" ") if isinstance(merge, str) else merge)
+        if len(pair) != 2 or any(name not in parts.vocab for name in (*pair, "".join(pair))):
+            raise UserError(f"{parts.where}: merge {i}, {str(merge)[:60]!r}, is not of two tokens of its vocabulary "
+                            "that make a third: the file is damaged, or vocabulary and merges are of two models")
+        merges[pair] = i
+    order, unmerged = dict[str, int](), dict[str, int]()
+    whole_only = parts.ignore_merges and parts.pattern != CHARACTER_PATTERN  # there all pieces are whole
+    for token, i in parts.vocab.items():
+        left, last = merged(token, merges)
+        if len(left) == 1:
+            order[token] = last
+        elif len(left) == 2 and whole_only:  # tiktoken would merge them inside a piece, too
+            raise UserError(f"{parts.where}: ignore_merges takes the token {token[:40]!r} as a whole piece only, for "
+                            f"its parts {left[0][:40]!r} and {left[1][:40]!r} have no merge; Mosslet cannot express "
+                            "that: add the merge, or remove the token")
+        else:
+            unmerged[token] = i
+    missing = [c for c in byte_characters() if c not in parts.vocab]
+    if missing and (parts.unk or whole_only and unmerged):
+        raise UserError(f"{parts.where}: has no token for {len(missing)} of the 256 bytes, for which "
+                        f"{f'unk_token, {parts.unk!r},' if parts.unk else 'ignore_merges'} asks; Mosslet leaves such "
+                        "bytes out: take a tokenizer that has all bytes")
+    if parts.ignore_merges:
+        order |= {token: len(parts.merges) + i for token, i in unmerged.items()}
+        unmerged = {}
+    tokens = sorted(order, key=lambda token: (order[token], parts.vocab[token]))
+    return ([to_bytes(token, parts.where) for token in tokens], [parts.vocab[token] for token in tokens],
+            {to_bytes(token, parts.where).decode("latin-1"): i for token, i in unmerged.items()})

@@ -250,6 +250,21 @@ def test_a_template_in_a_file_of_its_own_and_a_first_token_are_read(tmp_path):
     assert tokenizer.decode([tokenizer.eot_id]) == names[0]
 
 
+def test_added_tokens_that_texts_never_get_are_said(tmp_path, capsys):
+    tokenizer = tokenizers.read_tokenizer(saved(tmp_path, a_file(text=("今天", "foo", "  ", "bar", "<x>"))))
+    assert tokenizer.special["今天"] not in tokenizer.encode("今天")
+    assert "tokenizer.json: 4 added tokens that are not special, '今天', 'foo', 'bar', …, are not used" in (
+        capsys.readouterr().err)
+    tokenizers.read_tokenizer(saved(tmp_path, a_file(text=("  ",))))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_last_row_may_be_a_token_without_merges(tmp_path):
+    change = small("abc")
+    change["model"]["vocab"]["abc"] = 5000
+    assert tokenizers.read_tokenizer(saved(tmp_path, a_file(**change))).n_vocab == 5001
+
+
 # ---- SentencePiece -------------------------------------------------------------------------------
 
 def sentencepiece_model(**more) -> bytes:
@@ -341,6 +356,14 @@ def rule(pattern: str) -> dict:
     ({"model": {"merges": ["Q"]}}, "merge 0"), ({"model": {"vocab": {"好": 5}, "merges": []}}, "stands for no byte"),
     ({"model": {"vocab": {"a": 0, "b": 0}, "merges": []}}, "share ids"), ({"model": {"vocab": [1]}}, "damaged"),
     (small("ab bc abc", "b c", "a b", "ab c", ignore_merges=True), "'abc' as a whole piece only"),
+    (small("", unk_token="<|endoftext|>", vocab={"a": 0}), "no token for 255 of the 256 bytes, for which unk_token"),
+    (small("", ignore_merges=True, vocab={"a": 0, "bcd": 1}), "no token for 255 of the 256 bytes, for which ignore_me"),
+    *(({"added_tokens": [{"id": 900, "content": " \t", flag: True}]}, f"added token ' \\t' has {flag}")
+      for flag in ("lstrip", "rstrip", "single_word")),
+    *(({"post_processor": p}, "post_processor RobertaProcessing says how a text begins") for p in (
+        {"type": "RobertaProcessing"}, {"type": "Sequence", "processors": [{"type": "RobertaProcessing"}]})),
+    ({"model": {"vocab": {"a": 0.5}, "merges": []}}, "ids that are no whole numbers"),
+    ({"model": {"vocab": {}, "merges": []}}, "holds no tokens for text"),
     ({"added_tokens": [{"id": 1}]}, "damaged"), ({"added_tokens": []}, "names no token")])
 def test_what_cannot_be_expressed_is_refused_by_name(tmp_path, change, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
@@ -355,6 +378,44 @@ def test_damaged_files_are_one_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         tokenizers.read_tokenizer(saved(tmp_path, text))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ends", [1.5, "1", [1, None], {"a": 1}, True])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_an_end_that_is_no_number_is_one_line(tmp_path, name, ends):
+    (saved(tmp_path, a_file()) / name).write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(UserError, match=rf"{name}: eos_token_id is .* not a token's number"):
+        tokenizers.read_tokenizer(tmp_path)
+
+
+NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.json", "config.json",
+         "chat_template.jinja", "generation_config.json")
+
+
+def latin(path: pathlib.Path) -> None:
+    path.write_bytes(b"\xff\xfe{")
+
+
+@pytest.mark.parametrize("name,others", [*((name, ()) for name in NAMES), *((name, ("tokenizer.json",)) for name in (
+    "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model"))])
+@pytest.mark.parametrize("make,message", [(os.mkfifo, "no plain file"), (latin, "cannot be read|damaged|pip install"),
+                                          (lambda path: path.symlink_to("nowhere"), "cannot be read")])
+def test_a_pipe_a_link_into_nothing_and_bytes_that_are_no_text_are_one_line(tmp_path, name, others, make, message):
+    """An unfinished fetch leaves links into nothing: they were passed over, and with them the chat template."""
+    write_pair(saved(tmp_path, a_file()))
+    for other in (name, *others):
+        (tmp_path / other).unlink(missing_ok=True)
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=message) as error:
+        tokenizers.read_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value) or name == "tokenizer.model"
+
+
+def test_an_empty_tokenizer_model_is_one_line_that_names_it(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(UserError, match="tokenizer.model: holds no tokens for text: the file is empty or damaged"):
+        tokenizers.read_tokenizer(tmp_path)
 
 
 def test_missing_files_and_unknown_classes_are_one_line(tmp_path):
@@ -378,6 +439,24 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
 def test_gguf_s_other_tokenizers_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         tokenizers.from_gguf(gguf_fields(token_type=[], **change) if "tokens" in change else gguf_fields(**change))
+
+
+@pytest.mark.parametrize("change", [
+    {"tokens": 7}, {"tokens": "abc"}, {"tokens": [["a"], ["b"]]}, {"merges": 7}, {"merges": [1, 2]}, {"pre": ["gpt-2"]},
+    {"token_type": [1, 1]}, {"token_type": [1] * 9999}, {"token_type": "text"}, {"token_type": 7}, {"model": ["gpt2"]},
+    {"eos_token_id": 2.0}, {"token_type": [float("inf")]}])
+def test_gguf_s_fields_of_a_wrong_kind_are_one_line(change):
+    with pytest.raises(UserError, match=r"^GGUF: ") as error:
+        tokenizers.from_gguf(gguf_fields(**change))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("template", [7, [7], {"a": 1}])
+def test_a_chat_template_of_a_wrong_kind_is_one_line(tmp_path, template):
+    with pytest.raises(UserError, match="damaged"):
+        tokenizers.read_tokenizer(saved(tmp_path, a_file(), chat_template=template))
+    with pytest.raises(UserError, match="damaged"):
+        tokenizers.from_gguf(gguf_fields() | {"tokenizer.chat_template": template})
 
 
 # ---- what is written -----------------------------------------------------------------------------
