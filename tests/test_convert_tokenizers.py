@@ -350,7 +350,8 @@ def rule(pattern: str) -> dict:
         (r"\w+|\s", r"\w+|\s"), ("a|[[:alpha:]]+", "[[:alpha:]]+"), (r"\R|a", r"\R|a"), ("^a|b", "^a|b"),
         ("b$|.", "$|."), (r"a\b", r"\b"), (r"\Aa|\z", r"\Aa|\z"), (r"\p{N}{1,3}+", r"\p{N}{1,3}+"),
         ("(?i:ss)", "(?i:ss)"), (r"(a)\1", r"\1"), (r"\p{Punct}", r"\p{Punct}"), ("[a&&b]", "[a&&b]"))),
-    *((pre(rule(pattern), BYTES), "can match nothing") for pattern in ("a*|b", r"\p{L}*", "a|", r"(?=\d)|a+")),
+    *((pre(rule(pattern), BYTES), "may match nothing") for pattern in (
+        "a*|b", r"\p{L}*", "a|", r"(?=\p{N})\d?|a+", r"\n?(?<=a)|[^a-z]+")),
     (pre(rule(r"\p{L}+|\d") | {"behavior": "Removed", "invert": True}, BYTES), "removes from texts what"),
     ({"model": {"merges": ["Q Qq"]}}, "merge 0, 'Q Qq', is not of two tokens"),
     ({"model": {"merges": ["Q"]}}, "merge 0"), ({"model": {"vocab": {"好": 5}, "merges": []}}, "stands for no byte"),
