@@ -299,7 +299,7 @@ def of_encoding(encoding: tiktoken.Encoding, rows: int | None = None, chat_forma
     chat = chat_of({}, {"bos": "", "eos": end}, special, chat_format, encoding.name)
     order = sorted(ranks, key=ranks.get)
     # As Hugging Face's engine reads it, too: there $ ends a line, and {1,3}+ has no limit.
-    pattern = encoding._pat_str.replace("{1,3}+|", "{1,3}|").replace("$", r"(?![\s\S])")
+    pattern = encoding._pat_str.replace("{1,3}+|", "{1,3}|").replace(r"\s++$", r"\s++(?![\s\S])")
     return Tokenizer(order, pattern, Vocabulary(
         [ranks[token] for token in order], rows or encoding.n_vocab, dict(special), [special[end]], special[end],
         special[end], chat))
