@@ -1,11 +1,18 @@
-"""How byte-level tokenizers cut a text into pieces: a tokenizer.json's rules, and one pattern that does the same.
+"""How byte-level tokenizers cut a text into pieces, by a tokenizer.json's rules or one pattern that does the same,
+and in which order they merge the bytes of a piece.
 
 tiktoken cuts by a single regular expression. Hugging Face's files may name several rules that work one after
 another, each on what the one before left; SPLITS has the families whose sequence is expressed as one.
 """
+import dataclasses
+import itertools
 import json
+import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
+import regex  # comes with tiktoken
 import tiktoken
 
 from data.tokenizer import CHARACTER_PATTERN, PATTERN
@@ -38,6 +45,16 @@ SPLITS: dict[tuple[str, ...], str] = {
     (r"[\s\S]",): CHARACTER_PATTERN}
 GGUF_PATTERNS = {"gpt-2": GPT2, "llama-bpe": LLAMA3, "qwen2": QWEN2, "smollm": SMOLLM, "starcoder": SMOLLM,
                  "refact": SMOLLM, "command-r": SMOLLM, "deepseek-v3": DEEPSEEK}
+WHOLE = (LLAMA3, QWEN2, PATTERN)  # they leave out nothing
+
+# The parts of a regular expression that tiktoken's engine and Hugging Face's (Onig) read alike. Of the others
+# `\w`, `\b`, `[[:alpha:]]`, `^`, `$`, `{1,3}+` and more differ, and ignoring case does for "ss", which Onig finds in ß.
+_PROPERTY = r"\\[pP]\{(?:[A-Z][a-z]?|Han|Hiragana|Katakana|Hangul|Latin|Cyrillic|Greek|Arabic|Hebrew|Thai)\}"
+_ONE = _PROPERTY + r"|\\[sSdDrnt]|\\[^\w\s]"
+_CLASS = rf"\[\^?(?:(?:{_ONE}|[^\\\[\]&~^-])(?:-(?:\\[^\w\s]|[^\\\[\]&~^-]))?)+\]"
+_SHORT = r"'?(?:\[sdmt\]|re|ve|ll|[stmd])"
+_ALIKE = re.compile(rf"(?:(?:{_ONE}|{_CLASS}|\(\?i:{_SHORT}(?:\|{_SHORT})*\)|[^\\\[\](){{}}^$|?*+]|\))"
+                    r"(?:[?*+][?+]?|\{\d+(?:,\d*)?\}(?:\?|(?!\+)))?(?![?*+{])|\((?:\?(?::|<?[=!])|(?!\?))|\|)*")
 
 
 def splits_of(pre_tokenizer: dict | None, where: str) -> tuple[str, ...]:
@@ -49,6 +66,9 @@ def splits_of(pre_tokenizer: dict | None, where: str) -> tuple[str, ...]:
         if kind == "Split" and "Regex" in part["pattern"] and (part.get("behavior"), part.get("invert")) in (
                 ("Isolated", False), ("Removed", True)):
             found.append(part["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n"))
+            if part["invert"] and found[-1] not in WHOLE:
+                raise UserError(f"{where}: its pre_tokenizer removes from texts what {found[-1][:60]!r} does not "
+                                "match, and Mosslet drops nothing: if it matches all, write Isolated, invert false")
         elif kind == "Digits" and part.get("individual_digits"):
             found.append("digits")
         elif kind == "ByteLevel" and not part.get("add_prefix_space"):
@@ -67,25 +87,47 @@ def pattern_of(splits: tuple[str, ...], where: str) -> str:
     if splits not in SPLITS and len(splits) != 1:
         raise UserError(f"{where}: its pre_tokenizer splits by {len(splits)} rules in a row, {str(splits)[:120]}, and "
                         "Mosslet knows this sequence of no family")
-    pattern = SPLITS.get(splits) or splits[0]
-    if splits not in SPLITS and pattern not in (LLAMA3, QWEN2, PATTERN):
-        pattern += rf"|(?:(?!{pattern})[\s\S])+"  # what it leaves out between two matches is a piece, too
+    if splits in SPLITS:
+        return SPLITS[splits]
+    pattern = splits[0]
+    require_alike(pattern, where)
     try:
+        # tiktoken panics where nothing is matched; of the look-around no more is asked than that it may hold
+        if regex.fullmatch(re.sub(r"(?<!\\)\(\?<?[=!]", "(?:|", pattern), ""):
+            raise UserError(f"{where}: its regular expression {pattern[:60]!r} may match nothing at all, which makes "
+                            "no piece of a text: write + for * where it does")
         tiktoken.Encoding("try", pat_str=pattern, mergeable_ranks={b"a": 0}, special_tokens={}).encode("")
-    except ValueError as error:
-        raise UserError(f"{where}: tiktoken cannot read its regular expression {splits[0][:60]!r}: "
+    except (ValueError, regex.error) as error:
+        raise UserError(f"{where}: tiktoken cannot read its regular expression {pattern[:60]!r}: "
                         f"{' '.join(str(error).split())[:100]}") from None
-    return pattern
+    return pattern if pattern in WHOLE else with_rest(pattern)
+
+
+def require_alike(pattern: str, where: str) -> None:
+    """UserError unless tiktoken and the package `tokenizers` surely find the same by this pattern."""
+    if rest := pattern[_ALIKE.match(pattern).end():]:
+        raise UserError(f"{where}: its regular expression {pattern[:60]!r} has, at {rest[:12]!r}, what tiktoken may "
+                        "read otherwise than the package tokenizers; write it with \\p{L} and its like, \\s, \\d, "
+                        "plain classes and groups, and (?=…)")
+
+
+def with_rest(pattern: str) -> str:
+    """The pattern, and as a piece what it leaves out between two matches."""
+    return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
 
 
 def pre_tokenizer_of(pattern: str) -> dict[str, Any]:
     """A tokenizer.json's pre_tokenizer that cuts as this pattern does."""
+    half = pattern[:(len(pattern) - len(with_rest(""))) // 2]
+    pattern = half if with_rest(half) == pattern else pattern  # what is left out is a piece there, too
     splits = next((names for names, known in SPLITS.items() if known == pattern), (pattern,))
     rules: list[dict[str, Any]] = []
     for split in splits:
         if split == "digits":
             rules.append({"type": "Digits", "individual_digits": True})
         elif split != "gpt2":
+            if splits not in SPLITS:
+                require_alike(split, "tokenizer.json")
             rules.append({"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False})
     rules.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                   "use_regex": "gpt2" in splits})
@@ -121,3 +163,80 @@ def from_bytes(token: bytes) -> str:
     'ĠaĊ'
     """
     return "".join(_CHARACTERS[i] for i in token)
+
+
+# ---- merges --------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Parts:
+    """What all kinds of files say."""
+
+    where: str  # for errors
+    vocab: dict[str, int]  # byte-level names to ids
+    merges: Sequence[Any]  # "a b" or [a, b], in order
+    added: dict[str, int]  # names to ids
+    text: set[str]  # those of them that are text, not control tokens
+    pattern: str = GPT2
+    nfc: bool = False
+    ignore_merges: bool = False  # may a token without merges be a whole piece?
+    unk: str = ""  # the token for a byte that has none
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # as in tokenizer_config.json
+    ends: Sequence[int] = ()  # generation_config.json's
+    sentencepiece: bytes = b""  # SentencePiece's model, which has neither vocab nor merges
+
+
+def merged(token: str, merges: dict[tuple[str, ...], int]) -> tuple[list[str], int]:
+    """(what a token's characters are merged to, the last merge's number): of all pairs the first in the order of
+    merges, leftmost, until none is left.
+
+    >>> merged("abc", {("b", "c"): 0, ("a", "b"): 1, ("ab", "c"): 2})
+    (['a', 'bc'], 0)
+    """
+    parts, last = list(token), -1
+    while len(parts) > 1:
+        numbers = [merges.get(pair, math.inf) for pair in itertools.pairwise(parts)]
+        if (best := min(numbers)) == math.inf:
+            break
+        i, last = numbers.index(best), int(best)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts, last
+
+
+def ranked(parts: Parts) -> tuple[list[bytes], list[int], dict[str, int]]:
+    """(tokens in the order of their merges, their ids, tokens that no merge leads to).
+
+    tiktoken merges the pair whose result has the lowest rank. So ranks must be in the order of merges;
+    ids are where training ran once, but they need not be, and need not begin at 0. A token that its own
+    merges do not make (those of its parts come first, or there are none) is never written, unless
+    ignore_merges takes it where it is a whole piece: then it has a rank that no merge reaches.
+    """
+    merges: dict[tuple[str, ...], int] = {}
+    for i, merge in enumerate(parts.merges):
+        pair = tuple(merge.split(" ") if isinstance(merge, str) else merge)
+        if len(pair) != 2 or any(name not in parts.vocab for name in (*pair, "".join(pair))):
+            raise UserError(f"{parts.where}: merge {i}, {str(merge)[:60]!r}, is not of two tokens of its vocabulary "
+                            "that make a third: the file is damaged, or vocabulary and merges are of two models")
+        merges[pair] = i
+    order, unmerged = dict[str, int](), dict[str, int]()
+    whole_only = parts.ignore_merges and parts.pattern != CHARACTER_PATTERN  # there all pieces are whole
+    for token, i in parts.vocab.items():
+        left, last = merged(token, merges)
+        if len(left) == 1:
+            order[token] = last
+        elif len(left) == 2 and whole_only:  # tiktoken would merge them inside a piece, too
+            raise UserError(f"{parts.where}: ignore_merges takes the token {token[:40]!r} as a whole piece only, for "
+                            f"its parts {left[0][:40]!r} and {left[1][:40]!r} have no merge; Mosslet cannot express "
+                            "that: add the merge, or remove the token")
+        else:
+            unmerged[token] = i
+    missing = [c for c in byte_characters() if c not in parts.vocab]
+    if missing and (parts.unk or whole_only and unmerged):
+        raise UserError(f"{parts.where}: has no token for {len(missing)} of the 256 bytes, for which "
+                        f"{f'unk_token, {parts.unk!r},' if parts.unk else 'ignore_merges'} asks; Mosslet leaves such "
+                        "bytes out: take a tokenizer that has all bytes")
+    if parts.ignore_merges:
+        order |= {token: len(parts.merges) + i for token, i in unmerged.items()}
+        unmerged = {}
+    tokens = sorted(order, key=lambda token: (order[token], parts.vocab[token]))
+    return ([to_bytes(token, parts.where) for token in tokens], [parts.vocab[token] for token in tokens],
+            {to_bytes(token, parts.where).decode("latin-1"): i for token, i in unmerged.items()})

@@ -7,62 +7,25 @@ name: another algorithm, another normaliser, another way to split.
 
 A special token's name in a text stays text (see Tokenizer.encode), unlike in Hugging Face's tokenizers.
 """
-import dataclasses
+import contextlib
 import json
+import os
 import pathlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tiktoken
 
-from convert.splits import GGUF_PATTERNS, GPT2, QWEN2, pattern_of, splits_of, to_bytes
+from convert.splits import GGUF_PATTERNS, GPT2, QWEN2, Parts, pattern_of, ranked, splits_of
 from convert.templates import OURS, say_difference, system_line
 from data.chat import FORMATS, LLAMA_DATE, MOSS_SYSTEM, chat_format
 from data.pieces import SentencePieces
 from data.tokenizer import CHARACTER_PATTERN, PATTERN, SPECIAL_TOKENS, Tokenizer, Vocabulary
 from runtime.options import UserError
+from runtime.storage import open_plain
 
 # ---- from a file's parts to a Tokenizer ----------------------------------------------------------
-
-@dataclasses.dataclass
-class Parts:
-    """What all kinds of files say."""
-
-    where: str  # for errors
-    vocab: dict[str, int]  # byte-level names to ids
-    merges: Sequence[Any]  # "a b" or [a, b], in order
-    added: dict[str, int]  # names to ids
-    text: set[str]  # those of them that are text, not control tokens
-    pattern: str = GPT2
-    nfc: bool = False
-    ignore_merges: bool = False  # may a token without merges be a whole piece?
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # as in tokenizer_config.json
-    ends: Sequence[int] = ()  # generation_config.json's
-    sentencepiece: bytes = b""  # SentencePiece's model, which has neither vocab nor merges
-
-
-def ranked(parts: Parts) -> tuple[list[bytes], list[int], dict[str, int]]:
-    """(tokens in the order of their merges, their ids, tokens that no merge leads to).
-
-    tiktoken merges the pair whose result has the lowest rank. So ranks must be in the order of merges;
-    ids are where training ran once, but they need not be, and need not begin at 0.
-    """
-    order = {token: -1 for token in parts.vocab if len(token) == 1}
-    for i, merge in enumerate(parts.merges):
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        token = "".join(pair)
-        if len(pair) != 2 or any(name not in parts.vocab for name in (*pair, token)):
-            raise UserError(f"{parts.where}: merge {i}, {str(merge)[:60]!r}, is not of two tokens of its vocabulary "
-                            "that make a third: the file is damaged, or vocabulary and merges are of two models")
-        order.setdefault(token, i)
-    unmerged = {token: i for token, i in parts.vocab.items() if token not in order}
-    if parts.ignore_merges:
-        order |= {token: len(parts.merges) + i for token, i in unmerged.items()}
-    tokens = sorted(order, key=lambda token: (order[token], parts.vocab[token]))
-    rest = {} if parts.ignore_merges else unmerged
-    return ([to_bytes(token, parts.where) for token in tokens], [parts.vocab[token] for token in tokens],
-            {to_bytes(token, parts.where).decode("latin-1"): i for token, i in rest.items()})
-
 
 DOCUMENT_STARTS = ("<|endoftext|>", "<|begin_of_text|>", "<s>", "<｜begin▁of▁sentence｜>")
 
@@ -78,9 +41,16 @@ def make(parts: Parts, rows: int | None, chat_name: str = "") -> Tokenizer:
         ranks, ids, unmerged, added = list(pieces.values()), list(pieces), {}, special | added
     else:
         ranks, ids, unmerged = ranked(parts)
+    if not ids or any(type(i) is not int for i in (*ids, *added.values(), *unmerged.values())):
+        raise UserError(f"{parts.where}: {'has ids that are no whole numbers' if ids else 'holds no tokens for text'}: "
+                        "the file is empty or damaged: fetch it again")
     if not names["eos"]:  # GPT-2's page names its end in generation_config.json alone
         names["eos"] = next((name for i in parts.ends for name, j in added.items() if j == i), "")
     control = {name: i for name, i in added.items() if name not in parts.text or name in names.values()}
+    if idle := [name for name in added if name not in control and not name.isspace()]:
+        print(f"{parts.where}: {len(idle)} added tokens that are not special, {', '.join(map(repr, idle[:3]))}"
+              f"{', …' * (len(idle) > 3)}, are not used for texts, where their names are split like other words",
+              file=sys.stderr)
     chat = chat_of(settings, names, control, chat_name)
     # A reply's end in the chat format first, then the ends of generation_config.json, then the tokenizer's own.
     format_end = chat.get("end") or "".join(FORMATS[chat["name"]].tokens[-1:])
@@ -91,7 +61,7 @@ def make(parts: Parts, rows: int | None, chat_name: str = "") -> Tokenizer:
                         "tokenizer_config.json or generation_config.json from the model's page, too")
     starts = [added[name] for name in (*DOCUMENT_STARTS, names["bos"]) if name in control]
     pad = added.get(names["pad"], (starts or ends)[0])
-    rows = rows or 1 + max([*added.values(), *ids])
+    rows = rows or 1 + max([*added.values(), *ids, *unmerged.values()])
     if not {"<think>", "</think>"} <= set(added):
         chat.pop("think", None)  # the template's thoughts need tokens that are not there
     if (template := template_of(settings)) and not chat_name:
@@ -139,45 +109,76 @@ def template_of(settings: dict[str, Any]) -> str:
     if isinstance(template, list):
         several = {entry["name"]: entry["template"] for entry in template}
         template = several.get("default") or next(iter(several.values()), "")
+    if not isinstance(template, str):
+        raise TypeError("chat_template is no text")
     return template
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def damaged(what: str) -> Iterator[None]:
+    """What a damaged file makes of the block, as one line."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise UserError(f"{what} are damaged ({type(error).__name__}: {' '.join(str(error).split())[:80]}): fetch them "
+                        "again") from error
+
+
+def read_file(path: pathlib.Path, mode: str = "r") -> Any:
+    """The content of a plain file, or of a link to one: text, or bytes with mode "rb". UserError for a damaged one."""
+    try:
+        with open_plain(path, mode, follow=True) as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:80]}): fetch it again") from None
+
+
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object; UserError for a damaged file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = json.loads(read_file(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:80]}): fetch it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, not an object: fetch it again")
     return value
 
 
+def json_if_there(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object, empty if there is no file. A link into nothing, of a fetch that broke off, is reported."""
+    return read_json(path) if os.path.lexists(path) else {}
+
+
 def settings_of(folder: pathlib.Path) -> tuple[dict[str, Any], list[int]]:
     """(tokenizer_config.json with what other files add to it, the ends of generation_config.json)."""
-    files = {name: read_json(folder / f"{name}.json") if (folder / f"{name}.json").exists() else {}
-             for name in ("special_tokens_map", "tokenizer_config", "chat_template", "generation_config", "config")}
+    files = {name: json_if_there(folder / f"{name}.json") for name in (
+        "special_tokens_map", "tokenizer_config", "chat_template", "generation_config", "config")}
     settings = {key: value for name in ("special_tokens_map", "chat_template", "tokenizer_config")
                 for key, value in files[name].items() if value is not None}
-    if (path := folder / "chat_template.jinja").exists():
-        settings["chat_template"] = path.read_text(encoding="utf-8")
-    ends = files["generation_config"].get("eos_token_id", files["config"].get("eos_token_id"))
+    if os.path.lexists(path := folder / "chat_template.jinja"):
+        settings["chat_template"] = read_file(path)
     settings.setdefault("model_type", files["config"].get("model_type"))
-    return settings, [ends] if isinstance(ends, int) else list(ends or [])
+    name = "generation_config" if "eos_token_id" in files["generation_config"] else "config"
+    ends = files[name].get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if any(type(i) is not int for i in ends):
+        raise UserError(f"{folder / name}.json: eos_token_id is {str(ends)[:60]}, not a token's number or a list of "
+                        "such: correct it")
+    return settings, ends
 
 
 def read_tokenizer(folder: str | pathlib.Path, rows: int | None = None, chat_format: str = "") -> Tokenizer:
     """The tokenizer of a checkpoint's folder. rows: of the model's embedding. chat_format: a name of
     data/chat.py, instead of the checkpoint's own. UserError, one line, for what cannot be read."""
     folder = pathlib.Path(folder)
-    settings, ends = settings_of(folder)
-    try:
+    with damaged(f"{folder}: its tokenizer's files"):
+        settings, ends = settings_of(folder)
         path, model = folder / "tokenizer.json", folder / "tokenizer.model"
-        file = read_json(path) if path.exists() else None
-        if model.exists() and (file is None or file["model"].get("byte_fallback")):
-            parts = Parts(str(model), {}, [], {}, set(), "", sentencepiece=model.read_bytes())
+        file = read_json(path) if os.path.lexists(path) else None
+        if os.path.lexists(model) and (file is None or file["model"].get("byte_fallback")):
+            parts = Parts(str(model), {}, [], {}, set(), "", sentencepiece=read_file(model, "rb"))
             settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True} | settings
         elif file is not None:
             parts = parts_of_json(file, str(path))
@@ -188,9 +189,6 @@ def read_tokenizer(folder: str | pathlib.Path, rows: int | None = None, chat_for
             settings.setdefault("bos_token", parts.settings["bos_token"])
         parts.settings, parts.ends = settings, ends
         return make(parts, rows, chat_format)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{folder}: its tokenizer's files are damaged ({type(error).__name__}: "
-                        f"{' '.join(str(error).split())[:80]}): fetch them again") from error
 
 
 def parts_of_json(file: dict[str, Any], where: str) -> Parts:
@@ -208,22 +206,37 @@ def parts_of_json(file: dict[str, Any], where: str) -> Parts:
     if steps not in ([], ["NFC"]):
         raise UserError(f"{where}: normaliser {', '.join(steps)}: Mosslet knows NFC only")
     added = {token["content"]: token["id"] for token in file.get("added_tokens") or []}
-    text = {token["content"] for token in file.get("added_tokens") or [] if not token.get("special")}
-    processors = file.get("post_processor") or {}
-    first = [step for p in processors.get("processors", [processors]) for step in (p.get("single") or [])[:1]]
+    processor = file.get("post_processor") or {"type": "ByteLevel"}
+    processors = processor.get("processors", [processor])
+    if others := [p["type"] for p in processors if p["type"] not in ("ByteLevel", "TemplateProcessing")]:
+        raise UserError(f"{where}: post_processor {others[0]} says how a text begins in a way that Mosslet does not "
+                        "read: it reads ByteLevel and TemplateProcessing")
+    first = [step for p in processors for step in (p.get("single") or [])[:1]]
     bos = [step["SpecialToken"]["id"] for step in first if "SpecialToken" in step]
-    return Parts(where, model["vocab"], model["merges"], added, text,
+    return Parts(where, model["vocab"], model["merges"], added, texts_of(file.get("added_tokens") or [], where),
                  pattern_of(splits_of(file.get("pre_tokenizer"), where), where), steps == ["NFC"],
-                 bool(model.get("ignore_merges")), {"add_bos_token": True, "bos_token": bos[0]} if bos else {})
+                 bool(model.get("ignore_merges")), model.get("unk_token") or "",
+                 {"add_bos_token": True, "bos_token": bos[0]} if bos else {})
+
+
+def texts_of(tokens: Iterable[dict[str, Any]], where: str) -> set[str]:
+    """Names of those added tokens that are text, not control tokens. UserError for white space with flags."""
+    text = [token for token in tokens if not token.get("special")]
+    for token in text:
+        flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
+        if flags and token["content"].isspace():  # others are never used
+            raise UserError(f"{where}: the added token {token['content']!r} has {flags[0]}, by which what stands "
+                            "beside it counts; Mosslet takes white space as it stands: set it to false")
+    return {token["content"] for token in text}
 
 
 def parts_of_pair(folder: pathlib.Path, settings: dict[str, Any]) -> Parts:
     """vocab.json and merges.txt, or as OpenAI named them; the class of the tokenizer fixes its pattern."""
     pairs = [(folder / a, folder / b) for a, b in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))]
-    vocab_path, merges_path = next((pair for pair in pairs if pair[0].exists()), (None, None))
+    vocab_path, merges_path = next((pair for pair in pairs if os.path.lexists(pair[0])), (None, None))
     if vocab_path is None:
         raise UserError(f"{folder}: no tokenizer.json, no vocab.json with merges.txt, no tokenizer.model")
-    if not merges_path.exists():
+    if not os.path.lexists(merges_path):
         raise UserError(f"{merges_path}: is missing beside {vocab_path.name}")
     kind = str(settings.get("tokenizer_class") or settings.get("model_type") or "gpt2")
     family = kind.lower().removesuffix("fast").removesuffix("tokenizer")
@@ -231,16 +244,11 @@ def parts_of_pair(folder: pathlib.Path, settings: dict[str, Any]) -> Parts:
     if family not in patterns:
         raise UserError(f"{vocab_path}: a tokenizer of class {kind}, whose pattern Mosslet does not know without a "
                         "tokenizer.json: save one with `transformers`")
-    try:
-        lines = merges_path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{merges_path}: cannot be read ({error}): fetch it again") from None
-    vocab, added = read_json(vocab_path), dict[str, int]()
-    if (path := folder / "added_tokens.json").exists():
-        added = read_json(path)
-    details = (settings.get("added_tokens_decoder") or {}).items()
-    added |= {token["content"]: int(i) for i, token in details}
-    text = {token["content"] for _, token in details if not token.get("special")}
+    lines, vocab = read_file(merges_path).split("\n"), read_json(vocab_path)
+    added: dict[str, int] = json_if_there(folder / "added_tokens.json")
+    details = settings.get("added_tokens_decoder") or {}
+    added |= {token["content"]: int(i) for i, token in details.items()}
+    text = texts_of(details.values(), str(folder / "tokenizer_config.json"))
     if not settings.get("eos_token") and "<|endoftext|>" in {**vocab, **added}:
         settings["eos_token"] = "<|endoftext|>"
     merges = [line for line in lines[lines[0].startswith("#version"):] if line]
@@ -255,20 +263,22 @@ def from_gguf(fields: dict[str, Any], rows: int | None = None, chat_format: str 
     field = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
     if (kind := field.get("model")) != "gpt2":
         raise UserError(f"{where}: tokenizer.ggml.model is {kind!r}: Mosslet reads \"gpt2\", which is byte-level BPE")
-    if (pre := field.get("pre")) not in GGUF_PATTERNS:
+    if (pre := field.get("pre")) not in [*GGUF_PATTERNS]:
         raise UserError(f"{where}: tokenizer.ggml.pre is {pre!r}: Mosslet knows {', '.join(GGUF_PATTERNS)}")
-    missing = [name for name in ("tokens", "merges") if name not in field]
+    missing = [name for name in ("tokens", "merges") if not isinstance(field.get(name), list)]
     if missing:
-        raise UserError(f"{where}: no tokenizer.ggml.{missing[0]}: the file holds no whole tokenizer")
-    tokens = field["tokens"]
-    kinds = [int(kind) for kind in field.get("token_type", [1] * len(tokens))]
-    of = {kind: {name: i for i, (name, k) in enumerate(zip(tokens, kinds, strict=True)) if k == kind}
-          for kind in (1, 3, 4)}
-    settings = {f"{role}_token": tokens[field[f"{key}_token_id"]] for role, key in (
-        ("bos", "bos"), ("eos", "eos"), ("pad", "padding")) if field.get(f"{key}_token_id") in range(len(tokens))}
-    settings |= {"add_bos_token": field.get("add_bos_token"), "chat_template": fields.get("tokenizer.chat_template")}
-    return make(Parts(where, of[1], field["merges"], of[3] | of[4], set(of[4]), GGUF_PATTERNS[pre], pre == "qwen2",
-                      pre == "llama-bpe", settings), rows or len(tokens), chat_format)
+        raise UserError(f"{where}: no list tokenizer.ggml.{missing[0]}: the file holds no whole tokenizer")
+    with damaged(f"{where}: its tokenizer's fields"):
+        tokens = field["tokens"]
+        kinds = [int(kind) for kind in field.get("token_type", [1] * len(tokens))]
+        of = {kind: {name: i for i, (name, k) in enumerate(zip(tokens, kinds, strict=True)) if k == kind}
+              for kind in (1, 3, 4)}
+        settings = {f"{role}_token": tokens[field[f"{key}_token_id"]] for role, key in (
+            ("bos", "bos"), ("eos", "eos"), ("pad", "padding")) if field.get(f"{key}_token_id") in range(len(tokens))}
+        settings |= {"add_bos_token": field.get("add_bos_token"),
+                     "chat_template": fields.get("tokenizer.chat_template")}
+        return make(Parts(where, of[1], field["merges"], of[3] | of[4], set(of[4]), GGUF_PATTERNS[pre], pre == "qwen2",
+                          pre == "llama-bpe", settings=settings), rows or len(tokens), chat_format)
 
 
 def from_tiktoken(name: str, rows: int | None = None, chat_format: str = "") -> Tokenizer:
@@ -290,6 +300,8 @@ def of_encoding(encoding: tiktoken.Encoding, rows: int | None = None, chat_forma
         raise UserError(f"tiktoken's encoding {encoding.name!r} has no special token that could end a text")
     chat = chat_of({}, {"bos": "", "eos": end}, special, chat_format)
     order = sorted(ranks, key=ranks.get)
-    return Tokenizer(order, encoding._pat_str, Vocabulary(
+    # As Hugging Face's engine reads it, too: there $ ends a line, and {1,3}+ has no limit.
+    pattern = encoding._pat_str.replace("{1,3}+|", "{1,3}|").replace(r"\s++$", r"\s++(?![\s\S])")
+    return Tokenizer(order, pattern, Vocabulary(
         [ranks[token] for token in order], rows or encoding.n_vocab, dict(special), [special[end]], special[end],
         special[end], chat))

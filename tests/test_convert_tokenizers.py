@@ -55,7 +55,8 @@ def a_file(first: int = 0, names: tuple[str, ...] = ("<|endoftext|>", "<|im_star
     """A tokenizer.json of BPE's merges with its own pattern: tokens' ids begin at `first`, names follow."""
     file = tokenizer_json(BPE)
     ranks = [splits.from_bytes(token) for token in BPE.ranks]
-    added = [{"id": first + len(ranks) + i, "content": name, "special": name not in text}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": first + len(ranks) + i, "content": name, "special": name not in text, **flags}
              for i, name in enumerate((*names, *text))]
     merges = file["model"]["merges"]
     model = {"type": "BPE", "vocab": {token: first + i for i, token in enumerate(ranks)},
@@ -114,8 +115,31 @@ def test_a_token_that_no_merge_leads_to_is_written_only_where_the_file_says_so(t
     token = file["model"]["vocab"]["Ġworld"]
     assert token not in without.encode("hello world")
     assert without.decode([token]) == " world"
-    file["model"]["ignore_merges"] = True
-    assert tokenizers.read_tokenizer(saved(tmp_path, file)).encode(" world") == [token]
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def small(tokens: str, *merges: str, **more) -> dict:
+    """Changes of a_file: a vocabulary of the 256 bytes, these tokens and merges, and GPT-2's pattern."""
+    names = [*map(splits.from_bytes, (bytes([i]) for i in range(256))), *tokens.split()]
+    return {"first": 300, "pre_tokenizer": BYTE_LEVEL,
+            "model": {"vocab": {name: i for i, name in enumerate(names)}, "merges": list(merges)} | more}
+
+
+@pytest.mark.parametrize("change,texts", [
+    (small("ab bc abc", "b c", "a b", "ab c"), ["abc", "xabc", "ab", "abcd"]),
+    (small("ab cd bc abc", "a bc", "a b", "c d", "ab c", "b c"), ["abcd", "abc", "bcd"]),  # one merge is never reached
+    (small("ab", "a b", "a b"), ["ab"]), (small("abc"), ["abc", "xabc"]),
+    (small("abc", ignore_merges=True), ["abc", "xabc", "abcd"])])
+def test_tokens_are_written_where_their_own_merges_make_them(tmp_path, change, texts):
+    """tiktoken takes a piece that is a token, and merges any pair that makes one: "abc" was one token although the
+    file's merges gave a, bc."""
+    package = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.read_tokenizer(saved(tmp_path, a_file(**change)))
+    for file in ((tmp_path / "tokenizer.json").read_text(), json.dumps(tokenizer_json(tokenizer))):
+        theirs = package.Tokenizer.from_str(file)
+        assert [tokenizer.encode(text) for text in texts] == [theirs.encode(text).ids for text in texts]
 
 
 def write_pair(folder: pathlib.Path, names: tuple[str, str] = ("vocab.json", "merges.txt"), **settings) -> pathlib.Path:
@@ -297,6 +321,21 @@ def test_a_template_in_a_file_of_its_own_and_a_first_token_are_read(tmp_path):
     assert tokenizer.decode([tokenizer.eot_id]) == names[0]
 
 
+def test_added_tokens_that_texts_never_get_are_said(tmp_path, capsys):
+    tokenizer = tokenizers.read_tokenizer(saved(tmp_path, a_file(text=("今天", "foo", "  ", "bar", "<x>"))))
+    assert tokenizer.special["今天"] not in tokenizer.encode("今天")
+    assert "tokenizer.json: 4 added tokens that are not special, '今天', 'foo', 'bar', …, are not used" in (
+        capsys.readouterr().err)
+    tokenizers.read_tokenizer(saved(tmp_path, a_file(text=("  ",))))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_last_row_may_be_a_token_without_merges(tmp_path):
+    change = small("abc")
+    change["model"]["vocab"]["abc"] = 5000
+    assert tokenizers.read_tokenizer(saved(tmp_path, a_file(**change))).n_vocab == 5001
+
+
 # ---- SentencePiece -------------------------------------------------------------------------------
 
 def sentencepiece_model(**more) -> bytes:
@@ -360,7 +399,7 @@ def pre(*rules: dict) -> dict:
     return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": list(rules)}}
 
 
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
 def rule(pattern: str) -> dict:
@@ -378,9 +417,25 @@ def rule(pattern: str) -> dict:
     ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space"),
     (pre(rule("a+")), "does not end in ByteLevel"), (pre(rule("a"), rule("b"), BYTES), "by 2 rules in a row"),
     (pre(rule("(a"), BYTES), "tiktoken cannot read its regular expression"),
+    *((pre(rule(pattern), BYTES), f"has, at {at!r}") for pattern, at in (
+        (r"\w+|\s", r"\w+|\s"), ("a|[[:alpha:]]+", "[[:alpha:]]+"), (r"\R|a", r"\R|a"), ("^a|b", "^a|b"),
+        ("b$|.", "$|."), (r"a\b", r"\b"), (r"\Aa|\z", r"\Aa|\z"), (r"\p{N}{1,3}+", r"\p{N}{1,3}+"),
+        ("(?i:ss)", "(?i:ss)"), (r"(a)\1", r"\1"), (r"\p{Punct}", r"\p{Punct}"), ("[a&&b]", "[a&&b]"))),
+    *((pre(rule(pattern), BYTES), "may match nothing") for pattern in (
+        "a*|b", r"\p{L}*", "a|", r"(?=\p{N})\d?|a+", r"\n?(?<=a)|[^a-z]+")),
+    (pre(rule(r"\p{L}+|\d") | {"behavior": "Removed", "invert": True}, BYTES), "removes from texts what"),
     ({"model": {"merges": ["Q Qq"]}}, "merge 0, 'Q Qq', is not of two tokens"),
     ({"model": {"merges": ["Q"]}}, "merge 0"), ({"model": {"vocab": {"好": 5}, "merges": []}}, "stands for no byte"),
     ({"model": {"vocab": {"a": 0, "b": 0}, "merges": []}}, "share ids"), ({"model": {"vocab": [1]}}, "damaged"),
+    (small("ab bc abc", "b c", "a b", "ab c", ignore_merges=True), "'abc' as a whole piece only"),
+    (small("", unk_token="<|endoftext|>", vocab={"a": 0}), "no token for 255 of the 256 bytes, for which unk_token"),
+    (small("", ignore_merges=True, vocab={"a": 0, "bcd": 1}), "no token for 255 of the 256 bytes, for which ignore_me"),
+    *(({"added_tokens": [{"id": 900, "content": " \t", flag: True}]}, f"added token ' \\t' has {flag}")
+      for flag in ("lstrip", "rstrip", "single_word")),
+    *(({"post_processor": p}, "post_processor RobertaProcessing says how a text begins") for p in (
+        {"type": "RobertaProcessing"}, {"type": "Sequence", "processors": [{"type": "RobertaProcessing"}]})),
+    ({"model": {"vocab": {"a": 0.5}, "merges": []}}, "ids that are no whole numbers"),
+    ({"model": {"vocab": {}, "merges": []}}, "holds no tokens for text"),
     ({"added_tokens": [{"id": 1}]}, "damaged"), ({"added_tokens": []}, "names no token")])
 def test_what_cannot_be_expressed_is_refused_by_name(tmp_path, change, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
@@ -395,6 +450,44 @@ def test_damaged_files_are_one_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         tokenizers.read_tokenizer(saved(tmp_path, text))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ends", [1.5, "1", [1, None], {"a": 1}, True])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_an_end_that_is_no_number_is_one_line(tmp_path, name, ends):
+    (saved(tmp_path, a_file()) / name).write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(UserError, match=rf"{name}: eos_token_id is .* not a token's number"):
+        tokenizers.read_tokenizer(tmp_path)
+
+
+NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.json", "config.json",
+         "chat_template.jinja", "generation_config.json")
+
+
+def latin(path: pathlib.Path) -> None:
+    path.write_bytes(b"\xff\xfe{")
+
+
+@pytest.mark.parametrize("name,others", [*((name, ()) for name in NAMES), *((name, ("tokenizer.json",)) for name in (
+    "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model"))])
+@pytest.mark.parametrize("make,message", [(os.mkfifo, "no plain file"), (latin, "cannot be read|damaged|pip install"),
+                                          (lambda path: path.symlink_to("nowhere"), "cannot be read")])
+def test_a_pipe_a_link_into_nothing_and_bytes_that_are_no_text_are_one_line(tmp_path, name, others, make, message):
+    """An unfinished fetch leaves links into nothing: they were passed over, and with them the chat template."""
+    write_pair(saved(tmp_path, a_file()))
+    for other in (name, *others):
+        (tmp_path / other).unlink(missing_ok=True)
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=message) as error:
+        tokenizers.read_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value) or name == "tokenizer.model"
+
+
+def test_an_empty_tokenizer_model_is_one_line_that_names_it(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(UserError, match="tokenizer.model: holds no tokens for text: the file is empty or damaged"):
+        tokenizers.read_tokenizer(tmp_path)
 
 
 def test_missing_files_and_unknown_classes_are_one_line(tmp_path):
@@ -418,6 +511,24 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
 def test_gguf_s_other_tokenizers_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         tokenizers.from_gguf(gguf_fields(token_type=[], **change) if "tokens" in change else gguf_fields(**change))
+
+
+@pytest.mark.parametrize("change", [
+    {"tokens": 7}, {"tokens": "abc"}, {"tokens": [["a"], ["b"]]}, {"merges": 7}, {"merges": [1, 2]}, {"pre": ["gpt-2"]},
+    {"token_type": [1, 1]}, {"token_type": [1] * 9999}, {"token_type": "text"}, {"token_type": 7}, {"model": ["gpt2"]},
+    {"eos_token_id": 2.0}, {"token_type": [float("inf")]}])
+def test_gguf_s_fields_of_a_wrong_kind_are_one_line(change):
+    with pytest.raises(UserError, match=r"^GGUF: ") as error:
+        tokenizers.from_gguf(gguf_fields(**change))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("template", [7, [7], {"a": 1}])
+def test_a_chat_template_of_a_wrong_kind_is_one_line(tmp_path, template):
+    with pytest.raises(UserError, match="damaged"):
+        tokenizers.read_tokenizer(saved(tmp_path, a_file(), chat_template=template))
+    with pytest.raises(UserError, match="damaged"):
+        tokenizers.from_gguf(gguf_fields() | {"tokenizer.chat_template": template})
 
 
 # ---- what is written -----------------------------------------------------------------------------
@@ -494,6 +605,35 @@ def test_our_own_template_renders_our_text():
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "{{ x }}"}]
     assert template.render(messages=messages, add_generation_prompt=True) == BPE.decode(
         BPE.render_chat(messages, reply=True)[0])
+
+
+@pytest.mark.parametrize("pattern", [
+    r"\p{L}+|\d", r".+|\n", r"(?<=a)b|\p{L}+", r"[a-z_/\-]+?[^\S\n]*|\s{2,}|(?:\p{Lu}|\p{Han}){1,3}",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{M}]*[\p{Ll}\p{M}]+(?i:'s|'re|'[sdmt])?| ?[^\s\p{L}]+[\r\n/]*|\s+(?!\S)"])
+def test_another_pattern_cuts_as_the_package_does_and_comes_back_as_itself(tmp_path, pattern):
+    package = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.read_tokenizer(saved(tmp_path, a_file(**pre(rule(pattern), BYTES))))
+    theirs = package.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in mixed_strings(300):
+        assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+    assert splits.pre_tokenizer_of(tokenizer.pattern)["pretokenizers"][0]["pattern"]["Regex"] == pattern
+
+
+@pytest.mark.parametrize("tail,other", [(r"\s++$|\s+(?!\S)|\s", False), (r"[\w\s]", True)])
+def test_an_encoding_s_pattern_is_written_for_the_other_engine_or_refused(tail, other):
+    """cl100k_base has `{1,3}+` and `$`, which there mean any number, and the end of a line."""
+    package = pytest.importorskip("tokenizers")
+    pattern = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|" + tail
+    encoding = tiktoken.Encoding("mine", pat_str=pattern, special_tokens={"<|endoftext|>": 900},
+                                 mergeable_ranks={token: i for i, token in enumerate(BPE.ranks)})
+    tokenizer = tokenizers.of_encoding(encoding)
+    if other:
+        with pytest.raises(UserError, match="tokenizer.json: its regular expression"):
+            tokenizer_json(tokenizer)
+        return
+    theirs = package.Tokenizer.from_str(json.dumps(tokenizer_json(tokenizer)))
+    for text in mixed_strings(300):
+        assert encoding.encode(text) == tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids
 
 
 # ---- the real ones -------------------------------------------------------------------------------
