@@ -23,7 +23,7 @@ from data.feedback import feedback_kind
 from data.functions import PythonReward, load_function
 from data.prepared import Prepared
 from data.sets import DATA_SETS
-from runtime.options import UserError, presets_of
+from runtime.options import UserError
 from runtime.statistics import RunningMoments
 
 # ---- what a policy is paid -------------------------------------------------------------------------
@@ -289,11 +289,10 @@ def resolved(o: Any, terms: Sequence[Part], feedback: str, room: int = 0) -> Any
         steers = (several or feedback not in ("label", "scores of any kind")) and "kl_coef" not in o.explicit
         control = "adaptive" if steers or {"kl_target", "kl_horizon"} & o.explicit else "fixed"
     # A preset's price and a data set's are fixed ones: where steering starts follows from the scores.
-    fixed = [presets_of(type(o)).get(o.preset, {}), *(known.defaults.get("ppo", {}) for known in DATA_SETS.values())]
+    fixed = [*type(o).PRESETS.values(), *(known.defaults.get("ppo", {}) for known in DATA_SETS.values())]
     if control == "adaptive" and "kl_coef" not in o.explicit and o.kl_coef in [x.get("kl_coef") for x in fixed]:
         o = o.replace(kl_coef=type(o).kl_coef)
     without = {} if o.advantage == "gae" else {"critic": "shared", "critic_warmup": 0, "value_coef": 0.0}
     if o.prompt_len > room > 0:
-        raise UserError(f"--prompt_len {o.prompt_len}: beside replies of {o.reply_len} tokens policy and reward model "
-                        f"leave room for prompts of {room} tokens: lower it, or train with a larger --max_len")
+        raise UserError(f"--prompt_len {o.prompt_len}: beside replies of {o.reply_len} only {room} tokens fit: lower it")
     return o.replace(reward_norm=reward_norm, kl_control=control, prompt_len=o.prompt_len or room, **without)

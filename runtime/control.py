@@ -65,8 +65,7 @@ class KLController:
                            f"{spread / o.kl_coef:.0f} times --kl_coef {o.kl_coef:g}: the policy will go far; try "
                            f"--kl_coef {fitting:.2g}, for some {o.kl_target:g} nats", file=sys.stderr)
             return cls(o.kl_coef)
-        asked = "kl_coef" in o.explicit or o.kl_coef != type(o).kl_coef
-        start = fitting if spread > 0 and not asked else o.kl_coef
+        start = o.kl_coef if "kl_coef" in o.explicit or o.kl_coef != type(o).kl_coef or spread <= 0 else fitting
         return cls(**{"coef": start, "target": o.kl_target, "horizon": o.kl_horizon, **(state or {})})
 
     def state(self) -> dict[str, float]:
