@@ -294,5 +294,5 @@ def resolved(o: Any, terms: Sequence[Part], feedback: str, room: int = 0) -> Any
         o = o.replace(kl_coef=type(o).kl_coef)
     without = {} if o.advantage == "gae" else {"critic": "shared", "critic_warmup": 0, "value_coef": 0.0}
     if o.prompt_len > room > 0:
-        raise UserError(f"--prompt_len {o.prompt_len}: beside replies of {o.reply_len} only {room} tokens fit: lower it")
+        raise UserError(f"--prompt_len {o.prompt_len}: beside replies of {o.reply_len} fit {room} tokens: lower it")
     return o.replace(reward_norm=reward_norm, kl_control=control, prompt_len=o.prompt_len or room, **without)
