@@ -232,8 +232,8 @@ def gguf_config(fields: dict[str, Any], tensors: Tensors, path: pathlib.Path) ->
              "rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base",
              "max_position_embeddings": "context_length"}
     values = {ours: fields.get(f"{kind}.{theirs}") for ours, theirs in names.items()}
-    embedding = tensors["token_embd.weight"].shape if "token_embd.weight" in tensors else (0,)
-    values |= {"model_type": kind, "vocab_size": embedding[0], "tie_word_embeddings": "output.weight" not in tensors}
+    embedding = tensors["token_embd.weight"].shape if "token_embd.weight" in tensors else ()
+    values |= {"model_type": kind, "vocab_size": (*embedding, 0)[0], "tie_word_embeddings": "output.weight" not in tensors}
     if "blk.0.attn_output.bias" in tensors:
         values["attention_bias"] = True
     config = Config({name: x for name, x in values.items() if x is not None}, path)
@@ -241,8 +241,8 @@ def gguf_config(fields: dict[str, Any], tensors: Tensors, path: pathlib.Path) ->
     heads = config.number("num_attention_heads")
     config.setdefault("num_key_value_heads", heads)
     config.setdefault("head_dim", max(1, config.number("hidden_size") // heads))
-    rotated, wide = fields.get(f"{kind}.rope.dimension_count", config["head_dim"]), config["head_dim"]
-    if rotated != wide:
+    wide = config.number("head_dim")
+    if (rotated := fields.get(f"{kind}.rope.dimension_count", wide)) != wide:
         raise UserError(f"{path}: {kind}.rope.dimension_count is {str(rotated)[:40]!r}, but a head has {wide} "
                         f"dimensions: Mosslet does not know a {kind} whose heads are partly rotated")
     return config
