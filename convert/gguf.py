@@ -232,8 +232,8 @@ def gguf_config(fields: dict[str, Any], tensors: Tensors, path: pathlib.Path) ->
              "rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base",
              "max_position_embeddings": "context_length"}
     values = {ours: fields.get(f"{kind}.{theirs}") for ours, theirs in names.items()}
-    embedding = tensors["token_embd.weight"].shape if "token_embd.weight" in tensors else ()
-    values |= {"model_type": kind, "vocab_size": (*embedding, 0)[0], "tie_word_embeddings": "output.weight" not in tensors}
+    rows = tensors["token_embd.weight"].shape[:1] if "token_embd.weight" in tensors else ()
+    values |= {"model_type": kind, "vocab_size": (*rows, 0)[0], "tie_word_embeddings": "output.weight" not in tensors}
     if "blk.0.attn_output.bias" in tensors:
         values["attention_bias"] = True
     config = Config({name: x for name, x in values.items() if x is not None}, path)

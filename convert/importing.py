@@ -188,8 +188,7 @@ def model_config(config: Config, family: Family, tensors: Tensors, max_len: int)
         raise UserError(f"{config.path}: the model reads rows of at most {longest} tokens, so --max_len {max_len} is "
                         "too long")
     scored = any("SequenceClassification" in str(name) for name in config.of_kind("architectures", list, []))
-    head = any(name.startswith(f"{family.names['output'][0]}.") for name in tensors)
-    tied = config.of_kind("tie_word_embeddings", bool, family.defaults.get("tie_word_embeddings", not head))
+    tied = config.of_kind("tie_word_embeddings", bool, family.defaults.get("tie_word_embeddings", False))
     shape = dict(fields, vocab_size=config.number("vocab_size"), max_len=limit, tied=tied or scored)
     if shape["tied"]:
         shape["head_bias"] = False
@@ -269,8 +268,9 @@ def types_of(model: torch.nn.Module, family: Family, tensors: Tensors) -> dict[s
 def require_tensor(tensors: Tensors, name: str, shape: tuple[int, ...], config: Config) -> None:
     """UserError unless there is a tensor of this name and shape."""
     if name not in tensors:
+        hint = ", with its tie_word_embeddings" * (name == "lm_head.weight")
         raise UserError(f"{tensors.path}: the tensor {name} is missing: is the download whole, and config.json the one "
-                        "of these weights?")
+                        f"of these weights{hint}?")
     if not tensors[name].dtype.is_floating_point:
         raise UserError(f"{tensors.path}: {name} holds {tensors[name].dtype} numbers, which are no weights")
     found = tensors[name].shape

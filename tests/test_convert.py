@@ -394,6 +394,7 @@ HOSTILE = {  # what is done to the folder, what the line must name
     "a head that differs though tied": (tensors_with(lambda t: t.update({"lm_head.weight": t[EMBEDDING] + 1})),
                                         "tie_word_embeddings"),
     "untied without a head": (config_with(tie_word_embeddings=False), "lm_head.weight"),
+    "untied by silence": (config_with(tie_word_embeddings=None), "lm_head.weight is missing"),
     "a pickle with code": (pickled, "pytorch_model.bin"),
     "no config": (removed("config.json"), "config.json"),
     "config no JSON": (written("config.json", "{"), "config.json"),
