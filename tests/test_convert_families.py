@@ -190,8 +190,8 @@ REFUSED = {
     "partial": ("llama", dict(partial_rotary_factor=0.5)),
     "a base for each kind of layer": ("llama", dict(rope_parameters={"full_attention": {"rope_theta": 5e5}})),
     "llama3 without a factor": ("llama", dict(rope_scaling={**LLAMA3, "low_freq_factor": None})),
-    "tied CodeGen": ("codegen", dict(tie_word_embeddings=True)),
-    "rotary_dim null": ("codegen", dict(rotary_dim=None)),
+    "tie_word_embeddings is 'True': CodeGen's head": ("codegen", dict(tie_word_embeddings=True, rotary_dim=8)),
+    "rotary_dim is 'None'": ("codegen", dict(rotary_dim=None)),
     "windows switched off": ("qwen2", dict(layer_types=["sliding_attention"] * 3, sliding_window=9)),
     "chunks": ("qwen2", dict(layer_types=["chunked_attention"], use_sliding_window=True)),
     **{f"{name} {value}": (kind, {name: value}) for value in (math.nan, math.inf, True, [3]) for kind, name in (
@@ -211,7 +211,7 @@ REFUSED = {
 def test_what_lies_outside_is_refused_by_name(case):
     kind, changes = REFUSED[case]
     config = Config({**WIDE, **GPT, "model_type": kind, **changes}, "config.json")
-    with pytest.raises(UserError, match="config.json") as error:
+    with pytest.raises(UserError, match=f"config.json: {case if ' is ' in case else ''}") as error:
         model_config(config, family_named(config), {}, 0)
     assert "\n" not in str(error.value)
 
@@ -228,7 +228,9 @@ USED = dict(use_sliding_window=True, sliding_window=100, max_window_layers=2)  #
     ("qwen2", USED | dict(layer_types=["full_attention", "sliding_attention", "full_attention"]), 100)])
 def test_a_window_limits_the_rows_and_is_otherwise_no_difference(kind, changes, longest):
     config = Config({**WIDE, "model_type": kind, "max_position_embeddings": 8000, **changes}, "config.json")
-    assert model_config(config, FAMILIES[kind], {}, 8000 if longest == 8000 else 0).max_len == longest
+    assert model_config(config, FAMILIES[kind], {}, longest).max_len == longest
+    with pytest.raises(UserError, match=f"rows of at most {longest} tokens"):
+        model_config(config, FAMILIES[kind], {}, longest + 1)
 
 
 # ---- what a config leaves out, or says twice -----------------------------------------------------
