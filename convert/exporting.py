@@ -15,7 +15,7 @@ from data.tokenizer import Tokenizer
 from model import ModelConfig, Transformer, checkpoint_path, load_checkpoint
 from reward import RewardModel
 from runtime.options import UserError
-from runtime.storage import load_whole, replace_text
+from runtime.storage import largest, load_whole, replace_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,11 +34,10 @@ def export_model(run: str, folder: pathlib.Path, family: str = "", dtype: str = 
     source = state.get("source", {})
     chosen = FAMILIES[family] if family else FAMILIES.get(source.get("family"), None) or family_of(model.config)
     require_same_computing(chosen, model.config)
-    stored = DTYPES[source.get("dtype", "float32") if dtype == "auto" else dtype]
     config = config_of(model, tokenizer, chosen, source if not family else {})
-    config |= {"torch_dtype": str(stored).removeprefix("torch."), "dtype": str(stored).removeprefix("torch.")}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder, list(their_tensors(model, chosen, stored)))
+    types = source.get("dtypes", {}) if dtype == "auto" else {"": dtype}
+    config |= dict.fromkeys(("torch_dtype", "dtype"), types.get("", "float32"))
+    write_tensors(folder, list(their_tensors(model, chosen, types)))  # all of it is known before a file is made
     write_tokenizer(tokenizer, folder)
     generation = {"eos_token_id": list(tokenizer.end_ids), "pad_token_id": tokenizer.pad_id,
                   "do_sample": True, **source.get("generation", {})}
@@ -50,7 +49,7 @@ def export_model(run: str, folder: pathlib.Path, family: str = "", dtype: str = 
 def require_same_computing(family: Family, config: ModelConfig) -> None:
     """UserError unless the family's config, read again, gives this shape."""
     values = {"tie_word_embeddings": config.tied, "vocab_size": config.vocab_size, **family.write(config)}
-    read = family.read(Config(values, "the exported config"))
+    read = family.fields(Config(values, "the exported config"))
     own = {name: getattr(config, name) for name in read}
     differs = [name for name in read if read[name] != own[name] and not (
         name == "rotary_dim" and own[name] in (0, config.head_dim))]
@@ -68,7 +67,9 @@ def config_of(model: nn.Module, tokenizer: Tokenizer, family: Family, source: di
     if scored and not family.reward:
         raise UserError(f"transformers has no reward model of the family {family.model_type}: name another --family")
     config = source.get("config", {}) if source.get("family") == family.model_type else {}
-    config = {k: v for k, v in config.items() if not k.startswith("_")} or family.write(c)
+    config, own = {k: v for k, v in config.items() if not k.startswith("_")}, family.write(c)
+    # an import's positions, too, by the names of both generations
+    config = config | {k: v for k, v in own.items() if k.startswith("rope_")} if config else own
     config |= {"architectures": [family.reward if scored else family.policy], "model_type": family.model_type,
                "vocab_size": c.vocab_size, "tie_word_embeddings": c.tied, "pad_token_id": tokenizer.pad_id,
                "bos_token_id": config.get("bos_token_id", tokenizer.eot_id),
@@ -78,15 +79,26 @@ def config_of(model: nn.Module, tokenizer: Tokenizer, family: Family, source: di
     return config
 
 
-def their_tensors(model: nn.Module, family: Family, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of each of the family's tensors."""
+def their_tensors(model: nn.Module, family: Family, types: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of each of the family's tensors. types: of tensors by their names; "": of all others."""
     for ours, tensor in model.state_dict().items():
         name = ours.removeprefix("backbone.")
-        if not name.startswith(("score_head.", "output.") if isinstance(model, RewardModel) else "score_head."):
-            for their, part in zip(family.theirs(name), family.split(name, tensor, model.config), strict=True):
-                yield their, part.to(dtype)
+        if isinstance(model, RewardModel) and name.startswith(("score_head.", "output.")):
+            continue  # the score comes last, and its trunk's own head predicts nothing
+        for their, part in zip(family.theirs(name), family.split(name, tensor, model.config), strict=True):
+            yield their, typed(their, part, types)
     if isinstance(model, RewardModel):
-        yield "score.weight", score_weight(model).to(dtype)
+        yield "score.weight", typed("score.weight", score_weight(model), types)
+
+
+def typed(name: str, tensor: Tensor, types: dict[str, str]) -> Tensor:
+    """The tensor in the type that it is written in; UserError if that cannot hold its numbers."""
+    dtype = types.get(name, types.get("", "float32"))
+    found = tensor.to(DTYPES[dtype])
+    if not largest(found) < float("inf"):
+        raise UserError(f"{name} has numbers up to {largest(tensor):g}, which {dtype} cannot hold: give --dtype "
+                        "bfloat16 or float32")
+    return found
 
 
 def score_weight(model: RewardModel) -> Tensor:

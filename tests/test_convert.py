@@ -1,6 +1,9 @@
 """Whole models in and out: `python -m convert`, `--init_from` with a folder, and folders that are damaged
 or hostile."""
+import dataclasses
 import json
+import math
+import os
 import pathlib
 import shutil
 
@@ -19,8 +22,8 @@ from data.parents import like_parent
 from data.tokenizer import train_bpe
 from model import ModelConfig, Transformer, checkpoint_path, load_checkpoint, next_token_loss, save_checkpoint
 from reward import RewardConfig, RewardModel
-from runtime.options import UserError, parse
-from tests.conftest import signals_restored, write_reviews_source
+from runtime.options import UserError, bounds, parse
+from tests.conftest import equal, signals_restored, write_reviews_source
 from tools import tiny
 
 
@@ -45,6 +48,13 @@ def cache(tmp_path, monkeypatch):
 
 def greedy(model, tokens, n):
     return sample.generate(model, tokens, torch.ones_like(tokens).bool(), n, temperature=0).tokens
+
+
+def equal_files(before, after) -> bool:
+    """Whether two folders hold the same tensors, bit for bit, in the same types."""
+    a, b = ({name: (str(stored.dtype), stored.read()) for name, stored in open_tensors(folder).items()}
+            for folder in (before, after))
+    return equal(a, b)
 
 
 # ---- what a real model is trained with -----------------------------------------------------------
@@ -126,6 +136,69 @@ def test_a_checkpoint_in_bfloat16_is_exported_in_bfloat16(folders, tmp_path):
     assert all(torch.equal(after[name].read(), tensor) for name, tensor in half)
     main(["export", str(tmp_path / "run"), str(tmp_path / "full"), "--dtype", "float32"])
     assert {entry.dtype for entry in open_tensors(tmp_path / "full").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_tensors_of_several_types_come_back_each_in_its_own(family, folders, tmp_path):
+    """Vectors are float32, beyond the range of float16; matrices are of two types, also those of one qkv."""
+    shutil.copytree(folders[family], tmp_path / "model")
+
+    def edit(tensors):
+        for name, tensor in tensors.items():
+            half = torch.float16 if "q_proj" in name or "c_attn" in name else torch.bfloat16
+            kind = torch.float32 if tensor.dim() == 1 else half
+            tensors[name] = (tensor * 70_000 if tensor.dim() == 1 else tensor).to(kind)
+
+    tensors_with(edit)(tmp_path / "model")
+    main(["import", str(tmp_path / "model"), str(tmp_path / "run")])
+    main(["export", str(tmp_path / "run"), str(tmp_path / "back")])
+    assert equal_files(tmp_path / "model", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_reward_model_in_bfloat16_with_a_score_in_float32_comes_back(folders, tmp_path):
+    reward_folder(folders["qwen2"], tmp_path / "model", lambda t: t.update(
+        {name: x.bfloat16() for name, x in t.items() if name != "score.weight"}))
+    main(["import", str(tmp_path / "model"), str(tmp_path / "run")])
+    main(["export", str(tmp_path / "run"), str(tmp_path / "back")])
+    assert equal_files(tmp_path / "model", tmp_path / "back")
+
+
+def test_an_import_of_older_code_is_exported_without_a_loss(folders, tmp_path):
+    """It has no types of its own to come back in."""
+    main(["import", str(folders["qwen2"]), str(tmp_path / "run")])
+    model, tokenizer, state = load_checkpoint(tmp_path / "run")
+    del state["source"]["dtypes"]
+    save_checkpoint(tmp_path / "older", model, tokenizer, source=state["source"] | {"dtype": "bfloat16"})
+    main(["export", str(tmp_path / "older"), str(tmp_path / "back")])
+    assert equal_files(folders["qwen2"], tmp_path / "back")
+
+
+def test_float64_is_said(folders, tmp_path, capsys):
+    shutil.copytree(folders["qwen2"], tmp_path / "model")
+    tensors_with(lambda t: t.update({NORM: t[NORM].double()}))(tmp_path / "model")
+    main(["import", str(tmp_path / "model"), str(tmp_path / "run")])
+    assert "1 tensors of float64 are read, and later exported, as float32" in capsys.readouterr().out
+    main(["export", str(tmp_path / "run"), str(tmp_path / "back")])
+    assert open_tensors(tmp_path / "back")[NORM].dtype == torch.float32
+
+
+def test_what_float16_cannot_hold_is_said_before_anything_is_written(folders, tmp_path):
+    shutil.copytree(folders["qwen2"], tmp_path / "model")
+    tensors_with(lambda t: t[NORM].fill_(70_000.0))(tmp_path / "model")
+    with pytest.raises(UserError, match=f"{NORM} has numbers up to 70000.*--dtype bfloat16 or float32"):
+        main(["export", str(tmp_path / "model"), str(tmp_path / "back"), "--dtype", "float16"])
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_config_of_transformers_5_is_exported_with_the_keys_of_4_too(family, folders, tmp_path):
+    shutil.copytree(folders[family], tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    newer = {name: value for name, value in config.items() if name not in ("rope_theta", "rope_scaling")}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(newer))
+    main(["export", str(tmp_path / "model"), str(tmp_path / "back")])
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
 
 
 def test_a_model_of_ours_is_read_by_transformers(tmp_path, tokenizer):
@@ -248,6 +321,37 @@ def tensors_with(edit):
     return change
 
 
+def reward_folder(policy, folder, edit=lambda tensors: None):
+    """A reward model's folder made of a policy's; `edit` of its tensors."""
+    shutil.copytree(policy, folder)
+    config_with(architectures=["Qwen2ForSequenceClassification"], num_labels=1, id2label={"0": "LABEL_0"},
+                label2id={"LABEL_0": 0})(folder)
+    tensors_with(lambda t: (t.update({"score.weight": torch.randn(1, 64)}), edit(t)))(folder)
+
+
+def as_reward(**changes):
+    """The folder as a reward model's, some of its tensors changed."""
+    def change(folder):
+        policy = folder.with_name("policy")
+        folder.rename(policy)
+        reward_folder(policy, folder, lambda t: t.update(changes))
+    return change
+
+
+def piped(name):
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+    return change
+
+
+def nowhere(name):
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("../../blobs/nothing")
+    return change
+
+
 def shard_missing(folder):
     tensors = [(name, stored.read()) for name, stored in open_tensors(folder).items()]
     (folder / "model.safetensors").unlink()
@@ -272,17 +376,25 @@ def nan(tensors):
     tensors["model.norm.weight"][3] = float("nan")
 
 
-EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
+EMBEDDING, NORM, SCORE = "model.embed_tokens.weight", "model.norm.weight", "score.weight"
 HOSTILE = {  # what is done to the folder, what the line must name
     "missing shard": (shard_missing, "safetensors"),
     "missing tensor": (tensors_with(lambda t: t.pop(NORM)), NORM),
     "wrong shape": (tensors_with(lambda t: t.update({NORM: torch.ones(65)})), "(65,)"),
     "unknown tensor": (tensors_with(lambda t: t.update(extra=torch.ones(2))), "extra"),
     "integers for weights": (tensors_with(lambda t: t.update({NORM: torch.ones(64, dtype=torch.int64)})), NORM),
-    "not finite": (tensors_with(nan), "finite"),
+    "not finite": (tensors_with(nan), f"model.safetensors: {NORM} holds numbers that are not finite"),
+    "too large": (tensors_with(lambda t: t[NORM].fill_(1e30)), f"{NORM} holds numbers of magnitude 1e+30"),
+    "a score not finite": (as_reward(**{SCORE: torch.full((1, 64), math.nan)}), f"model.safetensors: {SCORE} holds"),
+    "a score too large": (as_reward(**{SCORE: torch.full((1, 64), 1e30)}), f"{SCORE} holds numbers of magnitude 1e+30"),
+    "two scores": (as_reward(**{SCORE: torch.ones(2, 64)}), f"{SCORE} gives 2 scores, but a reward model has one"),
+    "no score": (as_reward(**{SCORE: torch.ones(64)}), f"{SCORE} is of shape (64,)"),
+    "an unknown tensor that writes on the terminal": (tensors_with(lambda t: t.update({"\033[2J" * 99: torch.ones(2)})),
+                                                      "'\\x1b[2J"),
     "a head that differs though tied": (tensors_with(lambda t: t.update({"lm_head.weight": t[EMBEDDING] + 1})),
                                         "tie_word_embeddings"),
     "untied without a head": (config_with(tie_word_embeddings=False), "lm_head.weight"),
+    "untied by silence": (config_with(tie_word_embeddings=None), "lm_head.weight is missing"),
     "a pickle with code": (pickled, "pytorch_model.bin"),
     "no config": (removed("config.json"), "config.json"),
     "config no JSON": (written("config.json", "{"), "config.json"),
@@ -294,7 +406,7 @@ HOSTILE = {  # what is done to the folder, what the line must name
     "heads do not divide": (config_with(num_attention_heads=3, num_key_value_heads=2, head_dim=None), "3"),
     "another vocabulary": (config_with(vocab_size=99), "99"),
     "eps zero": (config_with(rms_norm_eps=0), "rms_norm_eps"),
-    "text for a number": (config_with(rope_theta="big"), "rope_theta"),
+    "text for a number": (config_with(rope_parameters={"rope_theta": "big"}), "rope_theta"),
     "another family": (config_with(model_type="mamba"), "mamba"),
     "not its family": (config_with(model_type="llama"), "bias"),
     "no weights": (removed("model.safetensors"), "model.safetensors"),
@@ -307,6 +419,14 @@ HOSTILE = {  # what is done to the folder, what the line must name
     "tokenizer empty": (written("tokenizer.json", "{}"), "tokenizer"),
     "generation of another kind": (written("generation_config.json", '{"temperature": "hot"}'), "temperature"),
     "generation a list": (written("generation_config.json", "[1]"), "generation_config.json"),
+    "generation a link into nothing": (nowhere("generation_config.json"), "generation_config.json"),
+    "config a number beyond all": (lambda folder: (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1e400')), "'inf'"),
+    "config a pipe": (piped("config.json"), "config.json: is no plain file"),
+    "generation a pipe": (piped("generation_config.json"), "generation_config.json: is no plain file"),
+    **{f"generation {name} {value}": (written("generation_config.json", json.dumps({name: value})), f"{name} is")
+       for name, value in (("top_k", 0.5), ("top_k", -1), ("top_k", math.inf), ("repetition_penalty", 0), ("top_p", 3),
+                           ("top_p", 0), ("temperature", math.nan), ("temperature", True), ("top_p", [1]))},
 }
 
 
@@ -319,8 +439,28 @@ def test_a_damaged_or_hostile_folder_is_one_line_and_leaves_nothing(case, folder
     with pytest.raises(UserError) as error:
         import_model(folder, tmp_path / "out")
     assert word in str(error.value)
-    assert "\n" not in str(error.value)
+    assert str(error.value).isprintable()
     assert not checkpoint_path(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    (written("config.json", "[" * 200_000), "config.json"), (written("config.json", '{"a": ' * 200_000), "config.json"),
+    (piped("config.json"), "config.json: is no plain file"), (nowhere("config.json"), "config.json")])
+def test_a_config_that_is_none_is_one_line_for_from_too(change, word, folders, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(folders["qwen2"], folder)
+    change(folder)
+    with pytest.raises(UserError, match=word):
+        as_checkpoint(str(folder))
+
+
+def test_sampling_has_the_ranges_of_the_options_of_sample():
+    for field in dataclasses.fields(sample.SampleOptions):
+        if field.name in importing.SAMPLING:
+            kind, *ends = importing.SAMPLING[field.name]
+            assert (kind, tuple(ends)) == (type(field.default), bounds(field))
+    found = importing.sampling_of({"top_k": 50.0, "temperature": 1, "top_p": None}, pathlib.Path())
+    assert repr(found) == "{'temperature': 1.0, 'top_k': 50}"
 
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused(folders, tmp_path):

@@ -1,7 +1,10 @@
 """GGUF files: metadata of every type, tensors of the six types that are read, equal bit for bit to the
 gguf package's; a damaged or hostile file is refused in one line."""
+import json
+import math
 import os
 import pathlib
+import re
 import struct
 
 import numpy as np
@@ -9,11 +12,14 @@ import pytest
 import torch
 
 from convert import stored
+from convert.exporting import export_model
 from convert.files import open_tensors
-from convert.gguf import LAYOUTS, OTHERS, read_gguf
+from convert.gguf import LAYOUTS, OTHERS, gguf_config, read_gguf
+from convert.importing import import_model
 from runtime.options import UserError
-from tests.conftest import noise
+from tests.conftest import equal, noise
 from tests.test_convert_files import refused
+from tools import tiny
 
 F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
 UINT32, STRING, ARRAY = 4, 8, 9
@@ -183,6 +189,108 @@ def test_a_real_file_equals_the_packages_bit_for_bit():
     for tensor in theirs.tensors:
         wanted = package.dequantize(tensor.data, tensor.tensor_type)
         assert np.array_equal(tensors[tensor.name].read(torch.float32).numpy().view(np.uint32), wanted.view(np.uint32))
+
+
+# ---- whole models --------------------------------------------------------------------------------
+
+def valued(name: str, value) -> bytes:
+    """A field of a text, a whole number, a number, or a list of texts or whole numbers."""
+    if isinstance(value, list):
+        texts = isinstance(value[0], str)
+        raw = b"".join(text(x) if texts else struct.pack("<I", x) for x in value)
+        return field(name, ARRAY, array(STRING if texts else UINT32, len(value), raw))
+    kind, raw = {str: (STRING, text), bool: (7, lambda x: struct.pack("<?", x)), float: (6, lambda x: struct.pack(
+        "<f", x)), int: (UINT32, lambda x: struct.pack("<I", x))}[type(value)]
+    return field(name, kind, raw(value))
+
+
+PARTS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "input_layernorm": "attn_norm",
+         "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+         "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
+         "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "model.layers": "blk"}
+
+
+def whole_model(tmp_path, changes: dict) -> tuple[pathlib.Path, dict]:
+    """(a Qwen2 as GGUF, matrices in float16 and vectors in float32, its tensors by the names of
+    transformers). changes: of its fields; None: left out."""
+    tiny.make("qwen2", tmp_path / "folder")
+    tensors = {name: x.read() for name, x in open_tensors(tmp_path / "folder").items()}
+    tensors = {name: x.half() if x.dim() == 2 else x * 70_000 for name, x in tensors.items()}
+    c = json.loads((tmp_path / "folder" / "config.json").read_text())
+    file = json.loads((tmp_path / "folder" / "tokenizer.json").read_text())
+    special = {x["id"]: x["content"] for x in file["added_tokens"]}
+    ids, rows = {i: name for name, i in file["model"]["vocab"].items()} | special, range(c["vocab_size"])
+    fields = {"general.architecture": "qwen2", "qwen2.embedding_length": 64, "qwen2.block_count": 2,
+              "qwen2.feed_forward_length": 128, "qwen2.attention.head_count": 4, "qwen2.attention.head_count_kv": 2,
+              "qwen2.attention.layer_norm_rms_epsilon": 1e-6, "qwen2.rope.freq_base": 1e6,
+              "qwen2.context_length": 512, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2",
+              "tokenizer.ggml.tokens": [ids.get(i, f"[PAD{i}]") for i in rows],
+              "tokenizer.ggml.token_type": [3 if i in special else 1 if i in ids else 5 for i in rows],
+              "tokenizer.ggml.merges": [x if isinstance(x, str) else " ".join(x) for x in file["model"]["merges"]],
+              "tokenizer.ggml.eos_token_id": c["eos_token_id"]} | changes
+    infos, data = [], b""
+    for name, x in tensors.items():
+        stored_name = name
+        for theirs, ours in PARTS.items():
+            stored_name = stored_name.replace(theirs, ours)
+        infos.append(info(stored_name, tuple(reversed(x.shape)), F16 if x.dim() == 2 else F32, len(data)))
+        raw = x.numpy().tobytes()
+        data += raw + bytes(-len(raw) % 32)
+    raw = gguf([valued(name, x) for name, x in fields.items() if x is not None], infos, data)
+    return written(tmp_path, raw), tensors
+
+
+@pytest.mark.parametrize("changes", [{}, {
+    "qwen2.rope.dimension_count": 16, "qwen2.rope.scale_linear": 1.0, "qwen2.rope.scaling.factor": 0.0,
+    "qwen2.logit_scale": 1.0, "qwen2.expert_count": 0, "qwen2.rope.scaling.type": "none"}])
+def test_a_whole_model_comes_back_each_tensor_in_its_type(tmp_path, changes):
+    """A float16 file has its norms and biases in float32: here they are beyond what float16 holds."""
+    path, tensors = whole_model(tmp_path, changes)
+    import_model(path, tmp_path / "run")
+    export_model(str(tmp_path / "run"), tmp_path / "back")
+    assert equal({name: (str(x.dtype), x.read()) for name, x in open_tensors(tmp_path / "back").items()},
+                 {name: (str(x.dtype), x) for name, x in tensors.items()})
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_scaling"], config["dtype"]) == (1e6, None, "float16")
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e6}
+    assert (config["num_key_value_heads"], config["head_dim"]) == (2, 16)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("qwen2.rope.dimension_count", 8), ("qwen2.rope.scale_linear", 4.0), ("qwen2.rope.scaling.factor", 4.0),
+    ("qwen2.rope.scaling.attn_factor", 0.5), ("qwen2.logit_scale", 0.5), ("qwen2.expert_count", 8),
+    ("qwen2.final_logit_softcapping", 30.0), ("qwen2.rope.scaling.factor", math.nan),
+    ("qwen2.rope.dimension_count", [16]), ("qwen2.logit_scale", "high")])
+def test_what_changes_the_computation_is_refused_by_name(tmp_path, name, value):
+    path, _ = whole_model(tmp_path, {name: value})
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}: {name} is "):
+        import_model(path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, "x", True, [1]])
+@pytest.mark.parametrize("name", ["embedding_length", "block_count", "attention.head_count", "attention.head_count_kv",
+                                  "attention.key_length", "rope.freq_base", "context_length"])
+def test_numbers_of_another_kind_are_one_line(tmp_path, name, value):
+    path, _ = whole_model(tmp_path, {f"qwen2.{name}": value})
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}: .* must be a positive number"):
+        import_model(path, tmp_path / "run")
+
+
+def test_an_embedding_without_rows_is_one_line(tmp_path):
+    fields = {"general.architecture": "llama", "llama.attention.head_count": 4, "llama.embedding_length": 64}
+    path = written(tmp_path, gguf([valued(*x) for x in fields.items()], [info("token_embd.weight", ())], bytes(32)))
+    with pytest.raises(UserError, match="model.gguf"):
+        import_model(path, tmp_path / "run")
+
+
+def test_what_a_file_leaves_out_counts_as_in_llama_cpp(tmp_path):
+    path, _ = whole_model(tmp_path, {"qwen2.attention.head_count_kv": None})
+    fields, tensors = read_gguf(path)
+    for kind in ("llama", "qwen2", "qwen3"):  # the classes of transformers have 128 for Qwen3's heads, and 32 for keys
+        config = gguf_config({name.replace("qwen2", kind): kind if value == "qwen2" else value
+                              for name, value in fields.items()}, tensors, path)
+        assert (config["num_key_value_heads"], config["head_dim"]) == (4, 16)
 
 
 # ---- damaged and hostile files -------------------------------------------------------------------
