@@ -40,7 +40,7 @@ def export_model(run: str, folder: pathlib.Path, family: str = "", dtype: str = 
     write_tensors(folder, list(their_tensors(model, chosen, types)))  # all of it is known before a file is made
     write_tokenizer(tokenizer, folder)
     generation = {"eos_token_id": list(tokenizer.end_ids), "pad_token_id": tokenizer.pad_id,
-                  "do_sample": True, **source.get("generation", {})}
+                  **(source.get("generation") or {"do_sample": True, "top_k": 0, "top_p": 1.0})}  # else it takes 50
     for name, values in (("generation_config.json", generation), ("config.json", config)):
         replace_text(folder / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     print(f"exported {run} to {folder}: {config['architectures'][0]}, {config['dtype']}", flush=True)

@@ -141,13 +141,14 @@ def import_model(place: pathlib.Path, out: pathlib.Path, max_len: int = 0, chat_
                                                "parents": {}}))
     size = sum(p.numel() for p in model.parameters())
     if doubles := sum(stored.dtype == torch.float64 for stored in tensors.values()):
-        print(f"{place}: {doubles} tensors of float64 are read, and later exported, as float32", flush=True)
+        print(f"{place}: {doubles} tensors of float64 are read, and later exported, as float32", file=sys.stderr)
     print(f"imported {place}: {family.model_type}, {size / 1e6:.1f} M parameters, rows of at most {shape.max_len} "
-          f"tokens, vocabulary of {shape.vocab_size}, chat format {tokenizer.chat.name}", flush=True)
+          f"tokens, vocabulary of {shape.vocab_size}, chat format {tokenizer.chat.name}", file=sys.stderr)
 
 
 def sampling_of(generation: dict[str, Any], folder: pathlib.Path) -> dict[str, float]:
-    """The options of sample.py that a generation_config.json sets."""
+    """The options of sample.py that a generation_config.json sets. do_sample false means the likeliest token,
+    whatever stands beside it."""
     found: dict[str, float] = {}
     for name, (kind, least, most) in SAMPLING.items():
         if (value := generation.get(name)) is not None:
@@ -157,7 +158,7 @@ def sampling_of(generation: dict[str, Any], folder: pathlib.Path) -> dict[str, f
                                 f"{'a whole number' if kind is int else 'a number'} from {least:g} to {most:g}: "
                                 "correct it")
             found[name] = kind(value)
-    return found
+    return {"temperature": 0.0} if generation.get("do_sample") is False else found
 
 
 def read_config(folder: pathlib.Path) -> Config:

@@ -95,7 +95,7 @@ def test_an_import_is_kept_until_the_folder_changes(folders, tmp_path, capsys):
     shutil.copytree(folders["qwen2"], folder)
     first = as_checkpoint(str(folder))
     assert as_checkpoint(str(folder)) == first
-    assert capsys.readouterr().out.count("imported") == 1
+    assert capsys.readouterr().err.count("imported") == 1
     (folder / "generation_config.json").write_text('{"temperature": 0.5, "eos_token_id": 1, "top_k": 3}')
     second = as_checkpoint(str(folder))
     assert second != first
@@ -178,7 +178,7 @@ def test_float64_is_said(folders, tmp_path, capsys):
     shutil.copytree(folders["qwen2"], tmp_path / "model")
     tensors_with(lambda t: t.update({NORM: t[NORM].double()}))(tmp_path / "model")
     main(["import", str(tmp_path / "model"), str(tmp_path / "run")])
-    assert "1 tensors of float64 are read, and later exported, as float32" in capsys.readouterr().out
+    assert "1 tensors of float64 are read, and later exported, as float32" in capsys.readouterr().err
     main(["export", str(tmp_path / "run"), str(tmp_path / "back")])
     assert open_tensors(tmp_path / "back")[NORM].dtype == torch.float32
 
@@ -461,6 +461,8 @@ def test_sampling_has_the_ranges_of_the_options_of_sample():
             assert (kind, tuple(ends)) == (type(field.default), bounds(field))
     found = importing.sampling_of({"top_k": 50.0, "temperature": 1, "top_p": None}, pathlib.Path())
     assert repr(found) == "{'temperature': 1.0, 'top_k': 50}"
+    greedy = {"do_sample": False, "temperature": 0.7, "top_k": 3}
+    assert importing.sampling_of(greedy, pathlib.Path()) == {"temperature": 0}
 
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused(folders, tmp_path):
