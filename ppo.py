@@ -37,7 +37,7 @@ from tqdm import tqdm
 import evaluate
 from data.batches import (Rows, drop_long_prompts, held_out_prompts, make_rows, pad_left, prompt_ids,
                           scatter_tokens, similar_lengths, text_for)
-from data.prepare import open_stage
+from data.prepare import open_stage, recounted
 from data.prepared import Prepared
 from data.functions import RewardError
 from data.health import ALARMS, VARIETY, as_logged, ratio_start, rollout_metrics, warn_of_gaps
@@ -137,8 +137,7 @@ class PPOOptions(Common):
                               source="measured here; MOSS 5e-7 at 7B, Ziegler's code 1e-5 at 124M")
     critic_lr: float = option(5e-4, "Adam's rate for the critic", source="measured here; MOSS 1.65e-6 at 7B", low=0)
     adam_eps: float = option(1e-8, "Adam's; keep it below gradients, 1e-6 to 1e-5 here", source="N+: 1e-5", low=0)
-    warmup: float = option(0.3, "share of its updates over which the policy's rate rises", low=0, high=1,
-                           source="validation; MOSS 0.1")
+    warmup: float = option(0.3, "share of updates over which the policy's rate rises", low=0, high=1, source="MOSS: 0.1")
     final_lr: float = option(0.1, "then rates fall to this share of their peak", source="N+: 0", low=0, high=1)
     max_grad_norm: float = option(1.0, "clip each network's gradients to this norm; 0 disables", low=0)
     max_approx_kl: float = option(0.0, "above it the policy skips the rest of an update; 0 disables", low=0,
@@ -828,9 +827,9 @@ def train_ppo(o: PPOOptions, **seams: Any) -> Run | None:
     data, o = open_stage(o, "ppo")
     terms = read_reward(o.reward)
     policy, tokenizer, state = load_parent(o, data, "sft", o.init_from)
-    parents, reward_model, feedback = {"init": state["hash"]}, None, "scores of any kind"
-    room = policy.config.max_len - o.reply_len
-    parents |= {f"file {term.path}": term.digest for term in terms if term.path is not None}
+    o = recounted(o, "ppo", data, tokenizer) if data.meta.get("lengths") else o  # in its vocabulary
+    parents = {"init": state["hash"], **{f"file {term.path}": term.digest for term in terms if term.path is not None}}
+    reward_model, feedback, room = None, "scores of any kind", policy.config.max_len - o.reply_len
     if not terms or needs_model(o, terms):
         reward_model, reward_tokenizer, reward_state = load_parent(
             o, data, "reward", o.reward_from, RewardModel, merged=not o.lora_rank)  # else adapters go on learning

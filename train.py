@@ -39,7 +39,7 @@ from data.dataset import SPLITS
 from data.feedback import require_records
 from data.overview import ListOptions, overview
 from data.parents import PARENTS, like_parent, limit_length, refuse_judge, require_lengths
-from data.prepare import kept_input, known_max_len, open_for, open_stage, recounted, suited
+from data.prepare import kept_input, known_max_len, open_for, open_stage, recounted
 from data.prepared import Prepared
 from data.rewards import read_reward, settled
 from model import (ModelConfig, Transformer, cross_entropy_sum, load_checkpoint, load_parent, next_token_loss,
@@ -52,7 +52,7 @@ from runtime.draws import batch_indices, torch_seed
 from runtime.fit import fit, steps_of
 from runtime.machine import Interrupt, Interrupted, keep_freed_memory, release_memory
 from runtime.options import Common, MaximumLikelihoodOptions, UserError, option, parse, run_main
-from runtime.run import Run, run_folder
+from runtime.run import Run, record_of, run_folder
 from runtime.terminal import memory_advice
 from sample import reply_texts, reply_to
 
@@ -348,8 +348,9 @@ def run_all(options: dict[str, Common]) -> None:
         STAGES[stage][1](o.replace(resume=not o.fresh, init_from=init_from if stage in ("sft", "judge") else "",
                                    reward_from=reward_from if stage == "ppo" else ""))
         release_memory()
-    o = suited(options["ppo"], "ppo", data)
-    settings = evaluate.ReplySettings(o.reply_len, o.temperature)
+    o = options["ppo"]  # the report's replies are drawn as PPO's
+    sampled = record_of(run_folder(o, "ppo"))["options"]
+    settings = evaluate.ReplySettings(sampled["reply_len"], sampled["temperature"])
     evaluate.write_report(data, run_folder(o, ""), seed=o.seed, settings=settings,
                           n_prompts=o.report_prompts, device=pick_device(o.device), seconds=time.perf_counter() - start)
 

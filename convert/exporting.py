@@ -111,7 +111,7 @@ def score_weight(model: RewardModel) -> Tensor:
     if len(head.weight) > 1:
         raise UserError(f"this reward model has {len(head.weight)} heads, those of transformers have one: train it "
                         "without parts and --members")
-    if float(head.bias):
-        print(f"the head's bias of {float(head.bias):+.4f} is left out: transformers' scores have none, so they are "
-              "all that much lower", flush=True)
+    if abs(bias := head.bias.item()) > 5e-5:
+        print(f"the head's bias of {bias:+.4f} is left out: transformers' scores have none, so they are all that much "
+              "lower", flush=True)
     return head.weight.detach()

@@ -57,7 +57,7 @@ def ratio_start(log_ratios: list[Tensor], n_tokens: Tensor) -> dict[str, float]:
 
 def as_logged(metrics: dict[str, float], o: Any, step: int) -> dict[str, float]:
     """The metrics of an update as PPO logs and watches them. o: its options. step: updates done before."""
-    if o.kl_control == "adaptive" and step + 1 > .6 * o.updates:  # before, it may still be on its way
+    if o.kl_control == "adaptive" and step + 1 > max(.6 * o.updates, 10):  # before, it may still be on its way
         metrics = metrics | {"kl_of_target": metrics["kl"] / o.kl_target}
     if o.advantage == "gae":
         return metrics

@@ -209,18 +209,20 @@ def open_stage(o: T, stage: str) -> tuple[Prepared, T]:
 
 
 def recounted(o: T, stage: str, data: Prepared, tokenizer: Tokenizer) -> T:
-    """The options with --max_len counted anew in tokens of this vocabulary, if the length that suits the
-    data was counted with another one, and not fixed by a data set. What changes is printed."""
+    """The options with --max_len, or PPO's --reply_len, counted anew in tokens of this vocabulary, if the length
+    that suits the data was counted with another one, and not fixed by a data set. What changes is printed."""
+    name = "reply_len" if stage == "ppo" else "max_len"
     own, of_set = data.tokenizer, DATA_SETS[o.data].defaults if o.data in DATA_SETS else {}
-    fixed = "max_len" in o.explicit or "max_len" in of_set.get(stage, {})
-    if fixed or not data.meta.get("lengths") or own.to_state() == tokenizer.to_state():
+    fixed = o.explicit | of_set.get(stage, {}).keys() | (presets_of(type(o)).get(o.preset, {}).keys() - {"max_len"})
+    if name in fixed or not data.meta.get("lengths") or own.to_state() == tokenizer.to_state():
         return o
     records = {(name, "train"): data.records(name, "train") for name in ("sft", "reward", "judge", *BESIDE)
                if data.has(name)}
-    found = proposals(lengths(records, tokenizer, data.template), data.meta["counts"])[stage]["max_len"]
-    if found != o.max_len:
-        print(f"{stage}: max_len={found} in the parent's vocabulary", flush=True)
-    return o.replace(max_len=found)
+    found = proposals(lengths(records, tokenizer, data.template), data.meta["counts"]).get(stage, {})
+    found = found.get(name, getattr(o, name))  # texts alone have no replies
+    if found != getattr(o, name):
+        print(f"{stage}: {name}={found} in the parent's vocabulary", flush=True)
+    return o.replace(**{name: found})
 
 
 # ---- command line --------------------------------------------------------------------------------

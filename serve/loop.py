@@ -26,7 +26,7 @@ from typing import Any
 import evaluate
 from data.batches import held_out_prompts
 from data.parents import preset_of
-from data.prepare import open_for, suited
+from data.prepare import open_for, recounted, suited
 from model import checkpoint_path, load_checkpoint
 from ppo import PPOOptions, train_ppo
 from reward import RewardOptions, train_reward
@@ -64,10 +64,10 @@ class Loop:
         self.root, self.folder = run_folder(o, ""), run_folder(o, "loop")
         self.sft = pathlib.Path(o.init_from or self.root / "sft")
         require_sft(o, self.sft)
-        self.sampling = suited(ppo, "ppo", self.data)  # as PPO will have it
         self.annotator = None if o.answers or o.annotator == "person" else self.find_annotator()
         policy, self.tokenizer, state = load_checkpoint(self.sft)
         self.hash, limits = state["hash"], [policy.config.max_len]
+        self.sampling = recounted(suited(ppo, "ppo", self.data), "ppo", self.data, self.tokenizer)  # as PPO will have it
         device = pick_device(o.device)
         dtype = dtype_of({"dtype": ppo.dtype} if ppo.dtype != "auto" else {}, device)
         settings = evaluate.ReplySettings(self.sampling.reply_len, self.sampling.temperature, dtype=dtype)

@@ -8,13 +8,13 @@ import evaluate
 from data.batches import held_out_prompts
 from data.drawn import best_records, scores_of
 from data.parents import limit_length, refuse_judge
-from data.prepare import open_stage
+from data.prepare import open_stage, recounted, suited
 from data.prepared import Prepared
 from model import load_parent, open_run
 from ppo import PPOOptions
 from reward import RewardModel, room_for_prompt
 from runtime.fit import fit
-from runtime.options import option
+from runtime.options import build, option
 from runtime.products import use_products
 from runtime.run import Run
 from runtime.terminal import memory_advice
@@ -61,9 +61,10 @@ def best(o: BestOptions) -> Run | None:
     it as sft learns the replies of dialogues (rejection sampling: MOSS's fourth step)."""
     refuse_judge(o.reward_from)
     data, o = open_stage(o, "sft")
-    of_ppo = data.meta.get("defaults", {}).get("ppo", {})
-    o = o.replace(reply_len=o.reply_len or of_ppo.get("reply_len", PPOOptions.reply_len))
     policy, tokenizer, state = load_parent(o, data, "sft", o.init_from)
+    if not o.reply_len:
+        of_ppo = suited(build(PPOOptions, {"data": o.data, "preset": o.preset}), "ppo", data)
+        o = o.replace(reply_len=recounted(of_ppo, "ppo", data, tokenizer).reply_len)
     scorer, other, of_reward = load_parent(o, data, "reward", o.reward_from, RewardModel)
     tokenizer.require_same(other, "the policy and the reward model")
     o = limit_length(o, policy.config)

@@ -26,7 +26,7 @@ TEXTS = ["今天天气真好，我们一起去公园吧。", "我爱学习编程
          "The weather is fine today, and people learn to write programs.", "What is the capital of France? Paris."]
 LAYERS = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=64, d_ff=128, max_len=512, qk_norm=False)
 GPT = dict(n_kv_head=4, d_ff=256, norm="layer", mlp="gelu", mlp_bias=True)
-MOSS = dict(GPT, head_bias=True, parallel=True, rotary_dim=8, tied=False)
+MOSS = dict(GPT, head_bias=True, parallel=True, rotary_dim=8, tied=False, max_len=2048)  # its instruction is long
 SHAPES = {  # what a family's shape has beyond LAYERS
     "llama": dict(n_kv_head=2, rope_base=5e5, rope_scaling=(8.0, 1.0, 4.0, 256.0)),
     "mistral": dict(n_kv_head=2, tied=False), "qwen2": dict(n_kv_head=2, qkv_bias=True, rope_base=1e6),
