@@ -262,16 +262,16 @@ def load_compared(folders: dict[str, pathlib.Path], device: str, reference: str 
     """(checkpoints by name with reference and reward model, the reference's state, the state of the last
     checkpoint of ppo, else of best, else {}).
 
-    The reference is the one that the PPO checkpoint started from, else the folder sft beside the first
-    one, else what the checkpoint of best started from; the reward model that of the last of PPO and best,
-    else beside the first folder. UserError if the reference, or a reward model
+    The reference is the one that the PPO checkpoint started from, else the folder sft beside that, or beside
+    the first, else what the checkpoint of best started from; the reward model that of the last of PPO and
+    best, else the folder reward there. UserError if the reference, or a reward model
     that is not asked for, is another one.
     """
     loaded = {name: load_checkpoint(folder, device) for name, folder in folders.items()}
-    beside = checkpoint_path(next(iter(folders.values()))).parent.parent
     states = {folders[name]: s for stage in ("best", "ppo") for name, (_, _, s) in loaded.items()
               if s.get("stage") == stage}
     ppos = {folder: s for folder, s in states.items() if s["stage"] == "ppo"}
+    beside = checkpoint_path(next(iter([*ppos, *folders.values()]))).parent.parent
     last = [*states.values()][-1] if states else {}
     started = last.get("options", {})
     from_own = ppos or not checkpoint_path(beside / "sft").exists()

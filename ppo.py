@@ -137,7 +137,7 @@ class PPOOptions(Common):
                               source="measured here; MOSS 5e-7 at 7B, Ziegler's code 1e-5 at 124M")
     critic_lr: float = option(5e-4, "Adam's rate for the critic", source="measured here; MOSS 1.65e-6 at 7B", low=0)
     adam_eps: float = option(1e-8, "Adam's; keep it below gradients, 1e-6 to 1e-5 here", source="N+: 1e-5", low=0)
-    warmup: float = option(0.3, "share of updates over which the policy's rate rises", low=0, high=1, source="MOSS: 0.1")
+    warmup: float = option(0.3, "share of updates over which the policy's rate rises", low=0, high=1, source="MOSS .1")
     final_lr: float = option(0.1, "then rates fall to this share of their peak", source="N+: 0", low=0, high=1)
     max_grad_norm: float = option(1.0, "clip each network's gradients to this norm; 0 disables", low=0)
     max_approx_kl: float = option(0.0, "above it the policy skips the rest of an update; 0 disables", low=0,

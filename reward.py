@@ -332,8 +332,7 @@ class RewardOptions(MaximumLikelihoodOptions):
     PRESETS: ClassVar = {  # what differs from the defaults, which are the preset `demo`
         "smoke": dict(epochs=1.0, batch=16, max_len=64, eval_every=10),
         "base": dict(epochs=1.0, max_len=512, lr=0.003, adam_lr=1e-4),
-        "real": dict(batch=16, dropout=0.0, lm_coef=0.0, lr=3e-4),
-        "smollm": dict(records=2800, lr=6e-4, eval_every=1000),
+        "real": dict(batch=16, dropout=0., lm_coef=0., lr=3e-4), "smollm": dict(records=2800, lr=6e-4, eval_every=1000),
     }
 
     # The model.

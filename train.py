@@ -90,6 +90,8 @@ class PretrainOptions(MaximumLikelihoodOptions):
 
     def check(self) -> None:
         super().check()
+        if self.preset == "real" and not self.init_from:
+            raise UserError("--preset real is for a model of others, which is not pretrained: name it by --init_from")
         self.shape(known_max_len(self) or max(self.max_len, self.window))
 
     def shape(self, max_len: int, vocab_size: int = 4096) -> ModelConfig:

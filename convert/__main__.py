@@ -7,6 +7,7 @@
 """
 import runtime  # noqa: F401 (before torch: it sets how threads wait)
 import dataclasses
+import os
 import pathlib
 import sys
 
@@ -56,8 +57,9 @@ def main(argv: list[str]) -> None:
     if command == "export":
         export_model(as_checkpoint(source), out, o.family, o.dtype)
         return
-    if checkpoint_path(out).exists():
-        raise UserError(f"{checkpoint_path(out)}: is there already: name another folder")
+    for there in (checkpoint_path(out), out / "config.json"):  # both are written
+        if os.path.lexists(there):
+            raise UserError(f"{there}: is there already: name another folder")
     path = pathlib.Path(source)
     if source in NAMED and not path.exists():
         path = named_file(source)

@@ -27,11 +27,12 @@ from model import ModelConfig, Transformer, checkpoint_path, save_checkpoint
 from reward import RewardConfig, RewardModel
 from runtime.learning import trunk_of
 from runtime.options import Options, UserError
+from runtime.run import read_config as record_of_run
 from runtime.storage import largest, open_plain, replace_text, replacing
 from runtime.tables import to_json
 
 T = TypeVar("T", bound=Options)
-VERSION = 3  # of an imported checkpoint; raise it to make those imported earlier unused
+VERSION = 3  # of an imported checkpoint; raise it to have those imported earlier made anew, in their place
 # (kind, least, most) of what a generation_config.json may say, as the options of sample.py have it
 SAMPLING = {"temperature": (float, 0, 3e38), "top_k": (int, 0, 10**15), "top_p": (float, 0.001, 1),
             "repetition_penalty": (float, 0.01, 3e38)}
@@ -52,7 +53,7 @@ def as_checkpoint(path: str) -> str:
     elif not path or checkpoint_path(place).exists() or not is_real(place):
         return path
     folder = CACHE / "imports" / f"{place.stem[:60]}-{fingerprint(place)}"
-    if not checkpoint_path(folder).exists():
+    if not checkpoint_path(folder).exists() or (record_of_run(folder) or {}).get("import_version") != VERSION:
         import_model(place, folder)
     return str(folder)
 
@@ -91,7 +92,7 @@ def fingerprint(place: pathlib.Path) -> str:
     find out that it was imported already would take longer than the import."""
     files = sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place]
     about = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps([VERSION, about]).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([1, about]).encode()).hexdigest()[:12]
 
 
 def named_file(name: str) -> pathlib.Path:
@@ -135,10 +136,10 @@ def import_model(place: pathlib.Path, out: pathlib.Path, max_len: int = 0, chat_
     generation = read_json(path) if os.path.lexists(path) and not gguf else {}  # a link into nothing is reported
     source = {"path": str(place), "family": family.model_type, "config": dict(config), "generation": generation,
               "dtypes": types_of(model, family, tensors)}
-    save_checkpoint(out, model, tokenizer, stage="import", step=0, source=source,
+    save_checkpoint(out, model, tokenizer, stage="import", preset="real", step=0, source=source,
                     generation=sampling_of(generation, folder))
-    replace_text(out / "config.json", to_json({"stage": "import", "finished": True, "preset": "real", "options": {},
-                                               "parents": {}}))
+    replace_text(out / "config.json", to_json({"stage": "import", "finished": True, "preset": "real",
+                                               "import_version": VERSION, "options": {}, "parents": {}}))
     size = sum(p.numel() for p in model.parameters())
     if doubles := sum(stored.dtype == torch.float64 for stored in tensors.values()):
         print(f"{place}: {doubles} tensors of float64 are read, and later exported, as float32", file=sys.stderr)

@@ -45,6 +45,7 @@ SPLITS: dict[tuple[str, ...], str] = {
     (r"[\s\S]",): CHARACTER_PATTERN}
 GGUF_PATTERNS = {"gpt-2": GPT2, "llama-bpe": LLAMA3, "qwen2": QWEN2, "smollm": SMOLLM, "starcoder": SMOLLM,
                  "refact": SMOLLM, "command-r": SMOLLM, "deepseek-v3": DEEPSEEK}
+LONGEST_TOKEN = 1024  # bytes; merging one takes the square of its length
 WHOLE = (LLAMA3, QWEN2, PATTERN)  # they leave out nothing
 
 # The parts of a regular expression that tiktoken's engine and Hugging Face's (Onig) read alike. Of the others
@@ -97,7 +98,7 @@ def pattern_of(splits: tuple[str, ...], where: str) -> str:
             raise UserError(f"{where}: its regular expression {pattern[:60]!r} may match nothing at all, which makes "
                             "no piece of a text: write + for * where it does")
         tiktoken.Encoding("try", pat_str=pattern, mergeable_ranks={b"a": 0}, special_tokens={}).encode("")
-    except (ValueError, regex.error) as error:
+    except (ValueError, RecursionError, regex.error) as error:
         raise UserError(f"{where}: tiktoken cannot read its regular expression {pattern[:60]!r}: "
                         f"{' '.join(str(error).split())[:100]}") from None
     return pattern if pattern in WHOLE else with_rest(pattern)
@@ -220,6 +221,8 @@ def ranked(parts: Parts) -> tuple[list[bytes], list[int], dict[str, int]]:
     order, unmerged = dict[str, int](), dict[str, int]()
     whole_only = parts.ignore_merges and parts.pattern != CHARACTER_PATTERN  # there all pieces are whole
     for token, i in parts.vocab.items():
+        if len(token) > LONGEST_TOKEN:
+            raise UserError(f"{parts.where}: the token {token[:40]!r}… has {len(token)} bytes: the file is damaged")
         left, last = merged(token, merges)
         if len(left) == 1:
             order[token] = last

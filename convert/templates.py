@@ -8,7 +8,7 @@ from data.chat import ChatFormat
 
 OURS = '"Human: " + message.content'  # in the template that an export of the plain format has
 LITERAL = re.compile(r"""(['"])<\|im_start\|>system(?:\\n|\n)((?:\\.|(?!\1)[^\\])*?)<\|im_end\|>""", re.DOTALL)
-TEXT = re.compile(r"(?:^|[}\s])<\|im_start\|>system\n((?:(?!\{[{%#]).)*?)<\|im_end\|>", re.DOTALL)
+TEXT = re.compile(r"(?:^|[}\s])<\|im_start\|>system\n((?:(?!\{[{%#]|<\|im_start\|>).)*?)<\|im_end\|>", re.DOTALL)
 TRIMS = re.compile(r"content['\"\]]*\s*\|\s*trim")
 
 

@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 from runtime.options import Common, UserError, build
 from runtime.run import read_config, record_of, run_folder
-from runtime.storage import checkpoint_path, load_whole
+from runtime.storage import checkpoint_path, load_whole, stored_state
 
 T = TypeVar("T", bound=Common)
 PARENTS = {"sft": "pretrain", "reward": "sft", "judge": "pretrain", "ppo": "sft", "best": "sft"}
@@ -13,7 +13,10 @@ PARENTS = {"sft": "pretrain", "reward": "sft", "judge": "pretrain", "ppo": "sft"
 def preset_of(path: str | os.PathLike) -> str:
     """The preset that the model at this path was trained with, `real` for one of others; "" if its run does not
     tell."""
-    return (read_config(checkpoint_path(path).parent) or {}).get("preset", "")
+    place = checkpoint_path(path)
+    record = read_config(place.parent) or (stored_state(place) if place.exists() else {})
+    preset = record.get("preset", "real" if record.get("stage") == "import" else "")
+    return preset if preset in Common.__dataclass_fields__["preset"].metadata["choices"] else ""
 
 
 def like_parent(options: dict[str, T], parent: str = "") -> dict[str, T]:

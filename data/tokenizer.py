@@ -288,8 +288,8 @@ class Tokenizer:
 def too_long(text: str) -> str:
     """What is wrong with a text that tiktoken's regular expressions, with their limited stack, cannot split."""
     longest = max(re.findall(r"\s+", text), key=len, default="")
-    return (f"the text {text[:20]!a}… of {len(text)} characters has {len(longest)} of white space in a row, which is "
-            "more than tiktoken can split: shorten them")
+    what = f"{len(longest)} of white space in a row: " if len(longest) > 10_000 else "a run that one rule takes whole: "
+    return (f"the text {text[:20]!a}… of {len(text)} characters has {what}more than tiktoken can split: shorten it")
 
 
 # ---- vocabularies --------------------------------------------------------------------------------

@@ -343,7 +343,7 @@ class Run:
         continue. `NotFinite`, and nothing is written, if a number is not finite."""
         self.write(self.folder.path, self.model, self.tokenizer, stage=self.stage, step=step,
                    finished=step == self.total, **self.compute.settings(), seconds=self.seconds(),
-                   options=self.folder.options, parents=self.folder.parents,
+                   options=self.folder.options, parents=self.folder.parents, preset=self.folder.o.preset,
                    template=self.template, **state)
         self.saved_step = step
 

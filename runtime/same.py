@@ -38,8 +38,10 @@ def require_same(o: Common, stage: str, path: pathlib.Path, now: dict[str, Any],
             print(f"{stage}: warning: {differing.pop(name)}: from here on it is used as it is now", file=sys.stderr)
     if differing:
         shown = [*differing.values()]
+        began = record.get("preset", "demo")  # what older runs that name none mostly are
+        hint = f"give --preset {began}, as it may have begun, " * (began != o.preset)
         raise UserError(f"{path}: the run there differs ({'; '.join(shown[:4])}{' …' if len(shown) > 4 else ''}): "
-                        "start anew with --fresh, or choose another --out")
+                        f"{hint}start anew with --fresh, or choose another --out")
 
 
 def require_parent(states: dict[Any, dict], kind: str, path: Any, state: dict, flag: str) -> None:

@@ -67,7 +67,7 @@ class Loop:
         self.annotator = None if o.answers or o.annotator == "person" else self.find_annotator()
         policy, self.tokenizer, state = load_checkpoint(self.sft)
         self.hash, limits = state["hash"], [policy.config.max_len]
-        self.sampling = recounted(suited(ppo, "ppo", self.data), "ppo", self.data, self.tokenizer)  # as PPO will have it
+        self.sampling = recounted(suited(ppo, "ppo", self.data), "ppo", self.data, self.tokenizer)  # as PPO's
         device = pick_device(o.device)
         dtype = dtype_of({"dtype": ppo.dtype} if ppo.dtype != "auto" else {}, device)
         settings = evaluate.ReplySettings(self.sampling.reply_len, self.sampling.temperature, dtype=dtype)

@@ -18,7 +18,7 @@ from convert.__main__ import main
 from convert.exporting import export_model
 from convert.files import open_tensors, write_tensors
 from convert.importing import as_checkpoint, import_model
-from data.parents import like_parent
+from data.parents import like_parent, preset_of
 from data.tokenizer import train_bpe
 from model import ModelConfig, Transformer, checkpoint_path, load_checkpoint, next_token_loss, save_checkpoint
 from reward import RewardConfig, RewardModel
@@ -65,6 +65,8 @@ def test_a_model_of_others_is_not_trained_at_the_demos_rates(folders, capsys):
     found = like_parent({"sft": o}, "pretrain")["sft"]
     assert (found.preset, found.optimizer, found.lr, found.batch) == ("real", "adamw", 3e-4, 4)
     assert f"--preset real, as {o.init_from} has" in capsys.readouterr().out
+    with pytest.raises(UserError, match="name it by --init_from"):
+        parse(train.PretrainOptions, ["--preset", "real"], "x")
     for preset in ("demo", "smollm"):  # a flag says otherwise
         o = importing.with_checkpoints(parse(train.SFTOptions, [*argv, "--preset", preset], "x"))
         assert like_parent({"sft": o}, "pretrain")["sft"] is o
@@ -88,6 +90,32 @@ def test_a_folder_is_imported_and_comes_back(family, folders, tmp_path):
     text = "今天 weather, 12 345!\n\n  é<eom><|im_end|>"
     assert again.encode(text) == tokenizer.encode(text)
     assert (again.eom_id, again.pad_id, again.n_vocab) == (tokenizer.eom_id, tokenizer.pad_id, tokenizer.n_vocab)
+
+
+def test_an_import_overwrites_no_config(folders, tmp_path):
+    """`convert import M M` once replaced the model's own config.json by a run's."""
+    folder = tmp_path / "model"
+    shutil.copytree(folders["qwen2"], folder)
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(UserError, match="config.json: is there already"):
+        main(["import", str(folder), str(folder)])
+    assert (folder / "config.json").read_bytes() == before and not (folder / "checkpoint.pt").exists()
+
+
+def test_an_import_of_older_code_is_made_anew_in_its_place(folders, monkeypatch):
+    """Runs name its path, and compare it when they go on."""
+    monkeypatch.setattr(importing, "VERSION", importing.VERSION - 1)
+    first = as_checkpoint(str(folders["qwen2"]))
+    monkeypatch.undo()
+    monkeypatch.setattr(importing, "CACHE", pathlib.Path(first).parent.parent)
+    assert as_checkpoint(str(folders["qwen2"])) == first
+    assert json.loads((pathlib.Path(first) / "config.json").read_text())["import_version"] == importing.VERSION
+
+
+def test_a_checkpoint_alone_tells_its_preset(folders, tmp_path):
+    place = pathlib.Path(as_checkpoint(str(folders["qwen2"])))
+    shutil.copy(place / "checkpoint.pt", tmp_path / "handed.pt")
+    assert preset_of(place) == preset_of(tmp_path / "handed.pt") == "real"
 
 
 def test_an_import_is_kept_until_the_folder_changes(folders, tmp_path, capsys):

@@ -238,6 +238,20 @@ def rendered(template, messages):
     return environment.from_string(template).render(messages=messages, add_generation_prompt=True)
 
 
+@pytest.mark.parametrize("template", ["\n<|im_start|>system\n" * 20_000, "'<|im_start|>system\n" * 20_000])
+def test_a_long_template_is_read_at_once(template):
+    assert tokenizers.system_line(template) == ""  # in the square of its length it would take minutes
+
+
+def test_what_takes_the_square_of_its_length_or_nests_too_deep_is_one_line():
+    file = a_file()
+    file["model"]["vocab"]["Q" * 20_000] = 5000
+    with pytest.raises(UserError, match="the token .* has 20000 bytes"):
+        tokenizers.make(tokenizers.parts_of_json(file, "here"), None)
+    with pytest.raises(UserError, match="cannot read its regular expression"):
+        splits.pattern_of(("(" * 400 + "a" + ")" * 400,), "here")
+
+
 @pytest.mark.parametrize("line,system", [
     (r"{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}", "You are kind."),
     ("{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}", "You are kind."),

@@ -192,9 +192,9 @@ def test_lengths_are_counted_in_the_vocabulary_that_reads_them(opened, capsys):
     assert recounted(o, "sft", data, data.tokenizer) is o
     asked = suited(parse(SFTOptions, ["--max_len=77"], "x"), "sft", data)
     assert recounted(asked, "sft", data, finer).max_len == 77
+    data = opened([{**pair, "chosen": pair["chosen"] * 4} for pair in PAIRS], vocab_size=500)
     ppo = suited(parse(PPOOptions, [], "x"), "ppo", data)
-    assert recounted(ppo, "ppo", data, finer).reply_len == proposals(
-        lengths(records, finer, "{prompt}"), data.meta["counts"])["ppo"]["reply_len"] > ppo.reply_len
+    assert recounted(ppo, "ppo", data, finer).reply_len > 4 * len("good answer 1") > ppo.reply_len
     for words in (["--reply_len=20"], ["--preset=smollm"]):
         assert recounted(asked := suited(parse(PPOOptions, words, "x"), "ppo", data), "ppo", data, finer) is asked
     of_set = parse(SFTOptions, ["--data=hh"], "x").replace(max_len=288)  # what two cores have time for
