@@ -66,7 +66,8 @@ def with_checkpoints(o: T) -> T:
 
 def own_sampling(path: str, state: dict[str, Any], o: T) -> T:
     """The options with an imported model's own way of sampling, where no flag says otherwise; prints it."""
-    own = {name: x for name, x in state.get("generation", {}).items() if name not in o.explicit}
+    own = {name: x for name, x in state.get("generation", {}).items()
+           if name not in o.explicit and getattr(o, name) != x}
     if own:
         print(f"{path}: sampling as its generation_config.json says: "
               + ", ".join(f"--{name} {x:g}" for name, x in own.items()), file=sys.stderr)
