@@ -51,8 +51,8 @@ from runtime.device import pick_device, precision
 from runtime.draws import batch_indices, torch_seed
 from runtime.fit import fit, steps_of
 from runtime.machine import Interrupt, Interrupted, keep_freed_memory, release_memory
-from runtime.options import Common, MaximumLikelihoodOptions, UserError, option, parse, run_main
-from runtime.run import Run, record_of, run_folder
+from runtime.options import Common, MaximumLikelihoodOptions, UserError, as_dict, option, parse, run_main
+from runtime.run import Run, read_config, run_folder
 from runtime.terminal import memory_advice
 from sample import reply_texts, reply_to
 
@@ -351,7 +351,7 @@ def run_all(options: dict[str, Common]) -> None:
                                    reward_from=reward_from if stage == "ppo" else ""))
         release_memory()
     o = options["ppo"]  # the report's replies are drawn as PPO's
-    sampled = record_of(run_folder(o, "ppo"))["options"]
+    sampled = (read_config(run_folder(o, "ppo")) or {}).get("options", as_dict(o))
     settings = evaluate.ReplySettings(sampled["reply_len"], sampled["temperature"])
     evaluate.write_report(data, run_folder(o, ""), seed=o.seed, settings=settings,
                           n_prompts=o.report_prompts, device=pick_device(o.device), seconds=time.perf_counter() - start)

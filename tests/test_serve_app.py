@@ -386,9 +386,9 @@ def test_the_command_is_one_that_the_loop_reads(world, tmp_path):
 def test_without_a_size_the_round_has_that_of_the_checkpoint(world, tmp_path):
     from serve.loop import options_of
     shutil.copytree(world.root / "sft", tmp_path / "sft")
-    for written, preset in ((None, "smoke"), ({}, "demo")):  # as training left it; and as older code did
-        if written is not None:
-            (tmp_path / "sft" / "config.json").write_text(json.dumps({"finished": True, "parents": {}, "options": {}}))
+    for known, preset in (({"preset": "smoke"}, "smoke"), ({}, "demo")):  # older code wrote none
+        record = {"finished": True, "parents": {}, "options": {}} | known
+        (tmp_path / "sft" / "config.json").write_text(json.dumps(record))
         found = options_of(loop_command("log.jsonl", str(tmp_path / "sft"), str(tmp_path / "t"))[3:])
         assert [o.preset for o in found] == [preset] * 3
 
