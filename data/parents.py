@@ -7,6 +7,7 @@ from runtime.run import read_config, record_of, run_folder
 from runtime.storage import checkpoint_path, load_whole, stored_state
 
 T = TypeVar("T", bound=Common)
+PRESETS = Common.__dataclass_fields__["preset"].metadata["choices"]
 PARENTS = {"sft": "pretrain", "reward": "sft", "judge": "pretrain", "ppo": "sft", "best": "sft"}
 
 
@@ -16,7 +17,7 @@ def preset_of(path: str | os.PathLike) -> str:
     place = checkpoint_path(path)
     record = read_config(place.parent) or (stored_state(place) if place.exists() else {})
     preset = record.get("preset", "real" if record.get("stage") == "import" else "")
-    return preset if preset in Common.__dataclass_fields__["preset"].metadata["choices"] else ""
+    return preset if preset in PRESETS else ""
 
 
 def like_parent(options: dict[str, T], parent: str = "") -> dict[str, T]:

@@ -216,8 +216,8 @@ def recounted(o: T, stage: str, data: Prepared, tokenizer: Tokenizer) -> T:
     fixed = o.explicit | of_set.get(stage, {}).keys() | (presets_of(type(o)).get(o.preset, {}).keys() - {"max_len"})
     if name in fixed or not data.meta.get("lengths") or own.to_state() == tokenizer.to_state():
         return o
-    records = {(name, "train"): data.records(name, "train") for name in ("sft", "reward", "judge", *BESIDE)
-               if data.has(name)}
+    records = {(file, "train"): data.records(file, "train") for file in ("sft", "reward", "judge", *BESIDE)
+               if data.has(file)}
     found = proposals(lengths(records, tokenizer, data.template), data.meta["counts"]).get(stage, {})
     found = found.get(name, getattr(o, name))  # texts alone have no replies
     if found != getattr(o, name):

@@ -178,7 +178,7 @@ class RunFolder:
             raise UserError(f"{self.path}: config.json is missing or damaged, and the checkpoint does "
                             f"not tell what ran ({error}): restore one of them, start anew with "
                             "--fresh, or choose another --out") from None
-        more = {name: state[name] for name in ("dtype", "products", "compile", "seconds")
+        more = {name: state[name] for name in ("preset", "dtype", "products", "compile", "seconds")
                 if name in state}
         record |= {"finished": state.get("finished", False), **more}
         self.write_config(record)

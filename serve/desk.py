@@ -14,9 +14,10 @@ from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from data.answers import fates
+from data.parents import PRESETS
 from data.records import apply_template
 from runtime.machine import git_commit
-from runtime.options import Common, UserError
+from runtime.options import UserError
 from serve.exports import events_of, exported, saved
 from serve.fields import (LONGEST_COMMENT, LONGEST_TEXT, Wrong, annotator_of, dialogue_of, edit_of, finite, id_of,
                           number_of, read_json, text_of, without_paths)
@@ -25,7 +26,6 @@ from serve.pairs import Card, Pairs, digest
 from serve.strip import strip
 from serve.training import Training
 
-PRESETS = Common.__dataclass_fields__["preset"].metadata["choices"]
 MOST_ROWS = 500  # at once
 READY_S = 0.4  # for which a request waits for a card that is being written
 
